@@ -1,0 +1,1 @@
+"""Structural pruning after Optimal Brain Connection (Chen et al. 2025)."""

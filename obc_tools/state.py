@@ -1,0 +1,54 @@
+"""Call a model, borrow its state and give it back: train/eval mode, requires_grad, hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every module into eval mode; on the way out each gets its own mode back, also after an exception."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Make exactly the given parameters of a model require grad; restore every parameter's flag on the way out."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = set(parameters)
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    """Remove the given hooks on the way out, also after an exception."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on example inputs: one tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
