@@ -1,0 +1,233 @@
+"""Which channels of which group stay, as data."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+from torch import nn
+
+from .groups import ChannelGroup, Member
+from .layers import LayerAxis, UnknownNameError, get_layer, layer_axes
+
+FORMAT = 1
+
+
+class PlanMismatchError(ValueError):
+    """A plan that does not fit a model or another plan."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The channels that stay, group by group, in the numbering of the original model.
+
+    ``kept[i]`` are the kept channels of ``groups[i]``, ascending. Checked when built: nothing unknown, no group empty,
+    groups that are kept whole are whole, and blocks (attention heads, convolution groups) keep the same positions.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    kept: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        if len(self.groups) != len(self.kept):
+            raise PlanMismatchError(f"{len(self.groups)} groups, but kept channels for {len(self.kept)}")
+        roots = [group.root for group in self.groups]
+        if len(set(roots)) < len(roots):
+            raise PlanMismatchError(f"group {max(roots, key=roots.count)} is there twice")
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            _check_kept(group, kept)
+
+    @classmethod
+    def whole(cls, groups: Iterable[ChannelGroup]) -> PruningPlan:
+        """Return the plan that keeps everything."""
+        groups = tuple(groups)
+        return cls(groups, tuple(tuple(range(group.width)) for group in groups))
+
+    @cached_property
+    def shrunk(self) -> Mapping[LayerAxis, tuple[int, ...]]:
+        """The kept positions of every axis that loses any, in the original numbering."""
+        removed: dict[LayerAxis, set[int]] = defaultdict(set)
+        widths = {}
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            if len(kept) == group.width:
+                continue
+            gone = set(range(group.width)).difference(kept)
+            for member in group.members:
+                widths[member.axis] = member.width
+                removed[member.axis].update(
+                    p for p, channel in zip(member.positions, member.channels, strict=True) if channel in gone
+                )
+        return {a: tuple(p for p in range(widths[a]) if p not in gone) for a, gone in removed.items() if gone}
+
+    @cached_property
+    def axes(self) -> Mapping[LayerAxis, int]:
+        """The original width of every axis that belongs to a group."""
+        return {member.axis: member.width for group in self.groups for member in group.members}
+
+    def selection(self, axis: LayerAxis) -> tuple[int, ...]:
+        """Return the kept positions of an axis, ascending, in the original numbering."""
+        axis = LayerAxis(*axis)
+        if axis not in self.axes:
+            raise UnknownNameError("layer axis of this plan", str(axis), [str(known) for known in self.axes])
+        return self.shrunk.get(axis, tuple(range(self.axes[axis])))
+
+    def kept_of(self, root: LayerAxis | ChannelGroup) -> tuple[int, ...]:
+        """Return the kept channels of one group, given the group or its root."""
+        root = root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)
+        index = self._index.get(root)
+        if index is None:
+            raise UnknownNameError("group of this plan", str(root), [str(known) for known in self._index])
+        return self.kept[index]
+
+    @cached_property
+    def _index(self) -> dict[LayerAxis, int]:
+        return {group.root: index for index, group in enumerate(self.groups)}
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of all prunable groups before pruning, each group's counted once."""
+        return sum(group.width for group in self.groups if group.prunable)
+
+    @property
+    def channels_removed(self) -> int:
+        """The number of channels that go, each group's counted once."""
+        return sum(group.width - len(kept) for group, kept in zip(self.groups, self.kept, strict=True))
+
+    def pruned_groups(self) -> tuple[ChannelGroup, ...]:
+        """Return the groups of the pruned model, renumbered: what `find_groups` finds there, without tracing it."""
+        rank = {axis: {p: i for i, p in enumerate(kept)} for axis, kept in self.shrunk.items()}
+        return tuple(_renumber(group, kept, rank) for group, kept in zip(self.groups, self.kept, strict=True))
+
+    def then(self, other: PruningPlan) -> PruningPlan:
+        """Compose: first this plan, then `other`, a plan for the model that this one leaves."""
+        kept = list(self.kept)
+        for group, more in zip(other.groups, other.kept, strict=True):
+            index = self._index.get(group.root)
+            if index is None or len(self.kept[index]) != group.width:
+                here = "no such group" if index is None else f"{len(self.kept[index])} channels left"
+                raise PlanMismatchError(f"group {group.root} of width {group.width} in the second plan; here {here}")
+            kept[index] = tuple(self.kept[index][channel] for channel in more)
+        return PruningPlan(self.groups, tuple(kept))
+
+    def validate(self, model: nn.Module) -> None:
+        """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
+        for axis, width in self.axes.items():
+            if axis not in self.shrunk:
+                continue
+            try:
+                found = layer_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+            except (ValueError, KeyError) as error:
+                raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
+            if found != width:
+                raise PlanMismatchError(f"layer {axis.layer!r}: the plan's axis {axis} is {width} wide, here {found}")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text that `from_json` reads back."""
+        groups = [_group_to_data(group, kept) for group, kept in zip(self.groups, self.kept, strict=True)]
+        return json.dumps({"format": FORMAT, "groups": groups}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan from JSON text; raise ValueError when it is no plan or not a valid one."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise PlanMismatchError(f"plan format {data['format']}; this version reads format {FORMAT}")
+            read = [_group_from_data(entry) for entry in data["groups"]]
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise PlanMismatchError(f"not a pruning plan: {type(error).__name__} {error}") from error
+        return cls(tuple(group for group, _ in read), tuple(kept for _, kept in read))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a group: its root, channels before and after, the share that stays, and why it is whole."""
+        rows = [
+            (str(group.root), group.width, len(kept), len(kept) / group.width, len(group.members), group.kept_whole or "")
+            for group, kept in zip(self.groups, self.kept, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["group", "channels", "kept", "share", "members", "kept whole because"])
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self.groups)} groups, {self.channels_removed} of {self.channels} channels removed)"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"
+
+    def plot(self):
+        """Draw the kept and removed channels of each group (a plotly figure)."""
+        from .plots import plot_plan
+
+        return plot_plan(self)
+
+
+def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
+    if not kept:
+        raise PlanMismatchError(f"group {group.root}: no channel is kept")
+    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+        raise PlanMismatchError(f"group {group.root}: kept channels must ascend without repetition")
+    if kept[0] < 0 or kept[-1] >= group.width:
+        bad = kept[-1] if kept[-1] >= group.width else kept[0]
+        raise PlanMismatchError(f"group {group.root}: kept channel {bad} in a group of width {group.width}")
+    if not group.prunable and len(kept) < group.width:
+        raise PlanMismatchError(f"group {group.root} is kept whole ({group.kept_whole}), yet the plan prunes it")
+    size = group.width // group.blocks
+    if len(kept) != group.blocks * len({channel % size for channel in kept}):
+        raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
+
+
+def _renumber(group: ChannelGroup, kept: Sequence[int], rank: Mapping[LayerAxis, Mapping[int, int]]) -> ChannelGroup:
+    channel_rank = {channel: index for index, channel in enumerate(kept)}
+    members = []
+    for member in group.members:
+        if member.axis not in rank:
+            members.append(member)
+            continue
+        place = rank[member.axis]
+        stay = [(p, c) for p, c in zip(member.positions, member.channels, strict=True) if c in channel_rank]
+        positions, channels = tuple(place[p] for p, _ in stay), tuple(channel_rank[c] for _, c in stay)
+        members.append(replace(member, positions=positions, channels=channels, width=len(place)))
+    return replace(group, width=len(kept), members=tuple(members))
+
+
+def _group_to_data(group: ChannelGroup, kept: Sequence[int]) -> dict:
+    members = [
+        {"layer": m.axis.layer, "axis": m.axis.axis, "type": m.kind, "width": m.width}
+        | ({} if _is_identity(m) else {"positions": m.positions, "channels": m.channels})
+        for m in group.members
+    ]
+    return {
+        "root": list(group.root),
+        "width": group.width,
+        "blocks": group.blocks,
+        "kept_whole": group.kept_whole,
+        "kept": list(kept),
+        "members": members,
+    }
+
+
+def _is_identity(member: Member) -> bool:
+    return member.positions == member.channels == tuple(range(member.width))
+
+
+def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
+    members = []
+    for entry in data["members"]:
+        full = range(_integer(entry["width"]))
+        positions, channels = (tuple(map(_integer, entry.get(key, full))) for key in ("positions", "channels"))
+        axis = LayerAxis(str(entry["layer"]), str(entry["axis"]))
+        members.append(Member(axis, positions, channels, len(full), str(entry["type"])))
+    root = LayerAxis(*map(str, data["root"]))
+    group = ChannelGroup(root, _integer(data["width"]), tuple(members), data["kept_whole"], _integer(data["blocks"]))
+    return group, tuple(map(_integer, data["kept"]))
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected an integer, found {value!r}")
+    return value
