@@ -309,3 +309,23 @@ def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
     old = own_tensors(layer)[name]
     fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     setattr(layer, name, fresh)
+
+
+def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:
+    """Return a mixable layer's weight in mixing form: (groups, outputs a group, rest, inputs a group).
+
+    Outputs and inputs are what compressors and decompressors act on. ``rest`` holds the kernel, or, for a linear layer
+    behind a flattening, the ``stride`` positions of one input channel.
+    """
+    if isinstance(layer, nn.Linear):
+        return weight.unflatten(1, (-1, stride)).transpose(1, 2)[None]
+    grouped = weight.flatten(2).unflatten(0, (layer.groups, -1))
+    return grouped.permute(0, 2, 3, 1) if layer.transposed else grouped.permute(0, 1, 3, 2)
+
+
+def from_mixing(layer: nn.Module, mixed: Tensor) -> Tensor:
+    """Return a weight in the layer's own layout, contiguous: the inverse of `to_mixing` for any number of channels."""
+    if isinstance(layer, nn.Linear):
+        return mixed[0].transpose(1, 2).flatten(1)
+    grouped = mixed.permute(0, 3, 1, 2) if layer.transposed else mixed.permute(0, 1, 3, 2)
+    return grouped.flatten(0, 1).unflatten(2, layer.kernel_size).contiguous()

@@ -144,6 +144,8 @@ def _removable(index: int, group: ChannelGroup, score: Tensor, limits: Limits, i
     means, order = blocks.mean(0).sort(stable=True)
     size = blocks.shape[1]
     stay = min(size, math.ceil(limits.fewest(initial) / group.blocks))
+    if group.blocks > 1:
+        stay = max(stay, min(size, 2))  # one channel a convolution group would make it depthwise: another layer type
     positions = order[: size - stay].tolist()
     channels = [tuple(block * size + position for block in range(group.blocks)) for position in positions]
     return [Unit(index, unit, mean) for unit, mean in zip(channels, means.tolist(), strict=False)]

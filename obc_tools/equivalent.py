@@ -1,0 +1,207 @@
+"""Equivalent Pruning: fine-tune with every original connection still contributing, then merge exactly.
+
+After Chen et al. 2025 (arXiv 2508.05521, section on Equivalent Pruning). A compressor C (kept x full) stands right
+after a pruned layer, a decompressor D (full x kept) right before each consumer; both start as the selection of the
+kept channels and are trained with the full weights W. All three maps are linear and pointwise, so the network *is* the
+pruned one with effective weights C·W·D and bias C·b. That is how it is computed here: the pruned skeleton runs on
+effective weights, one small matrix product a layer and step, and merging stores them.
+
+Grouped convolutions have one block of C and D a convolution group. Depthwise weights, norms and bare parameters cannot
+be mixed; they are plainly selected.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .layers import LayerAxis, from_mixing, get_layer, layer_axes, own_parameters, to_mixing
+from .plan import PruningPlan
+from .pruning import prune
+
+
+class MixedLayer(nn.Module):
+    """The full weights of one layer with its compressor and decompressor, in mixing form (see `layers.to_mixing`).
+
+    Shapes: weight (groups, outputs, rest, inputs), bias (groups, outputs), compressor (groups, kept, outputs),
+    decompressor (groups, inputs, kept). A compressor or decompressor is None where its axis lost nothing.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, compressor: Tensor | None, decompressor: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous())
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.compressor = None if compressor is None else nn.Parameter(compressor)
+        self.decompressor = None if decompressor is None else nn.Parameter(decompressor)
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Return C·W·D, shape (groups, kept outputs, rest, kept inputs), and C·b, shape (kept channels,)."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            bias = None if self.bias is None else (self.compressor @ self.bias[..., None]).flatten()
+            if self._compress_first():
+                return self._decompress(self._compress(self.weight)), bias
+            return self._compress(self._decompress(self.weight)), bias
+
+    def _compress_first(self) -> bool:
+        """Say which product first costs fewer multiplications."""
+        if self.compressor is None or self.decompressor is None:
+            return True
+        kept_out, outputs = self.compressor.shape[1:]
+        inputs, kept_in = self.decompressor.shape[1:]
+        return kept_out * inputs * (outputs + kept_in) <= kept_in * outputs * (inputs + kept_out)
+
+    def _compress(self, weight: Tensor) -> Tensor:
+        if self.compressor is None:
+            return weight
+        return (self.compressor @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+
+    def _decompress(self, weight: Tensor) -> Tensor:
+        if self.decompressor is None:
+            return weight
+        return (weight.flatten(1, 2) @ self.decompressor).unflatten(1, weight.shape[1:3])
+
+
+class EquivalentModel(nn.Module):
+    """The pruned network with every original connection still contributing; call and train it like the model.
+
+    Args:
+        model: the unpruned model; left unchanged.
+        plan: which channels stay.
+
+    Before training it computes what `prune(model, plan)` computes. `merge` returns the plain pruned network.
+
+    Raises:
+        PlanMismatchError: the plan does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan):
+        super().__init__()
+        self.skeleton = prune(model, plan)
+        self.mixed = nn.ModuleDict()
+        kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for axis, positions in plan.shrunk.items():
+            kept[axis.layer][axis.axis] = positions
+        for name, positions in kept.items():
+            mixed = _mix(model, plan, name, positions)
+            if mixed is not None:
+                self.mixed[_key(name)] = mixed
+                _detach(self.skeleton.get_submodule(name), mixed)
+        self.train(model.training)
+
+    @property
+    def mixed_layers(self) -> dict[str, MixedLayer]:
+        """The layers that have a compressor or a decompressor, by name."""
+        return {_name(key): mixed for key, mixed in self.mixed.items()}
+
+    def effective_parameters(self) -> dict[str, Tensor]:
+        """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D."""
+        effective = {}
+        for name, mixed in self.mixed_layers.items():
+            layer = self.skeleton.get_submodule(name)
+            prefix = f"{name}." if name else ""
+            weight, bias = mixed.effective()
+            effective[f"{prefix}weight"] = from_mixing(layer, weight)
+            if bias is not None:
+                effective[f"{prefix}bias"] = bias
+        return effective
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.skeleton, self.effective_parameters(), args, kwargs)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Return the plain pruned network: the keys and shapes of `prune(model, plan)`, the function of this model.
+
+        Raises:
+            ValueError: an effective weight is not finite (says the layer); nothing is built then.
+        """
+        effective = self.effective_parameters()
+        for name, value in effective.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"cannot merge: the effective {name!r} is not finite; training diverged")
+        merged = copy.deepcopy(self.skeleton)
+        for name, value in effective.items():
+            owner, _, leaf = name.rpartition(".")
+            layer = merged.get_submodule(owner)
+            delattr(layer, leaf)
+            layer.register_parameter(leaf, nn.Parameter(value.clone()))
+        for name in self.mixed_layers:
+            _restore_order(merged.get_submodule(name))
+        return merged
+
+    def extra_repr(self) -> str:
+        mixed = self.mixed.values()
+        compressors = sum(layer.compressor is not None for layer in mixed)
+        decompressors = sum(layer.decompressor is not None for layer in mixed)
+        return f"{compressors} compressors, {decompressors} decompressors"
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/") or "/"
+
+
+def _name(key: str) -> str:
+    return key.strip("/").replace("/", ".")
+
+
+def _mix(
+    model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]
+) -> MixedLayer | None:
+    """Return the mixed form of a layer of the unpruned model, or None where nothing that it lost can be mixed."""
+    layer = get_layer(model, name)
+    axes = layer_axes(layer, name)
+    mixable = {key: positions for key, positions in kept.items() if axes[key].mixable}
+    if not mixable:
+        return None
+    stride = _stride(plan, LayerAxis(name, "in")) if "in" in mixable else 1
+    weight = to_mixing(layer, layer.weight.detach(), stride)
+    groups, outputs, _, inputs = weight.shape
+    compressor = decompressor = bias = None
+    if "out" in mixable:
+        compressor = selection_matrix(mixable["out"], groups, outputs).to(weight)
+        bias = None if layer.bias is None else layer.bias.detach().view(groups, outputs)
+    if "in" in mixable:
+        units = tuple(position // stride for position in mixable["in"][::stride])
+        decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
+    return MixedLayer(weight, bias, compressor, decompressor)
+
+
+def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
+    """Return the matrices that select the kept channels, one block a group: shape (groups, kept a group, width)."""
+    inside = torch.tensor(kept).view(groups, -1) - width * torch.arange(groups)[:, None]
+    return nn.functional.one_hot(inside, width)
+
+
+def _stride(plan: PruningPlan, axis: LayerAxis) -> int:
+    """Return how many neighbouring positions of an input axis belong to one channel: above 1 behind a flattening."""
+    members = [member for group in plan.groups for member in group.members if member.axis == axis]
+    strides = {len(member.positions) // len(set(member.channels)) for member in members}
+    stride = strides.pop()
+    regular = not strides and all(
+        len({c for p, c in zip(m.positions, m.channels, strict=True) if p // stride == unit}) == 1
+        for m in members
+        for unit in {p // stride for p in m.positions}
+    )
+    if not regular:
+        raise ValueError(f"layer {axis.layer!r}: its inputs do not come in equal runs a channel; they cannot be mixed")
+    return stride
+
+
+def _detach(layer: nn.Module, mixed: MixedLayer) -> None:
+    """Take the parameters that are mixed out of a skeleton's layer; empty buffers hold their place."""
+    for name in ("weight", "bias") if mixed.bias is not None else ("weight",):
+        parameter = own_parameters(layer)[name]
+        delattr(layer, name)
+        layer.register_buffer(name, parameter.new_empty(0), persistent=False)
+
+
+def _restore_order(layer: nn.Module) -> None:
+    """Put weight before bias again, so that parameters come in the same order as in the pruned model."""
+    for name in ("weight", "bias"):
+        if name in layer._parameters:
+            layer._parameters[name] = layer._parameters.pop(name)
