@@ -1,1 +1,39 @@
-"""Structural pruning after Optimal Brain Connection (Chen et al. 2025)."""
+"""Structural pruning after Optimal Brain Connection (Chen et al. 2025, arXiv 2508.05521).
+
+The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `EquivalentModel` -> `fit` -> `merge` ->
+`save_pruned`. Everything is a function on values that a script, a notebook or a widget calls alike.
+"""
+
+from importlib import import_module
+
+_NAMES = {
+    "criteria": ("CRITERIA", "Criterion", "Scores", "score_groups"),
+    "data": ("load_data", "take"),
+    "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
+    "equivalent": ("EquivalentModel",),
+    "groups": ("ChannelGroup", "Member", "find_groups"),
+    "jacobian": ("JacobianProducts", "jacobian_products"),
+    "layers": ("LayerAxis",),
+    "measure": ("Cost", "Metrics", "cost", "cost_model", "evaluate", "latency"),
+    "models": ("load_model",),
+    "order": ("make_plan",),
+    "plan": ("PruningPlan",),
+    "pruning": ("prune", "prune_to"),
+    "store": ("load_pruned", "save_pruned"),
+    "training": ("History", "Recipe", "fit"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .groups import ChannelGroup, Member
-from .jacobian import Objective, Rows, classification, parameter_slots, stream_products
+from .jacobian import Objective, Rows, batch_loss, classification, parameter_slots, stream_products
 from .layers import Axis, LayerAxis, UnknownNameError, channel_view, get_layer, layer_axes, own_parameters
+from .state import differentiable, evaluating, numbered
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first")
 NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parameters")
@@ -228,7 +229,12 @@ def score_groups(
 
 
 def _saliencies(
-    model: nn.Module, groups: Sequence[ChannelGroup], criterion: Criterion, batches: Any, objective: Objective, seed: int
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Criterion,
+    batches: Any,
+    objective: Objective,
+    seed: int,
 ) -> dict[LayerAxis, Tensor]:
     """Return the criterion's saliency of every axis that it scores, on the CPU in float64."""
     axes = _scored_axes(model, groups, criterion)
@@ -275,6 +281,30 @@ def sum_squares(stream: Iterable[Mapping[LayerAxis, Tensor]]) -> dict[LayerAxis,
     return totals
 
 
+def mean_gradients(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[str], *, objective: Objective = classification
+) -> dict[str, dict[str, Tensor]]:
+    """Return the gradient of the mean loss over all batches: layer -> parameter name -> gradient.
+
+    Batches weigh equally. Raises ValueError as `stream_products` does.
+    """
+    owners = {name: own_parameters(get_layer(model, name)) for name in layers}
+    named = {(name, key): p for name, own in owners.items() for key, p in own.items()}
+    parameters = list(dict.fromkeys(named.values()))
+    totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    with evaluating(model), differentiable(model, parameters):
+        for count, batch in numbered(batches):
+            loss = batch_loss(model, batch, objective, count)
+            for total, gradient in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                if gradient is not None:
+                    total += gradient
+    gradients = dict(zip(parameters, totals, strict=True))
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (name, key), parameter in named.items():
+        found[name][key] = gradients[parameter] / count
+    return dict(found)
+
+
 def reduce_members(
     group: ChannelGroup, members: Sequence[Member], saliencies: Mapping[LayerAxis, Tensor], reduction: str
 ) -> Tensor:
@@ -294,7 +324,7 @@ def _by_channel(width: int, member: Member, saliency: Tensor) -> Tensor:
 
 
 def normalize(score: Tensor, normalizer: str | None, parameters: int) -> Tensor:
-    """Scale the scores of one group; the names and formulas are torch_pruning's, and "parameters" (see `score_groups`)."""
+    """Scale the scores of one group (see `score_groups` for the normalizers)."""
     if normalizer is None:
         return score
     if normalizer == "gaussian":

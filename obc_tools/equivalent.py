@@ -13,7 +13,7 @@ be mixed; they are plainly selected.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -83,12 +83,14 @@ class EquivalentModel(nn.Module):
         super().__init__()
         self.skeleton = prune(model, plan)
         self.mixed = nn.ModuleDict()
+        tied = _tied_parameters(model)
         kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for axis, positions in plan.shrunk.items():
             kept[axis.layer][axis.axis] = positions
         for name, positions in kept.items():
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
+                _refuse_tied(model, name, tied)
                 self.mixed[_key(name)] = mixed
                 _detach(self.skeleton.get_submodule(name), mixed)
         self.train(model.training)
@@ -149,9 +151,7 @@ def _name(key: str) -> str:
     return key.strip("/").replace("/", ".")
 
 
-def _mix(
-    model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]
-) -> MixedLayer | None:
+def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]) -> MixedLayer | None:
     """Return the mixed form of a layer of the unpruned model, or None where nothing that it lost can be mixed."""
     layer = get_layer(model, name)
     axes = layer_axes(layer, name)
@@ -175,6 +175,18 @@ def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
     """Return the matrices that select the kept channels, one block a group: shape (groups, kept a group, width)."""
     inside = torch.tensor(kept).view(groups, -1) - width * torch.arange(groups)[:, None]
     return nn.functional.one_hot(inside, width)
+
+
+def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that more than one layer holds."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _refuse_tied(model: nn.Module, name: str, tied: set[nn.Parameter]) -> None:
+    for leaf, parameter in own_parameters(get_layer(model, name)).items():
+        if parameter in tied:
+            raise ValueError(f"layer {name!r}: its {leaf} is shared with another layer and cannot be mixed; ignore it")
 
 
 def _stride(plan: PruningPlan, axis: LayerAxis) -> int:

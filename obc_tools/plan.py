@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,7 +146,14 @@ class PruningPlan:
     def to_frame(self) -> pd.DataFrame:
         """Return one row a group: its root, channels before and after, the share that stays, and why it is whole."""
         rows = [
-            (str(group.root), group.width, len(kept), len(kept) / group.width, len(group.members), group.kept_whole or "")
+            (
+                str(group.root),
+                group.width,
+                len(kept),
+                len(kept) / group.width,
+                len(group.members),
+                group.kept_whole or "",
+            )
             for group, kept in zip(self.groups, self.kept, strict=True)
         ]
         return pd.DataFrame(rows, columns=["group", "channels", "kept", "share", "members", "kept whole because"])
@@ -169,7 +177,7 @@ class PruningPlan:
 def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
     if not kept:
         raise PlanMismatchError(f"group {group.root}: no channel is kept")
-    if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(kept)):
         raise PlanMismatchError(f"group {group.root}: kept channels must ascend without repetition")
     if kept[0] < 0 or kept[-1] >= group.width:
         bad = kept[-1] if kept[-1] >= group.width else kept[0]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from .criteria import resolve_criterion, score_groups
+from .groups import ChannelGroup, find_groups
+from .jacobian import Objective, classification
 from .layers import get_layer, layer_axes, select_channels, shrink_layer
-from .plan import PruningPlan
+from .measure import Cost, CostModel, cost_model
+from .order import Limits, RemovalOrder, removal_order
+from .plan import PlanMismatchError, PruningPlan
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -20,7 +27,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy.
 
     Raises:
-        PlanMismatchError: the plan does not fit the model (nothing is built then).
+        PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
     """
     plan.validate(model)
     pruned = copy.deepcopy(model)
@@ -33,7 +40,22 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
             _shrink_parameter(pruned, name, axes["out"])
         else:
             shrink_layer(layer, axes, name)
+    _tie(model, pruned)
     return pruned
+
+
+def _tie(model: nn.Module, pruned: nn.Module) -> None:
+    """Let parameters that are one object in the model be one object in the pruned model."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first.setdefault(parameter, name)
+        if source == name:
+            continue
+        ours, theirs = pruned.get_parameter(name), pruned.get_parameter(source)
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+            raise PlanMismatchError(f"{source!r} and {name!r} are one parameter, but the plan prunes them differently")
+        owner, _, leaf = name.rpartition(".")
+        setattr(pruned.get_submodule(owner), leaf, theirs)
 
 
 def _shrink_parameter(model: nn.Module, name: str, kept: tuple[int, ...]) -> None:
@@ -43,3 +65,153 @@ def _shrink_parameter(model: nn.Module, name: str, kept: tuple[int, ...]) -> Non
     index = torch.as_tensor(kept, device=parameter.device)
     value = select_channels(parameter.detach(), slot, index)
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a pruned model must reach: one of a speed-up (times fewer MACs), MACs, parameters, a ratio of channels."""
+
+    speedup: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    ratio: float | None = None
+
+    def __post_init__(self):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
+        ((name, value),) = given.items()
+        if name == "ratio" and not 0 < value < 1:
+            raise ValueError(f"ratio={value}: expected a share of channels in (0, 1)")
+        if name == "speedup" and not value > 1:
+            raise ValueError(f"speedup={value}: expected a number above 1")
+        if not value > 0:
+            raise ValueError(f"{name}={value}: expected a positive number")
+
+    def met(self, cost: Cost, original: Cost) -> bool:
+        """Say whether a cost reaches the target (a ratio is the schedule's own business)."""
+        if self.speedup is not None:
+            return cost.macs * self.speedup <= original.macs * (1 + 1e-12)
+        if self.macs is not None:
+            return cost.macs <= self.macs
+        return self.params is not None and cost.params <= self.params
+
+    def reached(self, cost: Cost, original: Cost) -> str:
+        """Say how far a cost gets, in the target's own terms."""
+        if self.speedup is not None:
+            return f"speedup={original.macs / cost.macs:.4g}"
+        return f"macs={cost.macs:,.0f}" if self.macs is not None else f"params={cost.params:,}"
+
+    def __str__(self) -> str:
+        return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
+
+
+def prune_to(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    criterion: Any = "jacobian",
+    speedup: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    ratio: float | None = None,
+    scope: str = "global",
+    steps: int = 20,
+    schedule_ratio: float = 1.0,
+    last_step: str = "exact",
+    ignore: Iterable[nn.Module | str] = (),
+    round_to: int | None = None,
+    max_ratio: float = 1.0,
+    min_channels: int = 1,
+    group_reduction: str = "sum",
+    normalizer: str | None = None,
+    objective: Objective = classification,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruningPlan:
+    """Find a plan that reaches a target, in steps: score, remove the lowest-scored channels, score what is left again.
+
+    Step k of ``steps`` removes channels until ratio·k/steps of those prunable at the start are gone; the step that
+    would pass the target removes only as many, in score order, as the target needs. `prune(model, plan)` applies the
+    plan.
+
+    Args:
+        model: left unchanged.
+        example_inputs: what one forward pass takes; MACs are counted for one example of it.
+        batches: calibration batches; every step iterates over them anew, so that re-drawn ones are fresh each step.
+        speedup, macs, params, ratio: give exactly one. Original MACs over the pruned model's; MACs of one example;
+            parameters; share of prunable channels removed, in (0, 1).
+        scope: "global", "local" or "isomorphic" (see `order.removal_order`).
+        schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
+        last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
+
+    Raises:
+        ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
+            and what `find_groups` and `score_groups` raise.
+    """
+    target = Target(speedup, macs, params, ratio)
+    if steps < 1 or not 0 < schedule_ratio <= 1 or last_step not in ("exact", "full"):
+        raise ValueError(
+            f"steps={steps}, schedule_ratio={schedule_ratio}, last_step={last_step!r}: steps is at least "
+            "1, schedule_ratio in (0, 1], last_step 'exact' or 'full'"
+        )
+    criterion = resolve_criterion(criterion)
+    groups = find_groups(model, example_inputs, ignore=ignore)
+    costs = cost_model(model, example_inputs)
+    original = costs.of(PruningPlan.whole(groups))
+    limits = Limits(min_channels, max_ratio, round_to)
+    _check_reachable(target, groups, limits, costs, original)
+    initial = {group.root: group.width for group in groups}
+    plan = PruningPlan.whole(groups)
+    final = schedule_ratio if ratio is None else ratio
+    for step in tqdm(range(1, steps + 1), desc=f"pruning to {target}", disable=not progress, leave=False):
+        scores = score_groups(
+            prune(model, plan),
+            plan.pruned_groups(),
+            criterion,
+            batches,
+            group_reduction=group_reduction,
+            normalizer=normalizer,
+            objective=objective,
+            seed=seed + step,
+        )
+        order = removal_order(scores, scope=scope, limits=limits, initial=initial)
+        units = order.up_to(final * step / steps)
+        candidate = plan.then(order.plan(units))
+        if target.met(costs.of(candidate), original):
+            return candidate if last_step == "full" else _just_enough(plan, order, units, target, costs, original)
+        plan = candidate
+    if ratio is None:
+        best = target.reached(costs.of(plan), original)
+        raise ValueError(f"{target} is not met: the schedule ends at schedule_ratio={final:g} with {best}")
+    return plan
+
+
+def _just_enough(
+    plan: PruningPlan, order: RemovalOrder, units: int, target: Target, costs: CostModel, original: Cost
+) -> PruningPlan:
+    """Return the plan that removes the fewest units, in order, that meet the target; bisection over `units`."""
+    low, high = 0, units
+    while low < high:
+        middle = (low + high) // 2
+        if target.met(costs.of(plan.then(order.plan(middle))), original):
+            high = middle
+        else:
+            low = middle + 1
+    return plan.then(order.plan(low))
+
+
+def _check_reachable(
+    target: Target, groups: tuple[ChannelGroup, ...], limits: Limits, costs: CostModel, original: Cost
+) -> None:
+    """Raise ValueError when even removing all that the limits allow would not meet the target."""
+    if not any(group.prunable for group in groups):
+        reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in groups})[:5])
+        raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
+    if target.ratio is not None:
+        return
+    order = removal_order({group: torch.zeros(group.width) for group in groups}, limits=limits)
+    best = costs.of(order.plan(len(order.units)))
+    if not target.met(best, original):
+        raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(best, original)}")

@@ -52,3 +52,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Iterate over batches with their numbers from 1; raise ValueError when there are none."""
+    number = 0
+    for number, batch in enumerate(batches, start=1):
+        yield number, batch
+    if number == 0:
+        raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")

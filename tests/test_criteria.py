@@ -1,0 +1,163 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import mlp_layernorm, network, small_vgg
+from torch import nn
+
+from obc_tools import CRITERIA, Criterion, LayerAxis, find_groups, score_groups
+from obc_tools.criteria import NORMALIZERS, REDUCTIONS
+
+DATA = Path(__file__).parent / "data"
+
+
+def golden(name, build):
+    """Return the model, its batches and the expected vectors of a golden file."""
+    file = np.load(DATA / f"{name}.npz")
+    arrays = {key: torch.from_numpy(file[key]) for key in file.files}
+    model = build()
+    model.load_state_dict({key[6:]: value for key, value in arrays.items() if key.startswith("state/")})
+    size = int(arrays["batch_size"])
+    batches = list(zip(arrays["images"].split(size), arrays["labels"].split(size), strict=True))
+    return model.eval(), batches, arrays
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "count"), [("small_vgg", small_vgg, 108), ("mlp_layernorm", mlp_layernorm, 60)]
+)
+def test_group_scores_match_the_published_code(name, build, count):
+    model, batches, arrays = golden(name, build)
+    groups = {group.root.layer: group for group in find_groups(model, batches[0][0])}
+    keys = [key for key in arrays if key.startswith("group/")]
+    assert len(keys) == count
+    for key in keys:
+        _, root, _, reduction, normalizer = key.split("/")
+        options = {"group_reduction": reduction, "normalizer": None if normalizer == "None" else normalizer}
+        score = score_groups(model, [groups[root]], "jacobian", batches, **options)[groups[root]]
+        scale = arrays[key].abs().max().item()
+        torch.testing.assert_close(score / scale, arrays[key].double() / scale, rtol=0, atol=1e-5, msg=key)
+
+
+def test_batches_weigh_as_rows():
+    model, batches, _ = golden("small_vgg", small_vgg)
+    groups = find_groups(model, batches[0][0])
+    whole = score_groups(model, groups, "jacobian", batches)
+    apart = [score_groups(model, groups, "jacobian", [batch]) for batch in batches]
+    for group in groups:
+        if group.prunable:
+            torch.testing.assert_close(whole[group], sum(part[group] for part in apart))
+
+
+def test_reductions_combine_the_members():
+    model, images = network("concat")
+    group = next(group for group in find_groups(model, images) if group.root == LayerAxis("left", "out"))
+    member = {"left": None, "norm": None, "last": None}
+    for layer in member:
+        alone = Criterion("l1", "weights", CRITERIA["l1"].saliency, lambda m, layer=layer: m is getattr(model, layer))
+        member[layer] = score_groups(model, [group], alone)[group]
+    parts = torch.stack(list(member.values()))
+    expected = {
+        "sum": parts.sum(0),
+        "mean": parts.mean(0),
+        "max": parts.amax(0),
+        "prod": parts.prod(0),
+        "first": parts[0],
+    }
+    assert set(expected) == set(REDUCTIONS)
+    for reduction, value in expected.items():
+        torch.testing.assert_close(score_groups(model, [group], "l1", group_reduction=reduction)[group], value)
+
+
+def test_parameters_normalizer_counts_one_channel_of_the_whole_group():
+    model, images = network("small_vgg")
+    group = next(group for group in find_groups(model, images) if group.root == LayerAxis("7", "out"))
+    plain = score_groups(model, [group], "l2")[group]
+    scaled = score_groups(model, [group], "l2", normalizer="parameters")[group]
+    torch.testing.assert_close(plain / scaled, torch.full((16,), 12 * 9 + 1 + 16 * 24.0, dtype=torch.float64))
+
+
+def test_weight_criteria_by_hand():
+    model, images = network("small_vgg")
+    group = find_groups(model, images)[0]
+    conv, norm, after = model[0].weight, model[1].weight, model[3].weight
+    l1 = conv.abs().sum((1, 2, 3)) + norm.abs() + after.abs().sum((0, 2, 3))
+    l2 = conv.square().sum((1, 2, 3)) + norm.square() + after.square().sum((0, 2, 3))
+    torch.testing.assert_close(score_groups(model, [group], "l1")[group], l1.detach())
+    torch.testing.assert_close(score_groups(model, [group], "l2")[group], l2.detach())
+    torch.testing.assert_close(score_groups(model, [group], "bn_scale")[group], norm.detach().abs())
+
+
+def test_taylor_by_hand():
+    model, images = network("small_vgg")
+    labels = torch.tensor([1, 2, 3, 4])
+    group = find_groups(model, images)[0]
+    score = score_groups(model, [group], "taylor", [(images, labels), (images * 2, labels)])[group]
+    loss = sum(nn.functional.cross_entropy(model(x), labels) for x in (images, images * 2)) / 2
+    loss.backward()
+    conv, norm, after = model[0], model[1], model[3]
+    expected = (conv.weight * conv.weight.grad).abs().sum((1, 2, 3)) + (conv.bias * conv.bias.grad).abs()
+    expected += (norm.weight * norm.weight.grad).abs() + (norm.bias * norm.bias.grad).abs()
+    expected += (after.weight * after.weight.grad).abs().sum((0, 2, 3))
+    torch.testing.assert_close(score, expected.detach())
+
+
+def test_random_follows_the_seed():
+    model, images = network("small_vgg")
+    group = find_groups(model, images)[0]
+    first, again, other = (score_groups(model, [group], "random", seed=seed)[group] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_function_of_weights_is_a_criterion():
+    model, images = network("residual")
+    groups = find_groups(model, images)
+    ours = score_groups(model, groups, lambda weights: weights.abs().sum(1))
+    theirs = score_groups(model, groups, "l1")
+    assert all(torch.equal(ours[group], theirs[group]) for group in groups)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_scores_every_group(criterion):
+    model, images = network("residual")
+    groups = find_groups(model, images)
+    batches = [(images, torch.tensor([0, 1, 2, 3]))]
+    for normalizer in NORMALIZERS:
+        scores = score_groups(model, groups, criterion, batches, normalizer=normalizer)
+        assert all(scores[group].shape == (group.width,) for group in groups)
+        assert all(scores[group].std() > 0 for group in groups if group.prunable)
+    assert criterion in repr(scores) and "<table" in scores._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "options", "message"),
+    [
+        ("jacobain", {}, "unknown criterion 'jacobain'; closest: jacobian"),
+        ("jacobian", {"batches": None}, "criterion 'jacobian' needs products: give it batches"),
+        ("jacobian", {"batches": []}, "the batches yield no data"),
+        ("taylor", {"batches": []}, "the batches yield no data"),
+        ("l1", {"group_reduction": "median"}, "unknown group_reduction 'median'"),
+        ("l1", {"normalizer": "standardization"}, "unknown normalizer 'standardization'; closest: standarization"),
+        (3, {}, "criterion 3: expected a name"),
+        (lambda weights: weights, {}, "gave"),
+        (lambda weights: weights.sum(1) / 0, {}, "is not finite"),
+    ],
+)
+def test_bad_requests_are_refused(criterion, options, message):
+    model, images = network("small_vgg")
+    batches = [(images, torch.tensor([0, 1, 2, 3]))]
+    with pytest.raises(ValueError, match=message):
+        score_groups(model, find_groups(model, images), criterion, **({"batches": batches} | options))
+
+
+def test_labels_out_of_range_and_nan_weights_are_named():
+    model, images = network("small_vgg")
+    groups = find_groups(model, images)
+    with pytest.raises(ValueError, match="label 12 for a model with 10 outputs"):
+        score_groups(model, groups, "jacobian", [(images, torch.tensor([0, 12, 2, 3]))])
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="batch 1: the loss is nan"):
+        score_groups(model, groups, "jacobian", [(images, torch.tensor([0, 1, 2, 3]))])
+    with pytest.raises(ValueError, match=r"the score of 3\.in is not finite"):
+        score_groups(model, groups, "l1")
