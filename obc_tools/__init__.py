@@ -7,7 +7,7 @@ The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `Eq
 from importlib import import_module
 
 _NAMES = {
-    "criteria": ("CRITERIA", "Criterion", "Scores", "score_groups"),
+    "criteria": ("CRITERIA", "Criterion"),
     "data": ("load_data", "take"),
     "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
     "equivalent": ("EquivalentModel",),
@@ -19,6 +19,7 @@ _NAMES = {
     "order": ("make_plan",),
     "plan": ("PruningPlan",),
     "pruning": ("prune", "prune_to"),
+    "scores": ("Scores", "score_groups"),
     "store": ("load_pruned", "save_pruned"),
     "training": ("History", "Recipe", "fit"),
 }

@@ -26,7 +26,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -233,7 +233,7 @@ def layer_axes(layer: nn.Module | nn.Parameter, name: str = "") -> dict[str, Axi
 
 def _with_slots(axis: Axis, tensors: Mapping[str, Tensor]) -> Axis:
     present = tuple(slot for slot in axis.slots if slot.tensor in tensors)
-    return Axis(axis.width, present, axis.attributes, axis.mixable, axis.blocks)
+    return replace(axis, slots=present)
 
 
 def scored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -329,3 +329,17 @@ def from_mixing(layer: nn.Module, mixed: Tensor) -> Tensor:
         return mixed[0].transpose(1, 2).flatten(1)
     grouped = mixed.permute(0, 3, 1, 2) if layer.transposed else mixed.permute(0, 1, 3, 2)
     return grouped.flatten(0, 1).unflatten(2, layer.kernel_size).contiguous()
+
+
+def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
+    """Return one axis of a layer by its name.
+
+    Besides "out" and "in" there are their parts "out_w" and "out_b", without and with nothing but the bias.
+    """
+    key, _, part = name.axis.partition("_")
+    axes = layer_axes(layer, name.layer)
+    if key not in axes or part not in ("", "w", "b"):
+        raise UnknownNameError("axis", str(name), [f"{name.layer}.{known}" for known in axes])
+    if not part:
+        return axes[key]
+    return replace(axes[key], slots=tuple(s for s in axes[key].slots if s.tensor.endswith("bias") == (part == "b")))

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .criteria import resolve_criterion, score_groups
+from .criteria import resolve_criterion
 from .groups import ChannelGroup, find_groups
 from .jacobian import Objective, classification
 from .layers import get_layer, layer_axes, select_channels, shrink_layer
 from .measure import Cost, CostModel, cost_model
 from .order import Limits, RemovalOrder, removal_order
 from .plan import PlanMismatchError, PruningPlan
+from .scores import score_groups
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:

@@ -7,7 +7,9 @@ from networks import mlp_layernorm, network, small_vgg
 from torch import nn
 
 from obc_tools import CRITERIA, Criterion, LayerAxis, find_groups, score_groups
-from obc_tools.criteria import NORMALIZERS, REDUCTIONS
+from obc_tools.evidence import sum_squares
+from obc_tools.jacobian import stream_products
+from obc_tools.scores import NORMALIZERS, REDUCTIONS
 
 DATA = Path(__file__).parent / "data"
 
@@ -161,3 +163,69 @@ def test_labels_out_of_range_and_nan_weights_are_named():
         score_groups(model, groups, "jacobian", [(images, torch.tensor([0, 1, 2, 3]))])
     with pytest.raises(ValueError, match=r"the score of 3\.in is not finite"):
         score_groups(model, groups, "l1")
+
+
+@pytest.mark.parametrize(("name", "build"), [("small_vgg", small_vgg), ("mlp_layernorm", mlp_layernorm)])
+@pytest.mark.parametrize(
+    ("prefix", "criterion"), [("split_group", ("jacobian", {"split_bias": True})), ("whc_group", "whc")]
+)
+def test_published_variants_match(name, build, prefix, criterion):
+    model, batches, arrays = golden(name, build)
+    groups = {group.root.layer: group for group in find_groups(model, batches[0][0])}
+    keys = [key for key in arrays if key.startswith(f"{prefix}/")]
+    assert keys
+    for key in keys:
+        group = groups[key.split("/")[1]]
+        scale = arrays[key].abs().max().item()
+        score = score_groups(model, [group], criterion, batches)[group]
+        torch.testing.assert_close(score / scale, arrays[key].double() / scale, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(("name", "build"), [("small_vgg", small_vgg), ("mlp_layernorm", mlp_layernorm)])
+def test_weights_and_biases_apart_match(name, build):
+    model, batches, arrays = golden(name, build)
+    keys = {LayerAxis(*key.split("/")[1:]): key for key in arrays if key.startswith("split/")}
+    assert {axis.axis for axis in keys} == {"out_w", "out_b", "in"}
+    squares = sum_squares(stream_products(model, batches, list(keys)))
+    for axis, key in keys.items():
+        scale = arrays[key].abs().max().item()
+        torch.testing.assert_close(squares[axis] / scale, arrays[key].double() / scale, rtol=0, atol=1e-5, msg=key)
+
+
+def test_group_coupling_keeps_the_cross_terms():
+    model, images = network("small_vgg")
+    batches = [(images[:2], torch.tensor([1, 2])), (images[2:], torch.tensor([3, 4]))]
+    group = next(group for group in find_groups(model, images) if group.root == LayerAxis("7", "out"))
+    score = score_groups(model, [group], ("jacobian", {"coupling": "group"}), batches)[group]
+    expected = torch.zeros(16, dtype=torch.float64)
+    for x, y in batches:
+        conv, linear = model[7], model[11]
+        loss = nn.functional.cross_entropy(model(x), y)
+        cw, cb, lw = torch.autograd.grad(loss, (conv.weight, conv.bias, linear.weight))
+        joined = (cw * conv.weight).sum((1, 2, 3)) + cb * conv.bias
+        joined = joined + (lw * linear.weight).sum(0).view(16, 16).sum(1)
+        expected += joined.detach().square()
+    torch.testing.assert_close(score, expected)
+
+
+def test_a_criterion_may_have_its_own_data_budget():
+    model, images = network("small_vgg")
+    batches = [(images, torch.tensor([1, 2, 3, 4])), (images * 2, torch.tensor([1, 2, 3, 4]))]
+    groups = find_groups(model, images)[:1]
+    ours = score_groups(model, groups, ("jacobian", {"batches": 1}), batches)[groups[0]]
+    assert torch.equal(ours, score_groups(model, groups, "jacobian", batches[:1])[groups[0]])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "options", "message"),
+    [
+        (("jacobian", {"coupling": "groups"}), {}, "unknown coupling 'groups'; closest: group"),
+        (("jacobian", {"coupling": "group"}), {"group_reduction": "mean"}, "already joins the members"),
+        (("jacobian", {"split_bias": True, "rows": "sample"}), {}, "split_bias goes with rows='batch'"),
+        (("l1", {"coupling": "group"}), {}, "coupling and split_bias go with products"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(criterion, options, message):
+    model, images = network("small_vgg")
+    with pytest.raises(ValueError, match=message):
+        score_groups(model, find_groups(model, images), criterion, [(images, torch.tensor([0, 1, 2, 3]))], **options)

@@ -1,0 +1,207 @@
+"""Scores of groups: the saliencies of a group's members, combined over the members and scaled within the group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .criteria import Criterion, Evidence, resolve_criterion
+from .evidence import mean_gradients, sum_group_squares, sum_squares
+from .groups import ChannelGroup, Member
+from .jacobian import Objective, classification, parameter_slots, stream_products
+from .layers import Axis, LayerAxis, UnknownNameError, find_axis, get_layer, own_parameters
+
+REDUCTIONS = ("sum", "mean", "max", "prod", "first")
+NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parameters")
+
+
+@dataclass(frozen=True)
+class Scores(Mapping[ChannelGroup, Tensor]):
+    """The score of every channel of every group: a mapping ChannelGroup -> tensor of shape (width,)."""
+
+    values_: Mapping[ChannelGroup, Tensor]
+    criterion: str
+
+    def __getitem__(self, group: ChannelGroup) -> Tensor:
+        return self.values_[group]
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a channel: group, channel, score."""
+        rows = [(str(g.root), i, v) for g, score in self.items() for i, v in enumerate(score.tolist())]
+        return pd.DataFrame(rows, columns=["group", "channel", "score"])
+
+    def __repr__(self) -> str:
+        return f"Scores({self.criterion}, {len(self)} groups, {sum(group.width for group in self)} channels)"
+
+    def _repr_html_(self) -> str:
+        summary = self.to_frame().groupby("group", sort=False)["score"].describe()[["count", "min", "50%", "max"]]
+        return f"<b>{self!r}</b>{summary.to_html(float_format='{:.3g}'.format)}"
+
+
+def score_groups(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    group_reduction: str = "sum",
+    normalizer: str | None = None,
+    objective: Objective = classification,
+    seed: int = 0,
+) -> Scores:
+    """Score every channel of every group.
+
+    A member's score of a channel is the sum over the channel's positions of the criterion's saliency; the group's
+    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group.
+
+    Args:
+        criterion: a name of `CRITERIA`, (name, options), a `Criterion`, or a function of weights (channels, d).
+        batches: calibration batches, for criteria that need gradients or products.
+        group_reduction: "sum", "mean", "max", "prod" or "first", over the members.
+        normalizer: None, "sum", "mean", "max", "gaussian" or "standarization" as torch_pruning defines them, or
+            "parameters": divide by the number of parameters of one channel of the group.
+
+    Returns:
+        Scores, every tensor on the CPU in float64.
+
+    Raises:
+        ValueError: unknown names, no batches where they are needed, a group none of whose members can be scored, or
+            a score that is not finite (says the layer).
+    """
+    criterion = resolve_criterion(criterion)
+    _check_request(criterion, batches, group_reduction, normalizer)
+    if batches is not None and criterion.batches is not None:
+        batches = islice(batches, criterion.batches)
+    whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
+    parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
+    for group, members in parts.items():
+        if not members:
+            raise ValueError(f"group {group.root}: criterion {criterion.name!r} scores none of its members")
+    if criterion.coupling == "group":
+        axes = _axes(model, parts)
+        stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
+        combined = sum_group_squares(list(parts), stream)
+    else:
+        saliencies = _saliencies(model, _axes(model, parts), criterion, batches, objective, seed)
+        combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
+    scaled = {
+        group: normalize(score, normalizer, _channel_parameters(model, group)) for group, score in combined.items()
+    }
+    return Scores({group: (scaled | whole)[group] for group in groups}, criterion.name)
+
+
+def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
+    if group_reduction not in REDUCTIONS:
+        raise UnknownNameError("group_reduction", group_reduction, REDUCTIONS)
+    if normalizer not in NORMALIZERS:
+        raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
+    if criterion.needs != "weights" and batches is None:
+        raise ValueError(f"criterion {criterion.name!r} needs {criterion.needs}: give it batches")
+    if criterion.coupling == "group" and group_reduction != "sum":
+        raise ValueError(
+            f"group_reduction={group_reduction!r}: coupling='group' already joins the members; leave 'sum'"
+        )
+
+
+def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[Member]:
+    """Return the members of a group that a criterion scores; with split_bias, weights and biases apart."""
+    parts = []
+    for member in group.members:
+        layer = get_layer(model, member.axis.layer)
+        if not criterion.applies(layer):
+            continue
+        keys = [member.axis]
+        if criterion.split_bias and member.axis.axis == "out":
+            keys = [LayerAxis(member.axis.layer, "out_w"), LayerAxis(member.axis.layer, "out_b")]
+        parts += [replace(member, axis=key) for key in keys if parameter_slots(layer, find_axis(layer, key))]
+    return parts
+
+
+def _axes(model: nn.Module, parts: Mapping[ChannelGroup, Sequence[Member]]) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
+    names = dict.fromkeys(member.axis for members in parts.values() for member in members)
+    layers = {name: get_layer(model, name.layer) for name in names}
+    return {name: (layer, find_axis(layer, name)) for name, layer in layers.items()}
+
+
+def _saliencies(
+    model: nn.Module,
+    axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
+    criterion: Criterion,
+    batches: Any,
+    objective: Objective,
+    seed: int,
+) -> dict[LayerAxis, Tensor]:
+    """Return the criterion's saliency of every axis, on the CPU in float64."""
+    products: dict[LayerAxis, Tensor] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
+    if criterion.needs == "products":
+        products = sum_squares(stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective))
+    if criterion.needs == "gradients":
+        gradients = mean_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
+    generator = torch.Generator().manual_seed(seed)
+    saliencies = {}
+    for name, (layer, axis) in axes.items():
+        evidence = Evidence(layer, axis, gradients.get(name.layer, {}), products.get(name), generator)
+        value = criterion.saliency(layer, axis, evidence).detach().double().cpu()
+        if value.shape != (axis.width,):
+            raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not ({axis.width},)")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"criterion {criterion.name!r}: the score of {name} is not finite; check its weights")
+        saliencies[name] = value
+    return saliencies
+
+
+def reduce_members(
+    group: ChannelGroup, members: Sequence[Member], saliencies: Mapping[LayerAxis, Tensor], reduction: str
+) -> Tensor:
+    """Combine the saliencies of a group's members into one score a channel, shape (width,)."""
+    stacked = torch.stack([_by_channel(group.width, member, saliencies[member.axis]) for member in members])
+    if reduction == "first":
+        return stacked[0]
+    if reduction == "max":
+        return stacked.amax(0)
+    return getattr(stacked, reduction)(0)
+
+
+def _by_channel(width: int, member: Member, saliency: Tensor) -> Tensor:
+    """Sum an axis' saliency over the positions of each of the group's channels."""
+    at = saliency[torch.tensor(member.positions)]
+    return torch.zeros(width, dtype=at.dtype).index_add_(0, torch.tensor(member.channels), at)
+
+
+def normalize(score: Tensor, normalizer: str | None, parameters: int) -> Tensor:
+    """Scale the scores of one group (see `score_groups` for the normalizers)."""
+    if normalizer is None:
+        return score
+    if normalizer == "gaussian":
+        return (score - score.mean()) / (score.std() + 1e-8)
+    if normalizer == "standarization":
+        return (score - score.min()) / (score.max() - score.min() + 1e-8)
+    if normalizer == "parameters":
+        return score / parameters
+    scale = getattr(score, normalizer)()
+    return score / scale if scale != 0 else score
+
+
+def _channel_parameters(model: nn.Module, group: ChannelGroup) -> int:
+    """Count the parameters of one channel of a group, over all its members and positions."""
+    total = 0
+    for member in group.members:
+        layer = get_layer(model, member.axis.layer)
+        axis = find_axis(layer, member.axis)
+        slots = parameter_slots(layer, axis)
+        one = sum(own_parameters(layer)[slot.tensor].numel() // axis.width for slot in slots)
+        total += one * len(member.positions) // group.width
+    return total
