@@ -19,7 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .layers import LayerAxis, UnknownLayerError, UnknownNameError, get_layer, layer_axes
+from .layers import LAYERS, LayerAxis, UnknownLayerError, UnknownNameError, get_layer, layer_axes
 from .state import call_model
 
 ModuleCall = tuple[str, int]
@@ -266,7 +266,10 @@ class _GraphReader:
     def _members(self, item: Any, reasons: list[str]) -> list[Member]:
         """Return the members that one item of torch_pruning's group stands for; add a reason where there are none."""
         module, handler = item.dep.target.module, item.dep.handler
-        name, kind = self.layer_names[module], type(module).__name__
+        name = self.layer_names[module]
+        if isinstance(module, nn.Parameter):
+            name, module = _owner(self.model, name, module)
+        kind = type(module).__name__
         key = "out" if self.graph.is_out_channel_pruning_fn(handler) else "in"
         positions, channels = tuple(item.idxs), tuple(item.root_idxs)
         if None in channels:
@@ -280,7 +283,7 @@ class _GraphReader:
         if not axes:
             return []
         members = []
-        for layer, axis, width in _expand(module, name, key, axes):
+        for layer, axis, width in expand_axes(module, name, key):
             if max(positions) >= width:
                 reasons.append(f"position {max(positions)} on {layer}.{axis} of width {width}")
                 continue
@@ -290,14 +293,22 @@ class _GraphReader:
         return members
 
 
-def _expand(module: nn.Module, name: str, key: str, axes: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """Return (layer, axis, width) of all axes that torch_pruning treats as one item."""
+def _owner(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, nn.Module | nn.Parameter]:
+    """Return the layer of a known type that owns a parameter torch_pruning takes for a bare one, else itself."""
+    owner = name.rpartition(".")[0]
+    layer = model.get_submodule(owner)
+    return (owner, layer) if isinstance(layer, tuple(LAYERS)) else (name, parameter)
+
+
+def expand_axes(module: nn.Module | nn.Parameter, name: str, key: str) -> list[tuple[str, str, int]]:
+    """Return (layer, axis, width) of all axes that torch_pruning treats as one item, given its module and direction."""
     if isinstance(module, nn.MultiheadAttention):
         both = [(name, "in", module.embed_dim), (name, "out", module.embed_dim)]
         projection = f"{name}.out_proj" if name else "out_proj"
         return [*both, (projection, "in", module.embed_dim), (projection, "out", module.embed_dim)]
+    axes = layer_axes(module, name)
     key = key if key in axes else "out"
-    return [(name, key, axes[key].width)]
+    return [(name, key, axes[key].width)] if axes else []
 
 
 def _root(group: Any) -> LayerAxis:

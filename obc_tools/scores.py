@@ -167,7 +167,12 @@ def reduce_members(
     group: ChannelGroup, members: Sequence[Member], saliencies: Mapping[LayerAxis, Tensor], reduction: str
 ) -> Tensor:
     """Combine the saliencies of a group's members into one score a channel, shape (width,)."""
-    stacked = torch.stack([_by_channel(group.width, member, saliencies[member.axis]) for member in members])
+    return combine([_by_channel(group.width, member, saliencies[member.axis]) for member in members], reduction)
+
+
+def combine(parts: Sequence[Tensor], reduction: str) -> Tensor:
+    """Combine the members' scores, each of shape (width,), into one of that shape."""
+    stacked = torch.stack(list(parts))
     if reduction == "first":
         return stacked[0]
     if reduction == "max":
