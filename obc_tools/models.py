@@ -1,0 +1,312 @@
+"""Networks: our own for CIFAR-sized images, and one door to torchvision's and timm's.
+
+``load_model("resnet56")`` builds a network, ``load_model("resnet56", weights="file.pth")`` fills it from a file. The
+state-dict keys of our ResNets and VGGs are those of the checkpoints published with Chen et al. (2025), and so are
+their modules: pooling is functional in the ResNets and made of modules in the VGGs, because torch_pruning's MACs, in
+which the paper's targets are given, count modules only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from .weights import load_weights, read_weights
+
+OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
+
+VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+# The release that the README of the paper's published code points to.
+PUBLISHED_ADDRESS = "https://github.com/ShaowuChen/Optimal_Brain_Connection/releases/download/v0/"
+PUBLISHED_KINDS = ("published", "published-sparse")
+PUBLISHED_FILES = {
+    ("published", "resnet56"): "cifar10_resnet56.pth",
+    ("published", "vgg19"): "cifar100_vgg19.pth",
+    ("published-sparse", "resnet56"): "reg_cifar10_resnet56_Jacobian_0.0005.pth",
+    ("published-sparse", "vgg19"): "reg_cifar100_vgg19_Jacobian_0.0005.pth",
+}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; where the shape changes, a strided 1x1 convolution and a norm (option B)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            convolution = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.downsample(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for CIFAR-sized images, He et al. (2016), section 4.2, with option-B shortcuts.
+
+    Args:
+        depth: Number of layers, 6k + 2: three stages of k blocks.
+        num_classes: Number of outputs.
+        in_channels: Channels of an image.
+        width: Channels of the first stage; the other two have twice and four times as many.
+
+    Maps images (n, in_channels, height, width), 8 pixels or more a side, to logits (n, num_classes).
+    ResNet-56 with 10 classes has 855,770 parameters.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, width: int = 16) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"a CIFAR ResNet has 6k + 2 layers (20, 32, 44, 56, 110, ...), not {depth}")
+        _check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
+        _initialize_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class CifarVGG(nn.Module):
+    """VGG with batch normalisation for CIFAR-sized images, after Simonyan and Zisserman (2015), table 1.
+
+    One linear layer follows a global average pooling, and there is no pooling between the last two blocks. A block
+    ends with its last norm; ``forward`` applies that norm's ReLU before pooling.
+
+    Args:
+        depth: 11, 13, 16 or 19.
+        num_classes: Number of outputs.
+        in_channels: Channels of an image.
+        width: Channels of the first block; the others have 2, 4, 8 and 8 times as many.
+
+    Maps images (n, in_channels, height, width), 8 pixels or more a side, to logits (n, num_classes).
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, width: int = 64) -> None:
+        if depth not in VGG_CONVOLUTIONS:
+            raise ValueError(f"a VGG has {', '.join(map(str, VGG_CONVOLUTIONS))} layers, not {depth}")
+        _check_positive(num_classes=num_classes, in_channels=in_channels, width=width)
+        super().__init__()
+        convolutions = VGG_CONVOLUTIONS[depth]
+        self.block0 = _vgg_block(in_channels, width, convolutions[0])
+        self.block1 = _vgg_block(width, 2 * width, convolutions[1])
+        self.block2 = _vgg_block(2 * width, 4 * width, convolutions[2])
+        self.block3 = _vgg_block(4 * width, 8 * width, convolutions[3])
+        self.block4 = _vgg_block(8 * width, 8 * width, convolutions[4])
+        self.pool0 = nn.MaxPool2d(2)
+        self.pool1 = nn.MaxPool2d(2)
+        self.pool2 = nn.MaxPool2d(2)
+        self.pool4 = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(8 * width, num_classes)
+        _initialize_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool0(F.relu(self.block0(x)))
+        x = self.pool1(F.relu(self.block1(x)))
+        x = self.pool2(F.relu(self.block2(x)))
+        x = F.relu(self.block3(x))
+        x = self.pool4(F.relu(self.block4(x)))
+        return self.classifier(x.flatten(1))
+
+
+def load_model(
+    name: str, num_classes: int | None = None, weights: str | os.PathLike[str] | None = None, **options: Any
+) -> nn.Module:
+    """Build a network by name and, if asked, fill it with weights.
+
+    Args:
+        name: One of ours ("resnet20", 32, 44, 56, 110 or any other 6k + 2 but 50 and 152, which mean ImageNet's to
+            everybody; "vgg11", 13, 16, 19), or a library's with its prefix: "torchvision:resnet50",
+            "timm:vit_base_patch16_224".
+        num_classes: Number of outputs. None: what the weights file has (our own networks), else the network's default.
+        weights: None, a fresh network, drawn from torch's global generator; "pretrained", what torchvision or timm
+            downloads; "published", the paper's baselines, or "published-sparse", those after its sparse training, from
+            the folder that the environment variable OBC_TOOLS_WEIGHTS names or else downloaded once; or a file:
+            ``.safetensors``, or a state dict saved by ``torch.save``.
+        **options: Handed to the network's constructor, such as ``width=8`` or ``in_channels=1``.
+
+    Returns:
+        The network in training mode, on the CPU.
+
+    Raises:
+        ValueError: For an unknown name, a file that is missing, damaged, holds more than tensors, does not fit the
+            network or holds numbers that are not finite, and for weights that cannot be downloaded.
+
+    Example:
+        >>> load_model("resnet20", num_classes=10, in_channels=1, width=8).fc
+        Linear(in_features=32, out_features=10, bias=True)
+    """
+    _check_name(name)
+    if num_classes is not None:
+        _check_positive(num_classes=num_classes)
+    if weights is None:
+        return _build(name, num_classes, options)
+    if weights == "pretrained":
+        return _build_pretrained(name, num_classes, options)
+    path = _weights_file(name, weights)
+    state = read_weights(path)
+    if num_classes is None:
+        num_classes = _classes_in(state, name)
+    model = _build(name, num_classes, options)
+    load_weights(model, state, origin=str(path))
+    return model
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    rest = (BasicBlock(channels, channels, 1) for _ in range(blocks - 1))
+    return nn.Sequential(BasicBlock(in_channels, channels, stride), *rest)
+
+
+def _vgg_block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for index in range(convolutions):
+        source = in_channels if index == 0 else channels
+        layers += [nn.Conv2d(source, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+def _initialize_convolutions(model: nn.Module) -> None:
+    """Draw convolution weights after He et al. (2015), fan-out; start their biases at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_name(name: str) -> None:
+    source, colon, entry = name.partition(":")
+    if not colon:
+        known = name in OWN_NETWORKS or _is_free_resnet(name)
+    elif source == "torchvision":
+        known = entry in torchvision.models.list_models()
+    else:
+        known = source == "timm" and timm.is_model(entry)
+    if not known:
+        closest = _closest_names(name)
+        hint = f"; did you mean {', '.join(closest)}?" if closest else ""
+        raise ValueError(
+            f"unknown network '{name}'; known are {', '.join(OWN_NETWORKS)} (or any ResNet of 6k + 2 layers but ImageNet's), "
+            f"'torchvision:<name>' and 'timm:<name>'{hint}"
+        )
+
+
+def _is_free_resnet(name: str) -> bool:
+    """Whether the name is a CIFAR ResNet that nobody takes for ImageNet's: 50 and 152 are 6k + 2 too."""
+    depth = re.fullmatch(r"resnet([1-9]\d*)", name)
+    is_cifar_resnet = depth is not None and int(depth[1]) >= 8 and int(depth[1]) % 6 == 2
+    return is_cifar_resnet and name not in torchvision.models.list_models()
+
+
+def _closest_names(name: str) -> list[str]:
+    libraries = {"torchvision": torchvision.models.list_models(), "timm": timm.list_models()}
+    names = {own: own for own in OWN_NETWORKS}
+    names |= {f"{source}:{entry}": entry for source, entries in libraries.items() for entry in entries}
+    source, colon, entry = name.partition(":")
+    if source in libraries:
+        names = {full: short for full, short in names.items() if full.startswith(source + ":")}
+    close = difflib.get_close_matches(entry if colon else name, set(names.values()), n=2)
+    return [f"'{full}'" for match in close for full, short in names.items() if short == match]
+
+
+def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    given = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
+    source, colon, entry = name.partition(":")
+    if not colon:
+        family, depth = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
+        return {"resnet": CifarResNet, "vgg": CifarVGG}[family](int(depth), **given)
+    try:
+        if source == "torchvision":
+            return torchvision.models.get_model(entry, weights="DEFAULT" if pretrained else None, **given)
+        return timm.create_model(entry, pretrained=pretrained, **given)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"network '{name}': {error}") from error
+
+
+def _build_pretrained(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:
+    if ":" not in name:
+        raise ValueError(
+            f"'{name}' has no pretrained weights; pass weights='published', 'published-sparse' or a file, or take "
+            "a library's network, such as 'torchvision:resnet50'"
+        )
+    try:
+        return _build(name, num_classes, options, pretrained=True)
+    except OSError as error:
+        raise ValueError(
+            f"the pretrained weights of '{name}' could not be downloaded ({error}); without a network, fetch the file "
+            "elsewhere and pass its path as weights="
+        ) from error
+
+
+def _weights_file(name: str, weights: str | os.PathLike[str]) -> Path:
+    if weights in PUBLISHED_KINDS:
+        return _published_file(name, str(weights))
+    if not Path(weights).exists():
+        kinds = "', '".join(("pretrained", *PUBLISHED_KINDS))
+        raise ValueError(f"weights '{weights}': there is no such file, and weights by name are '{kinds}'")
+    return Path(weights)
+
+
+def _published_file(name: str, kind: str) -> Path:
+    if (kind, name) not in PUBLISHED_FILES:
+        known = ", ".join(f"'{network}'" for key, network in PUBLISHED_FILES if key == kind)
+        raise ValueError(f"no {kind} weights of '{name}' are known, only of {known}")
+    file = PUBLISHED_FILES[kind, name]
+    if folder := os.environ.get("OBC_TOOLS_WEIGHTS"):
+        if not (path := Path(folder, file)).is_file():
+            raise ValueError(
+                f"OBC_TOOLS_WEIGHTS names the folder '{folder}', where the {kind} weights of '{name}' should be the "
+                f"file '{file}'; put it there, or unset the variable to download it from {PUBLISHED_ADDRESS}"
+            )
+        return path
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if not path.is_file():
+        _download(PUBLISHED_ADDRESS + file, path)
+    return path
+
+
+def _download(address: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path))
+    except OSError as error:
+        raise ValueError(
+            f"{address} could not be downloaded ({error}); fetch it elsewhere, then pass the file as weights= or put "
+            f"'{path.name}' into a folder and name that folder in the environment variable OBC_TOOLS_WEIGHTS"
+        ) from error
+
+
+def _classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
+    """The rows of the output layer in a state dict of one of our own networks."""
+    output = None if ":" in name else state.get("fc.weight" if name.startswith("resnet") else "classifier.weight")
+    return None if output is None or output.ndim != 2 else len(output)
