@@ -94,7 +94,8 @@ class History:
         return f"last {self.last}", f"best {self.best} (picked on val)"
 
     def __repr__(self) -> str:
-        return "\n".join((f"History of {len(self)} epochs", *(f"  {line}" for line in self._summary())))
+        title = f"History of {len(self)} epoch{'s' if len(self) > 1 else ''}"
+        return "\n".join((title, *(f"  {line}" for line in self._summary())))
 
     def _repr_html_(self) -> str:
         lines = "<br>".join(html.escape(line) for line in self._summary())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -52,12 +53,12 @@ class RecipeError(ValueError):
 class Recipe:
     """How to train, as plain data; checked when built.
 
-    The learning rate of a step is ``lr`` times the factor of :func:`learning_rate_factor`: "cosine" and the warm-up move
-    with every step, "multistep", "step" and "constant" hold for whole epochs.
+    The learning rate of a step is ``lr`` times the factor of :func:`learning_rate_factor`: "cosine" and the warm-up
+    move with every step; "multistep", "step" and "constant" hold for whole epochs.
 
     Attributes:
         epochs: Passes over the training batches.
-        batch_size: Images a step; :func:`obc_tools.training.training_batches` makes batches of this size.
+        batch_size: Images a step, for whoever makes the training batches.
         lr: Base learning rate.
         optimizer: "sgd" (with ``momentum`` and ``nesterov``) or "adamw" (which ignores both; betas 0.9 and 0.999).
         momentum: Momentum of SGD, in [0, 1).
@@ -75,7 +76,7 @@ class Recipe:
         clip_norm: Largest norm of the whole gradient; longer ones are scaled down. None: no clipping.
         amp: Precision of the forward pass, "no" (the model's own), "bf16" or "fp16" (with loss scaling; needs a GPU).
         seed: Fixes the order and augmentation of the images, and everything random inside the model.
-        augment: Whether :func:`obc_tools.training.training_batches` augments the images.
+        augment: Whether whoever makes the training batches augments the images.
         compressor_lr_scale: Learning rate of compressors and decompressors, relative to ``lr``.
         compressor_weight_decay_scale: Weight decay of compressors and decompressors, relative to ``weight_decay``.
         norm_weight_decay_scale: Weight decay of norm layers and of all biases, relative to ``weight_decay``.
@@ -135,8 +136,8 @@ class Recipe:
         if not isinstance(self.milestones, list | tuple):
             self._refuse("milestones", "it is a list of epochs")
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        rising = sorted(set(self.milestones)) == list(self.milestones) if all(map(_is_whole, self.milestones)) else False
-        if not rising or any(milestone < 1 for milestone in self.milestones):
+        whole = all(_is_whole(milestone) and milestone >= 1 for milestone in self.milestones)
+        if not whole or any(later <= earlier for earlier, later in pairwise(self.milestones)):
             self._refuse("milestones", "they are whole numbers of at least 1, rising")
         if bool(self.milestones) != (self.schedule == "multistep"):
             self._refuse("milestones", f"they belong to schedule 'multistep' and to no other, not {self.schedule!r}")

@@ -1,0 +1,423 @@
+from collections import Counter
+from copy import deepcopy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from obc_tools.batches import Batches
+from obc_tools.equivalent import EquivalentModel
+from obc_tools.groups import find_groups
+from obc_tools.guard import DivergenceError, Guard, Where
+from obc_tools.measure import evaluate
+from obc_tools.plan import PruningPlan
+from obc_tools.recipe import Recipe, learning_rate_factor
+from obc_tools.training import fit
+
+CLASSES = 3
+CONSTANT = {"lr": 0.05, "schedule": "constant"}
+
+
+class Net(nn.Sequential):
+    """A convolution, a norm, dropout and a classifier for 3 x 6 x 6 images."""
+
+    def __init__(self, dropout: float = 0.0, outputs: int = CLASSES):
+        super().__init__(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(4, outputs),
+        )
+
+
+def network(dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net(dropout).double()
+
+
+def batches_of(sizes: tuple[int, ...], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 3, 6, 6, generator=generator, dtype=torch.float64),
+            torch.randint(CLASSES, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+TRAIN = batches_of((8, 8, 5))
+VAL = batches_of((7, 4), seed=1)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def numbers(history) -> list[tuple[float, ...]]:
+    """Everything in a history that does not depend on the clock."""
+    return [(e.lr, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy) for e in history]
+
+
+def plain_loop(model: nn.Module, recipe: Recipe) -> list[tuple[float, float]]:
+    """The usual loop, with torch's unfused optimizers; return mean loss and accuracy of each epoch."""
+    if recipe.optimizer == "sgd":
+        kinds = {"momentum": recipe.momentum, "nesterov": recipe.nesterov, "weight_decay": recipe.weight_decay}
+        optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, foreach=False, **kinds)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, foreach=False)
+    means = []
+    model.train()
+    for epoch in range(recipe.epochs):
+        loss_sum, correct = 0.0, 0
+        for step, (images, labels) in enumerate(TRAIN):
+            factor = learning_rate_factor(recipe, epoch * len(TRAIN) + step, len(TRAIN))
+            optimizer.param_groups[0]["lr"] = recipe.lr * factor
+            logits = model(images)
+            loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            correct += (logits.argmax(1) == labels).sum().item()
+        means.append((loss_sum / 21, correct / 21))
+    return means
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(epochs=4, lr=0.1, label_smoothing=0.1, clip_norm=0.2),
+        Recipe(epochs=4, lr=0.1, nesterov=True, weight_decay=0.01, schedule="multistep", milestones=(1, 3)),
+        Recipe(epochs=4, lr=0.01, optimizer="adamw", weight_decay=0.1, warmup_epochs=2, warmup_start=0.1),
+    ],
+    ids=["sgd, smoothing, clipping", "nesterov, milestones", "adamw, warm-up"],
+)
+def test_is_the_usual_loop(recipe):
+    model, expected = network(), network()
+    history = fit(model, TRAIN, VAL, recipe, progress=False)
+    means = plain_loop(expected, recipe)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=1e-10, rtol=0, msg=name)
+    assert [e.train_loss for e in history] == pytest.approx([loss for loss, _ in means], abs=1e-10)
+    assert [e.train_accuracy for e in history] == pytest.approx([accuracy for _, accuracy in means])
+    assert not same_state(model, network())
+
+
+def test_history_tells_what_happened():
+    recipe = Recipe(epochs=3, schedule="step", step_size=1, gamma=0.5, lr=0.1)
+    model, seen = network(), []
+    history = fit(model, TRAIN, VAL, recipe, progress=False, on_epoch=seen.append)
+    assert [e.epoch for e in history] == [1, 2, 3]
+    assert [e.lr for e in history] == pytest.approx([0.1, 0.05, 0.025])
+    assert [len(part) for part in seen] == [1, 2, 3]
+    assert seen[-1] == history
+    metrics = evaluate(model, VAL)
+    assert (history.last.val_loss, history.last.val_accuracy) == (metrics.loss, metrics.accuracy)
+    for e in history:
+        assert 0 < e.seconds < 60
+        assert e.images_per_second >= 21 / e.seconds
+
+
+def test_the_seed_fixes_everything_random():
+    state = torch.get_rng_state()
+    models = [network(dropout=0.5) for _ in range(3)]
+    histories = []
+    for model, seed in zip(models, (3, 3, 4), strict=True):
+        loader = DataLoader(TensorDataset(*(torch.cat(parts) for parts in zip(*TRAIN, strict=True))), 7, shuffle=True)
+        histories.append(fit(model, loader, VAL, Recipe(epochs=2, seed=seed), progress=False))
+        torch.rand(1)
+    assert same_state(models[0], models[1])
+    assert numbers(histories[0]) == numbers(histories[1])
+    assert not same_state(models[0], models[2])
+    torch.set_rng_state(state)
+    fit(network(dropout=0.5), loader, VAL, Recipe(epochs=1), progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_numbered_passes_are_used_from_the_first():
+    drawn = []
+
+    def draw(pass_number):
+        drawn.append(pass_number)
+        return iter(batches_of((8, 8), seed=pass_number))
+
+    train = Batches(draw, 2)
+    list(train), list(train)
+    drawn.clear()
+    first, second = network(), network()
+    fit(first, train, VAL, Recipe(epochs=3), progress=False)
+    fit(second, train, VAL, Recipe(epochs=3), progress=False)
+    assert drawn == [0, 1, 2] * 2
+    assert same_state(first, second)
+
+
+class ModeSpy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def forward(self, x):
+        self.seen["train" if self.training else "eval"] += 1
+        return x
+
+
+def test_trains_equivalent_pruning_like_any_model():
+    """Compressors have rates of their own: at a scale of 0 they stay, all else moves."""
+    model = network()
+    groups = find_groups(model, TRAIN[0][0][:1])
+    plan = PruningPlan(
+        tuple(groups), tuple((1, 3) if group.prunable else tuple(range(group.width)) for group in groups)
+    )
+    equivalent = EquivalentModel(model, plan)
+    before = deepcopy(equivalent.state_dict())
+    recipe = Recipe(epochs=1, lr=0.1, compressor_lr_scale=0.0)
+    fit(equivalent, TRAIN, VAL, recipe, progress=False)
+    moved = {name for name, tensor in equivalent.state_dict().items() if not torch.equal(tensor, before[name])}
+    compressors = {name for name in before if name.endswith("compressor")}
+    assert compressors == {"mixed.0.compressor", "mixed.6.decompressor"}
+    assert moved == set(before) - compressors
+    fit(equivalent, TRAIN, VAL, Recipe(epochs=1, lr=0.1), progress=False)
+    assert not torch.equal(equivalent.state_dict()["mixed.0.compressor"], before["mixed.0.compressor"])
+    merged = equivalent.merge()
+    assert evaluate(merged, VAL).loss == pytest.approx(evaluate(equivalent, VAL).loss, abs=1e-10)
+
+
+def test_modes_during_and_after():
+    model = network().append(ModeSpy()).eval()
+    model[0].train()
+    fit(model, TRAIN, VAL, Recipe(epochs=2), progress=False)
+    # One image is tried before training.
+    assert model[-1].seen == {"train": 2 * len(TRAIN), "eval": 2 * len(VAL) + 1}
+    assert [module.training for module in model.modules()] == [False, True] + [False] * 7
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_parameters_stay():
+    model = network()
+    model[0].requires_grad_(False)
+    before = deepcopy(model)
+    fit(model, TRAIN, VAL, Recipe(epochs=1, lr=0.1), progress=False)
+    assert same_state(model[0], before[0])
+    assert not same_state(model[6], before[6])
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (iter(TRAIN), VAL, r"train is a one-shot iterator \(list_iterator\)"),
+        (TRAIN, (batch for batch in VAL), r"val is a one-shot iterator \(generator\)"),
+        (3, VAL, "train is no batches: int cannot be iterated or has no length"),
+        ([], VAL, "train: batches that yield no data"),
+        (TRAIN, [], "val: batches that yield no data"),
+        (Batches(lambda number: iter(()), 2), VAL, "train: pass 0 ended after 0 batches; the length of train is 2"),
+        (Batches(lambda number: iter(TRAIN), 2), VAL, "train: this pass has more batches than the length 2"),
+        (TRAIN, Batches(lambda number: iter(()), 2), "val: batches that yield no data"),
+        ([TRAIN[0][0]], VAL, r"train, epoch 1, step 1 of 1 .*: a batch is two tensors \(images, labels\), not Tensor"),
+        (TRAIN, [(VAL[0][0], [0])], r"val, batch 1: a batch is two tensors \(images, labels\), not tuple"),
+        ([batches_of((0,))[0]], VAL, r"train, .*: batches that yield no data \(0 images\)"),
+        (
+            [(TRAIN[0][0], TRAIN[0][1][:3])],
+            VAL,
+            r"8 images need as many whole class numbers .* torch.int64 of shape \(3,\)",
+        ),
+        ([(TRAIN[0][0], TRAIN[0][1].double())], VAL, "not torch.float64 of shape"),
+        ([TRAIN[0], (TRAIN[1][0], torch.full((8,), 7))], VAL, r"step 2 of 2 .*: label 7, but the model has 3 outputs"),
+        (
+            TRAIN,
+            [(VAL[0][0], VAL[0][1] - 5)],
+            r"val, batch 1: label -\d, but the model has 3 outputs \(labels 0 to 2\)",
+        ),
+        (TRAIN, [(VAL[0][0][:, :2], VAL[0][1])], r"val: the model cannot take images of shape \(2, 6, 6\)"),
+    ],
+)
+def test_refuses_batches(train, val, message):
+    model = network().eval()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        fit(model, train, val, Recipe(epochs=1), progress=False)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Flatten(0), "Flatten has no parameter that requires grad"),
+        (network().append(nn.Unflatten(1, (3, 1))), r"logits \(batch, classes\) are needed, .* returned \(1, 3, 1\)"),
+    ],
+)
+def test_refuses_models(model, message):
+    with pytest.raises(ValueError, match=message):
+        fit(model, TRAIN, VAL, Recipe(epochs=1), progress=False)
+
+
+def test_names_weights_that_are_not_finite():
+    model = network()
+    model[6].bias.data[1] = torch.inf
+    with pytest.raises(ValueError, match=r"parameter '6.bias' holds values that are not finite"):
+        fit(model, TRAIN, VAL, Recipe(epochs=1), progress=False)
+
+
+@pytest.mark.parametrize("lag", [0, 1], ids=["read at once", "read a step later, as on an accelerator"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_stops_before_a_step_that_is_not_finite(optimizer, lag, monkeypatch):
+    monkeypatch.setattr("obc_tools.training.reading_lag", lambda device: lag)
+    recipe = Recipe(epochs=2, optimizer=optimizer, **CONSTANT)
+    poisoned = [*TRAIN[:2], (TRAIN[2][0] * torch.nan, TRAIN[2][1])]
+    model, expected = network(), network()
+    message = r"epoch 1, step 3 of 3 \(learning rate 0.05\): the images of its batch hold values that are not finite"
+    with pytest.raises(DivergenceError, match=message):
+        fit(model, poisoned, VAL, recipe, progress=False)
+    fit(expected, TRAIN[:2], VAL, Recipe(epochs=1, optimizer=optimizer, **CONSTANT), progress=False)
+    assert same_state(model, expected)
+    assert not same_state(model, network())
+    assert model.training
+
+
+def test_a_huge_learning_rate_is_named():
+    model = network()
+    message = r"epoch 1, step 2 of 3 \(learning rate 1e\+200\): the loss is nan.*The step was not taken.*Lower lr"
+    with pytest.raises(DivergenceError, match=message):
+        fit(model, TRAIN, VAL, Recipe(epochs=1, lr=1e200, schedule="constant"), progress=False)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_says_after_which_epoch_evaluating_failed():
+    with pytest.raises(
+        ValueError, match=r"val, after epoch 1 of 2: batch 1: the loss of 7 of 7 examples is not finite"
+    ):
+        fit(network(), TRAIN[:1], VAL, Recipe(epochs=2, lr=1e200, schedule="constant"), progress=False)
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+class Overflow(nn.Module):
+    """Passes its input on, with an infinite gradient in its third use in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.uses = 0
+
+    def forward(self, x):
+        self.uses += self.training
+        return InfiniteGradient.apply(x) if self.training and self.uses == 3 else x
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_stops_before_an_update_that_is_not_finite(clip_norm):
+    model, expected = network().append(Overflow()), network()
+    recipe = Recipe(epochs=1, clip_norm=clip_norm, **CONSTANT)
+    with pytest.raises(
+        DivergenceError, match=r"step 3 of 3 .*: the loss is 1\.\d+, but the gradient's norm is (inf|nan)"
+    ):
+        fit(model, TRAIN, VAL, recipe, progress=False)
+    fit(expected, TRAIN[:2], VAL, recipe, progress=False)
+    assert same_state(model, expected)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("last_step_is_bad", [False, True])
+def test_guard_undoes_everything_since_the_bad_step(lag, last_step_is_bad):
+    """On an accelerator the verdict is read one step late; nothing of that step may be left."""
+    images = [torch.full((2, 1), float(value)) for value in (1, 2, torch.nan, 4)][: 3 if last_step_is_bad else 4]
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, fused=True)
+    guard = Guard(model.buffers(), optimizer, torch.device("cpu"), lag)
+    states, taken = [], 0
+    with pytest.raises(DivergenceError, match=r"epoch 1, step 3 of 4 .*: the images of its batch"):
+        for step, batch in enumerate(images, start=1):
+            states.append(deepcopy(model.state_dict()))
+            guard.keep_buffers()
+            loss = model(batch).square().mean()
+            optimizer.zero_grad()
+            guard.blocked(loss).backward()
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+            guard.judge(loss.detach(), norm, Where(1, step, 4, 0.1), batch)
+            optimizer.step()
+            guard.read()
+            taken += 1
+        guard.read_all()
+    assert taken == (2 if lag == 0 else 3)
+    assert all(torch.equal(states[2][name], tensor) for name, tensor in model.state_dict().items())
+    assert not torch.equal(states[1]["1.weight"], states[2]["1.weight"])
+
+
+def test_guard_blocks_gradients_where_scaling_withholds_updates():
+    """With fp16, gradient scaling skips a step by its gradient; after a bad loss every later one must be skipped."""
+    guard = Guard([], None, torch.device("cpu"), lag=1)
+    weight = torch.ones((), requires_grad=True)
+    for step, loss in enumerate((torch.nan, 1.0, 1.0), start=1):
+        guard.judge(torch.tensor(loss), None, Where(1, step, 3, 0.1), torch.ones(1))
+        weight.grad = None
+        guard.blocked(weight * 2).backward()
+        assert weight.grad.isnan()
+
+
+def test_mixed_precision_is_for_the_forward_pass_of_training():
+    plain, mixed = network().float(), network().float()
+    train = [(images.float(), labels) for images, labels in TRAIN]
+    val = [(images.float(), labels) for images, labels in VAL]
+    fit(plain, train, val, Recipe(epochs=2, lr=0.1), progress=False)
+    history = fit(mixed, train, val, Recipe(epochs=2, lr=0.1, amp="bf16"), progress=False)
+    assert not same_state(plain, mixed)
+    for a, b in zip(plain.parameters(), mixed.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+    assert history.last.val_loss == evaluate(mixed, val).loss
+    assert mixed(train[0][0]).dtype == torch.float32
+    assert "forward" not in vars(mixed)
+
+
+def test_refuses_fp16_on_a_cpu():
+    with pytest.raises(ValueError, match=r"amp='fp16' needs a GPU; .* amp='bf16' or 'no'"):
+        fit(network(), TRAIN, VAL, Recipe(epochs=1, amp="fp16"), progress=False)
+
+
+def test_leaves_the_process_own_accelerator_alone():
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        fit(network(), TRAIN, VAL, Recipe(epochs=1, amp="no"), progress=False)
+        assert own.mixed_precision == "bf16"
+        assert own.gradient_accumulation_steps == 1
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    fit(network(), TRAIN, VAL, Recipe(epochs=1, amp="no"), progress=False)
+    assert not AcceleratorState._shared_state
+
+
+def test_a_launchers_environment_does_not_change_the_training(monkeypatch):
+    expected, model = network(), network()
+    fit(expected, TRAIN, VAL, Recipe(epochs=1), progress=False)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    fit(model, TRAIN, VAL, Recipe(epochs=1), progress=False)
+    assert same_state(model, expected)
+
+
+def test_progress_goes_over_all_steps(capsys, monkeypatch):
+    monkeypatch.setattr("obc_tools.training.SECONDS_BETWEEN_POSTFIXES", 0.0)
+    fit(network(), TRAIN, VAL, Recipe(epochs=2), progress=False)
+    assert capsys.readouterr() == ("", "")
+    history = fit(network(), TRAIN, VAL, Recipe(epochs=2))
+    bar = capsys.readouterr().err
+    assert "6/6" in bar
+    assert f"accuracy={history.last.train_accuracy:.1%}, epoch=2, loss={history.last.train_loss:.3f}" in bar
