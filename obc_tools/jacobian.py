@@ -8,45 +8,19 @@ channels is J_n w of every channel of the layer at once; finer rows come from ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .layers import (
-    LayerAxis,
-    UnknownLayerError,
-    UnknownNameError,
-    channel_sum,
-    get_layer,
-    layer_axes,
-    own_parameters,
-    scored_layers,
-)
-from .state import differentiable, evaluating
-
-Objective = Callable[[nn.Module, Any], Tensor]
-Rows = str | int
-"""One row of J a batch ("batch"), an example ("sample"), or k consecutive examples (a positive whole number)."""
-
-
-def classification(model: nn.Module, batch: Any) -> Tensor:
-    """Return the cross entropy of each example of a batch (images, labels), shape (examples,). Soft labels work too.
-
-    Raises:
-        ValueError: labels outside the model's outputs.
-    """
-    images, labels = batch
-    outputs = model(images)
-    if not labels.is_floating_point() and labels.numel():
-        low, high = labels.aminmax()
-        if low < 0 or high >= outputs.shape[-1]:
-            wrong = (low if low < 0 else high).item()
-            raise ValueError(f"label {wrong} for a model with {outputs.shape[-1]} outputs (0 to {outputs.shape[-1] - 1})")
-    return F.cross_entropy(outputs, labels, reduction="none")
+from .layers import LayerAxis, UnknownLayerError, UnknownNameError, get_layer, layer_axes, scored_layers
+from .objectives import Objective as Objective
+from .objectives import batch_loss as batch_loss
+from .objectives import classification as classification
+from .rows import BatchRows, FinerRows, Rows, examples_per_row, uncompiled
+from .rows import parameter_slots as parameter_slots
 
 
 @dataclass(frozen=True)
@@ -114,6 +88,7 @@ def jacobian_products(
 
 def model_axes(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[LayerAxis, ...]:
     """Return the scorable axes of the named layers, or of all layers that the table knows."""
+    model = uncompiled(model)
     names = [name for name, _ in scored_layers(model)] if layers is None else list(layers)
     axes = []
     for name in names:
@@ -123,12 +98,6 @@ def model_axes(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[L
             raise UnknownLayerError(f"layer {name!r} ({type(layer).__name__}) has no channels with parameters")
         axes += [LayerAxis(name, key) for key in found]
     return tuple(axes)
-
-
-def parameter_slots(layer: nn.Module, axis: Any) -> list:
-    """Return the slots of an axis that lie in parameters (running statistics are buffers and have no gradient)."""
-    parameters = own_parameters(layer)
-    return [slot for slot in axis.slots if slot.tensor in parameters]
 
 
 def stream_products(
@@ -141,54 +110,30 @@ def stream_products(
 ) -> Iterator[dict[LayerAxis, Tensor]]:
     """Yield, batch by batch, J·w of the given axes: LayerAxis -> (rows of this batch, channels).
 
-    Nothing is kept between batches. Sums are at least float32. Raises as `jacobian_products` does.
+    Nothing is kept between batches, and the model is itself again whenever a batch's products are handed out. Sums are
+    at least float32. Raises as `jacobian_products` does.
     """
-    layers = {axis.layer: get_layer(model, axis.layer) for axis in axes}
-    parameters = {id(p): p for layer in layers.values() for p in own_parameters(layer).values()}
+    per_row = examples_per_row(rows)
+    read = BatchRows(model, axes, objective) if per_row is None else FinerRows(model, axes, objective, per_row)
     count = 0
-    with evaluating(model), differentiable(model, parameters.values()):
-        for count, batch in enumerate(batches, start=1):
-            loss = batch_loss(model, batch, objective, count)
-            gradients = torch.autograd.grad(loss, tuple(parameters.values()), allow_unused=True)
-            yield _row(layers, axes, dict(zip(parameters, gradients, strict=True)))
+    for count, batch in enumerate(batches, start=1):
+        yield read(batch, count)
     if count == 0:
         raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
 
 
-def batch_loss(model: nn.Module, batch: Any, objective: Objective, number: int) -> Tensor:
-    """Return the mean loss of one batch; raise ValueError naming the batch when it is not a finite scalar with grad."""
-    losses = objective(model, batch)
-    if not isinstance(losses, Tensor) or losses.dim() > 1 or losses.numel() == 0:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"batch {number}: the objective returned {got}; expected a scalar or one loss an example")
-    loss = losses.float().mean() if losses.dtype in (torch.float16, torch.bfloat16) else losses.mean()
-    if not torch.isfinite(loss):
-        raise ValueError(f"batch {number}: the loss is {loss.item()}; look for NaN in the weights or the images")
-    if loss.grad_fn is None:
-        raise ValueError(f"batch {number}: the loss does not depend on the model's parameters through autograd")
-    return loss
+def all_reduce_scores(totals: Mapping[LayerAxis, Tensor], group: Any = None) -> dict[LayerAxis, Tensor]:
+    """Add up Σ_n (J_n w)² over the processes of a torch.distributed group, each of which saw its own batches.
 
+    Every process must call it with the same axes in the same order; afterwards all have the scores that one process
+    gets from all batches.
 
-def _row(
-    layers: Mapping[str, nn.Module], axes: Sequence[LayerAxis], gradients: dict[int, Tensor | None]
-) -> dict[LayerAxis, Tensor]:
-    """Turn the gradients of one loss into J·w of each axis, shape (1, channels), layer by layer."""
-    wanted: dict[str, list[str]] = {}
-    for axis in axes:
-        wanted.setdefault(axis.layer, []).append(axis.axis)
-    row = {}
-    for name, keys in wanted.items():
-        layer = layers[name]
-        described = layer_axes(layer, name)
-        products = {key: _product(p, gradients[id(p)], name) for key, p in own_parameters(layer).items()}
-        for key in keys:
-            sums = [channel_sum(products[s.tensor], s) for s in parameter_slots(layer, described[key])]
-            row[LayerAxis(name, key)] = sum(sums[1:], sums[0])[None]
-    return row
-
-
-def _product(parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
-    if gradient is None:
-        raise ValueError(f"layer {name!r} never ran, or the loss does not depend on it: score without it (layers=, ignore=)")
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(dtype) * gradient.to(dtype)
+    Raises:
+        ValueError: torch.distributed is not initialized.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError("scores can be reduced only after torch.distributed.init_process_group")
+    flat = torch.cat([total.flatten() for total in totals.values()])
+    torch.distributed.all_reduce(flat, group=group)
+    parts = flat.split([total.numel() for total in totals.values()])
+    return {axis: part.view_as(total) for (axis, total), part in zip(totals.items(), parts, strict=True)}

@@ -1,0 +1,71 @@
+"""What is differentiated: objectives, and the checks of what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Objective = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> the losses of the batch's examples, shape (examples,), or one scalar."""
+
+
+def classification(model: nn.Module, batch: Any) -> Tensor:
+    """Return the cross entropy of each example of a batch (images, labels), shape (examples,). Soft labels work too.
+
+    Raises:
+        ValueError: labels outside the model's outputs.
+    """
+    images, labels = batch
+    outputs = model(images)
+    if not labels.is_floating_point() and labels.numel():
+        low, high = labels.aminmax()
+        if low < 0 or high >= outputs.shape[-1]:
+            wrong = (low if low < 0 else high).item()
+            raise ValueError(
+                f"label {wrong} for a model with {outputs.shape[-1]} outputs (0 to {outputs.shape[-1] - 1})"
+            )
+    return F.cross_entropy(outputs, labels, reduction="none")
+
+
+def batch_loss(model: nn.Module, batch: Any, objective: Objective, number: int) -> Tensor:
+    """Return the mean loss of one batch; raise ValueError naming the batch when it is not a finite scalar with grad."""
+    return checked_losses(model, batch, objective, number).mean()
+
+
+def checked_losses(model: nn.Module, batch: Any, objective: Objective, number: int) -> Tensor:
+    """Call the objective; return its losses, a scalar or one an example, at least float32.
+
+    Raises:
+        ValueError: neither a scalar nor one number an example, not finite, or without grad; names the batch.
+        RuntimeError: torch's own while the objective ran, with the batch's shapes.
+    """
+    try:
+        losses = objective(model, batch)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise RuntimeError(f"batch {number}, {_shapes(batch)}: {error}") from error
+    if not isinstance(losses, Tensor) or losses.dim() > 1 or losses.numel() == 0 or not losses.is_floating_point():
+        got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"batch {number}: the objective returned {got}; expected a scalar or one loss an example")
+    if not torch.isfinite(losses).all():
+        wrong = losses.detach()[~torch.isfinite(losses)].flatten()[0].item()
+        raise ValueError(f"batch {number}: the loss is {wrong}; look for NaN in the weights or the images")
+    if losses.grad_fn is None:
+        raise ValueError(f"batch {number}: the loss does not depend on the model's parameters through autograd")
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def _shapes(batch: Any) -> str:
+    """Describe the tensors in a batch, such as "(8, 3, 32, 32) float32"."""
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_shapes(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return ", ".join(map(_shapes, batch))
+    return type(batch).__name__
