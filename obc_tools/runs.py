@@ -1,0 +1,179 @@
+"""Run folders: a job's outcome on disk, complete or not there at all.
+
+A folder holds `results.json` (all figures, with hardware and versions), `plan.json`, `history_<training>.csv`, one
+folder a pruned model as `obc_tools.store` writes them, `original.safetensors` where the original was trained by the
+job, and `report.html`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobInputs, JobResult, Measured, PruningJob, perform, prepare
+from .measure import evaluate
+from .state import evaluating
+from .store import load_pruned, save_pruned
+
+FORMAT = 1
+RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS = "results.json", "plan.json", "report.html", "original.safetensors"
+SAVED_MODELS = (PRUNED, NAIVE, MERGED)
+ENTRIES = {RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS, *SAVED_MODELS}
+ENTRIES |= {f"history_{key}.csv" for key in (ORIGINAL, NAIVE, MERGED)}
+LIBRARIES = ("obc_tools", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "numpy")
+
+
+class RunFolderError(ValueError):
+    """A folder that a run must not be written to, or that holds none."""
+
+
+def run_job(
+    job: PruningJob, out: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True
+) -> JobResult:
+    """Do a job and keep its outcome in a folder.
+
+    Everything that may be wrong with the job or the folder is raised before work begins; the folder appears when all
+    is done. Saved models are loaded again and compared, bit by bit.
+
+    Args:
+        job: What to do.
+        out: The folder to make. It is refused when it holds anything.
+        overwrite: Replace the run that the folder holds; anything but a run is refused all the same.
+        progress: Show bars.
+
+    Raises:
+        ValueError: what `prepare` and `perform` raise; a folder in use.
+    """
+    folder = Path(out).resolve()
+    check_run_folder(folder, overwrite=overwrite)
+    inputs = prepare(job)
+    with replacing(folder) as new:
+        result = perform(inputs, progress=progress)
+        _write(result, inputs, new)
+    return result
+
+
+def check_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise RunFolderError unless a run may be written to a folder: free, or holding a run that may be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"'{folder}' is a file, not a folder")
+    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not found:
+        return
+    if RESULTS not in found or (others := sorted(set(found) - ENTRIES)):
+        stranger = found[0] if RESULTS not in found else others[0]
+        raise RunFolderError(f"'{folder}' holds something else than a run ({stranger}): choose another folder")
+    if not overwrite:
+        raise RunFolderError(f"'{folder}' already holds a run: choose another folder, or overwrite it (--overwrite)")
+
+
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the results of a run; raise RunFolderError if the folder holds none."""
+    path = Path(folder) / RESULTS
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"'{folder}' holds no run: {error}") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise RunFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
+    return results
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside the given one, whose place it takes on success; after an exception it is gone."""
+    mark = uuid.uuid4().hex[:8]
+    new, old = (folder.with_name(f".{folder.name}.{mark}.{kind}") for kind in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the figures of a run depend on beside its job: hardware and versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _write(result: JobResult, inputs: JobInputs, folder: Path) -> None:
+    (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
+    for key, history in result.histories.items():
+        history.to_frame().to_csv(folder / f"history_{key}.csv", index=False)
+    if result.job.pretrain:
+        save_model(result.models[ORIGINAL], str(folder / ORIGINAL_WEIGHTS))
+    reloaded = {key: _save_and_reload(result, key, inputs, folder) for key in SAVED_MODELS if key in result.models}
+    text = json.dumps(_results(result, inputs, reloaded), indent=2, allow_nan=False)
+    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+
+
+def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path) -> dict[str, Any]:
+    """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
+    model = result.models[key]
+    save_pruned(folder / key, model, result.plan, source=inputs.source)
+    loaded = load_pruned(folder / key).to(inputs.device)
+    images, _ = next(iter(inputs.held_out_batches()))
+    if not _same_logits(loaded, model, images):
+        raise RunFolderError(f"the {key} model computes other logits after saving and loading")
+    return asdict(evaluate(loaded, inputs.held_out_batches())) | {"bit_equal_logits": True}
+
+
+def _same_logits(one: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:
+    with torch.no_grad(), evaluating(one), evaluating(other):
+        return torch.equal(one(images), other(images))
+
+
+def _figures(measured: Measured) -> dict[str, Any]:
+    return asdict(measured) | {"median_latency_ms": measured.latency.median_ms}
+
+
+def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    data, plan = inputs.data, result.plan
+    return {
+        "format": FORMAT,
+        "job": result.job.to_dict(),
+        "data": {"train_images": len(data.train), "held_out_images": len(data.val), "classes": len(data.classes)},
+        "plan": {"channels": plan.channels, "channels_removed": plan.channels_removed},
+        "models": {key: _figures(measured) for key, measured in result.measured.items()},
+        "reloaded": reloaded,
+        "equivalence": asdict(result.equivalence) if result.equivalence else None,
+        "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},
+        "seconds": dict(result.seconds),
+        "environment": environment(inputs.device),
+    }
