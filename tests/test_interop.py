@@ -68,7 +68,7 @@ def test_no_gradient_is_stored():
 def test_torch_prunings_own_pruner_takes_it(interactive, global_pruning):
     model, images = network("residual")
     importance = JacobianImportance()
-    pruner = tp.pruner.BasePruner(
+    pruner = tp.pruner.MetaPruner(
         model,
         images,
         importance,
