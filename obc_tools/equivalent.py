@@ -34,7 +34,7 @@ class MixedLayer(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, compressor: Tensor | None, decompressor: Tensor | None):
         super().__init__()
-        self.weight = nn.Parameter(weight.contiguous())
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.clone())
         self.compressor = None if compressor is None else nn.Parameter(compressor)
         self.decompressor = None if decompressor is None else nn.Parameter(decompressor)

@@ -315,7 +315,7 @@ def perform(inputs: JobInputs, *, progress: bool = True) -> JobResult:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
             models[MERGED], histories[MERGED], equivalence = _equivalent(inputs, plan, models, progress)
     with _stage("measuring", seconds):
-        measured = _measure(inputs, models)
+        measured = _measure(inputs, models, progress)
         filters = _first_filters(inputs)
     return JobResult(job, plan, models, measured, histories, equivalence, filters, seconds)
 
@@ -383,8 +383,9 @@ def _check_equal(difference: float, models: str) -> None:
         raise EquivalenceError(f"{models}: logits differ by up to {difference:.3g}; at most {TOLERANCE:g} is rounding")
 
 
-def _measure(inputs: JobInputs, models: Mapping[str, nn.Module]) -> dict[str, Measured]:
-    metrics = {key: evaluate(model, inputs.held_out_batches()) for key, model in models.items()}
+def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
+    batches = inputs.held_out_batches()
+    metrics = {key: evaluate(model, batches, progress=progress) for key, model in models.items()}
     costs = {key: cost(model, inputs.example) for key, model in models.items()}
     on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
     timed = latencies(on_cpu, inputs.example.cpu())

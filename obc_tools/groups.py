@@ -213,16 +213,15 @@ class _GraphReader:
             if not any(True for _ in module.children()):
                 module.register_forward_hook(remember)
         graph = tp.DependencyGraph()
+        inputs, bare = self._tracked(example_inputs), _bare_parameters(self.model)
+        options = {"output_transform": _mark_outputs, "unwrapped_parameters": bare, "verbose": False}
         with torch.enable_grad():
-            graph.build_dependency(
-                self.model,
-                self._tracked(example_inputs),
-                forward_fn=call_model,
-                output_transform=_mark_outputs,
-                unwrapped_parameters=_bare_parameters(self.model),
-                verbose=False,
-            )
-        return graph
+            try:
+                return graph.build_dependency(self.model, inputs, forward_fn=call_model, **options)
+            except (TypeError, AttributeError, IndexError, KeyError) as error:
+                raise ValueError(
+                    f"torch_pruning cannot trace this {type(self.model).__name__}: {type(error).__name__}: {error}"
+                ) from error
 
     def _tracked(self, example_inputs: Any) -> Any:
         """Give every floating input a node in the graph, so that channels added to it are seen."""

@@ -216,8 +216,8 @@ def _check_name(name: str) -> None:
         closest = _closest_names(name)
         hint = f"; did you mean {', '.join(closest)}?" if closest else ""
         raise ValueError(
-            f"unknown network '{name}'; known are {', '.join(OWN_NETWORKS)} (or any ResNet of 6k + 2 layers but ImageNet's), "
-            f"'torchvision:<name>' and 'timm:<name>'{hint}"
+            f"unknown network '{name}'; known are {', '.join(OWN_NETWORKS)} (or any ResNet of 6k + 2 layers but "
+            f"ImageNet's), 'torchvision:<name>' and 'timm:<name>'{hint}"
         )
 
 

@@ -78,7 +78,7 @@ def jtj_grid(
     title = f"{_matrix(dense, mode)} of {dense.axis}: {count} channels, {d} × {d}"
     title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
     figure.update_layout(
-        template=theme(look), height=90 + 210 * grid_rows, title=title, coloraxis=_coloraxis(mode, unit)
+        template=theme(look), height=110 + 210 * grid_rows, margin_t=88, title=title, coloraxis=_coloraxis(mode, unit)
     )
     figure.update_annotations(font_size=11)
     return figure

@@ -8,6 +8,7 @@ job, and `report.html`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -28,6 +29,8 @@ from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobInputs, JobResult, 
 from .measure import evaluate
 from .state import evaluating
 from .store import load_pruned, save_pruned
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS = "results.json", "plan.json", "report.html", "original.safetensors"
@@ -63,7 +66,7 @@ def run_job(
     inputs = prepare(job)
     with replacing(folder) as new:
         result = perform(inputs, progress=progress)
-        _write(result, inputs, new)
+        _write(result, inputs, new, progress)
     return result
 
 
@@ -132,18 +135,20 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _write(result: JobResult, inputs: JobInputs, folder: Path) -> None:
+def _write(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
+    logger.info("saving, loading again and comparing")
     (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
     for key, history in result.histories.items():
         history.to_frame().to_csv(folder / f"history_{key}.csv", index=False)
     if result.job.pretrain:
         save_model(result.models[ORIGINAL], str(folder / ORIGINAL_WEIGHTS))
-    reloaded = {key: _save_and_reload(result, key, inputs, folder) for key in SAVED_MODELS if key in result.models}
+    saved = [key for key in SAVED_MODELS if key in result.models]
+    reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
     text = json.dumps(_results(result, inputs, reloaded), indent=2, allow_nan=False)
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
 
 
-def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path) -> dict[str, Any]:
+def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:
     """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
     model = result.models[key]
     save_pruned(folder / key, model, result.plan, source=inputs.source)
@@ -151,7 +156,8 @@ def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Pat
     images, _ = next(iter(inputs.held_out_batches()))
     if not _same_logits(loaded, model, images):
         raise RunFolderError(f"the {key} model computes other logits after saving and loading")
-    return asdict(evaluate(loaded, inputs.held_out_batches())) | {"bit_equal_logits": True}
+    metrics = evaluate(loaded, inputs.held_out_batches(), progress=progress)
+    return asdict(metrics) | {"bit_equal_logits": True}
 
 
 def _same_logits(one: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:

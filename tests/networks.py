@@ -173,7 +173,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
         images = torch.randn(4, 3, size, size, dtype=torch.float64)
         model.train()(torch.randn(4, 3, size, size, dtype=torch.float64))
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
     return model.eval(), images

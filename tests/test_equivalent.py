@@ -69,6 +69,18 @@ def test_merging_is_exact_and_not_vacuous(name):
     torch.testing.assert_close(copy.deepcopy(equivalent).merge()(images), merged(images), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_and_merging_leave_the_model_alone(name):
+    model, images, plan = random_plan(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    equivalent = EquivalentModel(model, plan)
+    merged = equivalent.merge()
+    with torch.no_grad():
+        for tensor in (*equivalent.parameters(), *equivalent.buffers(), *merged.state_dict().values()):
+            tensor.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_layers_that_lost_nothing_have_no_maps():
     model, images = network("small_vgg")
     whole = PruningPlan.whole(find_groups(model, images))
