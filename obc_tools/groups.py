@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -195,7 +196,7 @@ class _GraphReader:
         self.model = model
         self.layer_names: dict[Any, str] = {module: name for name, module in model.named_modules()}
         self.layer_names.update({parameter: name for name, parameter in model.named_parameters()})
-        self.calls: dict[Any, ModuleCall] = {}
+        self.calls: dict[Any, list[ModuleCall]] = defaultdict(list)
         self.input_nodes: list[Any] = []
         self.graph = self._trace(example_inputs)
 
@@ -206,7 +207,7 @@ class _GraphReader:
             name = self.layer_names[module]
             first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
             if first is not None and first.grad_fn is not None:
-                self.calls[first.grad_fn] = (name, counts.get(name, 0))
+                self.calls[first.grad_fn].append((name, counts.get(name, 0)))
             counts[name] = counts.get(name, 0) + 1
 
         for module in self.model.modules():
@@ -218,7 +219,7 @@ class _GraphReader:
         with torch.enable_grad():
             try:
                 return graph.build_dependency(self.model, inputs, forward_fn=call_model, **options)
-            except (TypeError, AttributeError, IndexError, KeyError) as error:
+            except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
                 raise ValueError(
                     f"torch_pruning cannot trace this {type(self.model).__name__}: {type(error).__name__}: {error}"
                 ) from error
@@ -254,13 +255,21 @@ class _GraphReader:
                 reasons.append("is coupled to the model's input")
             elif module in self.layer_names:
                 members += self._members(item, reasons)
-            elif item.dep.target.grad_fn in self.calls and None not in item.root_idxs:
-                counts = torch.bincount(torch.tensor(item.root_idxs), minlength=width)
-                followers.append(Follower(self.calls[item.dep.target.grad_fn], _root(group), tuple(counts.tolist())))
+            followers += self._followers(item, _root(group), width)
         blocks, reason = _blocks(members, width, self.model)
         reasons += [reason] if reason else []
         whole = reasons[0] if reasons else None
         return ChannelGroup(members[0].axis, width, tuple(members), whole, blocks), followers
+
+    def _followers(self, item: Any, root: LayerAxis, width: int) -> list[Follower]:
+        """Return the calls of modules whose output this item of torch_pruning's group removes channels of."""
+        target = item.dep.target
+        is_input = target.module in self.layer_names and not self.graph.is_out_channel_pruning_fn(item.dep.handler)
+        if is_input or None in item.root_idxs:
+            return []
+        counts = tuple(torch.bincount(torch.tensor(item.root_idxs), minlength=width).tolist())
+        # Several: a dropout or identity in eval mode hands on its input, and timm's norms hold their activation.
+        return [Follower(call, root, counts) for call in self.calls[target.grad_fn]]
 
     def _members(self, item: Any, reasons: list[str]) -> list[Member]:
         """Return the members that one item of torch_pruning's group stands for; add a reason where there are none."""

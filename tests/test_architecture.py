@@ -1,0 +1,81 @@
+"""The shape of the package: imports point one way, modules and functions stay small, views stay out of the library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "obc_tools"
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+
+TIERS = (
+    ("state", "layers"),
+    ("groups", "weights", "models", "batches", "images", "cifar", "data", "costs", "cost_terms", "cost_prediction", "measure"),
+    ("objectives", "gate_sums", "functional_gates", "gates", "rows", "row_gradients", "jacobian", "dense", "interactions"),
+    ("criteria", "evidence", "scores", "interop"),
+    ("plan", "order"),
+    ("pruning",),
+    ("equivalent",),
+    ("recipe", "history", "guard", "training"),
+    ("store",),
+    ("experiments",),
+    ("runs",),
+    ("looks", "plots"),
+    ("report", "job_report", "cli"),
+)  # fmt: skip
+TIER = {name: number for number, names in enumerate(TIERS) for name in names}
+VIEWS = {"looks", "plots", "report", "job_report"}
+
+
+def imports(tree: ast.AST, *, top_level: bool) -> set[str]:
+    """Return the names of the package's own modules that a module imports, at top level or anywhere."""
+    nodes = tree.body if top_level else ast.walk(tree)
+    return {
+        name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for name in ([node.module] if node.module else [alias.name for alias in node.names])
+    }
+
+
+def test_every_module_has_a_place():
+    assert set(MODULES) == set(TIER)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name):
+    later = {other for other in imports(MODULES[name], top_level=True) if TIER[other] > TIER[name]}
+    assert not later, f"{name} imports {later} of a later tier"
+    reached = {other for other in imports(MODULES[name], top_level=False) if TIER[other] > TIER[name]}
+    assert reached <= VIEWS | {"report", "job_report", "runs", "experiments"}, f"{name} reaches up to {reached}"
+
+
+def test_modules_of_a_tier_have_no_cycles():
+    edges = {name: imports(tree, top_level=True) for name, tree in MODULES.items()}
+    done: set[str] = set()
+    while ready := {name for name in set(edges) - done if edges[name] <= done}:
+        done |= ready
+    assert done == set(edges), f"cycle among {set(edges) - done}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in VIEWS])
+def test_only_views_import_plotly_and_widgets(name):
+    tree = MODULES[name]
+    roots = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    roots |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and node.module}
+    assert not roots & {"plotly", "ipywidgets", "anywidget"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_and_functions_stay_small(name):
+    assert len((PACKAGE / f"{name}.py").read_text().splitlines()) <= 400
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < 60, f"{name}.{node.name}"
+
+
+def test_only_the_command_line_prints():
+    for name, tree in MODULES.items():
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert name == "cli" or not any(isinstance(call, ast.Name) and call.id == "print" for call in calls), name
