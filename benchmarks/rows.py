@@ -2,10 +2,10 @@
 
     python benchmarks/rows.py --weights FILE --root DIR [--out results/rows_resnet56.csv]
 
-On the published ResNet-56 and CIFAR-10's training images (no augmentation, benchmark normalisation). Two references from
-12,800 images each, one with a row a batch of 128 and one with a row an image. Then, from other images, estimates with a
-growing number of images: the Spearman correlation of all prunable channels' group scores with both references, and the
-accuracy on held-out test images after pruning 30 % and 50 % of the channels in one step (global), three seeds.
+On the published ResNet-56 and CIFAR-10's training images (no augmentation, benchmark normalisation). Two references
+from 12,800 images each, one with a row a batch of 128 and one with a row an image. Then, from other draws, estimates
+with a growing number of images: the Spearman correlation of all prunable channels' group scores with both references,
+and the accuracy on held-out test images after pruning 30 % and 50 % of the channels in one step (global), three seeds.
 """
 
 from __future__ import annotations

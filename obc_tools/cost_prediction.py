@@ -8,18 +8,16 @@ deduced from one trace, and proven on real pruned copies before it is handed out
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from .cost_terms import Terms, Width, macs_terms, parameter_terms
 from .costs import Call, Cost, count_calls, example_count, parameter_count
-from .groups import ChannelGroup, Follower, trace_groups
+from .groups import ChannelGroup, Follower, kept_positions, trace_groups
 from .layers import (
     Axis,
     LayerAxis,
@@ -27,8 +25,7 @@ from .layers import (
     get_layer,
     layer_axes,
     own_parameters,
-    select_channels,
-    shrink_layer,
+    shrink_model,
 )
 
 PROBES = 2
@@ -205,10 +202,12 @@ class _Probe:
     @classmethod
     def run(cls, model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup], seed: int) -> _Probe:
         random = np.random.default_rng(seed)
-        kept = {group.root: _random_cut(group, random) for group in groups}
-        pruned = _pruned_copy(model, groups, kept)
+        kept = {group: _random_cut(group, random) for group in groups}
+        pruned = shrink_model(model, kept_positions(kept))
         sizes = [pruned.get_parameter(name).numel() for name, _ in model.named_parameters()]
-        return cls(kept, count_calls(pruned, example_inputs), sizes)
+        return cls(
+            {group.root: channels for group, channels in kept.items()}, count_calls(pruned, example_inputs), sizes
+        )
 
 
 def _run_probes(
@@ -237,31 +236,6 @@ def _random_cut(group: ChannelGroup, random: np.random.Generator) -> tuple[int, 
     size = group.width // group.blocks
     inside = np.sort(random.permutation(size)[: random.integers(size // 2, size)])
     return tuple((np.arange(group.blocks)[:, None] * size + inside).ravel().tolist())
-
-
-def _pruned_copy(
-    model: nn.Module, groups: Iterable[ChannelGroup], kept: Mapping[LayerAxis, Sequence[int]]
-) -> nn.Module:
-    """Return a copy of the model in which groups keep only these channels."""
-    removed: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for group in groups:
-        gone = set(range(group.width)).difference(kept[group.root])
-        for member in group.members:
-            positions = zip(member.positions, member.channels, strict=True)
-            removed[member.axis.layer][member.axis.axis].update(p for p, channel in positions if channel in gone)
-    copied = copy.deepcopy(model)
-    for name, axes in removed.items():
-        layer = get_layer(copied, name)
-        widths = {key: axis.width for key, axis in layer_axes(layer, name).items()}
-        stay = {key: [p for p in range(widths[key]) if p not in gone] for key, gone in axes.items()}
-        if isinstance(layer, nn.Module):
-            shrink_layer(layer, stay, name)
-        else:
-            owner, _, leaf = name.rpartition(".")
-            index = torch.tensor(stay["out"], device=layer.device)
-            value = select_channels(layer.detach(), layer_axes(layer)["out"].slots[0], index)
-            setattr(copied.get_submodule(owner), leaf, nn.Parameter(value))
-    return copied
 
 
 def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:

@@ -97,6 +97,20 @@ class ChannelGroup:
         return title + self.to_frame().to_html(index=False)
 
 
+def kept_positions(kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[LayerAxis, tuple[int, ...]]:
+    """Return the kept positions of every axis that loses any, given the kept channels of groups."""
+    removed: dict[LayerAxis, set[int]] = defaultdict(set)
+    widths: dict[LayerAxis, int] = {}
+    for group, channels in kept.items():
+        gone = set(range(group.width)).difference(channels)
+        for member in group.members if gone else ():
+            widths[member.axis] = member.width
+            removed[member.axis].update(
+                p for p, channel in zip(member.positions, member.channels, strict=True) if channel in gone
+            )
+    return {a: tuple(p for p in range(widths[a]) if p not in gone) for a, gone in removed.items() if gone}
+
+
 @dataclass(frozen=True)
 class Follower:
     """Channels of a group on the axis of a module without parameters (an activation, a pooling), for one of its calls.

@@ -23,8 +23,10 @@ bare parameter          its last dimension longer than 1
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -303,6 +305,24 @@ def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str 
             setattr(layer, attribute, (len(positions),) if isinstance(old, tuple) else len(positions))
     if isinstance(layer, nn.MultiheadAttention):
         layer.head_dim = layer.embed_dim // layer.num_heads
+
+
+def shrink_model(model: nn.Module, kept: Mapping[LayerAxis, Sequence[int]]) -> nn.Module:
+    """Return a copy of the model in which the given axes keep only these positions (ascending)."""
+    shrunk = copy.deepcopy(model)
+    by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
+    for axis, positions in kept.items():
+        by_layer[axis.layer][axis.axis] = positions
+    for name, axes in by_layer.items():
+        layer = get_layer(shrunk, name)
+        if isinstance(layer, nn.Parameter):
+            slot = layer_axes(layer, name)["out"].slots[0]
+            index = torch.as_tensor(axes["out"], device=layer.device)
+            owner, _, leaf = name.rpartition(".")
+            _replace(shrunk.get_submodule(owner), leaf, select_channels(layer.detach(), slot, index))
+        else:
+            shrink_layer(layer, axes, name)
+    return shrunk
 
 
 def _replace(layer: nn.Module, name: str, value: Tensor) -> None:

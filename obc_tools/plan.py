@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from functools import cached_property
 import pandas as pd
 from torch import nn
 
-from .groups import ChannelGroup, Member
+from .groups import ChannelGroup, Member, kept_positions
 from .layers import LayerAxis, UnknownNameError, get_layer, layer_axes
 
 FORMAT = 1
@@ -51,18 +50,7 @@ class PruningPlan:
     @cached_property
     def shrunk(self) -> Mapping[LayerAxis, tuple[int, ...]]:
         """The kept positions of every axis that loses any, in the original numbering."""
-        removed: dict[LayerAxis, set[int]] = defaultdict(set)
-        widths = {}
-        for group, kept in zip(self.groups, self.kept, strict=True):
-            if len(kept) == group.width:
-                continue
-            gone = set(range(group.width)).difference(kept)
-            for member in group.members:
-                widths[member.axis] = member.width
-                removed[member.axis].update(
-                    p for p, channel in zip(member.positions, member.channels, strict=True) if channel in gone
-                )
-        return {a: tuple(p for p in range(widths[a]) if p not in gone) for a, gone in removed.items() if gone}
+        return kept_positions(dict(zip(self.groups, self.kept, strict=True)))
 
     @cached_property
     def axes(self) -> Mapping[LayerAxis, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,7 @@ from tqdm.auto import tqdm
 from .criteria import resolve_criterion
 from .groups import ChannelGroup, find_groups
 from .jacobian import Objective, classification
-from .layers import get_layer, layer_axes, select_channels, shrink_layer
+from .layers import shrink_model
 from .measure import Cost, CostModel, cost_model
 from .order import Limits, RemovalOrder, removal_order
 from .plan import PlanMismatchError, PruningPlan
@@ -31,16 +29,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
     """
     plan.validate(model)
-    pruned = copy.deepcopy(model)
-    kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for axis, positions in plan.shrunk.items():
-        kept[axis.layer][axis.axis] = positions
-    for name, axes in kept.items():
-        layer = get_layer(pruned, name)
-        if isinstance(layer, nn.Parameter):
-            _shrink_parameter(pruned, name, axes["out"])
-        else:
-            shrink_layer(layer, axes, name)
+    pruned = shrink_model(model, plan.shrunk)
     _tie(model, pruned)
     return pruned
 
@@ -57,15 +46,6 @@ def _tie(model: nn.Module, pruned: nn.Module) -> None:
             raise PlanMismatchError(f"{source!r} and {name!r} are one parameter, but the plan prunes them differently")
         owner, _, leaf = name.rpartition(".")
         setattr(pruned.get_submodule(owner), leaf, theirs)
-
-
-def _shrink_parameter(model: nn.Module, name: str, kept: tuple[int, ...]) -> None:
-    owner, _, leaf = name.rpartition(".")
-    parameter = get_layer(model, name)
-    slot = layer_axes(parameter, name)["out"].slots[0]
-    index = torch.as_tensor(kept, device=parameter.device)
-    value = select_channels(parameter.detach(), slot, index)
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.func import functional_call, vjp, vmap
 
 from .layers import LayerAxis, Slot, channel_dims, channel_view, get_layer, own_parameters
 from .objectives import Objective, checked_losses, classification
-from .rows import Rows, examples_per_row, keeping_statistics, uncompiled
+from .rows import Rows, examples_per_row, in_rows, keeping_statistics, uncompiled
 from .state import differentiable, evaluating, hooks
 
 RowGradients = dict[tuple[str, str], Tensor]
@@ -120,7 +120,7 @@ def stream_gradients(
         watched = _capture(found, calls) if per_row and by_layer is not False else []
         with evaluating(model), keeping_statistics(model), differentiable(model, tensors.values()):
             with hooks(watched), torch.compiler.set_stance("force_eager" if watched else "default"):
-                losses = _in_rows(checked_losses(model, batch, objective, number), per_row, number)
+                losses = in_rows(checked_losses(model, batch, objective, number), per_row, number)
             if per_row and by_layer is None:
                 by_layer = _examples_are_apart(found, calls, losses) and _calls_explain(found, tensors, calls, losses)
             if by_layer:
@@ -129,20 +129,6 @@ def stream_gradients(
                 yield from (_gradients(loss, tensors) for loss in losses.mean(1))
     if number == 0:
         raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
-
-
-def _in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
-    """Arrange the losses of a batch in rows, shape (rows, examples of a row); None makes the batch one row."""
-    if per_row is None:
-        return losses.reshape(1, -1)
-    if losses.dim() == 0:
-        raise ValueError(
-            f"batch {number}: the objective returned one scalar, which allows only rows='batch'; "
-            "finer rows need one loss an example"
-        )
-    if len(losses) % per_row:
-        raise ValueError(f"batch {number}: rows={per_row} does not divide its {len(losses)} examples")
-    return losses.unflatten(0, (-1, per_row))
 
 
 def _gradients(loss: Tensor, tensors: Mapping[tuple[str, str], nn.Parameter]) -> RowGradients:

@@ -80,7 +80,7 @@ class FinerRows:
         with evaluating(model), keeping_statistics(model), differentiable(model, wanted), gates.attached():
             with gated_functions(gates, model), _eagerly():
                 losses = checked_losses(model, batch, self.objective, number)
-            return self._products(gates, gated, _in_rows(losses, self.per_row, number))
+            return self._products(gates, gated, in_rows(losses, self.per_row, number))
 
     def _products(self, gates: Gates, gated: Sequence[LayerAxis], losses: Tensor) -> dict[LayerAxis, Tensor]:
         """Return the products of a batch whose losses have the shape (rows, examples a row)."""
@@ -152,8 +152,10 @@ def _parameters(layers: Mapping[str, nn.Module], axes: Iterable[LayerAxis]) -> l
     return list({id(p): p for axis in axes for p in own_parameters(layers[axis.layer]).values()}.values())
 
 
-def _in_rows(losses: Tensor, per_row: int, number: int) -> Tensor:
-    """Arrange the losses of a batch in rows, shape (rows, per_row)."""
+def in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
+    """Arrange the losses of a batch in rows, shape (rows, examples of a row); None makes the batch one row."""
+    if per_row is None:
+        return losses.reshape(1, -1)
     if losses.dim() == 0:
         raise ValueError(
             f"batch {number}: the objective returned one scalar, which allows only rows='batch'; "
