@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from .experiments import PruningJob
+    from .job import PruningJob
 
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
@@ -45,7 +45,7 @@ class Demo:
     """Fixes the network's first weights, the order of the images and their augmentation."""
 
     def job(self) -> PruningJob:
-        from .experiments import PruningJob
+        from .job import PruningJob
         from .pruning import Target
         from .training import Recipe
 
@@ -140,7 +140,7 @@ class Prune:
     """Replace the run that the folder holds."""
 
     def job(self) -> PruningJob:
-        from .experiments import PruningJob
+        from .job import PruningJob
         from .pruning import Target
         from .training import Recipe
 

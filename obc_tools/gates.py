@@ -242,9 +242,8 @@ class Gates:
         if gate.given or self._sums is None:
             return
         if gate.value._version != gate.version:
-            raise RuntimeError(
-                f"layer {gate.axis.layer!r}: the model changes its {gate.axis.axis}put in place after use"
-            )
+            where = f"layer {gate.axis.layer!r}"
+            raise RuntimeError(f"{where}: unlike in the first batch, its activations were changed in place after use")
         self.coarse |= torch.finfo(gradient.dtype).bits < 32
         gradient, value = gate.arrange(gradient), gate.arrange(gate.value)
         if gradient.shape[0] % self._examples or gate.channel_dim == 0:

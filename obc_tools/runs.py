@@ -25,7 +25,8 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobInputs, JobResult, Measured, PruningJob, perform, prepare
+from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, Measured, perform, prepare
+from .job import JobInputs, PruningJob
 from .measure import evaluate
 from .state import evaluating
 from .store import load_pruned, save_pruned

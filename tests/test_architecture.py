@@ -20,7 +20,7 @@ TIERS = (
     ("equivalent",),
     ("recipe", "history", "guard", "training"),
     ("store",),
-    ("experiments",),
+    ("job", "experiments"),
     ("runs",),
     ("looks", "plots"),
     ("report", "job_report", "cli"),

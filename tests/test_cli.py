@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools import cli
-from obc_tools.criteria import CRITERIA, NORMALIZERS, REDUCTIONS
+from obc_tools.criteria import CRITERIA
 from obc_tools.data import DATA_SETS
 from obc_tools.models import load_model
 from obc_tools.order import SCOPES
+from obc_tools.scores import NORMALIZERS, REDUCTIONS
 from obc_tools.training import Recipe
 
 

@@ -15,12 +15,11 @@ from obc_tools.experiments import (
     ORIGINAL,
     PRUNED,
     EquivalenceError,
-    PruningJob,
     _check_equal,
-    find_device,
     perform,
     prepare,
 )
+from obc_tools.job import PruningJob, find_device
 from obc_tools.pruning import Target
 from obc_tools.runs import ENTRIES, RunFolderError, check_run_folder, read_results, replacing, run_job
 from obc_tools.store import load_pruned

@@ -161,6 +161,19 @@ def test_a_layer_that_stops_running():
         jacobian_products(model, [(images, labels), (images * 0, labels)], rows="sample")
 
 
+def test_activations_that_change_in_place_only_later():
+    class Moody(nn.Sequential):
+        def forward(self, inputs):
+            return self[2](F.silu(self[0](inputs), inplace=not inputs.sum()))
+
+    model = Moody(*case("linear").model())
+    images, labels = case("linear").data()
+    with pytest.raises(
+        RuntimeError, match="layer '0': unlike in the first batch, its activations were changed in place"
+    ):
+        jacobian_products(model, [(images, labels), (images * 0, labels)], rows="sample", layers=["0"])
+
+
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_a_batch_of_another_shape_keeps_the_message_of_torch(rows):
     batch = (torch.randn(2, 9).double(), torch.zeros(2, dtype=torch.long))
