@@ -109,7 +109,7 @@ class Prune:
     ratio: Number = None
     """Target: share of all channels to remove, between 0 and 1."""
     criterion: Name = "jacobian"
-    """What channels are scored by: jacobian, taylor, l1, l2, bn_scale or random."""
+    """What channels are scored by: jacobian, taylor, l1, l2, bn_scale, whc or random."""
     scope: Name = "global"
     """Which channels are ranked together: global (all), local (those of a layer), isomorphic (those of like layers)."""
     group_reduction: Name = "sum"
