@@ -11,10 +11,7 @@ import json
 import logging
 import os
 import platform
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,7 +26,7 @@ from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, Measured, p
 from .job import JobInputs, PruningJob
 from .measure import evaluate
 from .state import evaluating
-from .store import load_pruned, save_pruned
+from .store import load_pruned, replacing, save_pruned
 
 logger = logging.getLogger(__name__)
 
@@ -95,24 +92,6 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise RunFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
     return results
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside the given one, whose place it takes on success; after an exception it is gone."""
-    mark = uuid.uuid4().hex[:8]
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{kind}") for kind in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

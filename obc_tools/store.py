@@ -120,7 +120,7 @@ def save_pruned(
     if source is not None:
         source = _complete_source(source, model)
         load_weights(_build(source, plan), _join(tensors, tied), origin=f"source {source}, pruned")
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         save_file(tensors, new / TENSORS)
         (new / PLAN).write_text(plan.to_json(), encoding="utf-8")
         sha256 = {name: _digest(new / name) for name in (TENSORS, PLAN)}
@@ -292,7 +292,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside the given one; on success it takes that one's place, which until then stays."""
     mark = uuid.uuid4().hex
     new, old = (folder.with_name(f".{folder.name}.{mark}.{kind}") for kind in ("new", "old"))
