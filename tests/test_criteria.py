@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from networks import mlp_layernorm, network, small_vgg
+from test_jacobian import PUBLISHED, RESNET56, golden_batches
 from torch import nn
 
-from obc_tools import CRITERIA, Criterion, LayerAxis, find_groups, score_groups
+from obc_tools import CRITERIA, Criterion, LayerAxis, find_groups, load_model, score_groups
 from obc_tools.evidence import sum_squares
 from obc_tools.jacobian import stream_products
 from obc_tools.scores import NORMALIZERS, REDUCTIONS
@@ -229,3 +230,27 @@ def test_options_that_do_not_go_together_are_refused(criterion, options, message
     model, images = network("small_vgg")
     with pytest.raises(ValueError, match=message):
         score_groups(model, find_groups(model, images), criterion, [(images, torch.tensor([0, 1, 2, 3]))], **options)
+
+
+@pytest.mark.parametrize("golden_file", [RESNET56] if RESNET56.exists() and PUBLISHED.exists() else [])
+@pytest.mark.slow
+def test_group_scores_of_the_published_resnet56(golden_file):
+    file = np.load(golden_file)
+    model = load_model("resnet56", weights=str(PUBLISHED)).double().eval()
+    images = torch.from_numpy(file["images_uint8"]).double().div(255)
+    images = images.sub(torch.from_numpy(file["mean"])).div(torch.from_numpy(file["std"])).permute(0, 3, 1, 2)
+    batches = golden_batches(file, images.contiguous())
+    groups = {group.root.layer: group for group in find_groups(model, images[:1]) if group.prunable}
+    keys = [key for key in file.files if key.startswith("group/")]
+    assert len(keys) == len(groups) > 20
+    scores = score_groups(model, list(groups.values()), "jacobian", batches)
+    axes = dict.fromkeys(member.axis for group in groups.values() for member in group.members)
+    members = sum_squares(stream_products(model, batches, list(axes)))
+    for key in keys:
+        group, expected = groups[key.split("/")[1]], torch.from_numpy(file[key])
+        # The file's members were added up in float32: so added, ours agree to the last digit that it has.
+        single = torch.zeros(group.width)
+        for member in group.members:
+            single += members[member.axis].float()
+        torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-7 * expected.max().item(), msg=key)
+        torch.testing.assert_close(scores[group], expected, rtol=0, atol=2e-7 * expected.max().item(), msg=key)
