@@ -37,7 +37,7 @@ NETWORKS = {
     "torchvision:resnet50": (8, 224),
     "torchvision:vit_b_16": (8, 224),
 }
-VMAP_EXAMPLES = {"vgg19": 16, "resnet56": 16}
+VMAP_EXAMPLES = {"vgg19": 64, "resnet56": 128}
 BATCHES_IN_MEMORY = 50
 
 
