@@ -28,16 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from .gate_sums import centred_sums, example_sums
-from .layers import LayerAxis
+from .layers import LayerAxis, activation_dim
 from .state import hooks
 
 Node = torch.autograd.graph.Node
 
 HOMOGENEOUS = {"ReluBackward0", "MaxPool2DWithIndicesBackward0"}
 """Autograd nodes of channel-wise functions with Σ ε x = Σ δ y."""
-
-CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
-"""Layers whose activations have their channels in the last dimension; all others have them behind the examples."""
 
 
 class _Alias(torch.autograd.Function):
@@ -57,14 +54,14 @@ class Gate:
     """One use of one layer axis in one forward pass.
 
     ``value``: the part of the activation that is linear in the parameters. ``arrange`` brings it and its gradient into
-    the order (examples, ..., channels, ...), with the channels at ``channel_dim``. ``norm``: the BatchNorm of which
+    the order (examples, ..., channels, ...), with the channels at ``activation_dim``. ``norm``: the BatchNorm of which
     ``value`` is the input. ``also``: the axes that have the same products. ``feeder``: the gate of the layer that made
     the BatchNorm's input. ``given``: another gate brings this one's products.
     """
 
     axis: LayerAxis
     value: Tensor
-    channel_dim: int
+    activation_dim: int
     version: int
     arrange: Callable[[Tensor], Tensor]
     norm: nn.Module | None = None
@@ -76,7 +73,7 @@ class Gate:
     @property
     def layout(self) -> tuple:
         """What two gates have in common if the same tensor, up to element-wise functions, lies the same way in both."""
-        return self.channel_dim, self.value.dim(), self.arrange
+        return self.activation_dim, self.value.dim(), self.arrange
 
 
 class Gates:
@@ -153,14 +150,14 @@ class Gates:
 
     def _input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
-            return (self.take(LayerAxis(name, "in"), args[0], _channel_dim(layer, args[0])), *args[1:]), kwargs
+            return (self.take(LayerAxis(name, "in"), args[0], activation_dim(layer, args[0])), *args[1:]), kwargs
         key, value = next(iter(kwargs.items()))
-        return args, {**kwargs, key: self.take(LayerAxis(name, "in"), value, _channel_dim(layer, value))}
+        return args, {**kwargs, key: self.take(LayerAxis(name, "in"), value, activation_dim(layer, value))}
 
     def _output(self, name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         axis = LayerAxis(name, "out")
         taken = args[0] if args else next(iter(kwargs.values()))
-        dim = _channel_dim(layer, output)
+        dim = activation_dim(layer, output)
         if isinstance(layer, nn.PReLU):
             return self.put(axis, output, dim, part=output.detach().masked_fill(taken >= 0, 0))
         if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
@@ -170,10 +167,10 @@ class Gates:
             return self._put_norm(axis, layer, taken, output)
         return self.put(axis, output, dim)
 
-    def take(self, axis: LayerAxis, tensor: Tensor, channel_dim: int, arrange: Callable | None = None) -> Tensor:
+    def take(self, axis: LayerAxis, tensor: Tensor, activation_dim: int, arrange: Callable | None = None) -> Tensor:
         """Gate what a layer takes in: return the same values under a node whose gradient is this use's alone."""
         value = tensor.detach()
-        gate = Gate(axis, value, channel_dim, value._version, arrange or _same)
+        gate = Gate(axis, value, activation_dim, value._version, arrange or _same)
         alias = _Alias.apply(tensor, self._anchor)
         alias.register_hook(partial(self._on_gradient, gate))
         self._taken.append((gate, alias.grad_fn))
@@ -183,14 +180,14 @@ class Gates:
         self,
         axis: LayerAxis,
         tensor: Tensor,
-        channel_dim: int,
+        activation_dim: int,
         arrange: Callable | None = None,
         part: Tensor | None = None,
     ) -> Tensor:
         """Gate what a layer puts out; `part` of it is linear in the parameters, by default all."""
         tensor = self._with_node(tensor)
         value = tensor.detach() if part is None else part
-        gate = Gate(axis, value, channel_dim, value._version, arrange or _same, whole=part is None)
+        gate = Gate(axis, value, activation_dim, value._version, arrange or _same, whole=part is None)
         if part is None and (self.explore or axis.layer in self.copied):
             self._watched.append((gate, value, value._version))
             gate.value = value.clone()
@@ -246,10 +243,10 @@ class Gates:
             raise RuntimeError(f"{where}: unlike in the first batch, its activations were changed in place after use")
         self.coarse |= torch.finfo(gradient.dtype).bits < 32
         gradient, value = gate.arrange(gradient), gate.arrange(gate.value)
-        if gradient.shape[0] % self._examples or gate.channel_dim == 0:
+        if gradient.shape[0] % self._examples or gate.activation_dim == 0:
             self.unfit.add(gate.axis.layer)
         elif gate.norm is None:
-            self._add(gate, example_sums(gradient, value, gate.channel_dim))
+            self._add(gate, example_sums(gradient, value, gate.activation_dim))
         else:
             self._add_norm(gate, gradient, value)
 
@@ -271,15 +268,6 @@ class Gates:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _channel_dim(layer: nn.Module, activation: Tensor) -> int:
-    """Return the dimension of a layer's input or output that runs over channels; 0 where there is none for examples."""
-    if isinstance(layer, CHANNELS_LAST):
-        return activation.dim() - 1
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return activation.dim() - 1 - len(layer.kernel_size)
-    return 1
 
 
 def _walk(root: Node) -> tuple[Counter[Node], list[Tensor]]:

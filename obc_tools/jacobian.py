@@ -21,6 +21,7 @@ from .objectives import batch_loss as batch_loss
 from .objectives import classification as classification
 from .rows import BatchRows, FinerRows, Rows, examples_per_row, uncompiled
 from .rows import parameter_slots as parameter_slots
+from .state import numbered
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,8 @@ def stream_products(
     """
     per_row = examples_per_row(rows)
     read = BatchRows(model, axes, objective) if per_row is None else FinerRows(model, axes, objective, per_row)
-    count = 0
-    for count, batch in enumerate(batches, start=1):
-        yield read(batch, count)
-    if count == 0:
-        raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
+    for number, batch in numbered(batches):
+        yield read(batch, number)
 
 
 def all_reduce_scores(totals: Mapping[LayerAxis, Tensor], group: Any = None) -> dict[LayerAxis, Tensor]:

@@ -363,3 +363,16 @@ def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
     if not part:
         return axes[key]
     return replace(axes[key], slots=tuple(s for s in axes[key].slots if s.tensor.endswith("bias") == (part == "b")))
+
+
+CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+"""Layers whose activations have their channels in the last dimension; all others have them behind the examples."""
+
+
+def activation_dim(layer: nn.Module, activation: Tensor) -> int:
+    """Return the dimension of a layer's input or output that runs over channels; 0 where there is none for examples."""
+    if isinstance(layer, CHANNELS_LAST):
+        return activation.dim() - 1
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return activation.dim() - 1 - len(layer.kernel_size)
+    return 1

@@ -20,8 +20,8 @@ from torch.func import functional_call, vjp, vmap
 
 from .layers import LayerAxis, Slot, channel_dims, channel_view, get_layer, own_parameters
 from .objectives import Objective, checked_losses, classification
-from .rows import Rows, examples_per_row, in_rows, keeping_statistics, uncompiled
-from .state import differentiable, evaluating, hooks
+from .rows import Rows, examples_per_row, in_rows, uncompiled
+from .state import differentiable, evaluating, hooks, keeping_statistics, numbered
 
 RowGradients = dict[tuple[str, str], Tensor]
 """(layer, name of its tensor) -> the gradients of some rows, shape (rows, *tensor.shape)."""
@@ -114,8 +114,8 @@ def stream_gradients(
     per_row, model = examples_per_row(rows), uncompiled(model)
     found = {name: get_layer(model, name) for name in dict.fromkeys(layers)}
     tensors = {(name, key): p for name, layer in found.items() for key, p in own_parameters(layer).items()}
-    by_layer, number = None, 0
-    for number, batch in enumerate(batches, start=1):
+    by_layer = None
+    for number, batch in numbered(batches):
         calls: list[_Call] = []
         watched = _capture(found, calls) if per_row and by_layer is not False else []
         with evaluating(model), keeping_statistics(model), differentiable(model, tensors.values()):
@@ -127,8 +127,6 @@ def stream_gradients(
                 yield from _layer_gradients(found, calls, losses)
             else:
                 yield from (_gradients(loss, tensors) for loss in losses.mean(1))
-    if number == 0:
-        raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
 
 
 def _gradients(loss: Tensor, tensors: Mapping[tuple[str, str], nn.Parameter]) -> RowGradients:

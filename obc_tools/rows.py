@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .functional_gates import gated_functions
 from .gates import Gates
 from .layers import LayerAxis, channel_sum, find_axis, get_layer, own_parameters
 from .objectives import Objective, batch_loss, checked_losses
-from .state import differentiable, evaluating
+from .state import differentiable, evaluating, keeping_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -207,19 +207,6 @@ def _eagerly() -> AbstractContextManager:
 def _compiler() -> Any:
     # Importing it takes seconds, and what is compiled has imported it.
     return sys.modules.get("torch._dynamo")
-
-
-@contextmanager
-def keeping_statistics(model: nn.Module) -> Iterator[None]:
-    """Put back the running statistics of norms on the way out, should an objective have switched to train mode."""
-    norms = (nn.modules.batchnorm._NormBase,)
-    buffers = [b for module in model.modules() if isinstance(module, norms) for b in module.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
 
 
 def parameter_slots(layer: nn.Module, axis: Any) -> list:

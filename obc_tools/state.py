@@ -61,3 +61,16 @@ def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         yield number, batch
     if number == 0:
         raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
+
+
+@contextmanager
+def keeping_statistics(model: nn.Module) -> Iterator[None]:
+    """Put back the running statistics of norms on the way out, should an objective have switched to train mode."""
+    norms = (nn.modules.batchnorm._NormBase,)
+    buffers = [b for module in model.modules() if isinstance(module, norms) for b in module.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
