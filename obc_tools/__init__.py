@@ -7,8 +7,10 @@ The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `Eq
 from importlib import import_module
 
 _NAMES = {
+    "compare": ("compare_criteria",),
+    "comparison": ("Comparison", "read_comparison"),
     "criteria": ("CRITERIA", "Criterion"),
-    "data": ("load_data", "take"),
+    "data": ("hold_out", "load_data", "take"),
     "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
     "equivalent": ("EquivalentModel",),
     "groups": ("ChannelGroup", "Member", "find_groups"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +246,22 @@ def _read_folders(
         )
     splits = {split: ImageFiles(files.paths, files.labels, size) for split, files in found.items()}
     return splits.get("train"), splits.get("val"), classes
+
+
+def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Data:
+    """Divide one split into train images and held-out images, at random: for sets of which only one split is there.
+
+    Args:
+        split: "train" or "val"; the other one is left out.
+        share: of its images to hold out, in (0, 1).
+
+    Raises:
+        ValueError: a split that is not there, a share that leaves one side without images.
+    """
+    images = data._split(split)
+    held_out = round(share * len(images))
+    if not 0 < held_out < len(images):
+        raise ValueError(f"share={share} holds out {held_out} of {len(images)} images; leave some on each side")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    val, train = (images.at(part.sort().values) for part in (order[:held_out], order[held_out:]))
+    return replace(data, train=train, val=val)

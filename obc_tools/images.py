@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +77,10 @@ class Images:
         """Channels, height and width of an image."""
         return tuple(self.pixels.shape[1:])
 
+    def at(self, positions: Tensor) -> Images:
+        """Return some of the images, by their positions, int64."""
+        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
+
     def batches(self, sampling: Sampling, normalization: Normalization, device: torch.device | str) -> Batches:
         """Return the batches of this split, cut, augmented and normalised on a device."""
         pixels, labels = self.pixels.to(device), self.labels.to(device)
@@ -128,6 +132,11 @@ class ImageFiles:
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image in a batch."""
         return (3, self.size, self.size)
+
+    def at(self, positions: Tensor) -> ImageFiles:
+        """Return some of the images, by their positions, int64."""
+        paths = tuple(self.paths[position] for position in positions.tolist())
+        return replace(self, paths=paths, labels=self.labels[positions])
 
     def batches(
         self,
