@@ -6,22 +6,23 @@ images are plain training images, drawn afresh for every step and the same for a
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, Pass, take
-from .comparison import METRICS, Comparison
+from .comparison import METRICS, Comparison, as_frame
 from .criteria import Criterion
 from .curves import Contender, Curve, CurveFolder, described, resolve_contenders
 from .data import Data, check_classes
@@ -84,7 +85,7 @@ class CompareSettings:
 
 
 def compare_criteria(
-    factory: Callable[[], nn.Module],
+    factory: nn.Module | Callable[[], nn.Module],
     data: Data,
     criteria: Iterable[Any] | Mapping[str, Any],
     *,
@@ -96,7 +97,7 @@ def compare_criteria(
     """Prune a trained network step by step by each criterion, without fine-tuning, and measure it after every step.
 
     Args:
-        factory: returns the trained network, afresh for every criterion and repeat.
+        factory: the trained network, which stays as it is, or what returns it afresh for every criterion and repeat.
         data: calibration images are drawn from its training images, without augmentation: the same for all criteria in
             a repeat, others in every step and repeat. Measured on its held-out images and on training images.
         criteria: names, (name, options) pairs, Criterion values or functions of weights; or a mapping from labels to
@@ -121,6 +122,7 @@ def compare_criteria(
         ...                  ["jacobian", "taylor", "l1"], batches=10, repeats=3).plot()
     """
     chosen = CompareSettings(**_one_end(settings))
+    factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, data, chosen, contenders, objective)
     store = CurveFolder.open(folder, bench.describe())
@@ -137,8 +139,7 @@ def compare_criteria(
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
             rows += curve.rows
-    frame = pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, "macs", "seconds"), float))
-    return store.finish(Comparison(frame, bench.describe(), environment(bench.device)))
+    return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
 
 
 def _one_end(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+SETTINGS, TABLE = "comparison.json", "comparison.csv"
 KEYS = ["criterion", "repeat", "step"]
 SHARES = {"channels": "pruned_channels", "macs": "macs", "params": "params"}
 METRICS = ("accuracy", "top5", "loss", "train_accuracy", "train_top5", "train_loss")
@@ -124,11 +125,13 @@ _FORMAT = {"float_format": "{:.3f}".format, "na_rep": ""}
 
 
 def read_comparison(path: str | Path) -> Comparison:
-    """Read what `Comparison.to_csv` wrote.
+    """Read what `Comparison.to_csv` wrote, or what is finished so far in the folder of a comparison that runs.
 
     Raises:
-        ComparisonError: the file is not there or holds no comparison.
+        ComparisonError: the file or folder is not there or holds no comparison.
     """
+    if Path(path).is_dir():
+        return _read_unfinished(Path(path))
     try:
         first, _, rest = Path(path).read_text(encoding="utf-8").partition("\n")
         about = json.loads(first.removeprefix("# "))
@@ -139,6 +142,23 @@ def read_comparison(path: str | Path) -> Comparison:
         return Comparison(frame, about["settings"], about["environment"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"'{path}' holds no comparison: {error}") from error
+
+
+def _read_unfinished(folder: Path) -> Comparison:
+    """Read the curves in a folder, in the order in which their criteria were asked for."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        curves = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in sorted(folder.glob("curve_*.json"))]
+        order = list(settings["criteria"])
+        rows = sorted((row for curve in curves for row in curve), key=lambda row: order.index(row["criterion"]))
+        return Comparison(as_frame(rows), settings, {})
+    except (OSError, ValueError, KeyError) as error:
+        raise ComparisonError(f"'{folder}' holds no comparison: {error}") from error
+
+
+def as_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the table of rows; what was not measured is NaN."""
+    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, "macs", "seconds"), float))
 
 
 def write_text(path: Path, text: str) -> None:

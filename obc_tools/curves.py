@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .comparison import Comparison, ComparisonError, write_text
+from .comparison import SETTINGS, TABLE, Comparison, ComparisonError, write_text
 from .criteria import Criterion, resolve_criterion
 from .plan import PruningPlan
-
-SETTINGS, TABLE = "comparison.json", "comparison.csv"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,16 @@ def test_a_step_by_hand(data):
     assert first["pruned_channels"] == 0 and first["images"] == 0 and math.isnan(first["seconds"])
 
 
+def test_a_network_is_copied_not_touched(data):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    given = compare_criteria(model, data, ["l1"], **SMALL)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    pd.testing.assert_frame_equal(
+        without_seconds(given), without_seconds(compare_criteria(network, data, ["l1"], **SMALL))
+    )
+
+
 def test_repeats_draw_other_images_and_only_where_something_is_drawn(data):
     comparison = compare_criteria(network, data, ["taylor", "l1", "random"], repeats=2, **SMALL)
     counts = comparison.frame.groupby("criterion")["repeat"].nunique()
@@ -107,6 +117,8 @@ def test_a_killed_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compare_criteria(network, data, criteria, repeats=2, folder=folder, **SMALL)
     assert len(calls) == 5
+    so_far = read_comparison(folder).frame
+    assert list(zip(so_far["repeat"], so_far["step"], strict=True)) == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     resumed = compare_criteria(network, data, criteria, repeats=2, folder=folder, **SMALL)
     assert len(calls) == 5 + (3 * 3 - 4), "finished steps were scored again"
     pd.testing.assert_frame_equal(without_seconds(resumed), without_seconds(whole))
@@ -241,7 +253,7 @@ def test_csv_comes_back_with_settings_and_environment(tmp_path):
     assert back.settings == comparison.settings and back.environment == comparison.environment
     pd.testing.assert_frame_equal(back.frame, comparison.frame, check_dtype=False)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for name, reason in (("other.csv", ""), ("absent.csv", "No such file")):
+    for name, reason in (("other.csv", ""), ("absent.csv", "No such file"), ("", "comparison.json")):
         with pytest.raises(ComparisonError, match=rf"{name}' holds no comparison: .*{reason}"):
             read_comparison(tmp_path / name)
     broken = tmp_path / "broken.csv"
