@@ -1,17 +1,18 @@
 """Real curves: criteria against each other on trained networks, without fine-tuning.
 
     python benchmarks/criteria.py resnet56 --weights FILE --root DIR --folder runs/criteria_resnet56
-    python benchmarks/criteria.py variants --weights FILE --root DIR --folder runs/criteria_resnet56
+    python benchmarks/criteria.py variants --weights FILE --root DIR --folder runs/criteria_variants
     python benchmarks/criteria.py efficientnet --weights FILE --root DIR --folder runs/criteria_efficientnet
 
 `resnet56`: the published sparse-trained ResNet-56 on CIFAR-10 with the published comparison's normalisation, all
-criteria, 5 % of the channels a step, until accuracy is at chance. `variants`: the same with variants of the Jacobian
-Criterion (rows, couplings, selection of sets). `efficientnet`: EfficientNet-Lite0 on a sample of ImageNet, one seeded
-half to score and train on, the other held out. Each can be stopped and goes on where it was.
+criteria, 5 % of the channels a step, until accuracy is at chance. `variants`: variants of the Jacobian Criterion (rows,
+couplings, selection of sets) on the same network in coarser steps. `efficientnet`: EfficientNet-Lite0 on a sample of
+ImageNet, one seeded half to score with, the other held out. Each can be stopped and goes on where it was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +21,11 @@ import tyro
 
 from obc_tools import CRITERIA, compare_criteria, hold_out, load_data, load_model
 
-RESNET56 = {"steps": 19, "ratio": 0.95, "batches": 10, "repeats": 3, "until_chance": True}
+CIFAR10 = {"batches": 10, "repeats": 3, "until_chance": True}
+RESNET56 = CIFAR10 | {"steps": 19, "ratio": 0.95, "held_out": 2000, "training": 2000}
+VARIANT_STEPS = CIFAR10 | {"steps": 10, "ratio": 0.95, "held_out": 250, "training": 1000}
 VARIANTS = {
+    "jacobian, 128 images a row": {},
     "jacobian, 32 images a row": {"rows": 32},
     "jacobian, 1 image a row": {"rows": "sample"},
     "jacobian, 128 images a row, group": {"coupling": "group"},
@@ -31,7 +35,7 @@ VARIANTS = {
     "jacobian, 32 images a row, set": {"rows": 32, "coupling": "set"},
     "jacobian, 1 image a row, set": {"rows": "sample", "coupling": "set"},
 }
-EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 3}
+EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 3, "training": 0}
 
 
 @dataclass(frozen=True)
@@ -42,34 +46,21 @@ class Options:
     weights: Path
     root: Path
     folder: Path
-    images: int = 2000
-    """Held-out images and training images to measure the ResNet-56 on."""
     criteria: tuple[str, ...] = tuple(CRITERIA)
 
 
-def resnet56(options: Options, criteria: Any) -> None:
+def resnet56(options: Options, criteria: Any, settings: Mapping[str, Any]) -> None:
     """Compare on CIFAR-10."""
     data = load_data("cifar10", options.root, normalize="benchmark")
-    settings = RESNET56 | {"held_out": options.images, "training": options.images}
-    compare_criteria(
-        lambda: load_model("resnet56", num_classes=10, weights=options.weights),
-        data,
-        criteria,
-        folder=options.folder,
-        **settings,
-    )
+    model = load_model("resnet56", num_classes=10, weights=options.weights)
+    compare_criteria(model, data, criteria, folder=options.folder, **settings)
 
 
 def efficientnet(options: Options) -> None:
     """Compare on a sample of ImageNet."""
     data = hold_out(load_data("imagenet", options.root, normalize="inception"), "val", share=0.5, seed=0)
-    compare_criteria(
-        lambda: load_model("timm:tf_efficientnet_lite0", num_classes=1000, weights=options.weights),
-        data,
-        options.criteria,
-        folder=options.folder,
-        **EFFICIENTNET,
-    )
+    model = load_model("timm:tf_efficientnet_lite0", num_classes=1000, weights=options.weights)
+    compare_criteria(model, data, options.criteria, folder=options.folder, **EFFICIENTNET)
 
 
 def main() -> None:
@@ -78,9 +69,9 @@ def main() -> None:
     if options.what == "efficientnet":
         efficientnet(options)
     elif options.what == "resnet56":
-        resnet56(options, options.criteria)
+        resnet56(options, options.criteria, RESNET56)
     else:
-        resnet56(options, {label: ("jacobian", given) for label, given in VARIANTS.items()})
+        resnet56(options, {label: ("jacobian", given) for label, given in VARIANTS.items()}, VARIANT_STEPS)
 
 
 if __name__ == "__main__":
