@@ -10,7 +10,7 @@ MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glo
 
 TIERS = (
     ("state", "layers"),
-    ("groups", "weights", "models", "batches", "images", "cifar", "data"),
+    ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),
     ("row_gradients", "jacobian", "dense", "interactions"),
