@@ -36,9 +36,8 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rand_augment < RAND_AUGMENT_LEVELS or (self.rand_augment and not self.crop):
-            raise ValueError(
-                f"rand_augment is {self.rand_augment}; it is 0 to {RAND_AUGMENT_LEVELS - 1}, 0 without crop"
-            )
+            most = RAND_AUGMENT_LEVELS - 1
+            raise ValueError(f"rand_augment is {self.rand_augment}; it is 0 to {most}, and 0 without crop")
         if not 0 <= self.erase <= 1:
             raise ValueError(f"erase is {self.erase}; it is a share of images, 0 to 1")
         if min(self.mixup, self.cutmix) < 0:

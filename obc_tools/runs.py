@@ -10,11 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from .environment import environment
 from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, Measured, perform, prepare
 from .job import JobInputs, PruningJob
 from .measure import evaluate
@@ -35,7 +33,6 @@ RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS = "results.json", "plan.json", "report.h
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
 ENTRIES = {RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS, *SAVED_MODELS}
 ENTRIES |= {f"history_{key}.csv" for key in (ORIGINAL, NAIVE, MERGED)}
-LIBRARIES = ("obc_tools", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "numpy")
 
 
 class RunFolderError(ValueError):
@@ -92,27 +89,6 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise RunFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
     return results
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the figures of a run depend on beside its job: hardware and versions."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _write(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
