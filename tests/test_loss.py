@@ -16,7 +16,7 @@ def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_distillation_is_temperature_squared_times_the_divergence():
     logits, labels, teacher = example()
     recipe = Recipe(epochs=1, label_weight=0.3, distill_weight=0.7, temperature=4.0, label_smoothing=0.1)
-    targets = 0.9 * torch.nn.functional.one_hot(labels, 4) + 0.1 / 4
+    targets = 0.9 * torch.nn.functional.one_hot(labels, 4).double() + 0.1 / 4
     entropy = -(targets * logits.log_softmax(1)).sum(1).mean()
     p, q = (teacher / 4).softmax(1), (logits / 4).softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean()
