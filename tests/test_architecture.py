@@ -19,7 +19,7 @@ TIERS = (
     ("pruning",),
     ("equivalent",),
     ("environment", "recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
-    ("training_folder", "training_checks", "stepper", "training"),
+    ("training_folder", "training_checks", "stepper", "training", "sparse"),
     ("store",),
     ("job", "experiments"),
     ("runs",),
