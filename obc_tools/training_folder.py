@@ -75,7 +75,7 @@ class TrainingFolder:
     def write_metrics(self, epochs: tuple[Epoch, ...]) -> None:
         """Write one line for each epoch, in place of what was there."""
         lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs)
-        _write_text(self.path / METRICS, lines)
+        write_text(self.path / METRICS, lines)
 
     def add_epoch(self, epoch: Epoch) -> None:
         """Append the line of an epoch."""
@@ -158,10 +158,11 @@ def read_history(folder: str | os.PathLike[str]) -> History | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that appears complete or not at all."""
-    _write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write text that appears complete or not at all."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)

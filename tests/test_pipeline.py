@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from obc_tools.data import load_data
-from obc_tools.experiments import (
+from obc_tools.job import PruningJob, find_device
+from obc_tools.pipeline import (
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -19,7 +20,6 @@ from obc_tools.experiments import (
     perform,
     prepare,
 )
-from obc_tools.job import PruningJob, find_device
 from obc_tools.pruning import Target
 from obc_tools.runs import ENTRIES, RunFolderError, check_run_folder, read_results, replacing, run_job
 from obc_tools.store import load_pruned
@@ -72,7 +72,11 @@ def test_equivalent_pruning_keeps_its_promises(run):
 def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
-    assert {entry.name for entry in folder.iterdir()} == ENTRIES - {"report.html"}
+    assert {entry.name for entry in folder.iterdir()} == {
+        *("results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
+        *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
+    }
+    assert {entry.name for entry in folder.iterdir()} < ENTRIES
     assert results["job"]["finetune"] == TINY.finetune.to_dict()
     assert results["job"]["target"]["speedup"] == 1.5
     assert results["equivalence"]["merged_loads_into_naive"]
@@ -115,7 +119,9 @@ def test_the_trained_original_can_be_pruned_again_without_fine_tuning(run, tmp_p
 def test_a_job_gives_the_same_results_again_and_held_out_images_decide_nothing(run, monkeypatch):
     """With other held-out images (here: a few of them) all weights and the plan come out the same."""
     inputs = prepare(TINY)
-    monkeypatch.setattr(type(inputs), "held_out_batches", lambda self: self.data.batches("val", 32).first(1))
+    monkeypatch.setattr(
+        type(inputs), "held_out_batches", lambda self, share=(0, 1): self.data.batches("val", 32).first(1)
+    )
     result = perform(inputs, progress=False)
     assert result.plan.kept == run[0].plan.kept
     for key, model in result.models.items():
@@ -173,7 +179,7 @@ def test_a_job_is_checked_when_built(change, message):
     ],
 )
 def test_what_is_wrong_is_raised_before_training(change, message, monkeypatch):
-    monkeypatch.setattr("obc_tools.experiments.fit", None)
+    monkeypatch.setattr("obc_tools.pipeline.fit", None)
     with pytest.raises(ValueError, match=message):
         prepare(replace(TINY, **change))
 

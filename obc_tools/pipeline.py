@@ -1,7 +1,7 @@
-"""One pruning job from end to end: original → plan → pruned → fine-tuned naively and with Equivalent Pruning → merged.
+"""One pruning job from end to end: original → sparse → plan → pruned → fine-tuned naively and with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
-done; `perform` does the work in memory. `obc_tools.runs.run_job` does both and keeps the outcome in a folder.
+done; `perform` does the work in memory. `obc_tools.runs` does both and keeps the outcome in a folder.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .data import Data, check_classes, load_data
+from .batches import Batches
+from .data import Data, check_classes
 from .dense import DenseJTJ, dense_jtj
 from .equivalent import EquivalentModel
 from .job import JobInputs, PruningJob, find_device
@@ -26,22 +29,29 @@ from .layers import layer_axes
 from .measure import Cost, Latency, Metrics, cost, evaluate, latencies
 from .models import load_model
 from .plan import PruningPlan
+from .processes import processes
 from .pruning import prune, prune_to
+from .sparse import sparse_train
 from .state import evaluating
 from .training import History, Recipe, fit
+from .training_folder import write_text
+from .weights import load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL, PRUNED, NAIVE, MERGED = "original", "pruned", "naive", "merged"
+ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         ORIGINAL: "original",
+        SPARSE: "after sparse training",
         PRUNED: "pruned, no fine-tuning",
         NAIVE: "naive fine-tuning",
         MERGED: "Equivalent Pruning, merged",
     }
 )
 """The models of a job, in the order of its table."""
+
+PLAN = "plan.json"
 
 TOLERANCE = 1e-4
 """The largest difference of logits, float32, between models that compute the same function."""
@@ -149,7 +159,7 @@ def prepare(job: PruningJob) -> JobInputs:
             target that cannot be met.
     """
     device = find_device(job.device)
-    data = load_data(job.data, job.root, normalize=job.normalize)
+    data = job.load()
     options = dict(job.model_options)
     if ":" not in job.model:
         options.setdefault("in_channels", data.image_shape[0])
@@ -160,43 +170,133 @@ def prepare(job: PruningJob) -> JobInputs:
     inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
     check_classes(_count_outputs(model, inputs.example), data)
     inputs.calibration_batches()
-    for recipe in filter(None, (job.pretrain, job.finetune)):
+    for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
         inputs.training_batches(recipe)
     # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.
-    _find_plan(inputs, criterion="random", steps=1, progress=False)
+    if processes().is_main:
+        find_plan(inputs, model, criterion="random", steps=1, progress=False)
     return inputs
 
 
-def perform(inputs: JobInputs, *, progress: bool = True) -> JobResult:
-    """Do a job: train the original if need be, find the plan, fine-tune, merge, measure.
+@dataclass(frozen=True)
+class Keeping:
+    """Where a job keeps its trainings and its plan while it runs, and who may stop it; by default nowhere and nobody.
 
-    Held-out images are evaluated for the report and never decide anything.
+    Attributes:
+        folder: Gets a folder for each training and the plan, from which a job that was interrupted goes on.
+        stop: Asked before every step; once it says True, what there is is kept and `Stopped` raised.
+    """
+
+    folder: Path | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Return the options of `fit` for one training."""
+        place = {} if self.folder is None else {"run": self.folder / f"{TRAINING}{name}", "resume": True}
+        return {**place, "stop": self.stop}
+
+
+TRAINING = "training_"
+"""What the names of trainings' folders begin with."""
+
+
+def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None = None) -> JobResult:
+    """Do a job: train the original if need be, sparsely too if asked, find the plan, fine-tune, merge, measure.
+
+    Held-out images are evaluated for the report and never decide anything. Launched in several processes, all train
+    together; the first one finds the plan and measures.
+
+    Args:
+        inputs: What :func:`prepare` returned.
+        progress: Show bars.
+        keeping: Where to keep what is done, and go on from.
 
     Raises:
         EquivalenceError: if Equivalent Pruning starts from, or merges into, another function than it should.
         ValueError: for training that diverges and scores that are not finite.
+        Stopped: when ``keeping.stop`` said so.
     """
+    work = _Work(inputs, progress and processes().is_main, keeping or Keeping())
     job, seconds = inputs.job, {}
     models: dict[str, nn.Module] = {ORIGINAL: inputs.model}
-    histories: dict[str, History] = {}
     if job.pretrain:
         with _stage(f"training {job.model} from scratch on {job.data}", seconds):
-            histories[ORIGINAL] = _train(inputs, inputs.model, job.pretrain, progress)
+            work.train(ORIGINAL, inputs.model, job.pretrain)
+    base = inputs.model
+    if job.sparse or job.sparse_weights:
+        with _stage("sparse training", seconds):
+            base = models[SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
-        plan = _find_plan(inputs, criterion=job.criterion, steps=job.steps, progress=progress)
-        models[PRUNED] = prune(inputs.model, plan)
+        plan = work.plan(base)
+        models[PRUNED] = prune(base, plan)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
             models[NAIVE] = copy.deepcopy(models[PRUNED])
-            histories[NAIVE] = _train(inputs, models[NAIVE], job.finetune, progress)
+            work.train(NAIVE, models[NAIVE], job.finetune)
     equivalence = None
     if job.equivalent:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
-            models[MERGED], histories[MERGED], equivalence = _equivalent(inputs, plan, models, progress)
+            models[MERGED], equivalence = _equivalent(work, base, plan, models)
     with _stage("measuring", seconds):
-        measured = _measure(inputs, models, progress)
+        measured = _measure(inputs, models, work.progress)
         filters = _first_filters(inputs)
-    return JobResult(job, plan, models, measured, histories, equivalence, filters, seconds)
+    return JobResult(job, plan, models, measured, work.histories, equivalence, filters, seconds)
+
+
+class _Work:
+    """What the stages of a job share: its inputs, where they keep things, the histories so far."""
+
+    def __init__(self, inputs: JobInputs, progress: bool, keeping: Keeping):
+        self.inputs, self.progress, self._keeping = inputs, progress, keeping
+        self.histories: dict[str, History] = {}
+        # The unpruned network teaches, as it was before sparse training.
+        self._teacher = inputs.model
+
+    def train(self, key: str, model: nn.Module, recipe: Recipe, **options: Any) -> None:
+        """Fine-tune a model, keep its history."""
+        self.histories[key] = fit(model, *self._batches(recipe), recipe, **self._options(key, recipe), **options)
+        logger.info("%s", self.histories[key].last)
+
+    def sparse(self) -> nn.Module:
+        """Return the network after sparse training, or with the weights that one left before."""
+        job, model = self.inputs.job, copy.deepcopy(self.inputs.model)
+        if job.sparse_weights:
+            load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
+            return model
+        recipe, options = job.sparse, self._options(SPARSE, job.sparse)
+        history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, **options)
+        self.histories[SPARSE] = history
+        logger.info("%s", history.last)
+        return model
+
+    def plan(self, model: nn.Module) -> PruningPlan:
+        """Return the plan: the kept one, else a new one, which of several processes the first finds."""
+        path = None if self._keeping.folder is None else self._keeping.folder / PLAN
+        if not processes().is_main:
+            return _wait_for_plan(path)
+        if path is not None and path.is_file():
+            return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+        job = self.inputs.job
+        plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, progress=self.progress)
+        if path is not None:
+            write_text(path, plan.to_json())
+        return plan
+
+    def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
+        return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)
+
+    def _options(self, key: str, recipe: Recipe) -> dict[str, Any]:
+        teacher = self._teacher if recipe.distill_weight else None
+        return {"teacher": teacher, "progress": self.progress, **self._keeping.options(key)}
+
+
+def _wait_for_plan(path: Path | None) -> PruningPlan:
+    """Wait for the plan of the first process; a launcher ends the others with one that fails."""
+    if path is None:
+        raise ValueError("a job in several processes needs a folder to keep its plan in")
+    while not path.is_file():
+        time.sleep(0.5)
+    return PruningPlan.from_json(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -207,22 +307,19 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[title] = time.perf_counter() - start
 
 
-def _train(inputs: JobInputs, model: nn.Module, recipe: Recipe, progress: bool) -> History:
-    history = fit(model, inputs.training_batches(recipe), inputs.held_out_batches(), recipe, progress=progress)
-    logger.info("%s", history.last)
-    return history
-
-
-def _find_plan(inputs: JobInputs, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
+def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
+    """Return the plan of a job for a network, by its own criterion and steps or by others."""
     job = inputs.job
     return prune_to(
-        inputs.model,
+        model,
         inputs.example,
         inputs.calibration_batches(),
         criterion=criterion,
         **asdict(job.target),
         scope=job.scope,
         steps=steps,
+        schedule_ratio=job.schedule_ratio,
+        last_step=job.last_step,
         ignore=job.ignore,
         round_to=job.round_to,
         group_reduction=job.group_reduction,
@@ -233,14 +330,14 @@ def _find_plan(inputs: JobInputs, *, criterion: str, steps: int, progress: bool)
 
 
 def _equivalent(
-    inputs: JobInputs, plan: PruningPlan, models: Mapping[str, nn.Module], progress: bool
-) -> tuple[nn.Module, History, Equivalence]:
+    work: _Work, base: nn.Module, plan: PruningPlan, models: Mapping[str, nn.Module]
+) -> tuple[nn.Module, Equivalence]:
     """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network."""
-    images, _ = next(iter(inputs.held_out_batches()))
-    model = EquivalentModel(inputs.model, plan)
+    images, _ = next(iter(work.inputs.held_out_batches()))
+    model = EquivalentModel(base, plan)
     start = _logit_difference(model, models[PRUNED], images)
     _check_equal(start, "Equivalent Pruning before training and the pruned network")
-    history = _train(inputs, model, inputs.job.finetune, progress)
+    work.train(MERGED, model, work.inputs.job.finetune)
     merged = model.merge()
     difference = _logit_difference(merged, model, images)
     _check_equal(difference, "the merged network and the trained Equivalent Pruning")
@@ -249,7 +346,7 @@ def _equivalent(
     except RuntimeError as error:
         raise EquivalenceError(f"the merged network does not load into the pruned one: {error}") from error
     against_naive = _logit_difference(merged, models[NAIVE], images)
-    return merged, history, Equivalence(start, difference, against_naive, True)
+    return merged, Equivalence(start, difference, against_naive, True)
 
 
 def _logit_difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
