@@ -49,9 +49,9 @@ RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.
 WEIGHTS = {key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)}
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
 TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
-STOP, STOPPED, ERROR, PROCESS = "stop", "stopped.json", "error.json", "process.json"
+STOP, STOPPED, ERROR, PROCESS, OUTPUT = "stop", "stopped.json", "error.json", "process.json", "output.log"
 ENTRIES = {RESULTS, PLAN, REPORT, *WEIGHTS.values(), *SAVED_MODELS, *(f"history_{key}.csv" for key in TRAINED)}
-ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, *(f"{TRAINING}{key}" for key in TRAINED)}
+ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, *(f"{TRAINING}{key}" for key in TRAINED)}
 
 
 class RunFolderError(ValueError):

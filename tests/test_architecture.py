@@ -21,7 +21,7 @@ TIERS = (
     ("environment", "recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
     ("training_folder", "training_checks", "stepper", "training", "sparse"),
     ("store",),
-    ("job", "pipeline"),
+    ("job", "pipeline", "experiments"),
     ("runs",),
     ("looks", "plots"),
     ("report", "job_report", "cli"),

@@ -1,0 +1,74 @@
+"""The process that works on a launched run, python -m obc_tools.worker FOLDER: its ``job.json`` says what to do."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+
+from .processes import processes
+from .runs import ERROR, PROCESS, STOP, STOPPED, read_job, work_on
+from .training_folder import Stopped, write_json
+
+
+def main(folder: Path) -> int:
+    """Work on the job of a run folder; return the exit status: 0 done or stopped, 1 failed.
+
+    ``stop`` in the folder, or SIGTERM (which schedulers send before they kill), ends the work with a checkpoint.
+    """
+    own = processes()
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        (folder / STOP).touch()
+
+    signal.signal(signal.SIGTERM, stop)
+    if own.is_main:
+        write_json(folder / PROCESS, process_identity())
+    try:
+        work_on(read_job(folder), folder, stop=(folder / STOP).exists, progress=False)
+    except Stopped as stopped:
+        _note(folder / STOPPED, {"why": str(stopped)})
+    except Exception as error:
+        _note(folder / ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        traceback.print_exc()
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def process_identity() -> dict[str, Any]:
+    """Return what tells this process from all others, also from later ones of the same number."""
+    own = psutil.Process()
+    return {"pid": own.pid, "created": own.create_time(), "host": platform.node(), "threads": torch.get_num_threads()}
+
+
+def is_alive(identity: dict[str, Any]) -> bool:
+    """Say whether the process of an identity runs on this machine."""
+    if identity["host"] != platform.node():
+        return False
+    try:
+        process = psutil.Process(identity["pid"])
+        # Clocks that are set while a process runs move its time of creation a little.
+        same = abs(process.create_time() - identity["created"]) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    if processes().is_main:
+        write_json(path, content | {"time": time.time()})
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
