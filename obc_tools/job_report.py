@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .environment import environment
-from .pipeline import MERGED, NAIVE, ORIGINAL, JobResult
+from .job_result import MERGED, NAIVE, ORIGINAL, JobResult
 from .plots import jtj_grid, plot_histories, plot_plan
 from .report import Figure, Section, Table, Text, write_report
 

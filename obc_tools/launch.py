@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from .experiments import Experiment, get_experiment
 from .history import History
 from .job import PruningJob
-from .pipeline import TITLES, TRAINING
+from .job_result import TITLES
+from .pipeline import TRAINING
 from .runs import (
     ERROR,
     JOB,
@@ -42,7 +43,7 @@ from .runs import (
     work_on,
 )
 from .training_folder import PROGRESS, read_history, write_json
-from .worker import is_alive
+from .worker import is_alive, process_identity
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ def launch(
             env=environment,
             start_new_session=True,
         )
-    write_json(path / PROCESS, {"pid": child.pid, "created": time.time(), "host": platform.node()})
+    write_json(path / PROCESS, process_identity(child.pid) | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, child.pid)
     return Run(path)
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import pandas as pd
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from .batches import Batches
@@ -25,8 +24,9 @@ from .data import Data, check_classes
 from .dense import DenseJTJ, dense_jtj
 from .equivalent import EquivalentModel
 from .job import JobInputs, PruningJob, find_device
+from .job_result import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, Equivalence, JobResult, Measured
 from .layers import layer_axes
-from .measure import Cost, Latency, Metrics, cost, evaluate, latencies
+from .measure import cost, evaluate, latencies
 from .models import load_model
 from .plan import PruningPlan
 from .processes import processes
@@ -39,22 +39,8 @@ from .weights import load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
-ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
-TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        ORIGINAL: "original",
-        SPARSE: "after sparse training",
-        PRUNED: "pruned, no fine-tuning",
-        NAIVE: "naive fine-tuning",
-        MERGED: "Equivalent Pruning, merged",
-    }
-)
-"""The models of a job, in the order of its table."""
-
-PLAN = "plan.json"
-
 TOLERANCE = 1e-4
-"""The largest difference of logits, float32, between models that compute the same function."""
+"""The largest difference of logits between models that compute the same function, over the largest logit above 1."""
 
 SHOWN_FILTERS = 16
 LARGEST_SHOWN_FILTER = 1024
@@ -62,93 +48,6 @@ LARGEST_SHOWN_FILTER = 1024
 
 class EquivalenceError(ValueError):
     """Two models of a job that should compute the same function and do not."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one model: metrics on all held-out images, MACs and CPU latency of one image."""
-
-    metrics: Metrics
-    cost: Cost
-    latency: Latency
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """How far Equivalent Pruning kept its promises: largest differences of logits on a batch of held-out images.
-
-    Attributes:
-        start_from_naive: EP before training against the naively pruned network; at most `TOLERANCE`.
-        merged_from_trained: The merged network against the trained EP; at most `TOLERANCE`.
-        merged_from_naive: The merged network against the naively fine-tuned one; above 0, or EP did nothing.
-        merged_loads_into_naive: The merged state dict was loaded, strictly, into the naively pruned network.
-    """
-
-    start_from_naive: float
-    merged_from_trained: float
-    merged_from_naive: float
-    merged_loads_into_naive: bool
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class JobResult:
-    """What a job led to.
-
-    Attributes:
-        job: What was asked for.
-        plan: Which channels stay.
-        models: Key -> model, in the order of `TITLES`; those that the job asked for.
-        measured: Key -> what was measured of that model.
-        histories: Key -> its training.
-        equivalence: None without Equivalent Pruning.
-        filters: JᵀJ of some channels of the first layer of the original; None where a channel is too large to show.
-        seconds: Stage -> duration.
-    """
-
-    job: PruningJob
-    plan: PruningPlan
-    models: Mapping[str, nn.Module]
-    measured: Mapping[str, Measured]
-    histories: Mapping[str, History]
-    equivalence: Equivalence | None
-    filters: DenseJTJ | None
-    seconds: Mapping[str, float]
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row a model: accuracy, loss, MACs, MACs of the original over its own, parameters, CPU latency."""
-        whole = self.measured[ORIGINAL].cost.macs
-        rows = [
-            {
-                "model": TITLES[key],
-                "test accuracy": measured.metrics.accuracy,
-                "test loss": measured.metrics.loss,
-                "MACs": round(measured.cost.macs),
-                "speed-up": whole / measured.cost.macs,
-                "parameters": measured.cost.params,
-                "CPU latency (ms)": measured.latency.median_ms,
-            }
-            for key, measured in self.measured.items()
-        ]
-        return pd.DataFrame(rows)
-
-    def table(self) -> pd.DataFrame:
-        """Return `to_frame` as text, each number with as many digits as a reader wants."""
-        digits = {
-            "test accuracy": "{:.2%}",
-            "test loss": "{:.4f}",
-            "MACs": "{:,}",
-            "speed-up": "{:.2f}x",
-            "parameters": "{:,}",
-            "CPU latency (ms)": "{:.2f}",
-        }
-        frame = self.to_frame()
-        return frame.assign(**{name: frame[name].map(text.format) for name, text in digits.items()})
-
-    def __repr__(self) -> str:
-        return self.table().to_string(index=False)
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html(index=False)
 
 
 def prepare(job: PruningJob) -> JobInputs:
@@ -252,10 +151,10 @@ class _Work:
         # The unpruned network teaches, as it was before sparse training.
         self._teacher = inputs.model
 
-    def train(self, key: str, model: nn.Module, recipe: Recipe, **options: Any) -> None:
-        """Fine-tune a model, keep its history."""
-        self.histories[key] = fit(model, *self._batches(recipe), recipe, **self._options(key, recipe), **options)
-        logger.info("%s", self.histories[key].last)
+    def train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
+        """Train a model, keep its history."""
+        history = fit(model, *self._batches(recipe), recipe, **self._options(key, recipe))
+        self._keep(key, model, history)
 
     def sparse(self) -> nn.Module:
         """Return the network after sparse training, or with the weights that one left before."""
@@ -265,8 +164,7 @@ class _Work:
             return model
         recipe, options = job.sparse, self._options(SPARSE, job.sparse)
         history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, **options)
-        self.histories[SPARSE] = history
-        logger.info("%s", history.last)
+        self._keep(SPARSE, model, history)
         return model
 
     def plan(self, model: nn.Module) -> PruningPlan:
@@ -281,6 +179,16 @@ class _Work:
         if path is not None:
             write_text(path, plan.to_json())
         return plan
+
+    def _keep(self, key: str, model: nn.Module, history: History) -> None:
+        """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
+        self.histories[key] = history
+        logger.info("%s", history.last)
+        if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
+            path = self._keeping.folder / WEIGHTS[key]
+            fresh = path.with_name(f".{path.name}.new")
+            save_model(model, str(fresh))
+            fresh.replace(path)
 
     def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
         return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)
@@ -351,7 +259,8 @@ def _equivalent(
 
 def _logit_difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
     with torch.no_grad(), evaluating(one), evaluating(other):
-        return (one(images) - other(images)).abs().max().item()
+        first, second = one(images), other(images)
+    return ((first - second).abs().max() / first.abs().max().clamp_min(1)).item()
 
 
 def _check_equal(difference: float, models: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -255,3 +255,14 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def rescaled(recipe: Recipe, epochs: int) -> Recipe:
+    """Return the recipe for another number of epochs, its milestones and warm-up at the same shares of them.
+
+    Milestones that coincide become one.
+    """
+    factor = epochs / recipe.epochs
+    milestones = sorted({max(1, round(milestone * factor)) for milestone in recipe.milestones})
+    warmup = round(recipe.warmup_epochs * factor)
+    return replace(recipe, epochs=epochs, milestones=tuple(milestones), warmup_epochs=warmup)

@@ -22,21 +22,9 @@ from torch import nn
 
 from .environment import environment
 from .job import JobInputs, PruningJob
+from .job_result import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobResult, Measured
 from .measure import evaluate
-from .pipeline import (
-    MERGED,
-    NAIVE,
-    ORIGINAL,
-    PLAN,
-    PRUNED,
-    SPARSE,
-    TRAINING,
-    JobResult,
-    Keeping,
-    Measured,
-    perform,
-    prepare,
-)
+from .pipeline import TRAINING, Keeping, perform, prepare
 from .processes import processes
 from .state import evaluating
 from .store import load_pruned, replacing, save_pruned
@@ -46,12 +34,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
-WEIGHTS = {key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)}
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
 TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
 STOP, STOPPED, ERROR, PROCESS, OUTPUT = "stop", "stopped.json", "error.json", "process.json", "output.log"
 ENTRIES = {RESULTS, PLAN, REPORT, *WEIGHTS.values(), *SAVED_MODELS, *(f"history_{key}.csv" for key in TRAINED)}
-ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, *(f"{TRAINING}{key}" for key in TRAINED)}
+ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, "run.slurm", *(f"{TRAINING}{key}" for key in TRAINED)}
 
 
 class RunFolderError(ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import signal
 import sys
@@ -30,8 +32,9 @@ def main(folder: Path) -> int:
         (folder / STOP).touch()
 
     signal.signal(signal.SIGTERM, stop)
-    if own.is_main:
-        write_json(folder / PROCESS, process_identity())
+    # Launched from here, the folder already names the process, a launcher's where there are several.
+    if own.is_main and not _is_known(folder):
+        write_json(folder / PROCESS, process_identity(os.getpid()))
     try:
         work_on(read_job(folder), folder, stop=(folder / STOP).exists, progress=False)
     except Stopped as stopped:
@@ -46,10 +49,14 @@ def main(folder: Path) -> int:
     return 0
 
 
-def process_identity() -> dict[str, Any]:
-    """Return what tells this process from all others, also from later ones of the same number."""
-    own = psutil.Process()
-    return {"pid": own.pid, "created": own.create_time(), "host": platform.node(), "threads": torch.get_num_threads()}
+def process_identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process of this machine from all others, also from later ones of the same number."""
+    return {"pid": pid, "created": psutil.Process(pid).create_time(), "host": platform.node()}
+
+
+def _is_known(folder: Path) -> bool:
+    path = folder / PROCESS
+    return path.is_file() and is_alive(json.loads(path.read_text(encoding="utf-8")))
 
 
 def is_alive(identity: dict[str, Any]) -> bool:

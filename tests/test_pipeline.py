@@ -10,16 +10,8 @@ import torch
 
 from obc_tools.data import load_data
 from obc_tools.job import PruningJob, find_device
-from obc_tools.pipeline import (
-    MERGED,
-    NAIVE,
-    ORIGINAL,
-    PRUNED,
-    EquivalenceError,
-    _check_equal,
-    perform,
-    prepare,
-)
+from obc_tools.job_result import MERGED, NAIVE, ORIGINAL, PRUNED
+from obc_tools.pipeline import EquivalenceError, _check_equal, perform, prepare
 from obc_tools.pruning import Target
 from obc_tools.runs import ENTRIES, RunFolderError, check_run_folder, read_results, replacing, run_job
 from obc_tools.store import load_pruned
