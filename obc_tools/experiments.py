@@ -81,7 +81,7 @@ class Experiment:
         if as_requested:
             recipes["finetune"] = replace(recipes["finetune"], **self.requested)
         seeded = {name: recipe and replace(recipe, seed=seed) for name, recipe in recipes.items()}
-        return replace(job, **seeded, **changes)
+        return replace(job, **(seeded | changes))
 
     def small(self, **changes: Any) -> PruningJob:
         """Return the job at a size for a CPU and a few minutes: the same network and stages, little of everything.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +20,13 @@ from typing import Any
 
 import pandas as pd
 
+from .background import is_alive, start
 from .experiments import SCRATCH, Experiment, get_experiment
 from .job import PruningJob
 from .job_result import ORIGINAL, SPARSE, WEIGHTS
 from .launch import Run, launch
 from .runs import JOB, OUTPUT, PROCESS, STOP
 from .training_folder import log_to, write_json
-from .worker import is_alive, process_identity
 
 logger = logging.getLogger(__name__)
 
@@ -123,15 +122,8 @@ class Grid:
         if self.is_running:
             raise ValueError(f"'{self.folder}' is being worked on")
         (self.folder / STOP).unlink(missing_ok=True)
-        with (self.folder / OUTPUT).open("ab") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "obc_tools.grid_worker", str(self.folder)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        write_json(self.folder / PROCESS, process_identity(child.pid))
+        work = [sys.executable, "-m", "obc_tools.grid_worker", str(self.folder)]
+        write_json(self.folder / PROCESS, start(work, self.folder / OUTPUT, os.environ))
         return self
 
     def work(self) -> dict[str, str]:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .background import is_alive, start
 from .experiments import Experiment, get_experiment
 from .history import History
 from .job import PruningJob
@@ -43,7 +43,6 @@ from .runs import (
     work_on,
 )
 from .training_folder import PROGRESS, read_history, write_json
-from .worker import is_alive, process_identity
 
 logger = logging.getLogger(__name__)
 
@@ -250,18 +249,10 @@ def launch(
     for name in (STOP, STOPPED, ERROR):
         (path / name).unlink(missing_ok=True)
     write_json(path / JOB, job.to_dict())
-    environment = os.environ | _visible(devices)
-    with (path / OUTPUT).open("ab") as output:
-        child = subprocess.Popen(
-            command(path, count, on_cpu=devices == "cpu" or job.device == "cpu"),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-    write_json(path / PROCESS, process_identity(child.pid) | {"devices": devices})
-    logger.info("launched '%s' in %d process(es), pid %d", path, count, child.pid)
+    work = command(path, count, on_cpu=devices == "cpu" or job.device == "cpu")
+    identity = start(work, path / OUTPUT, os.environ | _visible(devices))
+    write_json(path / PROCESS, identity | {"devices": devices})
+    logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
     return Run(path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -13,9 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
+from .background import is_alive, process_identity
 from .processes import processes
 from .runs import ERROR, PROCESS, STOP, STOPPED, read_job, work_on
 from .training_folder import Stopped, write_json
@@ -49,27 +48,9 @@ def main(folder: Path) -> int:
     return 0
 
 
-def process_identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process of this machine from all others, also from later ones of the same number."""
-    return {"pid": pid, "created": psutil.Process(pid).create_time(), "host": platform.node()}
-
-
 def _is_known(folder: Path) -> bool:
     path = folder / PROCESS
     return path.is_file() and is_alive(json.loads(path.read_text(encoding="utf-8")))
-
-
-def is_alive(identity: dict[str, Any]) -> bool:
-    """Say whether the process of an identity runs on this machine."""
-    if identity["host"] != platform.node():
-        return False
-    try:
-        process = psutil.Process(identity["pid"])
-        # Clocks that are set while a process runs move its time of creation a little.
-        same = abs(process.create_time() - identity["created"]) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _note(path: Path, content: dict[str, Any]) -> None:

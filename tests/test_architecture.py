@@ -18,7 +18,7 @@ TIERS = (
     ("plan", "order"),
     ("pruning",),
     ("equivalent",),
-    ("environment", "recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
+    ("background", "environment", "recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
     ("training_folder", "training_checks", "stepper", "training", "sparse"),
     ("store",),
     ("job", "job_result", "pipeline", "experiments"),
