@@ -8,19 +8,27 @@ from importlib import import_module
 
 _NAMES = {
     "criteria": ("CRITERIA", "Criterion"),
+    "augment": ("Augmentation",),
     "data": ("load_data", "take"),
     "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
     "equivalent": ("EquivalentModel",),
+    "experiments": ("EXPERIMENTS", "Experiment"),
+    "grid": ("Grid", "GridJob", "launch_grid", "paper_grid"),
     "groups": ("ChannelGroup", "Member", "find_groups"),
     "jacobian": ("JacobianProducts", "jacobian_products"),
+    "job": ("PruningJob",),
+    "launching": ("Run", "launch", "run_experiment"),
     "layers": ("LayerAxis",),
     "measure": ("Cost", "Metrics", "cost", "cost_model", "evaluate", "latency"),
     "models": ("load_model",),
     "order": ("make_plan",),
+    "pipeline": ("find_plan", "prepare"),
     "plan": ("PruningPlan",),
-    "pruning": ("prune", "prune_to"),
+    "pruning": ("Target", "prune", "prune_to"),
     "scores": ("Scores", "score_groups"),
+    "sparse": ("sparse_train",),
     "store": ("load_pruned", "save_pruned"),
+    "tables": ("results_table"),
     "training": ("History", "Recipe", "fit"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -107,7 +107,7 @@ class RunExperiment(ExperimentOptions):
     """Go on with what the folder holds."""
 
     def job(self) -> PruningJob:
-        from .launch import job_of
+        from .launching import job_of
         from .pruning import Target
 
         names = ("criterion", "group_reduction")
@@ -118,7 +118,7 @@ class RunExperiment(ExperimentOptions):
         return self.adapted(job_of(self.experiment, small=self.small, **same, **chosen, **self.changes()))
 
     def run(self) -> None:
-        from .launch import Run, launch, run_experiment
+        from .launching import Run, launch, run_experiment
         from .runs import check_run_folder
 
         job = self.job()
@@ -156,7 +156,7 @@ class Runs:
 
     def run(self) -> None:
         from .grid import GRID, Grid
-        from .launch import Run
+        from .launching import Run
         from .runs import JOB
 
         if (self.folder / GRID).is_file():
@@ -263,7 +263,7 @@ class Slurm(ExperimentOptions):
     """Of everything random."""
 
     def run(self) -> None:
-        from .launch import job_of
+        from .launching import job_of
         from .slurm import write_slurm_script
 
         same = {"seed": self.seed, "weights": self.weights, "as_requested": self.as_requested}

@@ -24,7 +24,7 @@ from .background import is_alive, start
 from .experiments import SCRATCH, Experiment, get_experiment
 from .job import PruningJob
 from .job_result import ORIGINAL, SPARSE, WEIGHTS
-from .launch import Run, launch
+from .launching import Run, launch
 from .runs import JOB, OUTPUT, PROCESS, STOP
 from .training_folder import log_to, write_json
 

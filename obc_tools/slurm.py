@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .experiments import Experiment
 from .job import PruningJob
-from .launch import job_of
+from .launching import job_of
 from .runs import JOB, check_run_folder
 from .training_folder import write_json
 
@@ -51,7 +51,7 @@ def write_slurm_script(
     """Write a run folder with its job and a script for sbatch; return the script's path.
 
     Args:
-        experiment, small, **options: As of :func:`obc_tools.launch.launch`.
+        experiment, small, **options: As of :func:`obc_tools.launching.launch`.
         folder: The run's folder, on a disk that all nodes share.
         nodes, gpus, cpus: Nodes, GPUs a node, CPUs a node.
         time: Longest duration, as SLURM writes it; two minutes before its end the run saves a checkpoint and stops.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from obc_tools.background import is_alive, process_identity
 from obc_tools.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.job import PruningJob
-from obc_tools.launch import Run, command, job_of, launch, run_experiment
+from obc_tools.launching import Run, command, job_of, launch, run_experiment
 from obc_tools.pruning import Target
 from obc_tools.recipe import Recipe
 from obc_tools.runs import PROCESS, RunFolderError
