@@ -28,7 +28,7 @@ _NAMES = {
     "scores": ("Scores", "score_groups"),
     "sparse": ("sparse_train",),
     "store": ("load_pruned", "save_pruned"),
-    "tables": ("results_table"),
+    "tables": ("find_runs", "results_table"),
     "training": ("History", "Recipe", "fit"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
