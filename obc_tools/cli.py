@@ -1,5 +1,6 @@
-"""The command line: `obc demo`, `obc prune`, `obc compare`. Torch is imported only once a command runs, so help comes
-at once. A command is a dataclass of its arguments with a method `run`.
+"""The command line, `obc`. Torch is imported only once a command runs, so help comes at once.
+
+A command is a dataclass of its arguments with a method `run`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from .cli_compare import Compare
+from .cli_runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 from .cli_types import Choice, Flag, Folder, Name, Names, Number, Whole
 
 if TYPE_CHECKING:
@@ -179,13 +181,27 @@ def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
     print(f"\n{result!r}\n\nreport: {report}")
 
 
-Command = Demo | Prune | Compare
-COMMANDS: dict[str, type[Command]] = {"demo": Demo, "prune": Prune, "compare": Compare}
+Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | Evaluate
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "prune": Prune,
+    "compare": Compare,
+    "run": RunExperiment,
+    "runs": Runs,
+    "grid": GridCommand,
+    "slurm": Slurm,
+    "evaluate": Evaluate,
+}
 # All commands at once, for `obc --help` alone: there one line each is enough.
 OVERVIEW = (
     Annotated[Demo, tyro.conf.subcommand("demo", description="The whole job on handwritten digits, in 2 minutes.")]
     | Annotated[Prune, tyro.conf.subcommand("prune", description="The same on your own network and data.")]
     | Annotated[Compare, tyro.conf.subcommand("compare", description="Criteria beside each other, no fine-tuning.")]
+    | Annotated[RunExperiment, tyro.conf.subcommand("run", description="One of the paper's experiments.")]
+    | Annotated[Runs, tyro.conf.subcommand("runs", description="What runs there are; stop and resume them.")]
+    | Annotated[GridCommand, tyro.conf.subcommand("grid", description="Many experiments over many GPUs.")]
+    | Annotated[Slurm, tyro.conf.subcommand("slurm", description="A script for the SLURM scheduler.")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Accuracy of a saved model.")]
 )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .files import write_text
+
 SETTINGS, TABLE = "comparison.json", "comparison.csv"
 KEYS = ["criterion", "repeat", "step"]
 SHARES = {"channels": "pruned_channels", "macs": "macs", "params": "params"}
@@ -159,14 +161,6 @@ def _read_unfinished(folder: Path) -> Comparison:
 def as_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the table of rows; what was not measured is NaN."""
     return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, "macs", "seconds"), float))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old one or the new one, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def _area(left: np.ndarray, metric: np.ndarray, low: float) -> float:

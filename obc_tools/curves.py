@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .comparison import SETTINGS, TABLE, Comparison, ComparisonError, write_text
+from .comparison import SETTINGS, TABLE, Comparison, ComparisonError
 from .criteria import Criterion, resolve_criterion
+from .files import write_text
 from .plan import PruningPlan
 
 

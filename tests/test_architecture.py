@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "obc_tools"
 MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
 
 TIERS = (
-    ("state", "layers", "environment"),
-    ("groups", "weights", "models", "batches", "images", "cifar", "data"),
+    ("state", "layers", "files", "environment"),
+    ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),
     ("layer_gradients", "row_gradients", "jacobian", "dense", "interactions"),
@@ -19,12 +19,14 @@ TIERS = (
     ("pruning",),
     ("equivalent",),
     ("comparison", "curves", "compare"),
-    ("recipe", "history", "guard", "training"),
+    ("background",),
+    ("recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
+    ("training_folder", "training_checks", "stepper", "training", "sparse"),
     ("store",),
-    ("job", "experiments"),
-    ("runs",),
+    ("job", "job_result", "pipeline", "experiments"),
+    ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
     ("looks", "plots", "compare_plots"),
-    ("report", "job_report", "cli_types", "cli_compare", "cli"),
+    ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli"),
 )  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
 VIEWS = {"looks", "plots", "compare_plots", "report", "job_report"}

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_cleanly(tiny, tmp_path, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("obc_tools.experiments.fit", interrupt)
+    monkeypatch.setattr("obc_tools.pipeline.fit", interrupt)
     assert run("demo", "--out", tmp_path / "demo") == 130
     assert capsys.readouterr().err.endswith("obc: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
