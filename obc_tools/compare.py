@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, Pass, take
-from .comparison import METRICS, Comparison, as_frame
+from .comparison import METRICS, Comparison, as_frame, marked
 from .criteria import Criterion
 from .curves import Contender, Curve, CurveFolder, described, resolve_contenders
 from .data import Data, check_classes
@@ -138,7 +138,7 @@ def compare_criteria(
                 bar.update(longer.rows[-1]["step"] > 0)
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
-            rows += curve.rows
+            rows += marked(curve.rows, curve.at_chance)
     return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
 
 

@@ -32,7 +32,8 @@ class Comparison:
         frame: one row a criterion, repeat and step (0: unpruned), sorted so. Columns: ``pruned_channels`` of
             ``channels`` prunable ones; ``macs`` of one example and ``params``; ``accuracy``, ``top5`` (shares in
             [0, 1], top-5 where there are more classes), ``loss`` (nats) on held-out images; the same with ``train_``
-            on training images; ``seconds`` for scoring, data included; ``images`` scored with.
+            on training images; ``seconds`` for scoring, data included; ``images`` scored with; ``at_chance``: the
+            curve was ended here, since the network only guesses.
         settings: what was asked for.
         environment: hardware, versions and date.
     """
@@ -59,7 +60,8 @@ class Comparison:
         """Return the area under a metric over the share that is left, one row a criterion and repeat.
 
         ∫ metric d(share left), by trapezoids, from all curves' end to 1. A curve that was ended at chance counts at its
-        last value from there on; the others end at the largest share at which any of them ends.
+        last value from there on; the others end at the largest share at which any of them ends. Curves that still
+        run are left out.
 
         Raises:
             ComparisonError: an unknown axis, a metric that was not measured.
@@ -69,9 +71,11 @@ class Comparison:
         frame = self.frame.assign(left=self.left(over))
         curves = frame.groupby(KEYS[:2], sort=False)
         steps = int(self.settings["steps"])
-        unfinished = [curve["left"].min() for _, curve in curves if curve["step"].max() == steps]
-        low = max(unfinished, default=0.0)
-        rows = [(*key, _area(curve["left"].to_numpy(), curve[metric].to_numpy(), low)) for key, curve in curves]
+        whole = {key: curve for key, curve in curves if curve["step"].max() == steps}
+        ended = {key: curve for key, curve in curves if curve["at_chance"].any()}
+        low = max((curve["left"].min() for key, curve in whole.items() if key not in ended), default=0.0)
+        done = [(key, curve) for key, curve in curves if key in whole or key in ended]
+        rows = [(*key, _area(curve["left"].to_numpy(), curve[metric].to_numpy(), low)) for key, curve in done]
         return pd.DataFrame(rows, columns=[*KEYS[:2], "area"])
 
     def measured(self) -> list[str]:
@@ -138,7 +142,7 @@ def read_comparison(path: str | Path) -> Comparison:
         first, _, rest = Path(path).read_text(encoding="utf-8").partition("\n")
         about = json.loads(first.removeprefix("# "))
         frame = pd.read_csv(io.StringIO(rest))
-        missing = sorted({*KEYS, *METRICS} - set(frame.columns))
+        missing = sorted({*KEYS, *METRICS, "at_chance"} - set(frame.columns))
         if missing:
             raise ComparisonError(f"columns {', '.join(missing)} are missing")
         return Comparison(frame, about["settings"], about["environment"])
@@ -150,12 +154,18 @@ def _read_unfinished(folder: Path) -> Comparison:
     """Read the curves in a folder, in the order in which their criteria were asked for."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        curves = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in sorted(folder.glob("curve_*.json"))]
+        curves = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("curve_*.json"))]
         order = list(settings["criteria"])
-        rows = sorted((row for curve in curves for row in curve), key=lambda row: order.index(row["criterion"]))
+        rows = [row for curve in curves for row in marked(curve["rows"], curve["at_chance"])]
+        rows.sort(key=lambda row: order.index(row["criterion"]))
         return Comparison(as_frame(rows), settings, {})
     except (OSError, ValueError, KeyError) as error:
         raise ComparisonError(f"'{folder}' holds no comparison: {error}") from error
+
+
+def marked(rows: Sequence[Mapping[str, Any]], at_chance: bool) -> list[dict[str, Any]]:
+    """Return the rows of a curve with the column that says where it was ended at chance."""
+    return [{**row, "at_chance": at_chance and row is rows[-1]} for row in rows]
 
 
 def as_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

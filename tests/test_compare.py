@@ -160,7 +160,7 @@ def test_a_curve_ends_at_chance(data):
             return self.body(images) * 0 + torch.eye(10)[3]
 
     comparison = compare_criteria(Guess, data, ["l1"], until_chance=True, **SMALL)
-    assert list(comparison.frame["step"]) == [0]
+    assert list(comparison.frame["step"]) == [0] and list(comparison.frame["at_chance"]) == [True]
     assert list(compare_criteria(Guess, data, ["l1"], **SMALL).frame["step"]) == [0, 1, 2, 3]
 
 
@@ -195,7 +195,7 @@ def test_equal_labels_and_unfit_models_are_refused(data):
         compare_criteria(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), data, ["l1"], **SMALL)
 
 
-def curve(label, repeat, left, accuracy, steps=2):
+def curve(label, repeat, left, accuracy, at_chance=False):
     full = 1000
     return [
         {
@@ -214,6 +214,7 @@ def curve(label, repeat, left, accuracy, steps=2):
             "train_loss": None,
             "seconds": None if step == 0 else 1.5 + repeat,
             "images": 0,
+            "at_chance": at_chance and step == len(left) - 1,
         }
         for step, (share, value) in enumerate(zip(left, accuracy, strict=True))
     ]
@@ -221,7 +222,8 @@ def curve(label, repeat, left, accuracy, steps=2):
 
 def test_areas_by_hand():
     rows = curve("a", 0, (1, 0.5, 0.2), (0.9, 0.7, 0.1)) + curve("a", 1, (1, 0.5, 0.25), (0.9, 0.5, 0.3))
-    rows += curve("at chance", 0, (1, 0.6), (0.9, 0.1))
+    rows += curve("at chance", 0, (1, 0.6), (0.9, 0.1), at_chance=True)
+    rows += curve("still running", 0, (1, 0.9), (0.9, 0.8))
     comparison = Comparison(pd.DataFrame(rows), {"steps": 2}, {})
     areas = comparison.areas().set_index(["criterion", "repeat"])["area"]
     # From 0.2, the largest end of the curves that went all the way... the second ends at 0.25.
