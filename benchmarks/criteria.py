@@ -32,7 +32,6 @@ VARIANTS = {
     "jacobian, 32 images a row, group": {"rows": 32, "coupling": "group"},
     "jacobian, 1 image a row, group": {"rows": "sample", "coupling": "group"},
     "jacobian, 128 images a row, set": {"coupling": "set"},
-    "jacobian, 32 images a row, set": {"rows": 32, "coupling": "set"},
     "jacobian, 1 image a row, set": {"rows": "sample", "coupling": "set"},
 }
 EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 3, "training": 0}
