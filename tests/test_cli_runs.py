@@ -21,8 +21,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture
 def tiny(monkeypatch):
     """Let the experiment "tiny" be ResNet-56's, with a smaller network on digits."""
-    base = replace(RESNET56.base, title="tiny", model="resnet8", model_options={"width": 4}, data="digits")
-    monkeypatch.setattr("obc_tools.experiments.EXPERIMENTS", {"tiny": replace(RESNET56, name="tiny", base=base)})
+    base = replace(RESNET56.base, model="resnet8", model_options={"width": 4}, data="digits")
+    monkeypatch.setattr(
+        "obc_tools.experiments.EXPERIMENTS", {"tiny": replace(RESNET56, name="tiny", title="tiny", base=base)}
+    )
 
 
 def test_runs_an_experiment_and_tells_of_it(tiny, tmp_path, capsys):
@@ -30,13 +32,17 @@ def test_runs_an_experiment_and_tells_of_it(tiny, tmp_path, capsys):
     arguments = ["tiny", "--small", "--weights", "scratch", "--device", "cpu", "--speedup", 1.5, "--out", out]
     assert run("run", *arguments) == 0
     printed = capsys.readouterr().out
-    assert "tiny, finished" in printed and "Equivalent Pruning, merged" in printed and "test accuracy" in printed
+    assert (
+        "tiny, small run, finished" in printed
+        and "Equivalent Pruning, merged" in printed
+        and "test accuracy" in printed
+    )
     assert run("run", *arguments) == 2
     assert_one_line(capsys.readouterr().err, "already holds a run")
     assert run("run", *arguments, "--resume") == 0
     assert run("runs", tmp_path / "runs", "--log", 2) == 0
     printed = capsys.readouterr().out
-    assert f"Run('{out}'): tiny, finished" in printed and printed.strip().endswith("done")
+    assert f"Run('{out}'): tiny, small run, finished" in printed and printed.strip().endswith("done")
     assert run("evaluate", out / "merged", "--data", "digits", "--device", "cpu") == 0
     assert "accuracy" in capsys.readouterr().out
 
