@@ -70,7 +70,9 @@ class Experiment:
         Raises:
             ValueError: for "scratch" without a baseline, and for fields that contradict each other.
         """
-        job = replace(self.base, target=target or self.targets[0], seed=seed)
+        other_data = changes.get("data", self.base.data)
+        title = self.title if other_data == self.base.data else f"{self.title}, here on {other_data}"
+        job = replace(self.base, target=target or self.targets[0], seed=seed, title=title)
         if weights == SCRATCH:
             if self.baseline is None:
                 raise ValueError(f"{self.name} has no recipe from scratch: pass weights='pretrained' or a file")
@@ -95,7 +97,8 @@ class Experiment:
         sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch, "last_step": "exact"}
         job = self.job(**(sizes | changes))
         recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
-        return replace(job, **{name: recipe and _shortened(recipe, little) for name, recipe in recipes.items()})
+        shortened = {name: recipe and _shortened(recipe, little) for name, recipe in recipes.items()}
+        return replace(job, title=f"{job.title}, small run", **shortened)
 
 
 def _shortened(recipe: Recipe, little: Mapping[str, Any]) -> Recipe:

@@ -150,6 +150,8 @@ def test_a_seed_goes_everywhere_and_small_is_the_same_job_made_smaller():
         assert (small.model, small.scope, small.ignore, small.target) == (job.model, job.scope, job.ignore, job.target)
         assert small.finetune.epochs == 1 and small.device == "cpu"
         assert (small.sparse is None) == (job.sparse is None)
+        assert (job.title, small.title) == (experiment.title, f"{experiment.title}, small run")
+        assert experiment.job(data="digits").title == f"{experiment.title}, here on digits"
 
 
 def test_a_job_survives_json():

@@ -87,7 +87,7 @@ def test_launched_stopped_and_resumed(whole, tmp_path):
     with pytest.raises(RunFolderError, match="is being worked on: stop that run first"):
         run.resume()
     wait_for(lambda: "original" in run.histories)
-    assert run.stop() == "stopped"
+    assert run.stop(900) == "stopped"
     opened = Run.open(run.folder)
     assert opened.status == "stopped" and opened.job == JOB
     with pytest.raises(RunFolderError, match=r"holds a run \(stopped\): pass resume=True"):
@@ -113,7 +113,7 @@ def test_a_grid_is_killed_and_resumed(whole, tmp_path):
     wait_for(lambda: not grid.is_running and first.status == "interrupted")
     with pytest.raises(ValueError, match="holds a grid: pass resume=True with the same jobs"):
         launch_grid(jobs, grid.folder)
-    assert launch_grid(jobs, grid.folder, resume=True).wait(300) == {"first": "finished", "second": "finished"}
+    assert launch_grid(jobs, grid.folder, resume=True).wait(900) == {"first": "finished", "second": "finished"}
     assert_same(first, whole)
     other = Run(tmp_path / "grid" / "second")
     assert (other.folder / "plan.json").read_text() == (first.folder / "plan.json").read_text()
@@ -125,19 +125,19 @@ def test_a_grid_stops_and_a_failure_does_not_stop_the_others(tmp_path):
     short = replace(JOB, equivalent=False, finetune=None, sparse=None)
     jobs = [GridJob("bad", replace(short, root="nowhere")), GridJob("good", short), GridJob("never", short, ("none",))]
     grid = launch_grid(jobs, tmp_path / "grid", each=2)
-    assert grid.wait(300) == {"bad": "failed", "good": "finished", "never": "waiting"}
+    assert grid.wait(900) == {"bad": "failed", "good": "finished", "never": "waiting"}
     assert "digits come with scikit-learn" in Run(grid.folder / "bad").error
     assert list(grid.to_frame()["status"]) == ["failed", "finished", "waiting"]
     long = launch_grid([GridJob("long", JOB)], tmp_path / "long")
     wait_for(lambda: long.statuses["long"] == "running")
-    assert long.stop(300) == {"long": "stopped"}
-    assert Grid.open(long.folder).resume().wait(300) == {"long": "finished"}
+    assert long.stop(900) == {"long": "stopped"}
+    assert Grid.open(long.folder).resume().wait(900) == {"long": "finished"}
 
 
 @pytest.mark.slow
 def test_two_processes_are_launched_together(tmp_path):
     run = launch(JOB, tmp_path / "run", processes=2, devices="cpu")
-    assert run.wait(300) == "finished", (run.folder / "output.log").read_text()
+    assert run.wait(900) == "finished", (run.folder / "output.log").read_text()
     assert len(run.histories) == 4
     assert run.results["equivalence"]["merged_from_trained"] <= 1e-4
     config = json.loads((run.folder / "training_merged" / "config.json").read_text())
@@ -149,7 +149,7 @@ def test_sigterm_stops_with_a_checkpoint(tmp_path):
     run = launch(JOB, tmp_path / "run", devices="cpu")
     wait_for(lambda: "original" in run.histories)
     os.kill(json.loads((run.folder / PROCESS).read_text())["pid"], signal.SIGTERM)
-    assert run.wait(120) == "stopped"
+    assert run.wait(900) == "stopped"
 
 
 def test_a_failed_run_says_why(tmp_path):

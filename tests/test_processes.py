@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
         train_both(alone, 1)
     finally:
         stepper.learning_rate_factor = original
-    assert [child.wait(300) for child in children] == [0, 0]
+    assert [child.wait(900) for child in children] == [0, 0]
     read = [torch.load(path, weights_only=True) for path in (alone / "0.pt", folder / "0.pt", folder / "1.pt")]
     return read, folder
 

@@ -35,7 +35,7 @@ from tests.test_training import TRAIN, VAL, numbers, same_state
 from tests.test_training import network as dropout_network
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
