@@ -104,9 +104,8 @@ def score_groups(
         combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
     if criterion.rescale:
         combined = {group: criterion.rescale(score) for group, score in combined.items()}
-    scaled = {
-        group: normalize(score, normalizer, _channel_parameters(model, group)) for group, score in combined.items()
-    }
+    counts = {group: _channel_parameters(model, group) for group in combined} if normalizer == "parameters" else {}
+    scaled = {group: normalize(score, normalizer, counts.get(group, 1)) for group, score in combined.items()}
     return Scores({group: (scaled | whole)[group] for group in groups}, criterion.name)
 
 

@@ -120,9 +120,12 @@ def fit(
         stack.enter_context(seeded(recipe.seed + own.rank, device))
         with _spared(device):
             outputs = count_outputs(model, _pass(val, 0), device)
-        checkpoint = folder.open(recipe, device, resume=resume) if folder else None
-        stack.enter_context(folder.logging() if folder else nullcontext())
+        checkpoint = folder.read(recipe, resume=resume) if folder else None
         accelerator = stack.enter_context(accelerating(recipe.amp, device, folder and folder.path))
+        if folder:
+            accelerator.wait_for_everyone()  # or one would find what another has just begun
+            folder.begin(recipe, device, checkpoint)
+        stack.enter_context(folder.logging() if folder else nullcontext())
         stack.enter_context(_channels_last(model, recipe))
         bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))
         stack.callback(model.zero_grad, set_to_none=True)

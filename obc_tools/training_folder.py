@@ -52,26 +52,28 @@ class TrainingFolder:
         self._writes = writes
         self._saved = self._noted = time.monotonic()
 
-    def open(self, recipe: Recipe, device: torch.device, *, resume: bool) -> dict[str, Any] | None:
-        """Make the folder ready for a training; return the checkpoint to go on from, None for a fresh start.
+    def read(self, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
+        """Return the checkpoint to go on from, None for a fresh start; nothing is written.
 
         Raises:
             TrainingFolderError: for a folder that holds a training and is not to be resumed, or one by another recipe,
                 and for a checkpoint that cannot be read.
         """
-        config = {"format": FORMAT, "recipe": recipe.to_dict()}
         known = self._read_config()
         if known is not None and not resume:
             raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
+        config = _config(recipe)
         if known is not None and known != json.loads(json.dumps(config)):
             raise TrainingFolderError(f"'{self.path}' holds a training by another recipe: {_difference(known, config)}")
-        checkpoint = self._read_checkpoint()
+        return self._read_checkpoint()
+
+    def begin(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> None:
+        """Make the folder ready for a training that goes on from what `read` returned in every process."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / CONFIG, config)
+            write_json(self.path / CONFIG, _config(recipe))
             write_json(self.path / ENVIRONMENT, environment(device))
             self.write_metrics(_history(checkpoint))
-        return checkpoint
 
     def write_metrics(self, epochs: tuple[Epoch, ...]) -> None:
         """Write one line for each epoch, in place of what was there."""
@@ -160,6 +162,10 @@ def read_history(folder: str | os.PathLike[str]) -> History | None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that appears complete or not at all."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    return {"format": FORMAT, "recipe": recipe.to_dict()}
 
 
 def _history(checkpoint: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
