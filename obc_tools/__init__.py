@@ -23,6 +23,7 @@ _NAMES = {
     "layers": ("LayerAxis",),
     "measure": ("Cost", "Metrics", "cost", "cost_model", "evaluate", "latency"),
     "models": ("load_model",),
+    "one_shot": ("one_shot_plan",),
     "order": ("make_plan",),
     "pipeline": ("find_plan", "prepare"),
     "plan": ("PruningPlan",),

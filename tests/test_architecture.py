@@ -16,7 +16,7 @@ TIERS = (
     ("layer_gradients", "row_gradients", "jacobian", "dense", "interactions"),
     ("criteria", "evidence", "scores", "interop"),
     ("plan", "order"),
-    ("pruning",),
+    ("pruning", "one_shot"),
     ("equivalent",),
     ("comparison", "curves", "compare"),
     ("background",),
