@@ -47,14 +47,14 @@ class Ranking:
         scores: Mapping[ChannelGroup, Tensor],
         *,
         scope: str = "global",
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
     ) -> Ranking:
         """Rank the channels; raise ValueError as `removal_order` does, and for a fixed group that is not there."""
         held = {LayerAxis(*root): tuple(kept) for root, kept in (fixed or {}).items()}
         check_roots(held, scores)
         ranked = {_held(group) if group.root in held else group: score for group, score in scores.items()}
-        order = removal_order(ranked, scope=scope, limits=limits)
+        order = removal_order(ranked, scope=scope, limits=limits or Limits())
         return cls(replace(order, groups=tuple(scores)), held)
 
     def plan(self, units: int) -> PruningPlan:
