@@ -35,11 +35,11 @@ TIERS = (
     ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
     ("looks", "plots", "compare_plots", "studio_plots"),
     ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli"),
-    ("studio_session",),
-    ("widgets.tasks", "widgets.controls", "widgets.studio_controls", "widgets.studio", "widgets"),
+    ("studio_session", "run_watch"),
+    ("widgets.tasks", "widgets.controls", "widgets.studio_controls", "widgets.studio", "widgets.monitor", "widgets"),
 )  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-VIEWS = {"looks", "plots", "compare_plots", "studio_plots", "report", "job_report"}
+VIEWS = {"looks", "plots", "compare_plots", "studio_plots", "run_watch", "report", "job_report"}
 VIEWS |= {name for name in MODULES if name.startswith("widgets")}
 
 

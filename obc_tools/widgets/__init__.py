@@ -4,6 +4,7 @@ Long work runs beside the kernel (see `tasks`); every view shows the call that i
 ipywidgets and anywidget: ``pip install 'obc_tools[notebook]'``.
 """
 
+from .monitor import RunMonitor
 from .studio import PruningStudio
 
-__all__ = ["PruningStudio"]
+__all__ = ["PruningStudio", "RunMonitor"]
