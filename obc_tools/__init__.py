@@ -33,7 +33,7 @@ _NAMES = {
     "store": ("load_pruned", "save_pruned"),
     "tables": ("find_runs", "results_table"),
     "training": ("History", "Recipe", "fit"),
-    "widgets": ("PruningStudio", "RunMonitor"),
+    "widgets": ("InteractionExplorer", "JTJExplorer", "PruningStudio", "RunMonitor"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -4,7 +4,9 @@ Long work runs beside the kernel (see `tasks`); every view shows the call that i
 ipywidgets and anywidget: ``pip install 'obc_tools[notebook]'``.
 """
 
+from .interactions import InteractionExplorer
+from .jtj import JTJExplorer
 from .monitor import RunMonitor
 from .studio import PruningStudio
 
-__all__ = ["PruningStudio", "RunMonitor"]
+__all__ = ["InteractionExplorer", "JTJExplorer", "PruningStudio", "RunMonitor"]
