@@ -33,14 +33,24 @@ TIERS = (
     ("store",),
     ("job", "job_result", "pipeline", "experiments"),
     ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
-    ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots"),
+    ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots"),
     ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli"),
     ("studio_session", "run_watch"),
     ("widgets.tasks", "widgets.controls", "widgets.explorer", "widgets.studio_controls"),
     ("widgets.studio", "widgets.monitor", "widgets.jtj", "widgets.interactions", "widgets"),
 )  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-VIEWS = {"looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "run_watch", "report", "job_report"}
+VIEWS = {
+    "looks",
+    "plots",
+    "compare_plots",
+    "studio_plots",
+    "explorer_plots",
+    "equivalent_plots",
+    "run_watch",
+    "report",
+    "job_report",
+}
 VIEWS |= {name for name in MODULES if name.startswith("widgets")}
 
 

@@ -73,6 +73,9 @@ class InteractionExplorer(Explorer):
             control.observe(lambda _: self._show(), "value")
         self.compute("computing J·w", lambda batches: jacobian_products(self.network, batches), self._take)
 
+    def __repr__(self) -> str:
+        return f"InteractionExplorer({self.layer.value}, {self.interactions!r})"
+
     def look_at(self, i: int, j: int) -> None:
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
         layer = self.layer.value

@@ -81,6 +81,9 @@ class JTJExplorer(Explorer):
             control.observe(lambda _: self._filling.now or self._show(), "value")
         self._compute()
 
+    def __repr__(self) -> str:
+        return f"JTJExplorer({self.layer.value}, {self.dense!r})"
+
     def save(self, path: str | Path) -> Path:
         """Write values, weights, channels and labels of what is shown to an ``.npz`` file; return its path.
 

@@ -67,6 +67,9 @@ class RunMonitor(W.VBox):
         """The run that is chosen."""
         return self.runs[self.chosen.value]
 
+    def __repr__(self) -> str:
+        return f"RunMonitor({', '.join(f'{name}: {view.status}' for name, view in self.views.items())})"
+
     def stop(self) -> None:
         """Ask the chosen run to end with a checkpoint; does not wait until it has."""
         if self.run.status == "running":

@@ -112,6 +112,9 @@ class PruningStudio(W.VBox):
         """The Python that makes the present plan."""
         return to_code(self.state.choices, self.session.setup)
 
+    def __repr__(self) -> str:
+        return f"PruningStudio({self.plan!r})"
+
     def wait(self, timeout: float = 600.0) -> PruningStudio:
         """Wait until nothing is computed any more, as a script does that goes on with the plan; return the studio."""
         self._worker.wait(timeout)
