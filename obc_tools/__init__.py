@@ -23,6 +23,7 @@ _NAMES = {
     "layers": ("LayerAxis",),
     "measure": ("Cost", "Metrics", "cost", "cost_model", "evaluate", "latency"),
     "models": ("load_model",),
+    "one_shot": ("one_shot_plan",),
     "order": ("make_plan",),
     "pipeline": ("find_plan", "prepare"),
     "plan": ("PruningPlan",),
@@ -32,6 +33,7 @@ _NAMES = {
     "store": ("load_pruned", "save_pruned"),
     "tables": ("find_runs", "results_table"),
     "training": ("History", "Recipe", "fit"),
+    "widgets": ("InteractionExplorer", "JTJExplorer", "PruningStudio", "RunMonitor"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -158,7 +158,11 @@ class Run:
         return self.status
 
     def progress(self) -> tuple[str, dict[str, Any]] | None:
-        """Return the training under way and where it is (epoch, step, steps, epochs, lr, time); None before any."""
+        """Return the training under way and where it is; None before any.
+
+        That is epoch, step, steps (of an epoch), epochs, lr and time, and of the epoch so far: loss, accuracy,
+        images_per_second and gpu_memory (the most bytes on a GPU), null where there are none.
+        """
         notes = {key: self.folder / f"{TRAINING}{key}" / PROGRESS for key in TRAINED}
         there = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in notes.items() if path.is_file()}
         return max(there.items(), key=lambda entry: entry[1]["time"], default=None)

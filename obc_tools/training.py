@@ -203,7 +203,7 @@ class _Training:
                 check_labels(labels, self._outputs, f"train, {where}")
             epoch.totals = epoch.totals + self._stepper.step(*_to(self._device, images, labels), where)
             epoch.images, epoch.taken = epoch.images + len(labels), epoch.taken + 1
-            self._show(where, epoch)
+            self._show(where, epoch, start)
         self._stepper.settle()
         if epoch.taken < self._steps:
             number, taken = epoch.number, epoch.taken
@@ -288,16 +288,27 @@ class _Training:
         logger.info("resuming at epoch %d, step %d", epoch.number + 1, epoch.taken + 1)
         return epoch
 
-    def _show(self, where: Where, epoch: _Epoch) -> None:
+    def _show(self, where: Where, epoch: _Epoch, start: float) -> None:
         self._bar.update()
-        if self._folder is not None:
-            self._folder.note(where, self._recipe.epochs)
+        if self._folder is not None and self._folder.is_note_due():
+            self._folder.note(where, self._recipe.epochs, self._figures(epoch, time.perf_counter() - start))
         # Reading the totals waits for the device, so the postfix changes only now and then.
         if self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_POSTFIXES:
             return
         loss, accuracy = (epoch.totals / epoch.images).tolist()
         self._bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
         self._shown = time.monotonic()
+
+    def _figures(self, epoch: _Epoch, seconds: float) -> dict[str, float | None]:
+        """Return the epoch's figures so far: of this process, and with reading totals waiting for the device."""
+        loss, accuracy = (epoch.totals / epoch.images).tolist()
+        speed = {"images_per_second": epoch.images / seconds, "gpu_memory": _gpu_memory(self._device)}
+        return {"loss": loss, "accuracy": accuracy, **speed}
+
+
+def _gpu_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors took on a GPU so far; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _check_shares(train: Reiterable, own: Processes) -> None:

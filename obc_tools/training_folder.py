@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -86,11 +87,15 @@ class TrainingFolder:
             with (self.path / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(epoch)) + "\n")
 
-    def note(self, where: Where, epochs: int, *, loss: float | None = None) -> None:
-        """Write which step was taken last, unless that was done a moment ago."""
-        if self._writes and time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES:
-            self._noted = time.monotonic()
-            write_json(self.path / PROGRESS, {**where._asdict(), "epochs": epochs, "loss": loss, "time": time.time()})
+    def is_note_due(self) -> bool:
+        """Say whether the last note is so old that another should be written."""
+        return self._writes and time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES
+
+    def note(self, where: Where, epochs: int, figures: Mapping[str, float | None]) -> None:
+        """Write which step was taken last, and figures of the training then; those that are not finite as null."""
+        self._noted = time.monotonic()
+        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in figures.items()}
+        write_json(self.path / PROGRESS, {**where._asdict(), "epochs": epochs, **finite, "time": time.time()})
 
     def is_due(self) -> bool:
         """Say whether the last checkpoint is so old that another should be saved within an epoch."""
