@@ -12,8 +12,9 @@ from torch import nn
 
 from ..batches import take
 from ..data import Data
+from ..layers import scored_layers
 from ..looks import theme
-from .controls import note
+from .controls import dropdown, note
 from .tasks import Task, Worker
 
 T = TypeVar("T")
@@ -56,6 +57,13 @@ class Explorer(W.VBox):
         """Wait until nothing is computed any more; return the explorer."""
         self._worker.wait(timeout)
         return self
+
+    def choose_layer(self) -> W.Dropdown:
+        """Return the choice of a layer whose channels can be looked at; raise ValueError where there is none."""
+        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        if not layers:
+            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
+        return dropdown("layer", layers, layers[0])
 
     def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
         """Do something with the batches beside the kernel; what was under way is cancelled."""

@@ -14,7 +14,6 @@ from ..dense import DenseJTJ, dense_jtj
 from ..explorer_plots import jtj_pair
 from ..interactions import FilterInteractions, filter_interactions
 from ..jacobian import JacobianProducts, jacobian_products
-from ..layers import scored_layers
 from ..plots import interactions_heatmap
 from .controls import button, code_area, dropdown, note, table
 from .explorer import Explorer
@@ -57,10 +56,7 @@ class InteractionExplorer(Explorer):
         self.interactions: FilterInteractions | None = None
         self.pair: DenseJTJ | None = None
         self._products: JacobianProducts | None = None
-        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
-        if not layers:
-            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
-        self.layer = dropdown("layer", layers, layers[0])
+        self.layer = self.choose_layer()
         self.order = dropdown("order", ORDERS, "cluster")
         self.mode = dropdown("values", MODES, "correlation")
         self.back_button = button("back to K", self._show, "from the JᵀJ of a pair", "arrow-left")

@@ -15,7 +15,7 @@ from ..data import Data
 from ..dense import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
 from ..explorer_plots import filter_image
 from ..groups import find_groups
-from ..layers import LayerAxis, get_layer, layer_axes, scored_layers
+from ..layers import LayerAxis, get_layer, layer_axes
 from ..plots import MODES, group_jtj_heatmap, jtj_grid, jtj_heatmap, spectrum
 from .controls import Filling, button, code_area, dropdown, integer, note, set_options, table, text
 from .explorer import Explorer
@@ -58,10 +58,7 @@ class JTJExplorer(Explorer):
         self.group: GroupJTJ | None = None
         self._filling = Filling()
         self.groups = find_groups(self.network, torch.zeros(1, *data.image_shape, device=self._device))
-        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
-        if not layers:
-            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
-        self.layer = dropdown("layer", layers, layers[0])
+        self.layer = self.choose_layer()
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
