@@ -34,7 +34,7 @@ TIERS = (
     ("job", "job_result", "pipeline", "experiments"),
     ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
     ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots"),
-    ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli"),
+    ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli", "__main__"),
     ("studio_session", "run_watch"),
     ("widgets.tasks", "widgets.controls", "widgets.explorer", "widgets.studio_controls"),
     ("widgets.studio", "widgets.monitor", "widgets.jtj", "widgets.interactions", "widgets"),
