@@ -103,7 +103,7 @@ class Experiment:
 
 def _shortened(recipe: Recipe, little: Mapping[str, Any]) -> Recipe:
     schedule = {"milestones": (), "schedule": "cosine"} if recipe.milestones else {}
-    # The learning rate belongs to the batch: a rate for 256 images blows a step over 4 up (Goyal et al. 2017, section 2.1).
+    # The learning rate belongs to the batch: one for 256 images blows up a step over 4 (Goyal et al. 2017).
     lr = recipe.lr * little["batch_size"] / recipe.batch_size
     return replace(recipe, **little, **schedule, lr=lr)
 

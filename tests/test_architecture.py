@@ -17,7 +17,7 @@ PATHS = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py")) if path !=
 MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 TIERS = (
-    ("state", "layers", "files", "environment"),
+    ("state", "layers", "files", "logs", "environment"),
     ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),
