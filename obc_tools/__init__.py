@@ -7,10 +7,13 @@ The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `Eq
 from importlib import import_module
 
 _NAMES = {
+    "check": ("Check", "check_plan"),
     "criteria": ("CRITERIA", "Criterion"),
     "data": ("load_data", "take"),
     "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
     "equivalent": ("EquivalentModel",),
+    "explain": ("explain",),
+    "export": ("export_onnx", "export_program"),
     "groups": ("ChannelGroup", "Member", "find_groups"),
     "jacobian": ("JacobianProducts", "jacobian_products"),
     "layers": ("LayerAxis",),

@@ -18,15 +18,16 @@ TIERS = (
     ("plan", "order"),
     ("pruning",),
     ("equivalent",),
+    ("explain", "masking", "check", "export"),
     ("recipe", "history", "guard", "training"),
     ("store",),
     ("job", "experiments"),
     ("runs",),
-    ("looks", "plots"),
+    ("looks", "plots", "group_plots"),
     ("report", "job_report", "cli"),
 )  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-VIEWS = {"looks", "plots", "report", "job_report"}
+VIEWS = {"looks", "plots", "group_plots", "report", "job_report"}
 
 
 def imports(tree: ast.AST, *, top_level: bool) -> set[str]:
