@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +41,7 @@ class Options:
         out: the table; rows that are there already may be kept.
         names: run these ("timm:resnet10t", "torchvision:resnet18") in this order; all by default.
         keep: rows to keep: those of the same code, those that passed whatever the code was, or none.
+        onnx: export those networks that are marked for it (most of their time).
         limit_s: seconds of computing that a network may take; a wait of four times as many ends it too.
         memory_gb: memory a network's process may take.
     """
@@ -48,6 +49,7 @@ class Options:
     out: Path = ROOT / "results" / "zoo.csv"
     names: tuple[str, ...] = ()
     keep: Literal["same", "passed", "none"] = "same"
+    onnx: bool = True
     limit_s: float = 300
     memory_gb: float = 12
 
@@ -145,6 +147,7 @@ def main(options: Options) -> int:
     todo = [case for case in chosen(everything, options.names) if (case.source, case.name) not in rows]
     for case in (bar := tqdm(todo, desc="zoo")):
         bar.set_postfix_str(case.id)
+        case = replace(case, onnx=case.onnx and options.onnx)
         rows[case.source, case.name] = run_case(case, options.limit_s, options.memory_gb) | {"code": code}
         write(rows.values(), order, options.out)
     table = write(rows.values(), order, options.out)

@@ -11,13 +11,27 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
+from timm.layers import norm as timm_norms
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from .layers import LayerAxis, get_layer, layer_axes
 from .plan import PruningPlan
 
-CHANNEL_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, GlobalResponseNorm)
+CHANNEL_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    GlobalResponseNorm,
+    timm_norms.RmsNorm,
+    timm_norms.RmsNormFp32,
+    timm_norms.RmsNorm2d,
+    timm_norms.RmsNorm2dFp32,
+    timm_norms.SimpleNorm,
+    timm_norms.SimpleNormFp32,
+    timm_norms.SimpleNorm2d,
+    timm_norms.SimpleNorm2dFp32,
+)
 """Layers whose statistics run over channels, so that zeros would count."""
 
 

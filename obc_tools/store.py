@@ -177,8 +177,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
-    for axis in plan.axes:
-        expected = len(plan.selection(axis))
+    for axis, kept in plan.shrunk.items():
+        expected = len(kept)
         try:
             found = layer_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
         except (ValueError, KeyError) as error:

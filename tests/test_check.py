@@ -3,7 +3,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
+import torchvision
 from networks import NETWORKS, network
 from test_plan import random_plan
 from torch import nn
@@ -42,6 +44,30 @@ def test_single_precision_is_an_option():
     model, images, plan = random_plan("grouped")
     check = check_plan(model.float(), plan, images.float(), dtype=None, tolerance=1e-4)
     assert check.ok and check.error_of("pruned = masked") > 1e-9
+
+
+NORMS = {
+    "LayerNorm2d of torchvision": lambda: torchvision.models.convnext.LayerNorm2d(8),
+    "LayerNorm2d of timm": lambda: timm.layers.LayerNorm2d(8),
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "GroupNorm1": lambda: timm.layers.GroupNorm1(8),
+    "RmsNorm2d": lambda: timm.layers.RmsNorm2d(8),
+    "SimpleNorm2d": lambda: timm.layers.SimpleNorm2d(8),
+    "GroupNormAct": lambda: timm.layers.GroupNormAct(8, num_groups=2),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_channels_see_the_kept_ones_only(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), NORMS[name](), nn.Conv2d(8, 4, 1)).double()
+    for parameter in model[1].parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    images = torch.randn(2, 3, 4, 4).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, tuple((0, 2, 3, 4, 6, 7) if g.prunable else tuple(range(g.width)) for g in groups))
+    check = check_plan(model, plan, images)
+    assert plan.channels_removed == 2 and check.ok, check
 
 
 def mutated(plan, axis, positions):
