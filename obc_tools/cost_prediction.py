@@ -25,8 +25,8 @@ from .layers import (
     get_layer,
     layer_axes,
     own_parameters,
-    shrink_model,
 )
+from .shrinking import shrink_model
 
 PROBES = 2
 """Pruned copies with which a cost model is compared when it is built."""

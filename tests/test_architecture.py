@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "obc_tools"
 MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
 
 TIERS = (
-    ("state", "layers"),
+    ("state", "layers", "sizes", "shrinking"),
+    ("flow", "calls", "rearranging", "computing", "tracing", "coupling"),
     ("groups", "weights", "models", "batches", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),
