@@ -8,14 +8,15 @@ statistics over channels (LayerNorm, RMSNorm, GroupNorm, global response norm) s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from timm.layers import norm as timm_norms
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from .layers import LayerAxis, get_layer, layer_axes
+from .layers import LayerAxis, all_axes, get_layer
 from .plan import PruningPlan
 
 CHANNEL_NORMS = (
@@ -44,19 +45,32 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     plan.validate(model)
     copied = copy.deepcopy(model)
-    for axis, kept in plan.shrunk.items():
-        gone = sorted(set(range(plan.axes[axis])).difference(kept))
-        _zero(get_layer(copied, axis.layer), axis, gone)
-    for norm, kept in _channel_norms(copied, plan.shrunk).items():
-        _see_only(norm, kept)
+    removed, widths = _removed(plan)
+    for axis, gone in removed.items():
+        _zero(get_layer(copied, axis.layer), axis, sorted(gone))
+    for axis, gone in removed.items():
+        if norm := _channel_norm(copied, axis):
+            _see_only(norm, sorted(set(range(widths[axis])).difference(gone)))
     return copied
 
 
-def _zero(layer: nn.Module | nn.Parameter, axis: LayerAxis, gone: Sequence[int]) -> None:
+def _removed(plan: PruningPlan) -> tuple[dict[LayerAxis, set[int]], dict[LayerAxis, int]]:
+    """Return the positions that go of every axis that loses any, and the widths of these axes."""
+    removed: dict[LayerAxis, set[int]] = defaultdict(set)
+    widths = {}
+    for group, kept in zip(plan.groups, plan.kept, strict=True):
+        gone = set(range(group.width)).difference(kept)
+        for member in group.members if gone else ():
+            widths[member.axis] = member.width
+            pairs = zip(member.positions, member.channels, strict=True)
+            removed[member.axis].update(position for position, channel in pairs if channel in gone)
+    return {axis: gone for axis, gone in removed.items() if gone}, widths
+
+
+def _zero(layer: nn.Module | Tensor, axis: LayerAxis, gone: Sequence[int]) -> None:
     """Set everything to zero that a layer holds for the given positions of an axis."""
-    if isinstance(layer, nn.Parameter):
-        dim = layer_axes(layer, axis.layer)["out"].slots[0].dim
-        layer.movedim(dim, 0)[gone] = 0
+    if isinstance(layer, Tensor):
+        layer.movedim(all_axes(layer, axis.layer)[axis.axis].slots[0].dim, 0)[gone] = 0
     elif isinstance(layer, nn.MultiheadAttention):
         _zero_attention(layer, axis.axis, gone)
     elif isinstance(layer, nn.modules.conv._ConvNd):
@@ -99,15 +113,15 @@ def _convolution_weights(layer: nn.modules.conv._ConvNd, key: str, position: int
     return layer.weight[group * rows : (group + 1) * rows, inside]
 
 
-def _channel_norms(model: nn.Module, shrunk: Mapping[LayerAxis, Sequence[int]]) -> dict[nn.Module, Sequence[int]]:
-    """Return the norms over channels that lose some, each with the positions that it keeps."""
-    found = {}
-    for axis, kept in shrunk.items():
-        layer = get_layer(model, axis.layer)
-        owner = model.get_submodule(axis.layer.rpartition(".")[0]) if isinstance(layer, nn.Parameter) else layer
-        if isinstance(owner, CHANNEL_NORMS):
-            found[owner] = kept
-    return found
+def _channel_norm(model: nn.Module, axis: LayerAxis) -> nn.Module | None:
+    """Return the norm over channels that an axis belongs to, once for all of its parameters, or None."""
+    layer = get_layer(model, axis.layer)
+    if not isinstance(layer, Tensor):
+        return layer if isinstance(layer, CHANNEL_NORMS) else None
+    owner, _, leaf = axis.layer.rpartition(".")
+    norm = model.get_submodule(owner)
+    first = next(name for name, _ in norm.named_parameters(recurse=False))
+    return norm if isinstance(norm, CHANNEL_NORMS) and leaf == first else None
 
 
 def _see_only(norm: nn.Module, kept: Sequence[int]) -> None:

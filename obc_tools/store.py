@@ -177,8 +177,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
-    for axis, kept in plan.shrunk.items():
-        expected = len(kept)
+    for axis in plan.axes.keys() & plan.shrunk.keys():
+        expected = len(plan.shrunk[axis])
         try:
             found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
         except (ValueError, KeyError) as error:

@@ -51,8 +51,6 @@ NORMS = {
     "LayerNorm2d of timm": lambda: timm.layers.LayerNorm2d(8),
     "GroupNorm": lambda: nn.GroupNorm(2, 8),
     "GroupNorm1": lambda: timm.layers.GroupNorm1(8),
-    "RmsNorm2d": lambda: timm.layers.RmsNorm2d(8),
-    "SimpleNorm2d": lambda: timm.layers.SimpleNorm2d(8),
     "GroupNormAct": lambda: timm.layers.GroupNormAct(8, num_groups=2),
 }
 

@@ -12,10 +12,10 @@ def explained(name="residual"):
 
 def test_a_row_a_group_says_what_is_coupled():
     frame = explained("inverted").to_frame().set_index("group")
-    row = frame.loc["excite.out"]
+    row = frame.loc["expand.0.out"]
     assert row["channels"] == 12 and row["norms and parameters"] == 2
-    assert row["outputs of"] == "excite, depthwise.0, expand.0"
-    assert row["inputs of"] == "project.0, squeeze"
+    assert row["outputs of"] == "expand.0, depthwise.0, excite"
+    assert row["inputs of"] == "squeeze, project.0"
     assert frame.loc["fc.out", "kept whole because"] == "reaches the model's output"
 
 
