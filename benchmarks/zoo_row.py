@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from zoo_models import Case, build, example, randomize
 
-from obc_tools import cost, cost_model, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
-from obc_tools.check import Check, check_plan
+from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
+from obc_tools.check import Check, CheckError, Finding, check_plan
 from obc_tools.export import export_onnx
 from obc_tools.plan import PruningPlan
 from obc_tools.state import call_model
@@ -29,6 +30,10 @@ COLUMNS = (
 
 class WrongError(Exception):
     """An output that is not what it must be: the one thing that the zoo must never find."""
+
+
+class UnclearError(Exception):
+    """A part of the proof that ended in an error which is not of the library's own kind."""
 
 
 @dataclass
@@ -48,7 +53,9 @@ class Row:
             self.values["ok"] = True
         except WrongError as error:
             self.values["reason"] = f"WRONG: {error}"
-        except (ValueError, KeyError) as error:
+        except UnclearError as error:
+            self.values["reason"] = f"unclear: {error}"
+        except ValueError as error:
             self.values["reason"] = f"refused: {_describe(error)}"
         except Exception as error:
             self.values["reason"] = f"unclear: {_describe(error)}"
@@ -67,7 +74,7 @@ class Row:
             raise ValueError("nothing can be pruned: " + "; ".join(sorted({g.kept_whole or "" for g in groups})[:3]))
         self.values["pruned 0.3"] = round(plan.channels_removed / plan.channels, 3)
         self._prune_to_speed(model, inputs)
-        self._prove(check_plan(model, plan, inputs, costs=cost_model(model, inputs)))
+        self._prove(check_plan(model, plan, inputs))
         pruned = prune(model, plan)
         self._save_and_load(pruned, plan, inputs)
         if self.case.onnx:
@@ -92,10 +99,9 @@ class Row:
             if name in errors:
                 self.values[column] = f"{errors[name]:.1e}"
         failed = [finding for finding in check.findings if not finding.ok]
-        if any(not finding.note for finding in failed):
-            raise WrongError("; ".join(map(str, failed)))
         if failed:
-            raise _Failed("; ".join(map(str, failed))) if _unclear(failed) else ValueError("; ".join(map(str, failed)))
+            kind = WrongError if any(not finding.note for finding in failed) else _kind(failed)
+            raise kind("; ".join(map(str, failed)))
         if not check.effect > LEAST_EFFECT:
             raise WrongError(f"pruning changes the output by {check.effect:.1e} of its scale: nothing was shown")
 
@@ -113,12 +119,16 @@ class Row:
             self.values["ONNX"] = f"{export_onnx(Path(folder) / 'model.onnx', pruned, inputs).error:.1e}"
 
 
-class _Failed(Exception):
-    """A part of the proof that ended in an error which is not of the library's own kind."""
+def _kind(failed: list[Finding]) -> type[Exception]:
+    """Return CheckError where every part of the proof was refused by an error of the ValueError family."""
+    refusals = {"ValueError"} | {kind.__name__ for kind in _family(ValueError)}
+    return CheckError if all(finding.note.partition(":")[0] in refusals for finding in failed) else UnclearError
 
 
-def _unclear(failed: list) -> bool:
-    return not all(finding.note.startswith(("ValueError", "PlanMismatchError", "CostModelError")) for finding in failed)
+def _family(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _family(child)
 
 
 @torch.no_grad()

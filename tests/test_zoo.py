@@ -35,6 +35,7 @@ SUBSET = (
     "timm:test_efficientnet",
     "timm:test_efficientnet_gn",
     "timm:test_efficientnet_ln",
+    "timm:test_nfnet",
     "timm:test_resnet",
 )
 
@@ -104,6 +105,15 @@ def test_a_wrong_output_is_called_wrong(monkeypatch):
     vacuous = Check((Finding("pruned = masked", 0.0, 1e-6),), 1e-5)
     monkeypatch.setattr("zoo_row.check_plan", lambda *args, **options: vacuous)
     assert "nothing was shown" in Row(BY_ID["timm:test_resnet"]).fill()["reason"]
+
+
+@pytest.mark.parametrize(
+    ("note", "kind"), [("PlanMismatchError: x", "refused: CheckError: a: Plan"), ("KeyError: x", "unclear: a: Key")]
+)
+def test_parts_of_the_proof_that_end_in_errors_are_told_apart(note, kind, monkeypatch):
+    failed = Check((Finding("a", float("inf"), 0, note=note), Finding("b", 0.0, 0)), 1.0)
+    monkeypatch.setattr("zoo_row.check_plan", lambda *args, **options: failed)
+    assert Row(BY_ID["timm:test_resnet"]).fill()["reason"].startswith(kind)
 
 
 def test_what_the_proof_refuses_is_no_wrong_output(monkeypatch):
