@@ -59,7 +59,9 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
         axes = {"in": axes["out"]} | axes
     if taken.shape[first] > 1:
         flow.join(source.dims[first], axes["in"], source.origin)
-    if groups > 1 and axes["in"] is not axes["out"]:
+    if axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
+        flow.join(axes["in"], flow.join_rows(axes["out"].reshape(groups, -1).T))
+    elif groups > 1 and axes["in"] is not axes["out"]:
         flow.join_blocks(axes["in"], groups)
         flow.join_blocks(axes["out"], groups)
     if bias is not None and axes["out"] is not None:
@@ -155,8 +157,8 @@ def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     heads = _both(flow, query.dims[1], key.dims[1], (query, key))
     heads = _both(flow, heads, value.dims[1], (query, value))
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    if isinstance(mask, Tensor) and heads is not None and mask.dim() > 2 and mask.shape[-3] > 1:
-        flow.join(heads, flow.of(mask).dims[-3])
+    if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
+        heads = _both(flow, heads, flow.of(mask).dims[-3], (query, flow.of(mask)))
     flow.put(out[0], [None, heads, None, value.dims[-1]])
 
 

@@ -22,6 +22,7 @@ from .layers import (
     Axis,
     LayerAxis,
     UnknownLayerError,
+    all_axes,
     get_layer,
     layer_axes,
     own_parameters,
@@ -247,7 +248,7 @@ def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:
         except UnknownLayerError:
             for leaf, parameter in own_parameters(module).items():
                 full = f"{name}.{leaf}" if name else leaf
-                found.update({LayerAxis(full, key): axis for key, axis in layer_axes(parameter, full).items()})
+                found.update({LayerAxis(full, key): axis for key, axis in all_axes(parameter, full).items()})
     return found
 
 

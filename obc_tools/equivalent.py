@@ -23,6 +23,7 @@ from torch.func import functional_call
 from .layers import LayerAxis, from_mixing, get_layer, layer_axes, own_parameters, to_mixing
 from .plan import PruningPlan
 from .pruning import prune
+from .shrinking import is_attribute
 
 
 class MixedLayer(nn.Module):
@@ -86,7 +87,8 @@ class EquivalentModel(nn.Module):
         tied = _tied_parameters(model)
         kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for axis, positions in plan.shrunk.items():
-            kept[axis.layer][axis.axis] = positions
+            if not is_attribute(axis.axis) and isinstance(get_layer(model, axis.layer), nn.Module):
+                kept[axis.layer][axis.axis] = positions
         for name, positions in kept.items():
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
@@ -158,7 +160,7 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     mixable = {key: positions for key, positions in kept.items() if axes[key].mixable}
     if not mixable:
         return None
-    stride = _stride(plan, LayerAxis(name, "in")) if "in" in mixable else 1
+    stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in mixable else 1
     weight = to_mixing(layer, layer.weight.detach(), stride)
     groups, outputs, _, inputs = weight.shape
     compressor = decompressor = bias = None
@@ -189,8 +191,11 @@ def _refuse_tied(model: nn.Module, name: str, tied: set[nn.Parameter]) -> None:
             raise ValueError(f"layer {name!r}: its {leaf} is shared with another layer and cannot be mixed; ignore it")
 
 
-def _stride(plan: PruningPlan, axis: LayerAxis) -> int:
-    """Return how many neighbouring positions of an input axis belong to one channel: above 1 behind a flattening."""
+def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:
+    """Return how many neighbouring positions of an input axis are mixed as one channel.
+
+    Above 1 only behind a flattening, where equal runs of positions belong to one channel each.
+    """
     members = [member for group in plan.groups for member in group.members if member.axis == axis]
     strides = {len(member.positions) // len(set(member.channels)) for member in members}
     stride = strides.pop()
@@ -199,9 +204,7 @@ def _stride(plan: PruningPlan, axis: LayerAxis) -> int:
         for m in members
         for unit in {p // stride for p in m.positions}
     )
-    if not regular:
-        raise ValueError(f"layer {axis.layer!r}: its inputs do not come in equal runs a channel; they cannot be mixed")
-    return stride
+    return stride if regular and isinstance(layer, nn.Linear) else 1
 
 
 def _detach(layer: nn.Module, mixed: MixedLayer) -> None:

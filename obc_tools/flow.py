@@ -8,6 +8,7 @@ An operation that is not in the table freezes what goes into it, so that nothing
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,10 @@ class Flow:
         if one is None or other is None:
             self.freeze(one if other is None else other, reason)
             return None
+        if one.size != other.size:
+            self.freeze(one, "meets an axis of another length")
+            self.freeze(other, "meets an axis of another length")
+            return None
         if one is not other:
             self.joined.append((one, other))
         return one
@@ -119,19 +124,41 @@ class Flow:
             return
         source = size.source
         if isinstance(source, Attribute):
-            known = self.attributes.setdefault(source, labels)
-            if known is not labels:
-                self.join(known, labels)
+            self._join_equal(self.attributes.setdefault(source, labels), labels, size)
         elif isinstance(source, Dimension):
-            self.join(source.labels, labels)
+            self._join_equal(source.labels, labels, size)
         elif isinstance(source, Combined):
             self._join_share(source, labels)
+            self._follow_multiple(source, labels)
+
+    def _join_equal(self, one: np.ndarray, other: np.ndarray, size: int) -> None:
+        """Join two axes that one number shapes; it may also cut off a shorter rest, which then stays."""
+        if one.size == other.size:
+            self.join(_in_runs(one), _in_runs(other))
+        else:
+            self.freeze(one, f"shares a width of {int(size)} with an axis of another length")
+            self.freeze(other, f"shares a width of {int(size)} with an axis of another length")
+
+    def _follow_multiple(self, source: Combined, labels: np.ndarray) -> None:
+        """Let an attribute follow an axis that is a multiple of it: `head_dim * 3`."""
+        one, times = (source.left, source.right) if isinstance(source.left, Size) else (source.right, source.left)
+        single = isinstance(one, Size) and isinstance(one.source, Attribute) and not isinstance(times, Size)
+        if single and source.operation is operator.mul and labels.size == int(one) * times:
+            self.require(one, self.join_blocks(labels, times))
 
     def _join_share(self, source: Combined, labels: np.ndarray) -> None:
         """Join an axis with the wider one of which it is an equal share: `width // heads` channels a head."""
         whole = source.left.source if isinstance(source.left, Size) else None
         if isinstance(whole, Dimension) and whole.labels.size == labels.size * int(source.right):
             self.join(self.join_rows(whole.labels.reshape(-1, labels.size)), labels)
+
+
+def _in_runs(labels: np.ndarray) -> np.ndarray:
+    """Order labels as runs of all different ones, where each occurs equally often; any order keeps widths equal."""
+    unique, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    if (counts == 1).all() or (counts != counts[0]).any():
+        return labels
+    return np.tile(unique[np.argsort(first)], counts[0])
 
 
 Handler = Callable[[Flow, Any, tuple, dict], None]

@@ -171,8 +171,8 @@ def trace_groups(
     for bundle in found:
         places = sorted(bundle.places, key=lambda place: ranks[place.axis])
         root = next((place.axis for place in places if place.axis not in taken), None)
-        if root is None:
-            raise ValueError(f"layer {places[0].axis}: its channels fall into more groups than it has axes")
+        if root is None:  # without an axis to name it after, it stays whole
+            continue
         taken[root] = len(groups)
         groups.append(_group(model, bundle, root, traced.kinds))
         followers += [Follower(call, root, tuple(counts.tolist())) for call, counts in bundle.calls]
@@ -237,7 +237,7 @@ def _in_table(model: nn.Module, axis: LayerAxis) -> bool:
 
 def _is_grouped(model: nn.Module, axis: LayerAxis) -> bool:
     layer = get_layer(model, axis.layer)
-    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1 and not is_depthwise(layer)
+    return isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups < layer.in_channels
 
 
 def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:

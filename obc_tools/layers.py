@@ -10,6 +10,8 @@ layer                   axis "out"                                            ax
 convolution             ``weight`` along 0, ``bias``                          ``weight`` along 1, per convolution group
 transposed convolution  ``weight`` along 1, per convolution group, ``bias``   ``weight`` along 0
 depthwise convolution   ``weight`` along 0, ``bias``                          (the same axis)
+...with a multiplier    ``weight`` along 0, ``bias``                          none: its groups
+standardised weights    with ``gain`` (timm); they cannot be mixed
 linear                  ``weight`` along 0, ``bias``                          ``weight`` along 1
 norms                   ``weight``, ``bias``, running statistics              (the same axis)
 PReLU                   ``weight``                                            (the same axis)
@@ -77,13 +79,19 @@ class UnknownLayerError(ValueError):
 
 
 def _convolution(layer: nn.modules.conv._ConvNd) -> dict[str, Axis]:
-    out = (Slot("weight", 0), Slot("bias", 0))
+    out = (Slot("weight", 0), Slot("bias", 0), Slot("gain", 0))
+    plain = not type(layer).__module__.startswith("timm.layers.std_conv")
     if is_depthwise(layer):
         return {"out": Axis(layer.out_channels, out, ("out_channels", "in_channels", "groups"))}
+    if layer.groups == layer.in_channels > 1 and not layer.transposed:
+        return {
+            "out": Axis(layer.out_channels, out, ("out_channels",)),
+            "in": Axis(layer.in_channels, (), ("in_channels", "groups")),
+        }
     inputs = (Slot("weight", 1, groups=layer.groups),)
     return {
-        "out": Axis(layer.out_channels, out, ("out_channels",), True, layer.groups),
-        "in": Axis(layer.in_channels, inputs, ("in_channels",), True, layer.groups),
+        "out": Axis(layer.out_channels, out, ("out_channels",), plain, layer.groups),
+        "in": Axis(layer.in_channels, inputs, ("in_channels",), plain, layer.groups),
     }
 
 

@@ -228,8 +228,7 @@ def _view(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     for labels, size in zip(dims, asked, strict=True):
         if isinstance(size, Size) or (labels is not None and size != -1):
             flow.require(size, labels)
-    weight_of = source.weight_of if tuple(out.shape) == tuple(tensor.shape) else None
-    flow.put(out, dims, source.origin, weight_of)
+    flow.put(out, dims, source.origin, source.weight_of)
 
 
 def matching_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

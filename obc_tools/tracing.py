@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import computing, rearranging  # noqa: F401  (they fill the table of operations)
 from .calls import FUNCTIONS, sized_shape
-from .flow import INPUT, Channels, Flow, follow
+from .flow import INPUT, Channels, Flow, follow, tensors_in
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, layer_axes, own_tensors
 from .sizes import track_attributes
 from .state import call_model, hooks
@@ -81,7 +81,7 @@ class Tracer:
         self.kinds[name] = type(layer).__name__
         tensors = own_tensors(layer)
         dims = {leaf: [None] * tensor.dim() for leaf, tensor in tensors.items()}
-        labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items() if axis.slots}
+        labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items()}
         for key, axis in axes.items():
             for slot in axis.slots:
                 if slot.groups == slot.parts == 1:
@@ -205,7 +205,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         if not self.tracer.paused:
-            self.tracer.saw([arg for arg in args if isinstance(arg, Tensor)])
+            self.tracer.saw(tensors_in(args))
             follow(self.tracer.flow, function, out, args, kwargs)
         return out
 
