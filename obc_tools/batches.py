@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
+Draw = Callable[..., Iterator[Batch]]
 T = TypeVar("T")
 
 
@@ -33,6 +34,10 @@ class Sampling:
         shuffle: A new order each pass.
         augment: New crops and flips each pass.
         drop_last: Leave out a last batch that is smaller than ``size``.
+        repeats: Copies of an image in a pass, each augmented by itself; as many images the fewer are in it (repeated
+            augmentation, Hoffer et al. 2020).
+        share: Of every batch, whose rows these are: (part, parts), rows part, part + parts, … of ``size``.
+        equal_shares: All parts have equally many rows: up to parts - 1 images of a pass are left out.
     """
 
     size: int
@@ -40,19 +45,39 @@ class Sampling:
     shuffle: bool = False
     augment: bool = False
     drop_last: bool = False
+    repeats: int = 1
+    share: tuple[int, int] = (0, 1)
+    equal_shares: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"batch size must be at least 1, not {self.size}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if self.repeats < 1 or (self.repeats > 1 and not self.shuffle):
+            raise ValueError(f"repeats must be at least 1, and 1 without shuffle, not {self.repeats}")
+        part, parts = self.share
+        if not 0 <= part < parts or self.size % parts:
+            raise ValueError(f"share {self.share} of batches of {self.size}: part below parts, which divides the size")
+
+    def used(self, images: int) -> int:
+        """Return how many of so many images are in a pass."""
+        parts = self.share[1] if self.equal_shares else 1
+        return images // self.size * self.size if self.drop_last else images // parts * parts
 
     def count(self, images: int) -> int:
         """Return the number of batches in a pass over so many images; raise ValueError if there is none."""
-        batches = images // self.size if self.drop_last else -(-images // self.size)
+        batches = -(-self.used(images) // self.size)
         if batches == 0:
             raise ValueError(f"no batch of {self.size} in {images} images: make batches smaller or keep the last one")
         return batches
+
+    def rows(self, images: int, start: int = 0) -> Iterator[slice]:
+        """Yield where this share's rows of each batch of a pass lie in its order, from batch ``start`` on."""
+        used, (part, parts) = self.used(images), self.share
+        for first in range(start * self.size, used, self.size):
+            if first + part < used:
+                yield slice(first + part, min(first + self.size, used), parts)
 
     def generator(self, pass_number: int) -> torch.Generator:
         """Return the random number generator of a pass, in its first state."""
@@ -65,11 +90,14 @@ class Sampling:
     def order(self, images: int, generator: torch.Generator) -> Tensor:
         """Return the positions of the images of a pass, int64, those of a dropped last batch left out."""
         order = torch.randperm(images, generator=generator) if self.shuffle else torch.arange(images)
-        return order[: self.count(images) * self.size]
+        return order.repeat_interleave(self.repeats)[: self.used(images)]
 
 
 class Batches:
     """Batches of a split, to iterate over as often as needed: each iteration is the next pass.
+
+    ``draw(pass_number)`` makes a pass, ``draw(pass_number, start)`` one from its batch ``start`` on. ``parts``: these
+    are one of so many processes' shares.
 
     Example:
         >>> batches = load_data("digits").batches("train", 128, seed=0)
@@ -79,12 +107,11 @@ class Batches:
         >>> again = batches.at(0)            # pass 0, every time it is iterated over
     """
 
-    def __init__(
-        self, draw: Callable[[int], Iterator[Batch]], length: int, numbers: Iterator[int] | None = None
-    ) -> None:
+    def __init__(self, draw: Draw, length: int, numbers: Iterator[int] | None = None, parts: int = 1) -> None:
         self._draw = draw
         self._length = length
         self._numbers = count() if numbers is None else numbers
+        self.parts = parts
 
     def __len__(self) -> int:
         """Return the number of batches in a pass."""
@@ -93,29 +120,43 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.at(next(self._numbers)))
 
-    def at(self, pass_number: int) -> Pass:
-        """Return one pass, counted from 0: the same batches whenever it is iterated over."""
-        return Pass(self._draw, self._length, pass_number)
+    def at(self, pass_number: int, start: int = 0) -> Pass:
+        """Return one pass, counted from 0, from its batch ``start`` on: the same whenever it is iterated over."""
+        return Pass(self._draw, self._length, pass_number, start)
 
     def first(self, length: int) -> Batches:
         """Return the first batches of each pass; what is iterated over here and there counts the same passes."""
         _check_length(length, len(self))
-        return Batches(lambda pass_number: islice(self._draw(pass_number), length), length, self._numbers)
+
+        def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
+            return islice(self.at(pass_number, start), length - start)
+
+        return Batches(draw, length, self._numbers, self.parts)
+
+    def map(self, change: Callable[[int, int, Batch], Batch]) -> Batches:
+        """Return these batches, each changed by ``change(number of the pass, number in the pass, batch)``."""
+
+        def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
+            for number, batch in enumerate(self.at(pass_number, start), start):
+                yield change(pass_number, number, batch)
+
+        return Batches(draw, self._length, self._numbers, self.parts)
 
 
 @dataclass(frozen=True)
 class Pass:
     """One pass of ``Batches``: the same batches every time it is iterated over."""
 
-    draw: Callable[[int], Iterator[Batch]]
+    draw: Draw
     length: int
     pass_number: int
+    start: int = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.draw(self.pass_number)
+        return self.draw(self.pass_number, self.start) if self.start else self.draw(self.pass_number)
 
 
 @dataclass(frozen=True)

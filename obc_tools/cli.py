@@ -1,4 +1,7 @@
-"""The command line: `obc demo` and `obc prune`. Torch is imported only once a command runs, so help comes at once."""
+"""The command line, `obc`. Torch is imported only once a command runs, so help comes at once.
+
+A command is a dataclass of its arguments with a method `run`.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 from tqdm import tqdm
 
+from .cli_compare import Compare
+from .cli_runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
+from .cli_types import Choice, Flag, Folder, Name, Names, Number, Whole
+
 if TYPE_CHECKING:
     from .job import PruningJob
 
-Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
-Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
-Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
-Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
-
+NOTHING_WRITTEN = "nothing was written"
 DEMO_TITLE = "Demo: handwritten digits, a small ResNet, half the MACs"
 HEAVY_IMPORTS = ("numpy", "torch", "torchvision", "timm", "torch_pruning", "accelerate", "sklearn.datasets", "plotly")
 
@@ -36,6 +36,8 @@ class Demo:
     A small ResNet is trained from scratch, pruned by the Jacobian Criterion to half its MACs and fine-tuned twice with
     the same plan, recipe and seeds: naively and with Equivalent Pruning. Takes less than 2 minutes on 2 CPU cores.
     """
+
+    AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
 
     out: Folder = Path("runs/demo")
     """Folder for the report, the models and all figures. A demo's own folder is replaced, no other."""
@@ -66,6 +68,13 @@ class Demo:
             device="cpu",
         )
 
+    def run(self) -> None:
+        import torch
+
+        # 8 x 8 pixels are too few to share out: on a busy machine a second thread made the demo ten times slower.
+        torch.set_num_threads(1)
+        run_and_report(self.job(), self.out, self.may_overwrite())
+
     def may_overwrite(self) -> bool:
         from .runs import RunFolderError, read_results
 
@@ -84,6 +93,8 @@ class Prune:
     obc prune --model resnet56 --weights resnet56.pth --data cifar10 --root data/cifar10 --speedup 2.11
     --epochs 1 --equivalent --out runs/resnet56
     """
+
+    AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
 
     model: Name
     """Network: resnet20, resnet56, vgg19, ...; torchvision:resnet50, timm:vit_base_patch16_224, ..."""
@@ -109,7 +120,7 @@ class Prune:
     ratio: Number = None
     """Target: share of all channels to remove, between 0 and 1."""
     criterion: Name = "jacobian"
-    """What channels are scored by: jacobian, taylor, l1, l2, bn_scale, whc or random."""
+    """What channels are scored by: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp or random."""
     scope: Name = "global"
     """Which channels are ranked together: global (all), local (those of a layer), isomorphic (those of like layers)."""
     group_reduction: Name = "sum"
@@ -156,15 +167,41 @@ class Prune:
             **{name: getattr(self, name) for name in same},
         )
 
-    def may_overwrite(self) -> bool:
-        return self.overwrite
+    def run(self) -> None:
+        run_and_report(self.job(), self.out, self.overwrite)
 
 
-COMMANDS = {"demo": Demo, "prune": Prune}
+def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
+    """Do a job, keep it in its folder, and print the table."""
+    from .job_report import write_job_report
+    from .runs import REPORT, run_job
+
+    result = run_job(job, out, overwrite=overwrite)
+    report = write_job_report(result, out / REPORT)
+    print(f"\n{result!r}\n\nreport: {report}")
+
+
+Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | Evaluate
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "prune": Prune,
+    "compare": Compare,
+    "run": RunExperiment,
+    "runs": Runs,
+    "grid": GridCommand,
+    "slurm": Slurm,
+    "evaluate": Evaluate,
+}
 # All commands at once, for `obc --help` alone: there one line each is enough.
 OVERVIEW = (
     Annotated[Demo, tyro.conf.subcommand("demo", description="The whole job on handwritten digits, in 2 minutes.")]
     | Annotated[Prune, tyro.conf.subcommand("prune", description="The same on your own network and data.")]
+    | Annotated[Compare, tyro.conf.subcommand("compare", description="Criteria beside each other, no fine-tuning.")]
+    | Annotated[RunExperiment, tyro.conf.subcommand("run", description="One of the paper's experiments.")]
+    | Annotated[Runs, tyro.conf.subcommand("runs", description="What runs there are; stop and resume them.")]
+    | Annotated[GridCommand, tyro.conf.subcommand("grid", description="Many experiments over many GPUs.")]
+    | Annotated[Slurm, tyro.conf.subcommand("slurm", description="A script for the SLURM scheduler.")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Accuracy of a saved model.")]
 )
 
 
@@ -174,14 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(command)
     except KeyboardInterrupt:
-        print("\nobc: stopped; nothing was written", file=sys.stderr)
+        print(f"\nobc: stopped; {command.AFTER_STOP}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"obc: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def parse(arguments: Sequence[str]) -> Demo | Prune:
+def parse(arguments: Sequence[str]) -> Command:
     """Return the command that the arguments spell; print help or what is wrong and exit where they spell none."""
     if arguments and arguments[0] in COMMANDS:
         name, *rest = arguments
@@ -190,32 +227,17 @@ def parse(arguments: Sequence[str]) -> Demo | Prune:
     return tyro.cli(OVERVIEW, prog="obc", args=arguments, description=description)
 
 
-def run(command: Demo | Prune) -> None:
-    """Do a command's job, keep it in its folder, and print the table."""
+def run(command: Command) -> None:
+    """Do what a command says."""
     _import_libraries()
-    from .job_report import write_job_report
-    from .runs import REPORT, run_job
-
-    _set_threads(command)
-    job = command.job()
     with _logging_to_terminal():
-        result = run_job(job, command.out, overwrite=command.may_overwrite())
-    report = write_job_report(result, command.out / REPORT)
-    print(f"\n{result!r}\n\nreport: {report}")
+        command.run()
 
 
 def _import_libraries() -> None:
     """Import what takes seconds, with a bar that moves meanwhile."""
     for name in tqdm(HEAVY_IMPORTS, desc="loading libraries", unit="library", leave=False):
         importlib.import_module(name)
-
-
-def _set_threads(command: Demo | Prune) -> None:
-    import torch
-
-    # 8 x 8 pixels are too few to share out: on a busy machine a second thread made the demo ten times slower.
-    if isinstance(command, Demo):
-        torch.set_num_threads(1)
 
 
 @contextmanager

@@ -11,17 +11,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .augment import Augmentation, augment_batches
 from .batches import Batches, Sampling, take
 from .cifar import CLASSES, read_cifar
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
 
-__all__ = ["Batches", "Data", "ImageFiles", "Images", "Normalization", "check_classes", "load_data", "take"]
+__all__ = [
+    "Augmentation",
+    "Batches",
+    "Data",
+    "ImageFiles",
+    "Images",
+    "Normalization",
+    "check_classes",
+    "load_data",
+    "take",
+]
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 
@@ -92,11 +103,12 @@ class Data:
         size: int,
         *,
         seed: int = 0,
-        augment: bool = False,
+        augment: bool | Augmentation = False,
         shuffle: bool | None = None,
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         workers: int | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Batches:
         """Return the batches of a split: each iteration is the next pass, fixed by the seed and its number.
 
@@ -104,21 +116,48 @@ class Data:
             split: "train" or "val".
             size: Images in a batch.
             seed: Fixes the order and the augmentation of every pass, the same on every device.
-            augment: Random crops and flips, as in training. Off by default, also for "train".
+            augment: Random crops and flips, as in training, or all that an `Augmentation` says. Off by default, also
+                for "train".
             shuffle: A new order each pass. None: for "train" only.
             drop_last: Leave out a last batch that is smaller than ``size``.
             device: Where batches are made, normalised and returned; the model's.
             workers: Processes that decode images from disk. None: one a CPU, at most 8. Images in memory need none.
+            share: (rank, processes) where several train together: this process gets every so-manieth image of each
+                batch of ``size``. Shares of "train" are equally large.
 
         Raises:
             ValueError: For a split that is unknown or not there, a size below 1, or a pass without any batch.
         """
         images = self._split(split)
         shuffle = split == "train" if shuffle is None else shuffle
-        sampling = Sampling(size, seed, shuffle, augment, drop_last)
-        if isinstance(images, Images):
-            return images.batches(sampling, self.normalization, device)
-        return images.batches(sampling, self.normalization, device, workers)
+        chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
+        sampling = Sampling(size, seed, shuffle, chosen.crop, drop_last, chosen.repeats, share, split == "train")
+        if isinstance(images, ImageFiles):
+            drawn = images.batches(sampling, self.normalization, device, workers, chosen.rand_augment)
+        elif chosen.rand_augment:
+            raise ValueError(f"{self.name}: RandAugment works on image files, not on images in memory")
+        else:
+            drawn = images.batches(sampling, self.normalization, device)
+        return augment_batches(drawn, chosen, len(self.classes), seed, share[0])
+
+    def with_train_from_val(self, seed: int = 0) -> Data:
+        """Return the data with the held-out images cut in two halves, by chance: one to train on, one held out.
+
+        For a folder that has held-out images only; what is measured then says little.
+
+        Raises:
+            ValueError: where there are training images.
+        """
+        if self.train is not None:
+            raise ValueError(f"{self.name} has training images: leave the held-out ones alone")
+        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(seed))
+        train, val = (self.val.subset(half.sort().values) for half in order.tensor_split(2))
+        return replace(self, train=train, val=val)
+
+    def limited(self, train: int | None = None, val: int | None = None, *, seed: int = 0) -> Data:
+        """Return the data with at most so many images of each split, drawn by chance; None keeps a split whole."""
+        splits = {"train": (self.train, train), "val": (self.val, val)}
+        return replace(self, **{name: _drawn(images, count, seed) for name, (images, count) in splits.items()})
 
     def _split(self, split: str) -> Images | ImageFiles:
         if split not in ("train", "val"):
@@ -129,6 +168,15 @@ class Data:
                 f"{self.name} was loaded from a folder without {split} images; there is only the other split"
             )
         return images
+
+
+def _drawn(images: Images | ImageFiles | None, count: int | None, seed: int) -> Images | ImageFiles | None:
+    if images is None or count is None or count >= len(images):
+        return images
+    if count < 1:
+        raise ValueError(f"at least 1 image of a split is needed, not {count}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.subset(order[:count].sort().values)
 
 
 def load_data(
@@ -246,3 +294,22 @@ def _read_folders(
         )
     splits = {split: ImageFiles(files.paths, files.labels, size) for split, files in found.items()}
     return splits.get("train"), splits.get("val"), classes
+
+
+def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Data:
+    """Divide one split into train images and held-out images, at random: for sets of which only one split is there.
+
+    Args:
+        split: "train" or "val"; the other one is left out.
+        share: of its images to hold out, in (0, 1).
+
+    Raises:
+        ValueError: a split that is not there, a share that leaves one side without images.
+    """
+    images = data._split(split)
+    held_out = round(share * len(images))
+    if not 0 < held_out < len(images):
+        raise ValueError(f"share={share} holds out {held_out} of {len(images)} images; leave some on each side")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    val, train = (images.at(part.sort().values) for part in (order[:held_out], order[held_out:]))
+    return replace(data, train=train, val=val)

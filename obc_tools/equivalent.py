@@ -133,7 +133,9 @@ class EquivalentModel(nn.Module):
             owner, _, leaf = name.rpartition(".")
             layer = merged.get_submodule(owner)
             delattr(layer, leaf)
-            layer.register_parameter(leaf, nn.Parameter(value.clone()))
+            # In the order in which a saved weight comes back, or convolutions round differently after loading.
+            value = value.clone(memory_format=torch.contiguous_format)
+            layer.register_parameter(leaf, nn.Parameter(value))
         for name in self.mixed_layers:
             _restore_order(merged.get_submodule(name))
         return merged

@@ -1,4 +1,4 @@
-"""What criteria look at, collected from a model and batches: squared products, and gradients of the mean loss.
+"""What criteria look at, collected from a model and batches: squared products, gradients and squared gradients.
 
 Everything is accumulated batch by batch in constant memory.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .groups import ChannelGroup
 from .jacobian import Objective, batch_loss, classification
 from .layers import LayerAxis, get_layer, own_parameters
+from .row_gradients import stream_gradients
 from .state import differentiable, evaluating, numbered
 
 Products = Mapping[LayerAxis, Tensor]
@@ -40,12 +41,7 @@ def sum_group_squares(groups: Sequence[ChannelGroup], stream: Iterable[Products]
     totals = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups}
     for products in stream:
         for group, total in totals.items():
-            joined = sum(
-                _by_channel(group.width, member.positions, member.channels, products[member.axis])
-                for member in group.members
-                if member.axis in products
-            )
-            total += joined.square().sum(0)
+            total += _joined(group, products).square().sum(0)
     return totals
 
 
@@ -53,6 +49,48 @@ def _by_channel(width: int, positions: Sequence[int], channels: Sequence[int], p
     """Sum a member's products, (rows, positions of the axis), over the positions of each channel: (rows, width)."""
     at = product.double().cpu()[:, torch.tensor(positions)]
     return at.new_zeros(len(at), width).index_add_(1, torch.tensor(channels), at)
+
+
+def removal_ranks(groups: Sequence[ChannelGroup], stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+    """Rank all channels of all groups in the order of a greedy removal together: group -> (width,), 0 goes first.
+
+    Next goes the channel c that leaves the least 1ᵀK1 = Σ_n (Σ_{i ∈ S ∪ {c}} J_n w_i)² of the removed set S: the
+    first-order squared loss change of removing the set, a group's members joined as in `sum_group_squares`. All rows
+    are kept, rows x channels numbers, and the time grows with rows x channels².
+    """
+    rows = torch.cat([torch.cat([_joined(group, products) for group in groups], 1) for products in stream])
+    squares = rows.square().sum(0)
+    removed = rows.new_zeros(len(rows))
+    ranks = torch.full_like(squares, torch.inf)
+    for rank in range(rows.shape[1]):
+        change = squares + 2 * (removed @ rows)
+        change[ranks < torch.inf] = torch.inf
+        channel = int(change.argmin())
+        ranks[channel] = rank
+        removed += rows[:, channel]
+    return dict(zip(groups, ranks.split([group.width for group in groups]), strict=True))
+
+
+def _joined(group: ChannelGroup, products: Products) -> Tensor:
+    """Return Σ_m Σ_p J_{m,p} w_{m,p} of each channel of a group, (rows, width), in float64 on the CPU."""
+    members = [member for member in group.members if member.axis in products]
+    return sum(_by_channel(group.width, m.positions, m.channels, products[m.axis]) for m in members)
+
+
+def sum_square_gradients(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[str], *, objective: Objective = classification
+) -> dict[str, dict[str, Tensor]]:
+    """Return Σ_n g_n², the squared gradients of the examples' own losses: layer -> parameter name -> (*its shape,).
+
+    One backward pass a batch where examples do not see each other. Raises ValueError as `stream_gradients` does.
+    """
+    totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    layers = list(dict.fromkeys(layers))
+    for rows in stream_gradients(model, batches, layers, rows="sample", objective=objective):
+        for (layer, name), gradients in rows.items():
+            squares = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square().sum(0)
+            totals[layer][name] = totals[layer][name] + squares if name in totals[layer] else squares
+    return dict(totals)
 
 
 def mean_gradients(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,23 +77,31 @@ class Images:
         """Channels, height and width of an image."""
         return tuple(self.pixels.shape[1:])
 
+    def at(self, positions: Tensor) -> Images:
+        """Return some of the images, by their positions, int64."""
+        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
+
     def batches(self, sampling: Sampling, normalization: Normalization, device: torch.device | str) -> Batches:
         """Return the batches of this split, cut, augmented and normalised on a device."""
         pixels, labels = self.pixels.to(device), self.labels.to(device)
 
-        def draw(pass_number: int) -> Iterator[Batch]:
+        def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
             generator = sampling.generator(pass_number)
             order = sampling.order(len(self), generator).to(device)
-            shifts = torch.randint(2 * self.padding + 1, (len(order), 2), generator=generator).to(device)
-            flips = (torch.rand(len(order), generator=generator) < 0.5 * self.flip).to(device)
-            for start in range(0, len(order), sampling.size):
-                here = slice(start, start + sampling.size)
+            # For all images, also those that a pass leaves out: shares of processes and whole batches draw alike.
+            shifts = torch.randint(2 * self.padding + 1, (len(self), 2), generator=generator).to(device)
+            flips = (torch.rand(len(self), generator=generator) < 0.5 * self.flip).to(device)
+            for here in sampling.rows(len(self), start):
                 images = pixels[order[here]]
                 if sampling.augment:
                     images = crop_and_flip(images, shifts[here], flips[here], self.padding)
                 yield normalization(images), labels[order[here]]
 
-        return Batches(draw, sampling.count(len(self)))
+        return Batches(draw, sampling.count(len(self)), parts=sampling.share[1])
+
+    def subset(self, positions: Tensor) -> Images:
+        """Return the images at some positions."""
+        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -129,17 +137,32 @@ class ImageFiles:
         """Channels, height and width of an image in a batch."""
         return (3, self.size, self.size)
 
+    def at(self, positions: Tensor) -> ImageFiles:
+        """Return some of the images, by their positions, int64."""
+        paths = tuple(self.paths[position] for position in positions.tolist())
+        return replace(self, paths=paths, labels=self.labels[positions])
+
     def batches(
         self,
         sampling: Sampling,
         normalization: Normalization,
         device: torch.device | str,
         workers: int | None = None,
+        rand_augment: int = 0,
     ) -> Batches:
-        """Return the batches of this split, decoded by ``workers`` processes: None, one a CPU up to 8; 0, this one."""
+        """Return the batches of this split, decoded by ``workers`` processes: None, one a CPU up to 8; 0, this one.
+
+        ``rand_augment`` is the magnitude of RandAugment (Cubuk et al. 2020), 0 for none.
+        """
         workers = min(8, os.cpu_count() or 1) if workers is None else workers
-        draw = _FilePasses(self, sampling, normalization, torch.device(device), workers)
-        return Batches(draw, sampling.count(len(self)))
+        decoded = _Decoded(self, sampling.augment, rand_augment)
+        draw = _FilePasses(decoded, sampling, normalization, torch.device(device), workers)
+        return Batches(draw, sampling.count(len(self)), parts=sampling.share[1])
+
+    def subset(self, positions: Tensor) -> ImageFiles:
+        """Return the images at some positions."""
+        paths = tuple(self.paths[position] for position in positions.tolist())
+        return replace(self, paths=paths, labels=self.labels[positions])
 
 
 class ClassFolders(NamedTuple):
@@ -186,10 +209,11 @@ def read_image(path: str) -> Image.Image:
 class _Decoded(Dataset):
     """Uint8 images (3, size, size) and labels; asked for by (position, seed), so that workers share no random state."""
 
-    def __init__(self, files: ImageFiles, augment: bool) -> None:
+    def __init__(self, files: ImageFiles, augment: bool, rand_augment: int = 0) -> None:
         self.files = files
         if augment:
             steps = [v2.RandomResizedCrop(files.size), v2.RandomHorizontalFlip()]
+            steps += [v2.RandAugment(magnitude=rand_augment)] if rand_augment else []
         else:
             steps = [v2.Resize(round(files.size * 256 / 224)), v2.CenterCrop(files.size)]
         self.transform = v2.Compose([*steps, v2.PILToTensor()])
@@ -209,32 +233,32 @@ class _Requests(Sampler):
     def __init__(self, sampling: Sampling, images: int) -> None:
         self.sampling = sampling
         self.images = images
-        self.pass_number = 0
+        self.pass_number = self.start = 0
 
     def __len__(self) -> int:
-        return self.sampling.count(self.images)
+        return self.sampling.count(self.images) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = self.sampling.generator(self.pass_number)
         order = self.sampling.order(self.images, generator)
-        seeds = torch.randint(2**31, (len(order),), generator=generator)
-        for positions, drawn in zip(order.split(self.sampling.size), seeds.split(self.sampling.size), strict=True):
-            yield list(zip(positions.tolist(), drawn.tolist(), strict=True))
+        seeds = torch.randint(2**31, (self.images,), generator=generator)
+        for here in self.sampling.rows(self.images, self.start):
+            yield list(zip(order[here].tolist(), seeds[here].tolist(), strict=True))
 
 
 class _FilePasses:
     """Draws passes over image files, with worker processes that live as long as this object does."""
 
     def __init__(
-        self, files: ImageFiles, sampling: Sampling, normalization: Normalization, device: torch.device, workers: int
+        self, decoded: _Decoded, sampling: Sampling, normalization: Normalization, device: torch.device, workers: int
     ) -> None:
-        self.requests = _Requests(sampling, len(files))
+        self.requests = _Requests(sampling, len(decoded.files))
         self.normalization = normalization
         self.device = device
         self.workers = workers
         self.turn = 0
         self.loader = DataLoader(
-            _Decoded(files, sampling.augment),
+            decoded,
             batch_sampler=self.requests,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -243,10 +267,10 @@ class _FilePasses:
             generator=torch.Generator(),
         )
 
-    def __call__(self, pass_number: int) -> Iterator[Batch]:
+    def __call__(self, pass_number: int, start: int = 0) -> Iterator[Batch]:
         self.turn += 1
         turn = self.turn
-        self.requests.pass_number = pass_number
+        self.requests.pass_number, self.requests.start = pass_number, start
         try:
             for pixels, labels in self.loader:
                 pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, labels))

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .experiments import MERGED, NAIVE, ORIGINAL, JobResult
+from .environment import environment
+from .job_result import MERGED, NAIVE, ORIGINAL, JobResult
 from .plots import jtj_grid, plot_histories, plot_plan
 from .report import Figure, Section, Table, Text, write_report
-from .runs import environment
 
 CURVES = {ORIGINAL: "original, from scratch", NAIVE: "naive", MERGED: "EP"}
 

@@ -31,6 +31,23 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(outputs, labels, reduction="none")
 
 
+def sampled_classification(seed: int) -> Objective:
+    """Return `classification` with labels drawn from the model's own outputs, softmax(model(images)), by a seed.
+
+    Squared gradients under such labels estimate the Fisher information matrix itself, not the empirical one (Martens
+    2020, section 5). Each call draws on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        outputs = model(batch[0])
+        probabilities = outputs.detach().double().softmax(-1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return F.cross_entropy(outputs, labels.to(outputs.device), reduction="none")
+
+    return objective
+
+
 def batch_loss(model: nn.Module, batch: Any, objective: Objective, number: int) -> Tensor:
     """Return the mean loss of one batch; raise ValueError naming the batch when it is not a finite scalar with grad."""
     return checked_losses(model, batch, objective, number).mean()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +25,14 @@ class Limits:
     """What every group keeps whatever the scores say.
 
     At least ``min_channels`` channels and at most ``max_ratio`` of the original ones removed; the number of kept
-    channels is rounded up to a multiple of ``round_to``.
+    channels is rounded up to a multiple of ``round_to``. ``max_ratio_of``, by root, takes the place of ``max_ratio``
+    for single groups; 0 keeps the group whole.
     """
 
     min_channels: int = 1
     max_ratio: float = 1.0
     round_to: int | None = None
+    max_ratio_of: Mapping[LayerAxis, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.min_channels < 1:
@@ -36,10 +41,14 @@ class Limits:
             raise ValueError(f"max_ratio={self.max_ratio}: expected a share in (0, 1]")
         if self.round_to is not None and self.round_to < 1:
             raise ValueError(f"round_to={self.round_to}: expected a positive whole number or None")
+        for root, ratio in self.max_ratio_of.items():
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"max_ratio_of group {LayerAxis(*root)}: {ratio}; expected a share in [0, 1]")
 
-    def fewest(self, initial: int) -> int:
-        """Return the least number of channels that a group of `initial` channels keeps."""
-        return max(self.min_channels, math.ceil(initial * (1 - self.max_ratio) - 1e-9))
+    def fewest(self, root: LayerAxis, initial: int) -> int:
+        """Return the least number of channels that a group keeps which had `initial` channels."""
+        ratio = self.max_ratio_of.get(root, self.max_ratio)
+        return max(self.min_channels, math.ceil(initial * (1 - ratio) - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -67,29 +76,44 @@ class RemovalOrder:
 
     def up_to(self, fraction: float) -> int:
         """Return how many units go before more than `fraction` of the pool is gone."""
-        return sum(1 for value in self.fractions if value <= fraction + 1e-9)
+        return bisect.bisect_right(self.fractions, fraction + 1e-9)
 
     def up_to_channels(self, channels: int) -> int:
         """Return how many units go before more than `channels` channels are gone."""
-        return sum(1 for value in self.counts if value <= channels)
+        return bisect.bisect_right(self.counts, channels)
 
     def plan(self, units: int) -> PruningPlan:
         """Return the plan that removes the first `units` units, kept counts rounded up to the limits' multiple."""
-        removed: dict[int, list[Unit]] = defaultdict(list)
-        for unit in self.units[:units]:
-            removed[unit.group].append(unit)
-        kept = []
-        for index, group in enumerate(self.groups):
-            gone = {c for unit in self._rounded(group, removed[index]) for c in unit.channels}
-            kept.append(tuple(channel for channel in range(group.width) if channel not in gone))
-        return PruningPlan(self.groups, tuple(kept))
+        return PruningPlan(self.groups, tuple(tuple(kept.tolist()) for kept in self.kept(units)))
 
-    def _rounded(self, group: ChannelGroup, removed: list[Unit]) -> list[Unit]:
+    def kept(self, units: int) -> tuple[np.ndarray, ...]:
+        """Return the channels of each group that stay in `plan`, ascending, unchecked: what a bisection needs."""
+        counts = np.bincount(self._owners[:units], minlength=len(self.groups)).tolist()
+        kept = []
+        for group, count, channels in zip(self.groups, counts, self._channels, strict=True):
+            stays = np.ones(group.width, dtype=bool)
+            stays[channels[: self._rounded(group, count)]] = False
+            kept.append(np.flatnonzero(stays))
+        return tuple(kept)
+
+    @cached_property
+    def _owners(self) -> np.ndarray:
+        """The index of each unit's group."""
+        return np.fromiter((unit.group for unit in self.units), dtype=np.int64, count=len(self.units))
+
+    @cached_property
+    def _channels(self) -> tuple[np.ndarray, ...]:
+        """The channels of each group's units in their order, shape (units of the group, blocks)."""
+        found: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for unit in self.units:
+            found[unit.group].append(unit.channels)
+        return tuple(np.array(found[i], dtype=np.int64).reshape(-1, g.blocks) for i, g in enumerate(self.groups))
+
+    def _rounded(self, group: ChannelGroup, count: int) -> int:
         multiple = self.limits.round_to or 1
-        count = len(removed)
         while count and (group.width - count * group.blocks) % multiple:
             count -= 1
-        return removed[:count]
+        return count
 
 
 def removal_order(
@@ -108,29 +132,45 @@ def removal_order(
         initial: the groups' widths by root before any earlier pruning step; the present ones by default.
 
     Raises:
-        ValueError: an unknown scope, scores of another width, or scores that are not finite.
+        ValueError: an unknown scope, scores of another width, scores that are not finite, or limits of a group that
+            is not there.
     """
     if scope not in SCOPES:
         raise UnknownNameError("scope", scope, SCOPES)
     groups = tuple(scores)
+    check_roots(limits.max_ratio_of, groups)
     start = {group.root: group.width for group in groups} | dict(initial or {})
-    pools: dict[object, list[Unit]] = defaultdict(list)
+    pools: dict[object, list[int]] = defaultdict(list)
+    units: list[Unit] = []
     for index, group in enumerate(groups):
         if group.prunable:
-            key = {"global": "all", "local": group.root, "isomorphic": group.kind}[scope]
-            pools[key] += _removable(index, group, scores[group], limits, start[group.root])
+            pools[{"global": "all", "local": group.root, "isomorphic": group.kind}[scope]].append(index)
+            units += _removable(index, group, scores[group], limits, start[group.root])
+    fractions = np.zeros(len(units))
+    keys = [[unit.channels[0] for unit in units], [unit.group for unit in units], [unit.score for unit in units]]
+    by_score = np.lexsort([np.array(key) for key in keys])
+    owners, sizes = np.array(keys[1], dtype=np.int64), np.array([len(unit.channels) for unit in units], dtype=np.int64)
     placed = []
-    for key, units in pools.items():
-        members = [g for g in groups if g.prunable and key in ("all", g.root, g.kind)]
-        size = sum(start[group.root] for group in members)
-        gone = size - sum(group.width for group in members)
-        for unit in sorted(units, key=lambda unit: (unit.score, unit.group, unit.channels)):
-            gone += len(unit.channels)
-            placed.append((gone / size, unit))
-    placed.sort(key=lambda pair: pair[0])
-    counts = torch.tensor([len(unit.channels) for _, unit in placed], dtype=torch.long).cumsum(0).tolist()
-    fractions = tuple(fraction for fraction, _ in placed)
-    return RemovalOrder(groups, tuple(unit for _, unit in placed), fractions, tuple(counts), limits)
+    for members in pools.values():
+        size = sum(start[groups[index].root] for index in members)
+        gone = size - sum(groups[index].width for index in members)
+        mine = by_score[np.isin(owners[by_score], members)]
+        fractions[mine] = (gone + sizes[mine].cumsum()) / size
+        placed.append(mine)
+    placed = np.concatenate(placed) if placed else by_score
+    placed = placed[np.argsort(fractions[placed], kind="stable")]
+    ordered = tuple(units[i] for i in placed.tolist())
+    return RemovalOrder(
+        groups, ordered, tuple(fractions[placed].tolist()), tuple(sizes[placed].cumsum().tolist()), limits
+    )
+
+
+def check_roots(roots: Iterable[LayerAxis], groups: Iterable[ChannelGroup]) -> None:
+    """Raise UnknownNameError where a root is not that of any of the groups."""
+    known = {group.root for group in groups}
+    for root in roots:
+        if root not in known:
+            raise UnknownNameError("group", str(LayerAxis(*root)), [str(name) for name in known])
 
 
 def _removable(index: int, group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> list[Unit]:
@@ -143,7 +183,7 @@ def _removable(index: int, group: ChannelGroup, score: Tensor, limits: Limits, i
     blocks = score.detach().double().cpu().view(group.blocks, -1)
     means, order = blocks.mean(0).sort(stable=True)
     size = blocks.shape[1]
-    stay = min(size, math.ceil(limits.fewest(initial) / group.blocks))
+    stay = min(size, math.ceil(limits.fewest(group.root, initial) / group.blocks))
     if group.blocks > 1:
         stay = max(stay, min(size, 2))  # one channel a convolution group would make it depthwise: another layer type
     positions = order[: size - stay].tolist()

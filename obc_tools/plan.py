@@ -102,6 +102,23 @@ class PruningPlan:
             kept[index] = tuple(self.kept[index][channel] for channel in more)
         return PruningPlan(self.groups, tuple(kept))
 
+    def choose(
+        self, root: LayerAxis | ChannelGroup, *, keep: Iterable[int] = (), remove: Iterable[int] = ()
+    ) -> PruningPlan:
+        """Return the plan in which some channels of one group are kept or removed by hand, whatever it did with them.
+
+        In a group of blocks (attention heads, convolution groups) the same position of every block goes along.
+        Raises PlanMismatchError for a channel that is not there or named for both, and where no channel is left.
+        """
+        kept = set(self.kept_of(root))
+        index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
+        group = self.groups[index]
+        back, gone = (_with_blocks(group, channels) for channels in (keep, remove))
+        if back & gone:
+            raise PlanMismatchError(f"group {group.root}: channel {min(back & gone)} is to be kept and to be removed")
+        chosen = tuple(sorted((kept | back) - gone))
+        return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
+
     def validate(self, model: nn.Module) -> None:
         """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
         for axis, width in self.axes.items():
@@ -175,6 +192,17 @@ def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
     size = group.width // group.blocks
     if len(kept) != group.blocks * len({channel % size for channel in kept}):
         raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
+
+
+def _with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
+    """Return the channels, and those at the same positions of the group's other blocks."""
+    size = group.width // group.blocks
+    found = set()
+    for channel in channels:
+        if not 0 <= channel < group.width:
+            raise PlanMismatchError(f"group {group.root}: no channel {channel} in a group of width {group.width}")
+        found.update(range(channel % size, group.width, size))
+    return found
 
 
 def _renumber(group: ChannelGroup, kept: Sequence[int], rank: Mapping[LayerAxis, Mapping[int, int]]) -> ChannelGroup:

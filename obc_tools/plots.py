@@ -169,7 +169,7 @@ def spectrum(dense: DenseJTJ, *, look: str = "light") -> go.Figure:
 
 def plot_plan(plan: PruningPlan, *, look: str = "light") -> go.Figure:
     """Draw how many channels of each group stay and go; groups that are kept whole in a paler colour."""
-    names = _group_names(plan)
+    names = group_names(plan)
     kept = np.array([len(channels) for channels in plan.kept])
     widths = np.array([group.width for group in plan.groups])
     whole = np.array([not group.prunable for group in plan.groups])
@@ -338,7 +338,7 @@ def _square(figure: go.Figure, axis: Mapping) -> None:
     figure.update_yaxes(autorange="reversed", scaleanchor="x")
 
 
-def _group_names(plan: PruningPlan) -> list[str]:
+def group_names(plan: PruningPlan) -> list[str]:
     """Name each group by the layer of its root, and by the whole root where two share a layer."""
     layers = [group.root.layer for group in plan.groups]
     return [g.root.layer if layers.count(g.root.layer) == 1 else str(g.root) for g in plan.groups]

@@ -161,7 +161,9 @@ def prune_to(
         units = order.up_to(final * step / steps)
         candidate = plan.then(order.plan(units))
         if target.met(costs.of(candidate), original):
-            return candidate if last_step == "full" else _just_enough(plan, order, units, target, costs, original)
+            if last_step == "full":
+                return candidate
+            return plan.then(order.plan(fewest_units(plan, order, units, target, costs, original)))
         plan = candidate
     if ratio is None:
         best = target.reached(costs.of(plan), original)
@@ -169,10 +171,10 @@ def prune_to(
     return plan
 
 
-def _just_enough(
+def fewest_units(
     plan: PruningPlan, order: RemovalOrder, units: int, target: Target, costs: CostModel, original: Cost
-) -> PruningPlan:
-    """Return the plan that removes the fewest units, in order, that meet the target; bisection over `units`."""
+) -> int:
+    """Return the fewest units, in order and at most `units`, whose removal after `plan` meets a target; bisection."""
     low, high = 0, units
     while low < high:
         middle = (low + high) // 2
@@ -180,7 +182,7 @@ def _just_enough(
             high = middle
         else:
             low = middle + 1
-    return plan.then(order.plan(low))
+    return low
 
 
 def _check_reachable(

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vmap
 
+from .layer_gradients import layer_row_gradients
 from .layers import LayerAxis, Slot, channel_dims, channel_view, get_layer, own_parameters
 from .objectives import Objective, checked_losses, classification
 from .rows import Rows, examples_per_row, in_rows, uncompiled
@@ -195,17 +196,7 @@ def _layer_gradients(layers: Mapping[str, nn.Module], calls: Sequence[_Call], lo
         totals: RowGradients = {}
         for call, delta in zip(calls, deltas, strict=True):
             inputs, delta = (t.unflatten(0, (rows, size))[start : start + step] for t in (call.inputs, delta))
-            for key, gradient in _pull_back(layers[call.layer], inputs, delta).items():
+            for key, gradient in layer_row_gradients(layers[call.layer], inputs, delta).items():
                 key = (call.layer, key)
                 totals[key] = totals[key] + gradient if key in totals else gradient
         yield totals
-
-
-def _pull_back(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of a layer's parameters for each row of inputs and of gradients at its output."""
-    parameters = {name: parameter.detach() for name, parameter in own_parameters(layer).items()}
-
-    def of_row(row: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return vjp(lambda given: functional_call(layer, given, (row,)), parameters)[1](delta)[0]
-
-    return vmap(of_row)(inputs, deltas)

@@ -92,7 +92,7 @@ class FinerRows:
             again = not self.checked or len(gated) < len(self.axes)
             sums, gradients = gates.read(losses.flatten(), 1.0, retain=again)
             if not self.checked:
-                self._check(gates, losses.flatten(), sums, _row(self.layers, gated, gradients))
+                self._check(gates, losses.flatten(), sums, gated, gradients)
                 gated = [axis for axis in gated if axis.layer not in self.by_weights]
         for axis in gated:
             if axis not in sums:
@@ -112,14 +112,22 @@ class FinerRows:
         return {axis: torch.cat([row[axis] for row in rows]) for axis in axes}
 
     def _check(
-        self, gates: Gates, losses: Tensor, sums: Mapping[LayerAxis, Tensor], expected: Mapping[LayerAxis, Tensor]
+        self,
+        gates: Gates,
+        losses: Tensor,
+        sums: Mapping[LayerAxis, Tensor],
+        gated: Sequence[LayerAxis],
+        gradients: Mapping[int, Tensor | None],
     ) -> None:
         """Find the layers whose gates are not exact: their rows will come from weight gradients."""
+        expected, terms = _row(self.layers, gated, gradients), _row(self.layers, gated, gradients, absolute=True)
+        largest = max(term.max() for term in terms.values())
         powers = _powers_of_two(len(losses)).to(losses)
         scaled, _ = gates.read(losses, powers, retain=True)
         for axis, weights in expected.items():
             known = axis in sums and axis in scaled
-            if not known or not _agree(sums[axis], scaled[axis] / powers[:, None], weights[0], gates.coarse):
+            rows = (sums[axis], scaled[axis] / powers[:, None]) if known else ()
+            if not known or not _agree(*rows, weights[0], 100 * terms[axis].max() + largest, gates.coarse):
                 self.by_weights.add(axis.layer)
         self.checked = True
         if self.by_weights:
@@ -132,14 +140,19 @@ def _powers_of_two(count: int) -> Tensor:
     return torch.tensor([2.0 ** (int(8 * (i * golden % 1)) - 3) for i in range(count)])
 
 
-def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, coarse: bool) -> bool:
-    """Say whether rows, shape (examples, channels), hold their own example's products alone and nothing is missing."""
+def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:
+    """Say whether rows, shape (examples, channels), hold their own example's products alone and nothing is missing.
+
+    ``terms``: the size of the numbers that add up to ``expected`` and of those of the whole model; of both, rounding
+    errors are left where the sum vanishes, as in a layer that no longer sees anything.
+    """
     if sums.shape[1:] != expected.shape:
         return False
     own, whole = (1e-2, 5e-2) if coarse else (1e-10, 1e-8) if sums.dtype == torch.float64 else (1e-4, 2e-3)
     size = sums.abs().sum(0).max() + expected.abs().max()
+    rounding = torch.finfo(sums.dtype).eps * terms
     alone = (unscaled - sums).abs().max() <= own * sums.abs().max()
-    return bool(alone & ((sums.sum(0) - expected).abs().max() <= whole * size))
+    return bool(alone & ((sums.sum(0) - expected).abs().max() <= whole * size + rounding))
 
 
 def _layers(model: nn.Module, axes: Iterable[LayerAxis]) -> dict[str, nn.Module]:
@@ -167,9 +180,13 @@ def in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
 
 
 def _row(
-    layers: Mapping[str, nn.Module], axes: Sequence[LayerAxis], gradients: Mapping[int, Tensor | None]
+    layers: Mapping[str, nn.Module],
+    axes: Sequence[LayerAxis],
+    gradients: Mapping[int, Tensor | None],
+    *,
+    absolute: bool = False,
 ) -> dict[LayerAxis, Tensor]:
-    """Turn the gradients of one loss into J·w of each axis, shape (1, channels), layer by layer."""
+    """Turn the gradients of one loss into J·w of each axis, shape (1, channels); or into Σ |J_i w_i|."""
     wanted: dict[str, list[str]] = {}
     for axis in axes:
         wanted.setdefault(axis.layer, []).append(axis.axis)
@@ -177,6 +194,8 @@ def _row(
     for name, keys in wanted.items():
         layer = layers[name]
         products = {key: _product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
+        if absolute:
+            products = {key: product.abs() for key, product in products.items()}
         for key in keys:
             axis = LayerAxis(name, key)
             sums = [channel_sum(products[s.tensor], s) for s in parameter_slots(layer, find_axis(layer, axis))]

@@ -1,8 +1,8 @@
-"""Run folders: a job's outcome on disk, complete or not there at all.
+"""Run folders: a job's outcome on disk, complete or not there at all (`run_job`), or growing while it runs (`work_on`).
 
 A folder holds `results.json` (all figures, with hardware and versions), `plan.json`, `history_<training>.csv`, one
-folder a pruned model as `obc_tools.store` writes them, `original.safetensors` where the original was trained by the
-job, and `report.html`.
+folder a pruned model as `obc_tools.store` writes them, `original.safetensors` and `sparse.safetensors` where the job
+trained them, and `report.html`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,26 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from .experiments import MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, Measured, perform, prepare
+from .environment import environment
+from .files import write_text
 from .job import JobInputs, PruningJob
+from .job_result import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobResult, Measured
 from .measure import evaluate
+from .pipeline import TRAINING, Keeping, perform, prepare
+from .processes import processes
 from .state import evaluating
 from .store import load_pruned, replacing, save_pruned
+from .training_folder import log_to, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS = "results.json", "plan.json", "report.html", "original.safetensors"
+RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
-ENTRIES = {RESULTS, PLAN, REPORT, ORIGINAL_WEIGHTS, *SAVED_MODELS}
-ENTRIES |= {f"history_{key}.csv" for key in (ORIGINAL, NAIVE, MERGED)}
-LIBRARIES = ("obc_tools", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "numpy")
+TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
+STOP, STOPPED, ERROR, PROCESS, OUTPUT = "stop", "stopped.json", "error.json", "process.json", "output.log"
+ENTRIES = {RESULTS, PLAN, REPORT, *WEIGHTS.values(), *SAVED_MODELS, *(f"history_{key}.csv" for key in TRAINED)}
+ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, "run.slurm", *(f"{TRAINING}{key}" for key in TRAINED)}
 
 
 class RunFolderError(ValueError):
@@ -68,6 +72,60 @@ def run_job(
     return result
 
 
+def work_on(
+    job: PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> JobResult:
+    """Do a job in its folder, where it may be watched, stopped and killed; go on with what an earlier call left there.
+
+    The folder holds the job (``job.json``), the log, a folder for each training (``training_<name>``, as `fit` keeps
+    it), the plan as soon as it is found, and in the end everything that :func:`run_job` writes.
+
+    Args:
+        job: What to do.
+        folder: Where; made if need be. One that holds another job is refused.
+        stop: Asked again and again; once it says True, what there is is kept and `Stopped` raised.
+        progress: Show bars.
+
+    Raises:
+        Stopped: when ``stop`` said so.
+        ValueError: what `prepare` and `perform` raise; a folder that holds something else.
+    """
+    folder = Path(folder).resolve()
+    known = read_job(folder) if (folder / JOB).is_file() else None
+    if known is not None and known != job:
+        raise RunFolderError(f"'{folder}' holds another job: {_difference(known, job)}; choose another folder")
+    if known is None:
+        check_run_folder(folder, overwrite=False)
+    if processes().is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / JOB, job.to_dict())
+    with log_to(folder / RUN_LOG) if processes().is_main else nullcontext():
+        inputs = prepare(job)
+        result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
+        if processes().is_main:
+            _write(result, inputs, folder, progress)
+        logger.info("done")
+    return result
+
+
+def read_job(folder: str | os.PathLike[str]) -> PruningJob:
+    """Read the job of a run folder; raise RunFolderError if it holds none."""
+    path = Path(folder) / JOB
+    try:
+        return PruningJob.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"'{folder}' holds no job: {error}") from error
+
+
+def _difference(known: PruningJob, job: PruningJob) -> str:
+    there, here = known.to_dict(), job.to_dict()
+    return ", ".join(f"{key} was {there[key]!r}, is {here[key]!r}" for key in here if there[key] != here[key])
+
+
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise RunFolderError unless a run may be written to a folder: free, or holding a run that may be overwritten."""
     if folder.exists() and not folder.is_dir():
@@ -94,44 +152,23 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the figures of a run depend on beside its job: hardware and versions."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _write(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
     logger.info("saving, loading again and comparing")
-    (folder / PLAN).write_text(result.plan.to_json(), encoding="utf-8")
+    write_text(folder / PLAN, result.plan.to_json())
     for key, history in result.histories.items():
         history.to_frame().to_csv(folder / f"history_{key}.csv", index=False)
-    if result.job.pretrain:
-        save_model(result.models[ORIGINAL], str(folder / ORIGINAL_WEIGHTS))
+    for key, name in WEIGHTS.items():
+        if key in result.histories:
+            save_model(result.models[key], str(folder / name))
     saved = [key for key in SAVED_MODELS if key in result.models]
     reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
-    text = json.dumps(_results(result, inputs, reloaded), indent=2, allow_nan=False)
-    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / RESULTS, _results(result, inputs, reloaded))
 
 
 def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:
     """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
     model = result.models[key]
-    save_pruned(folder / key, model, result.plan, source=inputs.source)
+    save_pruned(folder / key, model, result.plan, source=inputs.source, overwrite=True)
     loaded = load_pruned(folder / key).to(inputs.device)
     images, _ = next(iter(inputs.held_out_batches()))
     if not _same_logits(loaded, model, images):

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .criteria import Criterion, Evidence, resolve_criterion
-from .evidence import mean_gradients, sum_group_squares, sum_squares
+from .evidence import mean_gradients, removal_ranks, sum_group_squares, sum_square_gradients, sum_squares
 from .groups import ChannelGroup, Member
 from .jacobian import Objective, classification, parameter_slots, stream_products
 from .layers import Axis, LayerAxis, UnknownNameError, find_axis, get_layer, own_parameters
+from .objectives import sampled_classification
+
+JOINED = {"group": sum_group_squares, "set": removal_ranks}
+"""How the couplings that join a group's members turn streamed products into scores."""
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first")
 NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parameters")
@@ -89,16 +93,19 @@ def score_groups(
     for group, members in parts.items():
         if not members:
             raise ValueError(f"group {group.root}: criterion {criterion.name!r} scores none of its members")
-    if criterion.coupling == "group":
+    if criterion.sampled_labels:
+        objective = _sampling(criterion, objective, seed)
+    if criterion.coupling in JOINED:
         axes = _axes(model, parts)
         stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
-        combined = sum_group_squares(list(parts), stream)
+        combined = JOINED[criterion.coupling](list(parts), stream)
     else:
         saliencies = _saliencies(model, _axes(model, parts), criterion, batches, objective, seed)
         combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
-    scaled = {
-        group: normalize(score, normalizer, _channel_parameters(model, group)) for group, score in combined.items()
-    }
+    if criterion.rescale:
+        combined = {group: criterion.rescale(score) for group, score in combined.items()}
+    counts = {group: _channel_parameters(model, group) for group in combined} if normalizer == "parameters" else {}
+    scaled = {group: normalize(score, normalizer, counts.get(group, 1)) for group, score in combined.items()}
     return Scores({group: (scaled | whole)[group] for group in groups}, criterion.name)
 
 
@@ -109,10 +116,17 @@ def _check_request(criterion: Criterion, batches: Any, group_reduction: str, nor
         raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
     if criterion.needs != "weights" and batches is None:
         raise ValueError(f"criterion {criterion.name!r} needs {criterion.needs}: give it batches")
-    if criterion.coupling == "group" and group_reduction != "sum":
+    if criterion.coupling in JOINED and group_reduction != "sum":
         raise ValueError(
-            f"group_reduction={group_reduction!r}: coupling='group' already joins the members; leave 'sum'"
+            f"group_reduction={group_reduction!r}: coupling={criterion.coupling!r} already joins the members, leave sum"
         )
+
+
+def _sampling(criterion: Criterion, objective: Objective, seed: int) -> Objective:
+    """Return classification with sampled labels; raise ValueError for an objective that has no labels to sample."""
+    if objective is not classification:
+        raise ValueError(f"criterion {criterion.name!r} draws labels from the model: it goes with classification alone")
+    return sampled_classification(seed)
 
 
 def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[Member]:
@@ -120,7 +134,7 @@ def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[
     parts = []
     for member in group.members:
         layer = get_layer(model, member.axis.layer)
-        if not criterion.applies(layer):
+        if not criterion.applies(layer) or member.axis.axis not in criterion.axes:
             continue
         keys = [member.axis]
         if criterion.split_bias and member.axis.axis == "out":
@@ -150,10 +164,14 @@ def _saliencies(
         products = sum_squares(stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective))
     if criterion.needs == "gradients":
         gradients = mean_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
+    squares: dict[str, dict[str, Tensor]] = {}
+    if criterion.needs == "squares":
+        squares = sum_square_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
     generator = torch.Generator().manual_seed(seed)
     saliencies = {}
     for name, (layer, axis) in axes.items():
-        evidence = Evidence(layer, axis, gradients.get(name.layer, {}), products.get(name), generator)
+        seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
+        evidence = Evidence(layer, axis, *seen, generator)
         value = criterion.saliency(layer, axis, evidence).detach().double().cpu()
         if value.shape != (axis.width,):
             raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not ({axis.width},)")

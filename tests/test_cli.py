@@ -82,15 +82,17 @@ def test_help_names_the_commands_and_never_imports_torch():
     )
     text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert re.search(r"• demo +The whole job", text) and re.search(r"• prune +The same on your own", text)
+    assert re.search(r"• compare +Criteria beside each other", text)
     assert "heavy: []" in text
 
 
-def test_help_lists_what_is_known(capsys):
-    assert run("prune", "--help") == 0
+@pytest.mark.parametrize("command", ["prune", "compare"])
+def test_help_lists_what_is_known(command, capsys):
+    assert run(command, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     known = [*CRITERIA, *SCOPES, *REDUCTIONS, *filter(None, NORMALIZERS), *DATA_SETS]
     assert [name for name in known if not re.search(rf"\b{name}\b", text)] == []
-    assert "obc prune --model resnet56" in text
+    assert f"obc {command} --model resnet56" in text
 
 
 def test_demo_writes_a_run_and_a_report_and_replaces_its_own(tiny, tmp_path, capsys):
@@ -128,7 +130,7 @@ def test_ctrl_c_ends_cleanly(tiny, tmp_path, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("obc_tools.experiments.fit", interrupt)
+    monkeypatch.setattr("obc_tools.pipeline.fit", interrupt)
     assert run("demo", "--out", tmp_path / "demo") == 130
     assert capsys.readouterr().err.endswith("obc: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
@@ -222,3 +224,36 @@ def test_the_best_that_can_be_had_is_said(weights, tmp_path, capsys):
     arguments = ["--model", "resnet8", "--weights", weights / "good.safetensors", "--data", "digits"]
     assert run("prune", *arguments, "--speedup", 1000, "--batches", 2, "--out", tmp_path / "out") == 2
     assert re.search(r"best .*speedup=\d", capsys.readouterr().err)
+
+
+COMPARE = ["--data", "digits", "--model", "resnet8", "--criteria", "jacobian", "l1", "--batches", 1, "--repeats", 1]
+COMPARE += ["--batch-size", 16, "--steps", 2, "--held-out", 40, "--training", 0]
+
+
+def test_compare_draws_curves_and_goes_on(weights, tmp_path, capsys, monkeypatch):
+    arguments = ["compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    assert "jacobian" in capsys.readouterr().out and (tmp_path / "out" / "comparison.csv").exists()
+    assert "held-out accuracy" in (tmp_path / "out" / "curves.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("obc_tools.compare.score_groups", pytest.fail)
+    assert run(*arguments) == 0
+    assert run(*arguments, "--ratio", 0.5) == 2
+    assert "holds a comparison with another ratio" in capsys.readouterr().err
+
+
+def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("obc_tools.compare.score_groups", interrupt)
+    assert run("compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err.endswith("obc: stopped; the same command goes on from the last finished step\n")
+
+
+def test_compare_names_what_is_wrong(weights, tmp_path, capsys):
+    given = ["compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out"]
+    assert run(*given, "--criteria", "jacobean") == 2
+    assert "criterion 'jacobean'" in capsys.readouterr().err
+    assert run(*given, "--hold-out", 2) == 2
+    assert "share=2.0 holds out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -255,3 +255,72 @@ def test_group_scores_of_the_published_resnet56(golden_file):
             single += members[member.axis].float()
         torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-7 * expected.max().item(), msg=key)
         torch.testing.assert_close(scores[group], expected, rtol=0, atol=2e-7 * expected.max().item(), msg=key)
+
+
+def test_hessian_sums_the_squared_gradients_of_every_image():
+    model, images = network("residual")
+    labels = torch.tensor([0, 1, 2, 3])
+    groups = find_groups(model, images)
+    score = score_groups(model, groups, "hessian", [(images[:3], labels[:3]), (images[3:], labels[3:])])
+    squares = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for image, label in zip(images.split(1), labels.split(1), strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(image), label).backward()
+        for name, parameter in model.named_parameters():
+            squares[name] += parameter.grad.square()
+    expected = {name: p.detach().square() * squares[name] for name, p in model.named_parameters()}
+    group = next(group for group in groups if group.root.layer == "conv1")
+    by_hand = expected["conv1.weight"].sum((1, 2, 3)) + expected["bn1.weight"] + expected["bn1.bias"]
+    by_hand += expected["conv2.weight"].sum((0, 2, 3))
+    torch.testing.assert_close(score[group], by_hand, rtol=1e-10, atol=0)
+
+
+def test_lamp_is_largest_at_the_largest_channel():
+    model, images = network("small_vgg")
+    group = find_groups(model, images)[0]
+    lamp, l2 = (score_groups(model, [group], name)[group] for name in ("lamp", "l2"))
+    assert lamp.max() == 1 and torch.equal(lamp.argsort(), l2.argsort())
+    second = l2.sort(descending=True).values
+    torch.testing.assert_close(lamp.sort(descending=True).values[1], second[1] / (second[0] + second[1]))
+
+
+def test_a_set_is_removed_greedily():
+    model, images = network("residual")
+    labels = torch.tensor([0, 1, 2, 3])
+    batches = [(images, labels), (images.flip(0) * 2, labels)]
+    groups = [group for group in find_groups(model, images) if group.prunable]
+    ranks = score_groups(model, groups, ("jacobian", {"rows": "sample", "coupling": "set"}), batches)
+    axes = [member.axis for group in groups for member in group.members]
+    joined = []
+    for products in stream_products(model, batches, list(dict.fromkeys(axes)), rows="sample"):
+        rows = []
+        for group in groups:
+            row = torch.zeros(len(images), group.width, dtype=torch.float64)
+            for member in group.members:
+                for position, channel in zip(member.positions, member.channels, strict=True):
+                    row[:, channel] += products[member.axis][:, position]
+            rows.append(row)
+        joined.append(torch.cat(rows, 1))
+    rows = torch.cat(joined)
+    removed, left = [], list(range(rows.shape[1]))
+    while left:
+        best = min(left, key=lambda channel: rows[:, [*removed, channel]].sum(1).square().sum())
+        removed.append(best)
+        left.remove(best)
+    order = torch.cat([ranks[group] for group in groups]).argsort()
+    assert order.tolist() == removed
+
+
+def test_sampled_labels_need_classification():
+    model, images = network("residual")
+    groups = find_groups(model, images)
+    batches = [(images, torch.tensor([0, 1, 2, 3]))]
+    with pytest.raises(ValueError, match=r"criterion 'obdc' draws labels .* classification alone"):
+        score_groups(model, groups, "obdc", batches, objective=lambda model, batch: model(batch[0]).square().mean(1))
+
+
+def test_what_draws_is_repeated():
+    drawing = {name for name, criterion in CRITERIA.items() if criterion.draws}
+    assert drawing == {"jacobian", "taylor", "hessian", "obdc", "random"}
+    with pytest.raises(ValueError, match=r"batches=0; expected at least 1"):
+        Criterion("mine", "weights", lambda layer, axis, evidence: evidence.weights.sum(1), batches=0)

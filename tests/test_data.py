@@ -18,6 +18,7 @@ from obc_tools.data import (
     Images,
     Normalization,
     check_classes,
+    hold_out,
     load_data,
     take,
 )
@@ -294,3 +295,27 @@ if (SHARED / "imagenet_sample").is_dir():
         correct, loss = measure(model, Data(None, some, data.classes, data.normalization), 4)
         assert correct == 5
         assert loss == pytest.approx(1.19, abs=0.05)
+
+
+def test_holding_out_divides_one_split():
+    data = load_data("digits")
+    parts = hold_out(data, "train", share=0.25, seed=3)
+    assert (len(parts.train), len(parts.val)) == (1438 - 360, 360) and parts.classes == data.classes
+    rows = torch.cat([parts.train.pixels, parts.val.pixels]).flatten(1)
+    assert torch.equal(rows.unique(dim=0), data.train.pixels.flatten(1).unique(dim=0))
+    again, other = hold_out(data, "train", share=0.25, seed=3), hold_out(data, "train", share=0.25, seed=4)
+    assert torch.equal(again.val.pixels, parts.val.pixels) and not torch.equal(other.val.pixels, parts.val.pixels)
+    with pytest.raises(ValueError, match=r"share=1.0 holds out 1438 of 1438 images"):
+        hold_out(data, "train", share=1.0)
+
+
+def test_holding_out_divides_files(tmp_path):
+    for index in range(4):
+        path = tmp_path / "val" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    parts = hold_out(load_data("folder", tmp_path, image_size=8), "val")
+    assert sorted(parts.train.paths + parts.val.paths) == sorted(map(str, (tmp_path / "val").rglob("*.png")))
+    assert all(f"class{label}" in path for path, label in zip(parts.val.paths, parts.val.labels.tolist(), strict=True))
+    with pytest.raises(ValueError, match=r"without train images"):
+        hold_out(load_data("folder", tmp_path, image_size=8), "train")

@@ -1,230 +1,190 @@
-"""A job from end to end, tiny: its checks, what it promises, and that held-out images decide nothing."""
+"""The paper's experiments: what the optimizer gets at every epoch, against a table computed from the paper's words."""
 
-import json
-import subprocess
-import sys
+import math
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
+from torch import nn
 
-from obc_tools.data import load_data
-from obc_tools.experiments import (
-    MERGED,
-    NAIVE,
-    ORIGINAL,
-    PRUNED,
-    EquivalenceError,
-    _check_equal,
-    perform,
-    prepare,
-)
-from obc_tools.job import PruningJob, find_device
+from obc_tools.experiments import EXPERIMENTS, get_experiment
+from obc_tools.job import PruningJob
+from obc_tools.optimizer import make_optimizer
 from obc_tools.pruning import Target
-from obc_tools.runs import ENTRIES, RunFolderError, check_run_folder, read_results, replacing, run_job
-from obc_tools.store import load_pruned
-from obc_tools.training import Recipe
-
-TINY = PruningJob(
-    title="tiny",
-    model="resnet8",
-    data="digits",
-    model_options={"width": 4},
-    target=Target(speedup=1.5),
-    batches=2,
-    batch_size=64,
-    steps=3,
-    pretrain=Recipe(epochs=2, lr=0.1, batch_size=128, augment=False),
-    finetune=Recipe(epochs=1, lr=0.02, batch_size=128, augment=False),
-    equivalent=True,
-    device="cpu",
-)
+from obc_tools.recipe import Recipe, rescaled
+from obc_tools.schedule import learning_rate_factor
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The tiny job's result and its folder."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    return run_job(TINY, folder, progress=False), folder
+def steps_at(lr: float, milestones: tuple[int, ...], epochs: int) -> list[float]:
+    return [lr * 0.1 ** len([m for m in milestones if m <= epoch]) for epoch in range(epochs)]
 
 
-def test_all_models_are_measured_and_the_target_is_met(run):
-    result, _ = run
-    assert list(result.measured) == [ORIGINAL, PRUNED, NAIVE, MERGED]
-    macs = {key: measured.cost.macs for key, measured in result.measured.items()}
-    assert macs[PRUNED] == macs[NAIVE] == macs[MERGED] <= macs[ORIGINAL] / 1.5
-    assert {measured.metrics.examples for measured in result.measured.values()} == {359}
-    assert result.measured[NAIVE].metrics.loss < result.measured[PRUNED].metrics.loss
+def half_cosine(lr: float, epochs: int) -> list[float]:
+    return [lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
 
 
-def test_equivalent_pruning_keeps_its_promises(run):
-    result, _ = run
-    assert result.equivalence.start_from_naive <= 1e-4
-    assert result.equivalence.merged_from_trained <= 1e-4
-    assert result.equivalence.merged_from_naive > 1e-3
-    assert result.equivalence.merged_loads_into_naive
-    shapes = [
-        {key: value.shape for key, value in result.models[name].state_dict().items()} for name in (PRUNED, MERGED)
+def vit_rates() -> list[float]:
+    """30 epochs of linear warm-up from 0.033 of the rate, then a cosine over 70."""
+    warming = [1.25e-4 * (0.033 + 0.967 * epoch / 30) for epoch in range(30)]
+    return warming + half_cosine(1.25e-4, 70)
+
+
+CIFAR = steps_at(0.01, (60, 80), 100)
+TABLE = {
+    # experiment, stage: rates by epoch, weight decay, (compressors' rate, decay) as multiples, batch, optimizer
+    ("vgg19-cifar100", "finetune"): (CIFAR, 5e-4, (0.2, 1.0), 128, "SGD"),
+    ("vgg19-cifar100", "sparse"): (CIFAR, 0.0, (1.0, 1.0), 128, "SGD"),
+    ("vgg19-cifar100", "baseline"): (steps_at(0.1, (120, 150, 180), 200), 5e-4, (1.0, 1.0), 128, "SGD"),
+    ("resnet56-cifar10", "finetune"): (CIFAR, 5e-4, (2.0, 0.0), 128, "SGD"),
+    ("resnet56-cifar10", "sparse"): (CIFAR, 0.0, (1.0, 1.0), 128, "SGD"),
+    ("resnet56-cifar10", "baseline"): (steps_at(0.1, (120, 150, 180), 200), 5e-4, (1.0, 1.0), 128, "SGD"),
+    ("resnet50-imagenet", "finetune"): (half_cosine(0.04, 100), 1e-4, (0.25, 0.0), 256, "SGD"),
+    ("resnet50-imagenet", "sparse"): (half_cosine(0.08, 30), 0.0, (1.0, 1.0), 256, "SGD"),
+    ("mobilenetv2-imagenet", "finetune"): (half_cosine(0.036, 300), 2e-5, (1.0, 1.0), 512, "SGD"),
+    ("mobilenetv2-imagenet", "sparse"): (half_cosine(0.036, 150), 0.0, (1.0, 1.0), 512, "SGD"),
+    ("vit-b16-imagenet", "finetune"): (vit_rates(), 0.05, (0.2, 0.0), 128, "AdamW"),
+}
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+        self.compressor, self.decompressor = nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(2, 1))
+
+
+@pytest.mark.parametrize(("name", "stage"), TABLE)
+def test_rates_decays_and_groups_at_each_epoch(name, stage):
+    rates, decay, (rate_scale, decay_scale), batch, kind = TABLE[name, stage]
+    experiment = EXPERIMENTS[name]
+    recipe = experiment.baseline if stage == "baseline" else getattr(experiment.job(), stage)
+    model = nn.Sequential(Layer(), nn.BatchNorm2d(2))
+    optimizer = make_optimizer(model, recipe)
+    assert type(optimizer).__name__ == kind
+    assert (recipe.epochs, recipe.batch_size) == (len(rates), batch)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    members = {name: {id(parameter) for parameter in group["params"]} for name, group in groups.items()}
+    assert members["compressor"] == {id(model[0].compressor), id(model[0].decompressor)}
+    assert members["norm"] == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+    assert members["rest"] == {id(model[0].weight)}
+    for epoch, rate in enumerate(rates):
+        for step in (7 * epoch, 7 * epoch + 6):
+            factor = learning_rate_factor(recipe, step, 7)
+            assert groups["rest"]["lr"] * factor == pytest.approx(rate, rel=1e-12, abs=1e-18)
+            assert groups["compressor"]["lr"] * factor == pytest.approx(rate_scale * rate, rel=1e-12, abs=1e-18)
+    assert [groups[key]["weight_decay"] for key in ("rest", "norm")] == [decay, decay]
+    assert groups["compressor"]["weight_decay"] == pytest.approx(decay * decay_scale)
+    assert {group.get("momentum", 0.9) for group in groups.values()} == {0.9}
+    assert {group.get("betas", (0.9, 0.999)) for group in groups.values()} == {(0.9, 0.999)}
+
+
+def test_every_stage_of_every_experiment_is_in_the_table():
+    stages = [
+        (name, stage)
+        for name, experiment in EXPERIMENTS.items()
+        for stage, there in (("finetune", True), ("sparse", experiment.base.sparse), ("baseline", experiment.baseline))
+        if there
     ]
-    assert shapes[0] == shapes[1]
+    assert sorted(stages) == sorted(TABLE)
 
 
-def test_results_say_everything(run):
-    result, folder = run
-    results = read_results(folder)
-    assert {entry.name for entry in folder.iterdir()} == ENTRIES - {"report.html"}
-    assert results["job"]["finetune"] == TINY.finetune.to_dict()
-    assert results["job"]["target"]["speedup"] == 1.5
-    assert results["equivalence"]["merged_loads_into_naive"]
-    assert set(results["environment"]["libraries"]) >= {"torch", "torch-pruning", "obc_tools"}
-    for key, measured in result.measured.items():
-        assert results["models"][key]["metrics"]["accuracy"] == measured.metrics.accuracy
-        assert results["models"][key]["median_latency_ms"] > 0
-    for key in (PRUNED, NAIVE, MERGED):
-        assert results["reloaded"][key]["bit_equal_logits"]
-        assert results["reloaded"][key]["accuracy"] == result.measured[key].metrics.accuracy
-    assert [len(history) for history in results["histories"].values()] == [2, 1, 1]
+def test_what_the_paper_says_beside_rates():
+    jobs = {name: experiment.job() for name, experiment in EXPERIMENTS.items()}
+    assert {name: (job.scope, job.steps, job.batches, job.batch_size) for name, job in jobs.items()} == {
+        "vgg19-cifar100": ("local", 400, 50, 128),
+        "resnet56-cifar10": ("global", 400, 50, 128),
+        "resnet50-imagenet": ("global", 100, 50, 256),
+        "mobilenetv2-imagenet": ("isomorphic", 100, 50, 256),
+        "vit-b16-imagenet": ("global", 100, 50, 64),
+    }
+    assert {job.schedule_ratio for job in jobs.values()} == {1.0}
+    assert {name: job.sparse and job.sparse.group_penalty for name, job in jobs.items()} == {
+        "vgg19-cifar100": 5e-4,
+        "resnet56-cifar10": 5e-4,
+        "resnet50-imagenet": 1e-4,
+        "mobilenetv2-imagenet": 1e-4,
+        "vit-b16-imagenet": None,
+    }
+    targets = {name: [str(target) for target in experiment.targets] for name, experiment in EXPERIMENTS.items()}
+    assert targets["vgg19-cifar100"] == [f"speedup={value}" for value in ("1.5", "3", "6", "9", "12")]
+    assert targets["resnet56-cifar10"] == ["speedup=2.11", "speedup=2.55"]
+    assert [targets[f"{n}-imagenet"] for n in ("resnet50", "mobilenetv2", "vit-b16")] == [
+        ["macs=2.04e+09"],
+        ["macs=1.54e+08"],
+        ["macs=1e+10"],
+    ]
+    distilled = [name for name, job in jobs.items() if job.finetune.distill_weight]
+    assert distilled == ["resnet50-imagenet", "vit-b16-imagenet"]
+    assert jobs["resnet50-imagenet"].sparse.distill_weight == jobs["resnet50-imagenet"].sparse.label_weight == 0.5
+    assert jobs["mobilenetv2-imagenet"].model_options == {"dropout": 0.2}
+    assert [job.equivalent for job in jobs.values()] == [True, True, True, False, True]
+    vit = jobs["vit-b16-imagenet"]
+    assert (vit.round_to, vit.calibrate_as_trained, vit.finetune.label_smoothing) == (12, True, 0.11)
+    assert vit.finetune.augmentation.__dict__ == {
+        "crop": True,
+        "rand_augment": 9,
+        "erase": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "repeats": 1,
+    }
+    assert all(experiment.source for experiment in EXPERIMENTS.values())
 
 
-def test_a_new_process_loads_the_same_logits_without_pickle(run, tmp_path):
-    result, folder = run
-    images, _ = next(iter(load_data("digits").batches("val", 64)))
-    torch.save(images, tmp_path / "images.pt")
-    script = (
-        "import sys, torch; from obc_tools.store import load_pruned; folder, path = sys.argv[1:]; "
-        "torch.save(load_pruned(folder)(torch.load(path + '/images.pt', weights_only=True)), path + '/logits.pt')"
-    )
-    subprocess.run([sys.executable, "-c", script, folder / MERGED, tmp_path], check=True)
-    with torch.no_grad():
-        expected = result.models[MERGED].eval()(images)
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
-    assert {path.suffix for path in (folder / MERGED).iterdir()} == {".safetensors", ".json"}
+def test_what_the_scripts_ask_for_and_ignore_is_off_until_asked_for():
+    vit = EXPERIMENTS["vit-b16-imagenet"]
+    published, requested = vit.job().finetune, vit.job(as_requested=True).finetune
+    assert (published.repeats, published.clip_norm) == (1, None)
+    assert (requested.repeats, requested.clip_norm) == (3, 1.0)
+    assert replace(requested, repeats=1, clip_norm=None) == published
+    assert "asks for repeated augmentation" in vit.source and "uses neither" in vit.source
 
 
-def test_the_trained_original_can_be_pruned_again_without_fine_tuning(run, tmp_path):
-    _, folder = run
-    weights = str(folder / "original.safetensors")
-    job = replace(TINY, weights=weights, pretrain=None, finetune=None, equivalent=False)
-    result = run_job(job, tmp_path / "again", progress=False)
-    assert list(result.measured) == [ORIGINAL, PRUNED]
-    assert result.plan.kept == run[0].plan.kept
-    assert result.equivalence is None and not result.histories
-    assert load_pruned(tmp_path / "again" / PRUNED)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+def test_a_seed_goes_everywhere_and_small_is_the_same_job_made_smaller():
+    for experiment in EXPERIMENTS.values():
+        job = experiment.job(seed=3, weights="scratch" if experiment.baseline else "file.pth")
+        recipes = [getattr(job, name) for name in ("pretrain", "sparse", "finetune") if getattr(job, name)]
+        assert {job.seed, *(recipe.seed for recipe in recipes)} == {3}
+        small = experiment.small(seed=3, device="cpu")
+        assert (small.model, small.scope, small.ignore, small.target) == (job.model, job.scope, job.ignore, job.target)
+        assert small.finetune.epochs == 1 and small.device == "cpu"
+        assert (small.sparse is None) == (job.sparse is None)
+        assert (job.title, small.title) == (experiment.title, f"{experiment.title}, small run")
+        assert experiment.job(data="digits").title == f"{experiment.title}, here on digits"
 
 
-def test_a_job_gives_the_same_results_again_and_held_out_images_decide_nothing(run, monkeypatch):
-    """With other held-out images (here: a few of them) all weights and the plan come out the same."""
-    inputs = prepare(TINY)
-    monkeypatch.setattr(type(inputs), "held_out_batches", lambda self: self.data.batches("val", 32).first(1))
-    result = perform(inputs, progress=False)
-    assert result.plan.kept == run[0].plan.kept
-    for key, model in result.models.items():
-        expected = run[0].models[key].state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    assert result.measured[ORIGINAL].metrics.examples == 32
+def test_a_job_survives_json():
+    for experiment in EXPERIMENTS.values():
+        for job in (
+            experiment.job(),
+            experiment.small(root="data", weights="scratch" if experiment.baseline else None),
+        ):
+            assert PruningJob.from_dict(job.to_dict()) == job
+    with pytest.raises(ValueError, match="a job has no colour"):
+        PruningJob.from_dict({"colour": "red"})
 
 
-def test_both_fine_tunings_see_the_same_images_and_every_pruning_step_sees_others():
-    inputs = prepare(TINY)
-    recipe = replace(TINY.finetune, augment=True)
-    one, other = (inputs.training_batches(recipe).at(0) for _ in range(2))
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
-    calibration = inputs.calibration_batches()
-    first, second = list(calibration), list(calibration)
-    assert len(first) == len(second) == 2
-    assert not torch.equal(first[0][0], second[0][0])
+def test_what_an_experiment_refuses():
+    with pytest.raises(ValueError, match="unknown experiment 'vgg19'; closest: vgg19-cifar100"):
+        get_experiment("vgg19")
+    with pytest.raises(ValueError, match="vit-b16-imagenet has no recipe from scratch"):
+        EXPERIMENTS["vit-b16-imagenet"].job(weights="scratch")
+    with pytest.raises(ValueError, match="sparse training needs a recipe with group_penalty above 0"):
+        EXPERIMENTS["resnet56-cifar10"].job(sparse=Recipe(epochs=1))
+    with pytest.raises(ValueError, match="calibrate_as_trained asks for the augmentation of finetune"):
+        replace(EXPERIMENTS["vit-b16-imagenet"].job(), finetune=None, equivalent=False)
 
 
-def test_a_repr_is_the_table(run):
-    text = repr(run[0])
-    assert "Equivalent Pruning, merged" in text and "CPU latency (ms)" in text
-    assert "<table" in run[0]._repr_html_()
-    assert run[0].to_frame()["speed-up"].iloc[0] == 1
+def test_recipes_of_other_lengths():
+    recipe = EXPERIMENTS["resnet56-cifar10"].job().finetune
+    assert rescaled(recipe, 10).milestones == (6, 8)
+    assert rescaled(recipe, 1).milestones == (1,)
+    assert rescaled(EXPERIMENTS["vit-b16-imagenet"].job().finetune, 10).warmup_epochs == 3
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"criterion": "jacobain"}, "unknown criterion 'jacobain'; closest: jacobian"),
-        ({"scope": "everywhere"}, "unknown scope 'everywhere'"),
-        ({"group_reduction": "median"}, "unknown group_reduction 'median'"),
-        ({"normalizer": "l7"}, "unknown normalizer 'l7'"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"batches": 0}, "batches must be at least 1, not 0"),
-        ({"pretrain": None}, "give either weights or a recipe"),
-        ({"finetune": None}, "at least 1 epoch"),
-        ({"round_to": 0}, "round_to=0"),
-    ],
-)
-def test_a_job_is_checked_when_built(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"target": Target(speedup=1000)}, "the best"),
-        ({"target": Target(ratio=0.5), "num_classes": 7}, "model has 7 outputs, data has 10 classes"),
-        ({"batches": 1000}, "take: 1000 batches were asked for"),
-        ({"ignore": ("nosuch",)}, "nosuch"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-        ({"model": "vgg11", "model_options": {"in_channels": 3}}, "cannot take images of shape"),
-    ],
-)
-def test_what_is_wrong_is_raised_before_training(change, message, monkeypatch):
-    monkeypatch.setattr("obc_tools.experiments.fit", None)
-    with pytest.raises(ValueError, match=message):
-        prepare(replace(TINY, **change))
-
-
-def test_finds_devices():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="unknown device 'gpu'; known are auto, cpu"):
-        find_device("gpu")
-
-
-def test_networks_that_differ_are_reported():
-    _check_equal(1e-5, "one and other")
-    with pytest.raises(EquivalenceError, match="one and other: logits differ by up to 0.5"):
-        _check_equal(0.5, "one and other")
-    with pytest.raises(EquivalenceError):
-        _check_equal(float("nan"), "one and other")
-
-
-def test_a_folder_is_replaced_only_on_success(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "results.json").write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(folder) as new:
-        (new / "results.json").write_text("new")
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "old"
-    with replacing(folder) as new:
-        (new / "results.json").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "new"
-
-
-def test_only_a_run_is_overwritten(tmp_path):
-    check_run_folder(tmp_path / "free", overwrite=False)
-    check_run_folder(tmp_path, overwrite=False)
-    (tmp_path / "results.json").write_text(json.dumps({"format": 1}))
-    check_run_folder(tmp_path, overwrite=True)
-    with pytest.raises(RunFolderError, match=r"already holds a run: .*--overwrite"):
-        check_run_folder(tmp_path, overwrite=False)
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunFolderError, match=r"something else than a run \(thesis.tex\)"):
-        check_run_folder(tmp_path, overwrite=True)
-    with pytest.raises(RunFolderError, match="is a file"):
-        check_run_folder(tmp_path / "thesis.tex", overwrite=True)
-
-
-def test_reading_what_is_no_run(tmp_path):
-    with pytest.raises(RunFolderError, match="holds no run"):
-        read_results(tmp_path)
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(RunFolderError, match="not of format 1"):
-        read_results(tmp_path)
+def test_a_target_of_ones_own():
+    job = EXPERIMENTS["vgg19-cifar100"].job(target=Target(speedup=6.0), group_reduction="sum")
+    assert (job.target.speedup, job.group_reduction) == (6.0, "sum")
+    seen = list(chain.from_iterable(e.variants for e in EXPERIMENTS.values()))
+    assert {"group_reduction": "mean", "normalizer": "mean"} in seen

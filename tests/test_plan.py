@@ -104,3 +104,23 @@ def test_plans_show_themselves():
     assert f"{plan.channels_removed} of 60 channels removed" in repr(plan)
     assert list(plan.to_frame()["channels"]) == [8, 12, 16, 24, 10]
     assert "reaches the model" in str(plan) and "<table" in plan._repr_html_()
+
+
+def test_channels_chosen_by_hand():
+    model, images = network("grouped")
+    groups = find_groups(model, images)
+    plan = PruningPlan.whole(groups)
+    group = next(g for g in groups if g.prunable and g.blocks > 1)
+    size = group.width // group.blocks
+    less = plan.choose(group, remove=[1])
+    assert set(range(group.width)) - set(less.kept_of(group)) == set(range(1, group.width, size))
+    assert less.choose(tuple(group.root), keep=[1 + size]) == plan
+    assert less.choose(group, remove=[1]) == less
+    with pytest.raises(PlanMismatchError, match=f"group {group.root}: channel 1 is to be kept and to be removed"):
+        plan.choose(group, keep=[1], remove=[1 + size])
+    with pytest.raises(PlanMismatchError, match=f"no channel {group.width} in a group of width {group.width}"):
+        plan.choose(group, keep=[group.width])
+    with pytest.raises(PlanMismatchError, match="no channel is kept"):
+        plan.choose(group, remove=range(group.width))
+    with pytest.raises(PlanMismatchError, match="kept whole"):
+        plan.choose(next(g for g in groups if not g.prunable), remove=[0])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from obc_tools.recipe import Recipe, RecipeError, learning_rate_factor, make_optimizer, parameter_groups
+from obc_tools.augment import Augmentation
+from obc_tools.optimizer import frozen, make_optimizer, parameter_groups
+from obc_tools.recipe import Recipe, RecipeError
+from obc_tools.schedule import learning_rate_factor
 
 STEPS = 5
 
@@ -57,6 +60,17 @@ def every_kind() -> nn.Module:
         ({"schedule": "linear"}, "schedule is 'linear'; known are 'cosine', 'multistep', 'step', 'constant'"),
         ({"schedule": ["cosine"]}, r"schedule is \['cosine'\]; known are"),
         ({"amp": True}, "amp is True; known are 'no', 'bf16', 'fp16'"),
+        ({"accumulate": 0}, "accumulate is 0; it is a whole number of at least 1"),
+        ({"schedule_by": "image"}, "schedule_by is 'image'; known are 'step', 'epoch'"),
+        ({"temperature": 0}, "temperature is 0; it is a finite number above 0"),
+        ({"ema_decay": 1}, "ema_decay is 1; it is a number from 0 to below 1"),
+        ({"label_weight": 0.0}, "label_weight is 0.0; nothing is left to learn"),
+        ({"mixup": 0.8, "augment": False}, "mixup is 0.8; it needs augment=True"),
+        ({"repeats": 3, "augment": False}, "repeats is 3; it needs augment=True"),
+        ({"rand_augment": 40}, "rand_augment is 40; it is 0 to 30"),
+        ({"erase": 2.0}, "erase is 2.0; it is a share of images"),
+        ({"freeze": "conv1"}, "freeze is 'conv1'; it is a list of names or patterns"),
+        ({"compile": 1}, "compile is 1; it is True or False"),
         ({"momentum": 1.0}, "momentum is 1.0; it is below 1"),
         ({"label_smoothing": 1}, "label_smoothing is 1; it is below 1"),
         ({"nesterov": 1}, "nesterov is 1; it is True or False"),
@@ -95,7 +109,7 @@ def test_is_plain_frozen_data():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"epochs": 1, "mixup": 0.8, "ema": 1}, "unknown fields ema, mixup; known are epochs, batch_size"),
+        ({"epochs": 1, "mix": 0.8, "ema": 1}, "unknown fields ema, mix; known are epochs, batch_size"),
         ({"lr": 0.1}, "epochs is missing"),
         ({"epochs": "1"}, "epochs is '1'; it is a whole number"),
         ([1], "a mapping of fields is needed, not list"),
@@ -216,3 +230,34 @@ def test_optimizers():
     adamw = make_optimizer(nn.Linear(2, 2), Recipe(epochs=1, optimizer="adamw", weight_decay=0.1), fused=False)
     assert isinstance(adamw, torch.optim.AdamW)
     assert [(group["weight_decay"], group["fused"]) for group in adamw.param_groups] == [(0.1, False)] * 2
+
+
+def test_schedules_by_epoch_hold_for_whole_epochs():
+    recipe = Recipe(epochs=6, warmup_epochs=2, warmup_start=0.1, schedule_by="epoch")
+    by_step = replace(recipe, schedule_by="step")
+    for step in range(6 * STEPS):
+        factor = learning_rate_factor(recipe, step, STEPS)
+        assert factor == learning_rate_factor(by_step, step // STEPS * STEPS, STEPS)
+
+
+def test_the_augmentation_of_a_recipe():
+    recipe = Recipe(epochs=1, mixup=0.8, cutmix=1.0, rand_augment=9, erase=0.25, repeats=3)
+    assert recipe.augmentation == Augmentation(mixup=0.8, cutmix=1.0, rand_augment=9, erase=0.25, repeats=3)
+    assert Recipe(epochs=1, augment=False).augmentation == Augmentation(crop=False)
+
+
+def test_frozen_parameters_get_their_flags_back():
+    model = every_kind()
+    model[0].bias.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with frozen(model, Recipe(epochs=1, freeze=("7", "*compressor"))):
+        still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert still == {"0.bias", "9.compressor", "9.decompressor"} | {
+        f"7.{name}" for name, _ in model[7].named_parameters()
+    }
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    with (
+        pytest.raises(ValueError, match="unknown parameter to freeze 'conv'"),
+        frozen(model, Recipe(epochs=1, freeze=("conv",))),
+    ):
+        pass

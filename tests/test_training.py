@@ -1,5 +1,7 @@
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from obc_tools.groups import find_groups
 from obc_tools.guard import DivergenceError, Guard, Where
 from obc_tools.measure import evaluate
 from obc_tools.plan import PruningPlan
-from obc_tools.recipe import Recipe, learning_rate_factor
+from obc_tools.recipe import Recipe
+from obc_tools.schedule import learning_rate_factor
 from obc_tools.training import fit
 
 CLASSES = 3
@@ -272,7 +275,7 @@ def test_names_weights_that_are_not_finite():
 @pytest.mark.parametrize("lag", [0, 1], ids=["read at once", "read a step later, as on an accelerator"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_stops_before_a_step_that_is_not_finite(optimizer, lag, monkeypatch):
-    monkeypatch.setattr("obc_tools.training.reading_lag", lambda device: lag)
+    monkeypatch.setattr("obc_tools.stepper.reading_lag", lambda device: lag)
     recipe = Recipe(epochs=2, optimizer=optimizer, **CONSTANT)
     poisoned = [*TRAIN[:2], (TRAIN[2][0] * torch.nan, TRAIN[2][1])]
     model, expected = network(), network()
@@ -421,3 +424,139 @@ def test_progress_goes_over_all_steps(capsys, monkeypatch):
     bar = capsys.readouterr().err
     assert "6/6" in bar
     assert f"accuracy={history.last.train_accuracy:.1%}, epoch=2, loss={history.last.train_loss:.3f}" in bar
+
+
+def test_pieces_of_a_batch_add_up_to_it():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)).double()
+    pieces = deepcopy(plain)
+    fit(plain, TRAIN, VAL, Recipe(epochs=2, clip_norm=0.5), progress=False)
+    history = fit(pieces, TRAIN, VAL, Recipe(epochs=2, clip_norm=0.5, accumulate=3), progress=False)
+    for a, b in zip(plain.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+    assert history.last.train_loss > 0
+
+
+def test_norms_keep_their_statistics_where_the_recipe_says_so():
+    model = network()
+    before = deepcopy(model[1])
+    fit(model, TRAIN, VAL, Recipe(epochs=1, lr=0.1, freeze_statistics=True, freeze=("0", "1.bias")), progress=False)
+    assert torch.equal(model[1].running_mean, before.running_mean)
+    assert torch.equal(model[1].bias, before.bias) and not torch.equal(model[1].weight, before.weight)
+    assert model[1].training and model[0].weight.requires_grad
+
+
+def test_channels_last_gives_the_same_numbers_and_leaves_the_usual_order():
+    plain, last = network(), network()
+    fit(plain, TRAIN, VAL, Recipe(epochs=2), progress=False)
+    fit(last, TRAIN, VAL, Recipe(epochs=2, channels_last=True), progress=False)
+    for a, b in zip(plain.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+        assert b.is_contiguous()
+
+
+def test_learns_from_shares_of_classes():
+    """Labels as shares, all of one class, train as class numbers do."""
+    numbers_, shares = network(), network()
+    soft = [(images, functional.one_hot(labels, CLASSES).double()) for images, labels in TRAIN]
+    first = fit(numbers_, TRAIN, VAL, Recipe(epochs=2), progress=False)
+    second = fit(shares, soft, VAL, Recipe(epochs=2), progress=False)
+    torch.testing.assert_close(numbers_.state_dict(), shares.state_dict(), atol=1e-12, rtol=0)
+    assert [e.train_accuracy for e in first] == [e.train_accuracy for e in second]
+    with pytest.raises(ValueError, match="labels share 4 classes, but the model has 3 outputs"):
+        fit(network(), [(TRAIN[0][0], torch.ones(8, 4))], VAL, Recipe(epochs=1), progress=False)
+
+
+def test_distils_from_a_teacher_that_stays():
+    model, teacher = network(), network(seed=1)
+    before = deepcopy(teacher)
+    recipe = Recipe(epochs=60, lr=0.2, distill_weight=1.0, label_weight=0.0, temperature=2.0, weight_decay=0.0)
+    with torch.no_grad():
+        teacher.eval()
+        taught = [teacher(images).softmax(1) for images, _ in TRAIN]
+        teacher.train()
+    fit(model, TRAIN, VAL, recipe, teacher=teacher, progress=False)
+    assert same_state(teacher, before) and teacher.training
+    plain = network()
+    fit(plain, TRAIN, VAL, Recipe(epochs=60, lr=0.2, weight_decay=0.0), progress=False)
+
+    def distance(network):
+        network.eval()
+        with torch.no_grad():
+            own = [network(images).softmax(1) for images, _ in TRAIN]
+        return max((a - b).abs().max().item() for a, b in zip(own, taught, strict=True))
+
+    assert distance(model) < 0.25 * distance(plain)
+    with pytest.raises(ValueError, match="distill_weight is 1 and there is no teacher: distillation needs both"):
+        fit(model, TRAIN, VAL, recipe, progress=False)
+    with pytest.raises(ValueError, match="distill_weight is 0 and there is a teacher"):
+        fit(model, TRAIN, VAL, Recipe(epochs=1), teacher=teacher, progress=False)
+    with pytest.raises(ValueError, match="the teacher shares weights with the model"):
+        fit(model, TRAIN, VAL, recipe, teacher=model, progress=False)
+
+
+def test_leaves_the_averaged_weights():
+    """Against an average by hand, copied until the warm-up is over."""
+    recipe = Recipe(epochs=3, batch_size=8, ema_every=2, ema_decay=0.9, lr=0.1, schedule="constant", warmup_epochs=1)
+    model, steps = network(), []
+    expected = deepcopy(model)
+    history = fit(
+        model, TRAIN, VAL, recipe, progress=False, regularize=lambda: steps.append(deepcopy(model.state_dict()))
+    )
+    raw = network()
+    trail = []
+    fit(
+        raw,
+        TRAIN,
+        VAL,
+        replace(recipe, ema_every=0),
+        progress=False,
+        regularize=lambda: trail.append(deepcopy(raw.state_dict())),
+    )
+    # What the gradients of step k were computed at is what step k - 1 left.
+    after = [*trail[1:], deepcopy(raw.state_dict())]
+    average = deepcopy(after[0])
+    keep = 1 - 0.1 * 8 * 2 / 3
+    for step, state in enumerate(after):
+        if step % 3 % 2 == 0:
+            for name, value in state.items():
+                # The first update after the warm-up copies too: the count of updates was set back.
+                average[name] = value.clone() if step <= 3 else keep * average[name] + (1 - keep) * value
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), average[name], atol=1e-12, rtol=0, msg=name)
+    assert history.last.val_loss == evaluate(model, VAL).loss
+    assert not same_state(model, raw) and not same_state(model, expected)
+
+
+def test_regularizes_between_the_gradients_and_the_update():
+    model, expected = network(), network()
+
+    def add_decay():
+        for parameter in model.parameters():
+            parameter.grad += 0.1 * parameter.detach()
+
+    fit(model, TRAIN, VAL, Recipe(epochs=2, weight_decay=0.0), regularize=add_decay, progress=False)
+    fit(expected, TRAIN, VAL, Recipe(epochs=2, weight_decay=0.1), progress=False)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_refuses_shares_of_a_process_that_is_alone():
+    train = Batches(lambda number: iter(TRAIN), 3, parts=2)
+    with pytest.raises(ValueError, match="train: batches for 2 processes, but 1 were launched"):
+        fit(network(), train, VAL, Recipe(epochs=1), progress=False)
+
+
+def test_trains_compiled(monkeypatch):
+    """By torch's compiler up to, not including, its code for this machine, which takes minutes to make."""
+    plain, compiled, graphs = network(), network(), []
+
+    def count_graphs(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=count_graphs))
+    fit(plain, TRAIN, VAL, Recipe(epochs=1), progress=False)
+    fit(compiled, TRAIN, VAL, Recipe(epochs=1, compile=True), progress=False)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+    assert graphs

@@ -1,0 +1,183 @@
+"""What a training keeps on disk: its recipe, metrics, progress, log, environment and checkpoint.
+
+``metrics.jsonl`` has one line an epoch, ``progress.json`` the step that was taken last, ``checkpoint.pt`` everything
+that a killed training needs to go on to the same numbers. Each file appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .environment import environment
+from .files import write_text
+from .guard import Where
+from .history import Epoch, History
+from .recipe import Recipe
+
+FORMAT = 1
+CONFIG, METRICS, PROGRESS, CHECKPOINT = "config.json", "metrics.jsonl", "progress.json", "checkpoint.pt"
+LOG, ENVIRONMENT = "training.log", "environment.json"
+SECONDS_BETWEEN_CHECKPOINTS = 300.0
+SECONDS_BETWEEN_NOTES = 1.0
+
+
+class TrainingFolderError(ValueError):
+    """A folder that a training cannot be kept in or resumed from."""
+
+
+class Stopped(Exception):
+    """A training that was asked to stop did so, and left a checkpoint to resume from."""
+
+
+class TrainingFolder:
+    """The files of one training.
+
+    Args:
+        path: The folder; made if need be.
+        writes: Whether this process writes; of several, one does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
+        self.path = Path(path)
+        self._writes = writes
+        self._saved = self._noted = time.monotonic()
+
+    def read(self, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
+        """Return the checkpoint to go on from, None for a fresh start; nothing is written.
+
+        Raises:
+            TrainingFolderError: for a folder that holds a training and is not to be resumed, or one by another recipe,
+                and for a checkpoint that cannot be read.
+        """
+        known = self._read_config()
+        if known is not None and not resume:
+            raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
+        config = _config(recipe)
+        if known is not None and known != json.loads(json.dumps(config)):
+            raise TrainingFolderError(f"'{self.path}' holds a training by another recipe: {_difference(known, config)}")
+        return self._read_checkpoint()
+
+    def begin(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> None:
+        """Make the folder ready for a training that goes on from what `read` returned in every process."""
+        if self._writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / CONFIG, _config(recipe))
+            write_json(self.path / ENVIRONMENT, environment(device))
+            self.write_metrics(_history(checkpoint))
+
+    def write_metrics(self, epochs: tuple[Epoch, ...]) -> None:
+        """Write one line for each epoch, in place of what was there."""
+        lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs)
+        write_text(self.path / METRICS, lines)
+
+    def add_epoch(self, epoch: Epoch) -> None:
+        """Append the line of an epoch."""
+        if self._writes:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(epoch)) + "\n")
+
+    def is_note_due(self) -> bool:
+        """Say whether the last note is so old that another should be written."""
+        return self._writes and time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES
+
+    def note(self, where: Where, epochs: int, figures: Mapping[str, float | None]) -> None:
+        """Write which step was taken last, and figures of the training then; those that are not finite as null."""
+        self._noted = time.monotonic()
+        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in figures.items()}
+        write_json(self.path / PROGRESS, {**where._asdict(), "epochs": epochs, **finite, "time": time.time()})
+
+    def is_due(self) -> bool:
+        """Say whether the last checkpoint is so old that another should be saved within an epoch."""
+        return time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Save a checkpoint in place of the last one."""
+        self._saved = time.monotonic()
+        if not self._writes:
+            return
+        fresh = self.path / f".{CHECKPOINT}.new"
+        with fresh.open("wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path / CHECKPOINT)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Append what the library logs to the folder's log."""
+        if not self._writes:
+            yield
+            return
+        with log_to(self.path / LOG):
+            yield
+
+    def _read_config(self) -> dict[str, Any] | None:
+        path = self.path / CONFIG
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            return None
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Damaged bytes make an unpickler fail in any way it can.
+        except Exception as error:
+            raise TrainingFolderError(f"'{path}' is no checkpoint that can be read: {error}") from error
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+            raise TrainingFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
+        return checkpoint
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what the library logs, at level INFO and above, to a file."""
+    logger = logging.getLogger("obc_tools")
+    handler, level = logging.FileHandler(path, encoding="utf-8"), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+def read_history(folder: str | os.PathLike[str]) -> History | None:
+    """Return the history of a training from its folder, running or ended; None before its first epoch has ended."""
+    path = Path(folder) / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    epochs = tuple(Epoch(**json.loads(line)) for line in lines)
+    return History(epochs) if epochs else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that appears complete or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _config(recipe: Recipe) -> dict[str, Any]:
+    return {"format": FORMAT, "recipe": recipe.to_dict()}
+
+
+def _history(checkpoint: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
+    return tuple(Epoch(**row) for row in checkpoint["history"]) if checkpoint else ()
+
+
+def _difference(known: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    there, here = known.get("recipe", {}), config["recipe"]
+    changed = sorted(key for key in {*there, *here} if there.get(key) != json.loads(json.dumps(here.get(key))))
+    return "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed)

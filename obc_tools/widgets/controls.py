@@ -1,0 +1,86 @@
+"""The small parts that all views are built of."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ipywidgets as W
+import pandas as pd
+
+NARROW = {"width": "330px"}
+LABEL = {"description_width": "104px"}
+
+
+def dropdown(label: str, options: Iterable[Any], value: Any, tooltip: str = "") -> W.Dropdown:
+    """Return a choice of one among several; options are values, or (label, value) pairs."""
+    return W.Dropdown(
+        options=list(options), value=value, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
+    )
+
+
+def slider(label: str, low: float, high: float, step: float, value: float, tooltip: str = "") -> W.FloatSlider:
+    """Return a slider over numbers that reacts while it is dragged."""
+    return W.FloatSlider(
+        value=value, min=low, max=high, step=step, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
+    )
+
+
+def integer(label: str, value: int, low: int, high: int, tooltip: str = "") -> W.BoundedIntText:
+    """Return a field for a whole number."""
+    return W.BoundedIntText(
+        value=value, min=low, max=high, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
+    )
+
+
+def text(label: str, value: str, tooltip: str = "") -> W.Text:
+    """Return a field for a line of text."""
+    return W.Text(value=value, description=label, tooltip=tooltip, layout=NARROW, style=LABEL)
+
+
+def button(label: str, act: Callable[[], None], tooltip: str = "", icon: str = "") -> W.Button:
+    """Return a button that does something."""
+    made = W.Button(description=label, tooltip=tooltip, icon=icon, layout={"width": "auto"})
+    made.on_click(lambda _: act())
+    return made
+
+
+def code_area() -> W.Textarea:
+    """Return the field in which a view shows the call that it makes; its text is selected and copied there."""
+    return W.Textarea(
+        description="Python", disabled=True, rows=9, layout={"width": "98%"}, style={"description_width": "60px"}
+    )
+
+
+def note(words: str, *, bad: bool = False) -> str:
+    """Return words as HTML, in the colour of a warning where something is wrong."""
+    color = "#B45309" if bad else "inherit"
+    return f"<span style='color:{color}'>{html.escape(words)}</span>"
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Return a table as HTML, its text escaped."""
+    return frame.to_html(index=False, border=0, na_rep="", justify="right")
+
+
+class Filling:
+    """Sets controls without their changes being taken for somebody's choice."""
+
+    def __init__(self):
+        self.now = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        before, self.now = self.now, True
+        try:
+            yield
+        finally:
+            self.now = before
+
+
+def set_options(choice: W.Dropdown, options: Sequence[Any], value: Any) -> None:
+    """Give a choice other options, of which one is chosen."""
+    choice.options = tuple(options)
+    choice.value = value

@@ -1,0 +1,133 @@
+"""Watch runs that go on in the background, stop and resume them: a view of `run_watch`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+
+import ipywidgets as W
+import plotly.graph_objects as go
+
+from ..launching import Run
+from ..run_watch import RunView, describe, look_at, place_of, watch_figure, watch_traces
+from ..runs import STOP
+from .controls import button, code_area, dropdown, note
+
+SECONDS_BETWEEN_LOOKS = 2.0
+LOG_LINES = 12
+
+
+class RunMonitor(W.VBox):
+    """Watch one run or several over each other, live: curves, where they stand, their logs; stop and resume them.
+
+    All that is shown is read from the runs' folders. A monitor may be closed, the kernel restarted and another one
+    opened at any time, also for a run that ended long ago; the runs do not notice.
+
+    Args:
+        runs: a `Run`, a run's folder, or several of them by name.
+        every: seconds between two looks; None looks only when `refresh` is called.
+        look: "light" or "dark".
+
+    Raises:
+        ValueError: a folder that holds no run, an unknown look, no run.
+
+    Example:
+        >>> RunMonitor({"naive": "runs/a", "EP": "runs/b"})  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        runs: Run | str | os.PathLike[str] | Mapping[str, Run | str | os.PathLike[str]],
+        *,
+        every: float | None = SECONDS_BETWEEN_LOOKS,
+        look: str = "light",
+    ):
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        given = runs if isinstance(runs, Mapping) else {"run": runs}
+        if not given:
+            raise ValueError("no run to watch: give a run, its folder, or {'name': run}")
+        self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
+        self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
+        self.figure = go.FigureWidget(watch_figure(self.views, look=look))
+        self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
+        self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
+        self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
+        self.lines, self.tail, self.code = W.HTML(), W.HTML(), code_area()
+        self.said = W.HTML()
+        buttons = W.HBox([self.chosen, self.stop_button, self.resume_button, self.said])
+        super().__init__([self.lines, self.figure, buttons, self.tail, self.code])
+        self.chosen.observe(lambda _: self.show(), "value")
+        self.show()
+        if every is not None:
+            threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+
+    @property
+    def run(self) -> Run:
+        """The run that is chosen."""
+        return self.runs[self.chosen.value]
+
+    def __repr__(self) -> str:
+        return f"RunMonitor({', '.join(f'{name}: {view.status}' for name, view in self.views.items())})"
+
+    def stop(self) -> None:
+        """Ask the chosen run to end with a checkpoint; does not wait until it has."""
+        if self.run.status == "running":
+            (self.run.folder / STOP).touch()
+            self.said.value = note("it will stop at its next step and keep a checkpoint")
+        self.refresh()
+
+    def resume(self) -> None:
+        """Launch the chosen run again, from its last checkpoint; what keeps it from that is shown."""
+        try:
+            self.run.resume()
+            self.said.value = note("resumed")
+        except ValueError as error:
+            self.said.value = note(str(error), bad=True)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the runs' folders and show what has changed."""
+        with self._lock:
+            self.views = {name: look_at(run, self.views[name]) for name, run in self.runs.items()}
+            self.show()
+
+    def close(self) -> None:
+        """Stop looking; the runs go on."""
+        self._closed.set()
+        super().close()
+
+    def show(self) -> None:
+        """Show the last look."""
+        with self._lock:
+            self.lines.value = "<br>".join(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items())
+            self._draw()
+            status = self.views[self.chosen.value].status
+            self.stop_button.disabled = status != "running"
+            self.resume_button.disabled = status in ("running", "finished")
+            tail = note(self.run.log(LOG_LINES))
+            self.tail.value = f"<pre style='max-height:220px;overflow:auto'>{tail}</pre>"
+            act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
+            self.code.value = f"run = obc.Run.open({str(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+
+    def _draw(self) -> None:
+        """Bring the figure up to the last look; traces are added where a training has begun."""
+        drawn = {tuple(trace.meta): trace for trace in self.figure.data}
+        fresh = []
+        with self.figure.batch_update():
+            for new in watch_traces(self.views):
+                old = drawn.get(tuple(new["meta"]))
+                if old is None:
+                    fresh.append(new)
+                elif list(old.x or ()) != new["x"]:
+                    old.update(x=new["x"], y=new["y"])
+        for new in fresh:
+            self.figure.add_scatter(**new, **place_of(new))
+
+    def _watch(self, every: float) -> None:
+        while not self._closed.wait(every):
+            try:
+                self.refresh()
+            # A line that is being written, or a folder that is gone: the next look tells.
+            except (OSError, ValueError) as error:
+                self.said.value = note(str(error), bad=True)

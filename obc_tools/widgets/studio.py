@@ -1,0 +1,320 @@
+"""Prune by hand and by criterion, with the outcome at once: a view of `studio_state` and `studio_session`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ipywidgets as W
+import plotly.graph_objects as go
+import torch
+from torch import Tensor, nn
+
+from ..data import Data
+from ..files import write_text
+from ..layers import LayerAxis
+from ..plan import PruningPlan
+from ..pruning import prune
+from ..scores import Scores
+from ..store import save_pruned
+from ..studio_plots import SCORES, studio_axes, studio_figure, studio_traces
+from ..studio_session import Measurement, StudioSession
+from ..studio_state import (
+    Choices,
+    Scoring,
+    Setup,
+    StudioState,
+    change,
+    lock,
+    plan_changes,
+    redo,
+    remember,
+    set_limit,
+    to_code,
+    toggle_channel,
+    undo,
+    unlock,
+)
+from .controls import Filling, note, set_options, table
+from .studio_controls import StudioControls
+from .tasks import Task, Worker
+
+SECONDS_OF_A_DRAG = 1.0
+"""Moves of the target within so many seconds of each other are undone together."""
+
+
+class PruningStudio(W.VBox):
+    """Prune a network by hand and by criterion, and see at once what it costs.
+
+    Display it in a notebook. Choose a criterion and a target, hold or limit single groups, click channels in the score
+    bar to keep or remove them; measure when you like it; take the plan away as JSON, as a saved model, or as the Python
+    that makes it, which is always shown.
+
+    Args:
+        model: left unchanged; the studio works on a copy.
+        data: a `load_data` data set: ``train`` calibrates, ``val`` is held out.
+        batches: calibration batches for criteria that need data.
+        batch_size: images in a batch, of both kinds.
+        held_out: held-out batches to evaluate, at most.
+        seed: of the calibration batches.
+        ignore: names of layers whose outputs keep their width.
+        source: how `load_model` builds the unpruned network, for models that are saved (see `save_pruned`).
+        look: "light" or "dark".
+
+    Attributes:
+        plan: the present plan; `prune(model, studio.plan)` and `EquivalentModel(model, studio.plan)` take it on.
+        state: all choices, with those to undo and redo (see `studio_state`).
+        code: the Python that makes the plan.
+
+    Raises:
+        ValueError: a network that cannot be traced or costed, an unknown look.
+
+    Example:
+        >>> studio = PruningStudio(model, obc.load_data("digits"))  # doctest: +SKIP
+        >>> studio  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        batches: int = 10,
+        batch_size: int = 64,
+        held_out: int = 4,
+        seed: int = 0,
+        ignore: Iterable[str] = (),
+        source: str | dict | None = None,
+        look: str = "light",
+    ):
+        device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+        setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device)
+        self.session = StudioSession(model, data, setup, held_out)
+        self.state, self.plan = StudioState(), self.session.whole
+        self._source, self._filling, self._moved = source, Filling(), 0.0
+        self._before: PruningPlan | None = None
+        self._scoring: Scoring | None = None
+        self._worker = Worker(self._report, self._failed)
+        self._controls = c = StudioControls.build(self.session, self.state.choices)
+        root = c.group.value
+        first = studio_figure(self.plan, root, self._score(root), look=look)
+        self.figure = go.FigureWidget(first)
+        self.figure.data[SCORES].on_click(self._clicked)
+        self._connect()
+        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout={"width": "350px", "flex": "0 0 auto"})
+        right = W.VBox([self.figure, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
+        super().__init__([c.action_box, W.HBox([left, right]), c.changes, c.keep_box, c.code])
+        self._show()
+
+    @property
+    def code(self) -> str:
+        """The Python that makes the present plan."""
+        return to_code(self.state.choices, self.session.setup)
+
+    def __repr__(self) -> str:
+        return f"PruningStudio({self.plan!r})"
+
+    def wait(self, timeout: float = 600.0) -> PruningStudio:
+        """Wait until nothing is computed any more, as a script does that goes on with the plan; return the studio."""
+        self._worker.wait(timeout)
+        return self
+
+    def choose(self, choices: Choices, *, merge: bool = False) -> None:
+        """Make other choices, as the controls do; see `studio_state.change` for ``merge``."""
+        with self._worker.lock:
+            self.state = change(self.state, choices, merge=merge)
+            self._show()
+
+    def toggle(self, root: LayerAxis, channel: int) -> None:
+        """Keep or remove one channel by hand, as a click in the score bar does."""
+        self._try(lambda: self.choose(toggle_channel(self.state.choices, self.plan, LayerAxis(*root), channel)))
+
+    def measure(self) -> None:
+        """Measure latency, loss and accuracy of the original, the plan before and this one, beside the kernel.
+
+        Raises:
+            ValueError: while scores are computed, which a measurement would hold up.
+        """
+        if self._scoring is not None:
+            raise ValueError("channels are being scored: wait for it, or cancel it")
+        plans = [plan for plan in (self.session.whole, self._before, self.plan) if plan is not None]
+        missing = [plan for plan in dict.fromkeys(plans) if self.session.measured(plan) is None]
+
+        def work(task: Task) -> list[Measurement]:
+            held_out = self.session.held_out_batches()
+            titles = [f"measuring plan {number} of {len(missing)}" for number in range(1, len(missing) + 1)]
+            return [
+                self.session.measure(plan, task.watch(held_out, title))
+                for plan, title in zip(missing, titles, strict=True)
+            ]
+
+        self._worker.start(work, lambda found: self._show_outcome())
+
+    def export_plan(self, path: str | Path) -> Path:
+        """Write the plan as JSON, which `PruningPlan.from_json` reads."""
+        write_text(Path(path), self.plan.to_json())
+        return Path(path)
+
+    def export_model(self, folder: str | Path) -> Path:
+        """Save the pruned network, which `load_pruned` reads; a folder in use is refused."""
+        save_pruned(folder, prune(self.session.model, self.plan), self.plan, source=self._source)
+        return Path(folder)
+
+    def _connect(self) -> None:
+        c = self._controls
+        for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, c.target):
+            control.observe(self._changed, "value")
+        c.group.observe(lambda _: self._filling.now or self._show_group(), "value")
+        c.limit.observe(lambda _: self._filling.now or self._set_limit(), "value")
+        c.locked.observe(lambda _: self._filling.now or self._set_lock(), "value")
+        c.compared.observe(lambda _: self._filling.now or self._show_outcome(), "value")
+        actions: dict[W.Button, Callable[[], object]] = {
+            c.undo: lambda: self._step(undo),
+            c.redo: lambda: self._step(redo),
+            c.measure: self.measure,
+            c.cancel: self._cancel,
+            c.remember: self._remember,
+            c.save_plan: lambda: self._export(self.export_plan, ".json"),
+            c.save_model: lambda: self._export(self.export_model, ""),
+            c.save_code: lambda: self._export(self._write_code, ".py"),
+        }
+        for made, act in actions.items():
+            made.on_click(lambda _, act=act: self._try(act))
+
+    def _changed(self, changed: dict) -> None:
+        if self._filling.now:
+            return
+        c, dragged = self._controls, changed["owner"] is self._controls.target
+        if changed["owner"] is c.kind:
+            with self._filling():
+                c.show_target(c.kind.value, self.plan, self.session.costs)
+        merge = dragged and time.monotonic() - self._moved < SECONDS_OF_A_DRAG
+        self._moved = time.monotonic() if dragged else 0.0
+        self._try(lambda: self.choose(c.read(self.state.choices), merge=merge))
+
+    def _step(self, walk: Callable[[StudioState], StudioState]) -> None:
+        with self._worker.lock:
+            self.state = walk(self.state)
+            self._show()
+
+    def _set_limit(self) -> None:
+        root, share = self._controls.group.value, self._controls.limit.value
+        self._try(lambda: self.choose(set_limit(self.state.choices, root, None if share == 1 else round(share, 6))))
+
+    def _set_lock(self) -> None:
+        root, choices = self._controls.group.value, self.state.choices
+        self.choose(lock(choices, self.plan, root) if self._controls.locked.value else unlock(choices, root))
+
+    def _remember(self) -> None:
+        c = self._controls
+        self.state = remember(self.state, c.name.value)
+        names = [name for name, _ in self.state.remembered]
+        with self._filling():
+            set_options(c.compared, ["none", *names], c.name.value)
+            c.name.value = f"plan {len(names) + 1}"
+        self._show_outcome()
+
+    def _clicked(self, trace: go.Bar, points: object, state: object) -> None:
+        for index in points.point_inds:
+            self.toggle(self._controls.group.value, int(trace.customdata[index]))
+
+    def _cancel(self) -> None:
+        self._worker.cancel()
+        self._scoring = None
+        self._controls.say("cancelled")
+
+    def _export(self, write: Callable[[str], Path], ending: str) -> None:
+        path = self._controls.path.value + ending
+        self._controls.say(f"wrote '{write(path)}'")
+
+    def _write_code(self, path: str) -> Path:
+        write_text(Path(path), self.code)
+        return Path(path)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        """Do what a control asks for; show what is wrong with it where that is its own fault."""
+        with self._worker.lock:
+            try:
+                act()
+            except (ValueError, OSError) as error:
+                self._failed(error)
+
+    def _report(self, what: str, share: float) -> None:
+        self._controls.progress.value = share
+        self._controls.status.value = note(f"{what}, {share:.0%}")
+
+    def _failed(self, error: Exception) -> None:
+        if not self._worker.busy:
+            self._scoring = None
+        self._controls.progress.value = 0
+        self._controls.say(f"{type(error).__name__}: {error}", bad=True)
+
+    def _show(self) -> None:
+        """Show the present choices: at once where their scores are there, else when they have been computed."""
+        choices = self.state.choices
+        with self._filling():
+            self._controls.show(self.state, self.session.costs)
+        self._controls.code.value = self.code
+        if self.session.scores(choices.scoring) is not None:
+            self._worker.cancel()
+            self._scoring = None
+            self._make_plan()
+            return
+        if self._scoring == choices.scoring:
+            return
+
+        def work(task: Task) -> Scores:
+            return self.session.score(choices.scoring, lambda batches: task.watch(batches, "scoring"))
+
+        self._controls.say(f"scoring by {choices.scoring.criterion}")
+        self._scoring = choices.scoring
+        self._worker.start(work, lambda scores: self._make_plan())
+
+    def _make_plan(self) -> None:
+        self._scoring = None
+        start = time.perf_counter()
+        try:
+            plan = self.session.plan(self.state.choices)
+        except ValueError as error:
+            self._failed(error)
+            return
+        if plan != self.plan:
+            self._before, self.plan = self.plan, plan
+        self._show_outcome()
+        self._controls.say(f"{self.plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
+
+    def _score(self, root: LayerAxis) -> Tensor:
+        scores = self.session.scores(self.state.choices.scoring)
+        group = next(group for group in self.session.groups if group.root == root)
+        return torch.zeros(group.width) if scores is None else scores[group]
+
+    def _show_group(self) -> None:
+        with self._filling():
+            self._controls.show_group(self.state.choices)
+        self._show_outcome()
+
+    def _show_outcome(self) -> None:
+        """Bring figure, tables and code up to the plan."""
+        c, root = self._controls, self._controls.group.value
+        compared = self._compared()
+        score = self._score(root)
+        with self.figure.batch_update():
+            for trace, new in zip(
+                self.figure.data, studio_traces(self.plan, root, score, compared=compared), strict=True
+            ):
+                trace.update(new)
+            self.figure.update_layout(studio_axes(root, score))
+        plans = {c.compared.value: compared} if compared else {}
+        plans |= {"before": self._before} if self._before else {}
+        c.table.value = table(self.session.table(plans | {"now": self.plan}))
+        name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
+        c.changes.value = "" if other is None else f"Changed since {note(name)}:{table(plan_changes(other, self.plan))}"
+        c.progress.value = 0
+
+    def _compared(self) -> PruningPlan | None:
+        """Return the remembered plan to compare with, if its scores are there."""
+        choices = dict(self.state.remembered).get(self._controls.compared.value)
+        if choices is None or self.session.scores(choices.scoring) is None:
+            return None
+        return self.session.plan(choices)

@@ -1,0 +1,201 @@
+"""The controls of `PruningStudio`, and what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import ipywidgets as W
+
+from ..criteria import CRITERIA
+from ..measure import CostModel
+from ..order import SCOPES
+from ..plan import PruningPlan
+from ..pruning import Target
+from ..scores import NORMALIZERS, REDUCTIONS
+from ..studio_session import StudioSession
+from ..studio_state import Choices, Scoring, StudioState
+from .controls import code_area, dropdown, integer, note, slider, text
+
+MILLION = 1e6
+KINDS = {
+    "share of channels removed": "ratio",
+    "speed-up (times fewer MACs)": "speedup",
+    "MACs of one image (millions)": "macs",
+    "parameters (millions)": "params",
+}
+
+
+def target_of(kind: str, value: float) -> Target:
+    """Return the target that the slider stands for."""
+    return Target(**{kind: value * MILLION if kind in ("macs", "params") else value})
+
+
+def shown_value(target: Target) -> tuple[str, float]:
+    """Return a target's kind, and its value as the slider shows it."""
+    ((kind, value),) = ((key, value) for key, value in vars(target).items() if value is not None)
+    return kind, value / MILLION if kind in ("macs", "params") else value
+
+
+def slider_range(kind: str, costs: CostModel) -> tuple[float, float, float]:
+    """Return the least and largest value of the slider, and its step."""
+    if kind == "ratio":
+        return 0.01, 0.99, 0.01
+    if kind == "speedup":
+        return 1.02, 10.0, 0.02
+    whole = getattr(costs.original, kind) / MILLION
+    return 0.02 * whole, 0.99 * whole, whole / 200
+
+
+def target_near(kind: str, plan: PruningPlan, costs: CostModel) -> Target:
+    """Return the target of a kind that a plan just meets, within what the slider can say."""
+    cost, whole = costs.of(plan), costs.original
+    here = {
+        "ratio": plan.channels_removed / plan.channels,
+        "speedup": whole.macs / cost.macs,
+        "macs": cost.macs / MILLION,
+        "params": cost.params / MILLION,
+    }[kind]
+    low, high, _ = slider_range(kind, costs)
+    return target_of(kind, round(min(max(here, low), high), 6))
+
+
+@dataclass(frozen=True)
+class StudioControls:
+    """All controls by name."""
+
+    criterion: W.Dropdown
+    reduction: W.Dropdown
+    normalizer: W.Dropdown
+    scope: W.Dropdown
+    kind: W.Dropdown
+    target: W.FloatSlider
+    round_to: W.BoundedIntText
+    group: W.Dropdown
+    limit: W.FloatSlider
+    locked: W.ToggleButton
+    undo: W.Button
+    redo: W.Button
+    measure: W.Button
+    cancel: W.Button
+    name: W.Text
+    remember: W.Button
+    compared: W.Dropdown
+    path: W.Text
+    save_plan: W.Button
+    save_model: W.Button
+    save_code: W.Button
+    progress: W.FloatProgress
+    status: W.HTML
+    table: W.HTML
+    changes: W.HTML
+    code: W.Textarea
+
+    @classmethod
+    def build(cls, session: StudioSession, choices: Choices) -> StudioControls:
+        """Make the controls for a session."""
+        roots = [(str(group.root), group.root) for group in session.groups if group.prunable]
+        if not roots:
+            raise ValueError("nothing can be pruned: every group of this network is kept whole")
+        kind, value = shown_value(choices.target)
+        low, high, step = slider_range(kind, session.costs)
+        normalizers = [(name or "none", name) for name in NORMALIZERS]
+        return cls(
+            criterion=dropdown("criterion", CRITERIA, choices.scoring.criterion, "what a channel is scored by"),
+            reduction=dropdown("reduction", REDUCTIONS, choices.scoring.group_reduction, "over a group's members"),
+            normalizer=dropdown("normalizer", normalizers, choices.scoring.normalizer, "within each group"),
+            scope=dropdown("scope", SCOPES, choices.scope, "which channels are ranked together"),
+            kind=dropdown("target", KINDS.items(), kind),
+            target=slider("", low, high, step, value),
+            round_to=integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps"),
+            group=dropdown("group", roots, roots[0][1], "whose channels are shown below"),
+            limit=slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels"),
+            locked=W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now"),
+            undo=W.Button(description="undo", icon="undo", layout={"width": "auto"}),
+            redo=W.Button(description="redo", icon="repeat", layout={"width": "auto"}),
+            measure=W.Button(description="measure", icon="tachometer", tooltip="latency, accuracy and loss"),
+            cancel=W.Button(description="cancel", icon="times", tooltip="what is being computed"),
+            name=text("name", "plan 1"),
+            remember=W.Button(description="remember", tooltip="to compare other plans with this one"),
+            compared=dropdown("compare with", ["none"], "none"),
+            path=text("write to", "runs/studio", "without the ending"),
+            save_plan=W.Button(description="plan (JSON)", icon="download"),
+            save_model=W.Button(description="pruned model", icon="download"),
+            save_code=W.Button(description="Python", icon="download"),
+            progress=W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"}),
+            status=W.HTML(),
+            table=W.HTML(),
+            changes=W.HTML(),
+            code=code_area(),
+        )
+
+    @property
+    def scoring_box(self) -> W.VBox:
+        """What scores depend on."""
+        return W.VBox([self.criterion, self.reduction, self.normalizer])
+
+    @property
+    def target_box(self) -> W.VBox:
+        """What a plan is to meet."""
+        return W.VBox([self.scope, self.kind, self.target, self.round_to])
+
+    @property
+    def group_box(self) -> W.VBox:
+        """What is said of a single group."""
+        return W.VBox([self.group, self.limit, self.locked])
+
+    @property
+    def action_box(self) -> W.HBox:
+        """Going back and forth, measuring, comparing."""
+        return W.HBox([self.undo, self.redo, self.measure, self.cancel, self.name, self.remember, self.compared])
+
+    @property
+    def keep_box(self) -> W.HBox:
+        """Taking the outcome away."""
+        return W.HBox([self.path, self.save_plan, self.save_model, self.save_code])
+
+    @property
+    def status_box(self) -> W.HBox:
+        """What is going on."""
+        return W.HBox([self.progress, self.status])
+
+    def say(self, words: str, *, bad: bool = False) -> None:
+        """Show a line of words."""
+        self.status.value = note(words, bad=bad)
+
+    def read(self, choices: Choices) -> Choices:
+        """Return choices with what the controls say in their place."""
+        return replace(
+            choices,
+            scoring=Scoring(self.criterion.value, self.reduction.value, self.normalizer.value),
+            target=target_of(self.kind.value, round(self.target.value, 6)),
+            scope=self.scope.value,
+            round_to=None if self.round_to.value == 1 else self.round_to.value,
+        )
+
+    def show(self, state: StudioState, costs: CostModel) -> None:
+        """Set every control to the choices of a state."""
+        choices = state.choices
+        for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
+            control.value = getattr(choices.scoring, scoring.name)
+        self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
+        self._set_target(choices.target, costs)
+        self.show_group(choices)
+        self.undo.disabled, self.redo.disabled = not state.past, not state.future
+
+    def show_target(self, kind: str, plan: PruningPlan, costs: CostModel) -> None:
+        """Turn the slider to another kind of target, where the present plan stands in its terms."""
+        self._set_target(target_near(kind, plan, costs), costs)
+
+    def show_group(self, choices: Choices) -> None:
+        """Set limit and lock to those of the group that is shown."""
+        root = self.group.value
+        self.limit.value = dict(choices.limits).get(root, choices.max_ratio)
+        self.locked.value = root in dict(choices.locked)
+
+    def _set_target(self, target: Target, costs: CostModel) -> None:
+        kind, value = shown_value(target)
+        low, high, step = slider_range(kind, costs)
+        with self.target.hold_trait_notifications():
+            self.target.min, self.target.max = min(low, value), max(high, value)
+            self.target.step, self.target.value = step, value
+        self.kind.value = kind

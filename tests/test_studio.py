@@ -1,0 +1,267 @@
+"""The studio without a browser: its controls set, its buttons clicked, its figure and tables read."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import obc_tools as obc
+from obc_tools.plan import PruningPlan
+from obc_tools.pruning import Target
+from obc_tools.studio_plots import SCORES
+from obc_tools.widgets import studio as studio_module
+from obc_tools.widgets.studio import PruningStudio
+
+SOURCE = {"name": "resnet8", "in_channels": 1, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def made():
+    data = obc.load_data("digits")
+    torch.manual_seed(0)
+    model = obc.load_model("resnet8", 10, in_channels=1, width=8)
+    return model, data
+
+
+@pytest.fixture
+def studio(made, tmp_path):
+    """A studio that has scored and planned."""
+    found = PruningStudio(*made, batches=2, batch_size=32, held_out=1, source=SOURCE)
+    found._controls.path.value = str(tmp_path / "out")
+    return found.wait(60)
+
+
+def controls(studio):
+    return studio._controls
+
+
+def kept_bars(studio):
+    return int(studio.figure.data[0].y.sum())
+
+
+def test_it_starts_with_a_plan_by_the_jacobian_criterion(studio):
+    assert studio.plan == obc.one_shot_plan(
+        studio.session.scores(studio.state.choices.scoring), studio.session.costs, ratio=0.3
+    )
+    assert "speed-up" in controls(studio).table.value
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
+
+
+def test_the_slider_makes_a_plan_without_a_forward_pass(studio):
+    def refuse(*_):
+        raise AssertionError("a forward pass")
+
+    hook = studio.session.model.register_forward_pre_hook(refuse)
+    before = studio.plan
+    controls(studio).target.value = 0.5
+    assert studio.plan.channels_removed == int(0.5 * studio.plan.channels)
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
+    assert "Changed since" in controls(studio).changes.value and before != studio.plan
+    controls(studio).kind.value = "speedup"
+    controls(studio).target.value = 2.0
+    assert Target(speedup=2.0).met(studio.session.costs.of(studio.plan), studio.session.costs.original)
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["speedup", "macs", "params"])
+def test_another_kind_of_target_begins_where_the_plan_is(studio, kind):
+    before = studio.session.costs.of(studio.plan)
+    controls(studio).kind.value = kind
+    after = studio.session.costs.of(studio.plan)
+    assert after.macs == pytest.approx(before.macs, rel=0.05)
+    assert vars(studio.state.choices.target)[kind] is not None
+
+
+def test_undo_and_redo(studio):
+    c, first = controls(studio), studio.plan
+    c.scope.value = "local"
+    second = studio.plan
+    assert second != first
+    c.undo.click()
+    assert (studio.plan, c.scope.value, c.undo.disabled) == (first, "global", True)
+    c.redo.click()
+    assert (studio.plan, c.scope.value, c.redo.disabled) == (second, "local", True)
+
+
+def test_a_drag_is_undone_at_once(studio):
+    first = studio.plan
+    for value in (0.35, 0.4, 0.45):
+        controls(studio).target.value = value
+    controls(studio).undo.click()
+    assert studio.plan == first and controls(studio).target.value == 0.3
+
+
+def test_a_click_in_the_score_bar_toggles_a_channel(studio):
+    root, bars = controls(studio).group.value, studio.figure.data[SCORES]
+    before = studio.plan.kept_of(root)
+    studio._clicked(bars, SimpleNamespace(point_inds=[0]), None)
+    channel = int(bars.customdata[0])
+    assert set(before) ^ set(studio.plan.kept_of(root)) == {channel}
+    assert bars.marker.color[0] == (channel in studio.plan.kept_of(root))
+    studio.toggle(root, channel)
+    assert studio.plan.kept_of(root) == before
+
+
+def test_what_cannot_be_toggled_is_said(studio):
+    studio.toggle(("conv1", "out"), 1000)
+    assert "no channel 1000" in controls(studio).status.value
+
+
+def test_locks_and_limits_of_a_group(studio):
+    c = controls(studio)
+    root = c.group.value
+    c.limit.value = 0.0
+    assert studio.plan.kept_of(root) == tuple(range(studio.plan.axes[root]))
+    c.limit.value = 1.0
+    assert studio.state.choices.limits == ()
+    held = studio.plan.kept_of(root)
+    c.locked.value = True
+    c.target.value = 0.7
+    assert studio.plan.kept_of(root) == held
+    c.group.value = next(value for _, value in c.group.options if value != root)
+    assert not c.locked.value
+    c.group.value = root
+    assert c.locked.value
+    c.locked.value = False
+    assert studio.state.choices.locked == ()
+
+
+def test_another_criterion_is_scored_beside_the_kernel_and_kept(studio):
+    c = controls(studio)
+    c.criterion.value = "l1"
+    studio.wait(60)
+    scores = obc.score_groups(studio.session.model, studio.session.groups, "l1")
+    assert studio.plan == obc.one_shot_plan(scores, studio.session.costs, ratio=0.3)
+    c.criterion.value = "jacobian"
+    assert not studio._worker.busy
+    c.normalizer.value = "mean"
+    studio.wait(60)
+    assert studio.state.choices.scoring.normalizer == "mean"
+
+
+def test_a_new_setting_cancels_the_scoring_under_way(studio, monkeypatch):
+    entered, go_on, scored = threading.Event(), threading.Event(), []
+    score = studio.session.score
+
+    def slow(scoring, batches):
+        if scoring.criterion == "taylor":
+            entered.set()
+            assert go_on.wait(20)
+        scored.append(scoring.criterion)
+        return score(scoring, batches)
+
+    monkeypatch.setattr(studio.session, "score", slow)
+    first = studio.plan
+    controls(studio).criterion.value = "taylor"
+    assert entered.wait(20)
+    controls(studio).target.value = 0.4
+    assert studio.plan == first and scored == []
+    with pytest.raises(ValueError, match="being scored"):
+        studio.measure()
+    controls(studio).criterion.value = "l2"
+    go_on.set()
+    studio.wait(60)
+    assert scored == ["taylor", "l2"]
+    assert studio.state.choices.scoring.criterion == "l2"
+    scores = obc.score_groups(studio.session.model, studio.session.groups, "l2")
+    assert studio.plan == obc.one_shot_plan(scores, studio.session.costs, ratio=0.4)
+    assert studio.session.scores(studio.state.choices.scoring.__class__("taylor")) is None
+
+
+def test_cancel_leaves_the_plan_and_goes_on_at_the_next_choice(studio, monkeypatch):
+    go_on, score, first = threading.Event(), studio.session.score, studio.plan
+
+    def slow(scoring, batches):
+        assert go_on.wait(20)
+        return score(scoring, batches)
+
+    monkeypatch.setattr(studio.session, "score", slow)
+    controls(studio).criterion.value = "whc"
+    controls(studio).cancel.click()
+    go_on.set()
+    assert not studio._worker.busy and studio.plan == first
+    assert "cancelled" in controls(studio).status.value
+    controls(studio).target.value = 0.5
+    studio.wait(60)
+    assert studio.plan != first
+
+
+def test_measuring_fills_the_table(studio):
+    controls(studio).target.value = 0.5
+    controls(studio).measure.click()
+    studio.wait(60)
+    batch = list(studio.session.held_out_batches())
+    expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
+    assert studio.session.measured(studio.plan).metrics == expected
+    assert controls(studio).table.value.count("%") == 3
+    assert studio.session.measured(studio.plan).latency.median_ms > 0
+
+
+def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
+    first = studio.plan
+    controls(studio).limit.value = 0.0
+    studio.choose(obc.studio_state.Choices(target=Target(speedup=1e5)))
+    assert "cannot be met" in controls(studio).status.value
+    controls(studio).undo.click()
+    controls(studio).undo.click()
+    assert studio.plan == first
+
+
+def test_a_failure_beside_the_kernel_is_shown(studio, monkeypatch):
+    def fail(scoring, batches):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(studio.session, "score", fail)
+    controls(studio).criterion.value = "random"
+    studio._worker.wait(20)
+    assert "RuntimeError: no memory left" in controls(studio).status.value
+
+
+def test_plans_are_compared(studio):
+    c = controls(studio)
+    c.name.value = "mild"
+    c.remember.click()
+    mild = studio.plan
+    c.target.value = 0.6
+    assert c.compared.value == "mild" and c.compared.options == ("none", "mild")
+    assert list(studio.figure.data[3].y) == [len(kept) for kept in mild.kept]
+    assert "Changed since <span style='color:inherit'>mild" in c.changes.value
+    c.compared.value = "none"
+    assert len(studio.figure.data[3].y) == 0
+
+
+def test_the_plan_is_taken_away(studio, made, tmp_path):
+    model, data = made
+    studio.toggle(controls(studio).group.value, 0)
+    c = controls(studio)
+    for made_button in (c.save_plan, c.save_model, c.save_code):
+        made_button.click()
+        assert "wrote" in c.status.value
+    assert PruningPlan.from_json((tmp_path / "out.json").read_text()) == studio.plan
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["name"] == "resnet8"
+    images = next(iter(data.batches("val", 4)))[0]
+    loaded, direct = obc.load_pruned(tmp_path / "out"), obc.prune(studio.session.model, studio.plan)
+    assert torch.equal(loaded(images), direct(images))
+    namespace = {"model": model, "data": data}
+    exec((tmp_path / "out.py").read_text(), namespace)
+    assert namespace["plan"] == studio.plan
+    assert c.code.value == studio.code == (tmp_path / "out.py").read_text()
+    c.save_model.click()
+    assert "out" in c.status.value and "wrote" not in c.status.value
+
+
+def test_the_model_is_left_alone(made):
+    model, data = made
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    PruningStudio(model, data, batches=1, batch_size=32, ignore=["conv1"], look="dark").wait(60)
+    assert model.training and not any(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="unknown theme 'loud'"):
+        PruningStudio(model, data, look="loud")
+
+
+def test_the_top_level_resolves_it_lazily():
+    assert obc.PruningStudio is studio_module.PruningStudio
