@@ -59,7 +59,7 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
         axes = {"in": axes["out"]} | axes
     if taken.shape[first] > 1:
         flow.join(source.dims[first], axes["in"], source.origin)
-    if axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
+    if groups > 1 and axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
         flow.join(axes["in"], flow.join_rows(axes["out"].reshape(groups, -1).T))
     elif groups > 1 and axes["in"] is not axes["out"]:
         flow.join_blocks(axes["in"], groups)

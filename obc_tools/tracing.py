@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import computing, rearranging  # noqa: F401  (they fill the table of operations)
+from .backtrack import History
 from .calls import FUNCTIONS, sized_shape
 from .flow import INPUT, Channels, Flow, follow, tensors_in
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, layer_axes, own_tensors
@@ -38,13 +39,15 @@ class Traced:
     """What tracing a model tells, all in labels.
 
     ``axes`` holds the labels of every layer axis in the order in which layers first ran, ``kinds`` the layers' types,
-    ``calls`` the labels of each dimension of what every call of a module without children gave.
+    ``calls`` the labels of each dimension of what every call of a module without children gave, ``met`` the places of
+    convolutions and linear layers in the order in which they are met from the outputs back.
     """
 
     flow: Flow
     axes: Mapping[LayerAxis, np.ndarray]
     kinds: Mapping[str, str]
     calls: Sequence[tuple[ModuleCall, Sequence[np.ndarray | None]]]
+    met: Mapping[str, int]
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Tracer:
     ran: dict[str, None] = field(default_factory=dict)
     calls: list[tuple[ModuleCall, Sequence[np.ndarray | None]]] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    met: dict[str, int] = field(default_factory=dict)
     paused: int = 0
 
     def register(self) -> None:
@@ -127,6 +132,7 @@ class Tracer:
         if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in leaves):
             raise ValueError("the model's output holds no tensor that depends on its parameters")
         self.flow.freeze_all([self.flow.of(leaf) for leaf in leaves], "reaches the model's output")
+        self.met = self.met or self.history.walk_back(leaves)
 
     def saw(self, tensors: Sequence[Tensor]) -> None:
         """Note which layers ran."""
@@ -147,6 +153,8 @@ class Tracer:
         def leaving(name: str) -> Callable:
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 self.stack.pop()
+                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                    self.history.gave(name, output)
                 if isinstance(module, nn.MultiheadAttention):
                     self.paused -= 1
                     if not self.paused:
@@ -204,6 +212,8 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
+        arguments = tensors_in((*args, *kwargs.values()))
+        self.tracer.history.note(function.overloadpacket.__name__, tensors_in((out,)), arguments)
         if not self.tracer.paused:
             self.tracer.saw(tensors_in(args))
             follow(self.tracer.flow, function, out, args, kwargs)
@@ -254,7 +264,7 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
             raise ValueError(f"cannot trace this {type(model).__name__}: {type(error).__name__}: {error}") from error
     order = {name: index for index, name in enumerate(tracer.ran)}
     axes = sorted((axis for axis in tracer.axes if axis.layer in order), key=lambda axis: order[axis.layer])
-    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls)
+    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls, tracer.met)
 
 
 def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
