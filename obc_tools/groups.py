@@ -49,7 +49,9 @@ class ChannelGroup:
     ``root`` is the first member's axis and names the group; ``width`` its number of channels. ``kept_whole`` says why
     the group is never pruned, or is None. ``blocks``: equal runs of channels that lose the same positions (attention
     heads, convolution groups). ``attributes`` are numbers that modules keep beside their weights and that follow the
-    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width).
+    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
+    ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
+    narrower heads keep their temperature.
     """
 
     root: LayerAxis
@@ -233,7 +235,7 @@ def _member(place: Place, kind: str) -> Member:
 
 def _in_table(model: nn.Module, axis: LayerAxis) -> bool:
     """Say whether the table of layer types already lets an attribute follow a layer's weights."""
-    layer, name = model.get_submodule(axis.layer), axis.axis[1:].partition(".")[0]
+    layer, name = get_layer(model, axis.layer), axis.axis[1:].partition(".")[0]
     try:
         axes = layer_axes(layer, axis.layer)
     except UnknownLayerError:
