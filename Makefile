@@ -1,12 +1,13 @@
 # make demo   the main job on handwritten digits, start to finish (under two minutes once installed)
 # make test   the tests that CI runs
+# make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lab lint clean
+.PHONY: demo test test-all zoo lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
@@ -18,6 +19,9 @@ test: $(STAMP) lint
 test-all: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks
+
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks

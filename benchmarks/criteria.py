@@ -34,7 +34,7 @@ VARIANTS = {
     "jacobian, 128 images a row, set": {"coupling": "set"},
     "jacobian, 1 image a row, set": {"rows": "sample", "coupling": "set"},
 }
-EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 2, "training": 0}
+EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 1, "training": 0}
 
 
 @dataclass(frozen=True)

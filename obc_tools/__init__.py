@@ -7,6 +7,7 @@ The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `Eq
 from importlib import import_module
 
 _NAMES = {
+    "check": ("Check", "check_plan"),
     "compare": ("compare_criteria",),
     "comparison": ("Comparison", "read_comparison"),
     "criteria": ("CRITERIA", "Criterion"),
@@ -14,6 +15,8 @@ _NAMES = {
     "data": ("hold_out", "load_data", "take"),
     "dense": ("dense_jtj", "filter_interactions", "group_jtj"),
     "equivalent": ("EquivalentModel",),
+    "explain": ("explain",),
+    "export": ("export_onnx", "export_program"),
     "experiments": ("EXPERIMENTS", "Experiment"),
     "grid": ("Grid", "GridJob", "launch_grid", "paper_grid"),
     "groups": ("ChannelGroup", "Member", "find_groups"),

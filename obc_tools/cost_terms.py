@@ -28,7 +28,7 @@ from torch_pruning.utils import op_counter
 
 from .costs import Call, formula
 from .groups import ModuleCall
-from .layers import Axis, LayerAxis, is_depthwise
+from .layers import Axis, LayerAxis
 
 Width = LayerAxis | ModuleCall
 """What has a width: an axis of a layer, or the channels that one call of a module without parameters sees."""
@@ -107,7 +107,7 @@ def _convolution(layer: nn.modules.conv._ConvNd, call: Call) -> list[Term]:
     positions = call.inputs[0][0] * math.prod(call.output[2:])
     taps = positions * math.prod(layer.kernel_size)
     out, into = LayerAxis(call.layer, "out"), LayerAxis(call.layer, "in")
-    weight = ((out, 1),) if is_depthwise(layer) else ((into, 1), (out, layer.groups))
+    weight = ((out, 1),) if 1 < layer.groups == layer.in_channels else ((into, 1), (out, layer.groups))
     return [(taps, weight), *_bias(layer, positions, out)]
 
 

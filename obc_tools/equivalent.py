@@ -23,6 +23,7 @@ from torch.func import functional_call
 from .layers import LayerAxis, from_mixing, get_layer, layer_axes, own_parameters, to_mixing
 from .plan import PruningPlan
 from .pruning import prune
+from .shrinking import is_attribute
 
 
 class MixedLayer(nn.Module):
@@ -86,7 +87,8 @@ class EquivalentModel(nn.Module):
         tied = _tied_parameters(model)
         kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for axis, positions in plan.shrunk.items():
-            kept[axis.layer][axis.axis] = positions
+            if not is_attribute(axis.axis) and isinstance(get_layer(model, axis.layer), nn.Module):
+                kept[axis.layer][axis.axis] = positions
         for name, positions in kept.items():
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
@@ -160,17 +162,26 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     mixable = {key: positions for key, positions in kept.items() if axes[key].mixable}
     if not mixable:
         return None
-    stride = _stride(plan, LayerAxis(name, "in")) if "in" in mixable else 1
+    stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in mixable else 1
     weight = to_mixing(layer, layer.weight.detach(), stride)
     groups, outputs, _, inputs = weight.shape
     compressor = decompressor = bias = None
     if "out" in mixable:
-        compressor = selection_matrix(mixable["out"], groups, outputs).to(weight)
+        selection = selection_matrix(mixable["out"], groups, outputs)
+        compressor = (selection * _factors(plan, name, mixable["out"], groups)).to(weight)
         bias = None if layer.bias is None else layer.bias.detach().view(groups, outputs)
     if "in" in mixable:
         units = tuple(position // stride for position in mixable["in"][::stride])
         decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
     return MixedLayer(weight, bias, compressor, decompressor)
+
+
+def _factors(plan: PruningPlan, name: str, kept: tuple[int, ...], groups: int) -> Tensor:
+    """Return what a layer's kept outputs are multiplied by so that attentions keep their temperature, as a column."""
+    positions, factor = plan.scaled.get(name, ((), 1.0))
+    queries = frozenset(positions)
+    found = [factor if position in queries else 1.0 for position in kept]
+    return torch.tensor(found, dtype=torch.float64).view(groups, -1, 1)
 
 
 def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
@@ -191,8 +202,11 @@ def _refuse_tied(model: nn.Module, name: str, tied: set[nn.Parameter]) -> None:
             raise ValueError(f"layer {name!r}: its {leaf} is shared with another layer and cannot be mixed; ignore it")
 
 
-def _stride(plan: PruningPlan, axis: LayerAxis) -> int:
-    """Return how many neighbouring positions of an input axis belong to one channel: above 1 behind a flattening."""
+def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:
+    """Return how many neighbouring positions of an input axis are mixed as one channel.
+
+    Above 1 only behind a flattening, where equal runs of positions belong to one channel each.
+    """
     members = [member for group in plan.groups for member in group.members if member.axis == axis]
     strides = {len(member.positions) // len(set(member.channels)) for member in members}
     stride = strides.pop()
@@ -201,9 +215,7 @@ def _stride(plan: PruningPlan, axis: LayerAxis) -> int:
         for m in members
         for unit in {p // stride for p in m.positions}
     )
-    if not regular:
-        raise ValueError(f"layer {axis.layer!r}: its inputs do not come in equal runs a channel; they cannot be mixed")
-    return stride
+    return stride if regular and isinstance(layer, nn.Linear) else 1
 
 
 def _detach(layer: nn.Module, mixed: MixedLayer) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from .criteria import Criterion, Evidence, resolve_criterion
 from .evidence import sum_squares
-from .groups import expand_axes
 from .jacobian import Objective, Rows, classification, model_axes, parameter_slots, stream_products
 from .layers import (
     LayerAxis,
@@ -181,3 +180,14 @@ def _axes(item: Any, graph: tp.DependencyGraph) -> list[tuple[nn.Module, str]]:
 def _parameters_of_one(layer: nn.Module, key: str) -> int:
     axis = find_axis(layer, LayerAxis("", key))
     return sum(own_parameters(layer)[slot.tensor].numel() // axis.width for slot in parameter_slots(layer, axis))
+
+
+def expand_axes(module: nn.Module | nn.Parameter, name: str, key: str) -> list[tuple[str, str, int]]:
+    """Return (layer, axis, width) of all axes that torch_pruning treats as one item, given its module and direction."""
+    if isinstance(module, nn.MultiheadAttention):
+        both = [(name, "in", module.embed_dim), (name, "out", module.embed_dim)]
+        projection = f"{name}.out_proj" if name else "out_proj"
+        return [*both, (projection, "in", module.embed_dim), (projection, "out", module.embed_dim)]
+    axes = layer_axes(module, name)
+    key = key if key in axes else "out"
+    return [(name, key, axes[key].width)] if axes else []

@@ -10,6 +10,8 @@ layer                   axis "out"                                            ax
 convolution             ``weight`` along 0, ``bias``                          ``weight`` along 1, per convolution group
 transposed convolution  ``weight`` along 1, per convolution group, ``bias``   ``weight`` along 0
 depthwise convolution   ``weight`` along 0, ``bias``                          (the same axis)
+...with a multiplier    ``weight`` along 0, ``bias``                          none: its groups
+standardised weights    with ``gain`` (timm); they cannot be mixed
 linear                  ``weight`` along 0, ``bias``                          ``weight`` along 1
 norms                   ``weight``, ``bias``, running statistics              (the same axis)
 PReLU                   ``weight``                                            (the same axis)
@@ -23,10 +25,8 @@ bare parameter          its last dimension longer than 1
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -43,6 +43,10 @@ class LayerAxis(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.axis}"
+
+
+TEMPERATURE = ".temperature"
+"""The name of an axis of those outputs of a layer that make queries: they grow by the root of the share that stays."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,19 @@ class UnknownLayerError(ValueError):
 
 
 def _convolution(layer: nn.modules.conv._ConvNd) -> dict[str, Axis]:
-    out = (Slot("weight", 0), Slot("bias", 0))
+    out = (Slot("weight", 0), Slot("bias", 0), Slot("gain", 0))
+    plain = not is_standardised(layer)
     if is_depthwise(layer):
         return {"out": Axis(layer.out_channels, out, ("out_channels", "in_channels", "groups"))}
+    if layer.groups == layer.in_channels > 1 and not layer.transposed:
+        return {
+            "out": Axis(layer.out_channels, out, ("out_channels",)),
+            "in": Axis(layer.in_channels, (), ("in_channels", "groups")),
+        }
     inputs = (Slot("weight", 1, groups=layer.groups),)
     return {
-        "out": Axis(layer.out_channels, out, ("out_channels",), True, layer.groups),
-        "in": Axis(layer.in_channels, inputs, ("in_channels",), True, layer.groups),
+        "out": Axis(layer.out_channels, out, ("out_channels",), plain, layer.groups),
+        "in": Axis(layer.in_channels, inputs, ("in_channels",), plain, layer.groups),
     }
 
 
@@ -143,7 +153,7 @@ def _attention(layer: nn.MultiheadAttention) -> dict[str, Axis]:
     }
 
 
-def _parameter(parameter: nn.Parameter) -> dict[str, Axis]:
+def _parameter(parameter: Tensor) -> dict[str, Axis]:
     longer = [dim for dim, size in enumerate(parameter.shape) if size > 1]
     return {"out": Axis(parameter.shape[longer[-1]], (Slot("", longer[-1]),))} if longer else {}
 
@@ -160,7 +170,7 @@ LAYERS: Mapping[type, Callable[..., dict[str, Axis]]] = {
     nn.PReLU: _prelu,
     nn.Embedding: _embedding,
     nn.MultiheadAttention: _attention,
-    nn.Parameter: _parameter,
+    Tensor: _parameter,
 }
 """Layer type -> its axes. First match by isinstance wins."""
 
@@ -172,19 +182,19 @@ def is_depthwise(layer: nn.Module) -> bool:
     return layer.groups == layer.out_channels == layer.in_channels
 
 
-def get_layer(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """Return the module or bare parameter called `name`; raise KeyError with the closest names otherwise."""
+def get_layer(model: nn.Module, name: str) -> nn.Module | Tensor:
+    """Return the module, bare parameter or bare buffer called `name`; raise UnknownNameError otherwise."""
     owner, _, leaf = name.rpartition(".")
     try:
         return model.get_submodule(name)
     except AttributeError:
         pass
     try:
-        parameter = model.get_submodule(owner)._parameters.get(leaf)
+        tensor = own_tensors(model.get_submodule(owner)).get(leaf)
     except AttributeError:
-        parameter = None
-    if parameter is not None:
-        return parameter
+        tensor = None
+    if tensor is not None:
+        return tensor
     known = [key for key, _ in model.named_modules() if key]
     raise UnknownNameError("layer", name, known)
 
@@ -198,9 +208,9 @@ class UnknownNameError(ValueError):
         super().__init__(f"unknown {what} {name!r}; {hint}")
 
 
-def own_tensors(layer: nn.Module | nn.Parameter) -> dict[str, Tensor]:
-    """Return the tensors that belong to a layer itself, parameters and buffers, by name ("" for a bare parameter)."""
-    if isinstance(layer, nn.Parameter):
+def own_tensors(layer: nn.Module | Tensor) -> dict[str, Tensor]:
+    """Return the tensors that belong to a layer itself, parameters and buffers, by name ("" for a bare one)."""
+    if isinstance(layer, Tensor):
         return {"": layer}
     own = {**layer._parameters, **layer._buffers}
     return {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -231,6 +241,16 @@ def layer_axes(layer: nn.Module | nn.Parameter, name: str = "") -> dict[str, Axi
         what = f"parameters {strange}" if strange else "a parametrization (remove it first)"
         raise UnknownLayerError(f"layer {name!r} ({type(layer).__name__}) has {what} that its type does not explain")
     return {key: _with_slots(axis, tensors) for key, axis in axes.items()}
+
+
+def all_axes(layer: nn.Module | Tensor, name: str = "") -> dict[str, Axis]:
+    """Return the axes of a layer; of a bare parameter or buffer also all its other dimensions, "dim0", "dim1", ..."""
+    axes = layer_axes(layer, name)
+    if isinstance(layer, Tensor) and axes:
+        last = axes["out"].slots[0].dim
+        others = [dim for dim, size in enumerate(layer.shape) if size > 1 and dim != last]
+        axes |= {f"dim{dim}": Axis(layer.shape[dim], (Slot("", dim),)) for dim in others}
+    return axes
 
 
 def _with_slots(axis: Axis, tensors: Mapping[str, Tensor]) -> Axis:
@@ -288,47 +308,31 @@ def _select_in_groups(tensor: Tensor, groups: int, kept: Tensor) -> Tensor:
     return torch.cat([part.index_select(1, index) for part, index in zip(split, inside, strict=True)])
 
 
-def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str = "") -> None:
-    """Keep only some channels of a layer, in place: parameters, buffers and the attributes that hold widths.
+def scalable_slots(layer: nn.Module | Tensor) -> tuple[Slot, ...]:
+    """Return the slots by which a layer's outputs are multiplied by a number; none where its weights are standardised.
 
-    `kept` maps an axis name to the kept positions, in ascending order. New parameters keep their requires_grad.
+    The outputs of an attention are its queries, keys and values; the first of a slot's parts are the queries.
     """
-    axes = layer_axes(layer, name)
-    for key, positions in kept.items():
-        axis = axes[key]
-        for slot in axis.slots:
-            tensor = own_tensors(layer)[slot.tensor]
-            index = torch.as_tensor(positions, device=tensor.device)
-            _replace(layer, slot.tensor, select_channels(tensor.detach(), slot, index))
-        for attribute in axis.attributes:
-            old = getattr(layer, attribute)
-            setattr(layer, attribute, (len(positions),) if isinstance(old, tuple) else len(positions))
-    if isinstance(layer, nn.MultiheadAttention):
-        layer.head_dim = layer.embed_dim // layer.num_heads
+    try:
+        slots = layer_axes(layer).get("out", Axis(0, ())).slots
+    except UnknownLayerError:
+        return ()
+    fixed = {"running_mean", "running_var"} | ({"weight"} if is_standardised(layer) else set())
+    kept = tuple(slot for slot in slots if slot.tensor not in fixed)
+    return kept if {slot.tensor for slot in kept} - {"bias"} else ()
 
 
-def shrink_model(model: nn.Module, kept: Mapping[LayerAxis, Sequence[int]]) -> nn.Module:
-    """Return a copy of the model in which the given axes keep only these positions (ascending)."""
-    shrunk = copy.deepcopy(model)
-    by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
-    for axis, positions in kept.items():
-        by_layer[axis.layer][axis.axis] = positions
-    for name, axes in by_layer.items():
-        layer = get_layer(shrunk, name)
-        if isinstance(layer, nn.Parameter):
-            slot = layer_axes(layer, name)["out"].slots[0]
-            index = torch.as_tensor(axes["out"], device=layer.device)
-            owner, _, leaf = name.rpartition(".")
-            _replace(shrunk.get_submodule(owner), leaf, select_channels(layer.detach(), slot, index))
-        else:
-            shrink_layer(layer, axes, name)
-    return shrunk
+def scale_outputs(layer: nn.Module | Tensor, positions: Sequence[int], factor: float) -> None:
+    """Multiply some outputs of a layer by a number, in place (see `scalable_slots`)."""
+    tensors = own_tensors(layer)
+    for slot in scalable_slots(layer):
+        tensor = tensors[slot.tensor].detach()
+        tensor.movedim(slot.dim, 0)[torch.as_tensor(positions, device=tensor.device)] *= factor
 
 
-def _replace(layer: nn.Module, name: str, value: Tensor) -> None:
-    old = own_tensors(layer)[name]
-    fresh = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    setattr(layer, name, fresh)
+def is_standardised(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
+    return type(layer).__module__.startswith("timm.layers.std_conv")
 
 
 def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:

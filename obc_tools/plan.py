@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from .groups import ChannelGroup, Member, kept_positions
-from .layers import LayerAxis, UnknownNameError, get_layer, layer_axes
+from .layers import TEMPERATURE, LayerAxis, UnknownNameError, all_axes, get_layer
 
 FORMAT = 1
 
@@ -56,6 +58,19 @@ class PruningPlan:
     def axes(self) -> Mapping[LayerAxis, int]:
         """The original width of every axis that belongs to a group."""
         return {member.axis: member.width for group in self.groups for member in group.members}
+
+    @cached_property
+    def scaled(self) -> Mapping[str, tuple[tuple[int, ...], float]]:
+        """Layers that make the queries of attentions with narrower heads: their original positions, and the factor.
+
+        The factor √(kept / all) makes up for a scale of 1/√(width of a head), which the pruned attention takes anew.
+        """
+        rows: dict[str, list[int]] = defaultdict(list)
+        for member in (member for group in self.groups for member in group.attributes):
+            if member.axis.axis == TEMPERATURE and member.axis in self.shrunk:
+                rows[member.axis.layer] += member.positions
+        stay = {layer: set(self.shrunk[LayerAxis(layer, TEMPERATURE)]).intersection(rows[layer]) for layer in rows}
+        return {layer: (tuple(own), math.sqrt(len(stay[layer]) / len(own))) for layer, own in rows.items()}
 
     def selection(self, axis: LayerAxis) -> tuple[int, ...]:
         """Return the kept positions of an axis, ascending, in the original numbering."""
@@ -125,7 +140,7 @@ class PruningPlan:
             if axis not in self.shrunk:
                 continue
             try:
-                found = layer_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+                found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
             except (ValueError, KeyError) as error:
                 raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
             if found != width:
@@ -207,32 +222,36 @@ def _with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
 
 def _renumber(group: ChannelGroup, kept: Sequence[int], rank: Mapping[LayerAxis, Mapping[int, int]]) -> ChannelGroup:
     channel_rank = {channel: index for index, channel in enumerate(kept)}
-    members = []
-    for member in group.members:
-        if member.axis not in rank:
-            members.append(member)
-            continue
-        place = rank[member.axis]
-        stay = [(p, c) for p, c in zip(member.positions, member.channels, strict=True) if c in channel_rank]
-        positions, channels = tuple(place[p] for p, _ in stay), tuple(channel_rank[c] for _, c in stay)
-        members.append(replace(member, positions=positions, channels=channels, width=len(place)))
-    return replace(group, width=len(kept), members=tuple(members))
+
+    def renumbered(members: Iterable[Member]) -> Iterator[Member]:
+        for member in members:
+            if member.axis not in rank:
+                yield member
+                continue
+            place = rank[member.axis]
+            stay = [(p, c) for p, c in zip(member.positions, member.channels, strict=True) if c in channel_rank]
+            positions, channels = tuple(place[p] for p, _ in stay), tuple(channel_rank[c] for _, c in stay)
+            yield replace(member, positions=positions, channels=channels, width=len(place))
+
+    members, attributes = tuple(renumbered(group.members)), tuple(renumbered(group.attributes))
+    return replace(group, width=len(kept), members=members, attributes=attributes)
 
 
 def _group_to_data(group: ChannelGroup, kept: Sequence[int]) -> dict:
-    members = [
-        {"layer": m.axis.layer, "axis": m.axis.axis, "type": m.kind, "width": m.width}
-        | ({} if _is_identity(m) else {"positions": m.positions, "channels": m.channels})
-        for m in group.members
-    ]
-    return {
+    data = {
         "root": list(group.root),
         "width": group.width,
         "blocks": group.blocks,
         "kept_whole": group.kept_whole,
         "kept": list(kept),
-        "members": members,
+        "members": list(map(_member_to_data, group.members)),
     }
+    return data | ({"attributes": list(map(_member_to_data, group.attributes))} if group.attributes else {})
+
+
+def _member_to_data(member: Member) -> dict:
+    data = {"layer": member.axis.layer, "axis": member.axis.axis, "type": member.kind, "width": member.width}
+    return data | ({} if _is_identity(member) else {"positions": member.positions, "channels": member.channels})
 
 
 def _is_identity(member: Member) -> bool:
@@ -240,15 +259,16 @@ def _is_identity(member: Member) -> bool:
 
 
 def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
-    members = []
-    for entry in data["members"]:
-        full = range(_integer(entry["width"]))
-        positions, channels = (tuple(map(_integer, entry.get(key, full))) for key in ("positions", "channels"))
-        axis = LayerAxis(str(entry["layer"]), str(entry["axis"]))
-        members.append(Member(axis, positions, channels, len(full), str(entry["type"])))
-    root = LayerAxis(*map(str, data["root"]))
-    group = ChannelGroup(root, _integer(data["width"]), tuple(members), data["kept_whole"], _integer(data["blocks"]))
+    members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in ("members", "attributes"))
+    width, blocks = _integer(data["width"]), _integer(data["blocks"])
+    group = ChannelGroup(LayerAxis(*map(str, data["root"])), width, members, data["kept_whole"], blocks, attributes)
     return group, tuple(map(_integer, data["kept"]))
+
+
+def _member_from_data(data: Mapping) -> Member:
+    full = range(_integer(data["width"]))
+    positions, channels = (tuple(map(_integer, data.get(key, full))) for key in ("positions", "channels"))
+    return Member(LayerAxis(str(data["layer"]), str(data["axis"])), positions, channels, len(full), str(data["type"]))
 
 
 def _integer(value: object) -> int:

@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 from .criteria import resolve_criterion
 from .groups import ChannelGroup, find_groups
 from .jacobian import Objective, classification
-from .layers import shrink_model
 from .measure import Cost, CostModel, cost_model
 from .order import Limits, RemovalOrder, removal_order
 from .plan import PlanMismatchError, PruningPlan
 from .scores import score_groups
+from .shrinking import shrink_model
 
 
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -29,7 +29,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
     """
     plan.validate(model)
-    pruned = shrink_model(model, plan.shrunk)
+    pruned = shrink_model(model, plan.shrunk, plan.scaled)
     _tie(model, pruned)
     return pruned
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .equivalent import EquivalentModel
-from .layers import get_layer, layer_axes
+from .layers import all_axes, get_layer
 from .models import load_model
 from .plan import PlanMismatchError, PruningPlan
 from .pruning import prune
@@ -177,10 +177,10 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
-    for axis in plan.axes:
-        expected = len(plan.selection(axis))
+    for axis in (axis for axis in plan.axes if axis in plan.shrunk):
+        expected = len(plan.shrunk[axis])
         try:
-            found = layer_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+            found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
         except (ValueError, KeyError) as error:
             raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
         if found != expected:

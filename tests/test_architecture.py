@@ -17,7 +17,8 @@ PATHS = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py")) if path !=
 MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 TIERS = (
-    ("state", "layers", "files", "logs", "environment"),
+    ("state", "layers", "sizes", "shrinking", "files", "logs", "environment"),
+    ("flow", "calls", "rearranging", "computing", "backtrack", "queries", "tracing", "coupling"),
     ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),
@@ -26,6 +27,7 @@ TIERS = (
     ("plan", "order"),
     ("pruning", "one_shot", "studio_state"),
     ("equivalent",),
+    ("explain", "masking", "check", "export"),
     ("comparison", "curves", "compare"),
     ("background",),
     ("recipe", "schedule", "optimizer", "history", "guard", "loss", "average", "processes"),
@@ -33,7 +35,7 @@ TIERS = (
     ("store",),
     ("job", "job_result", "pipeline", "experiments"),
     ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
-    ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots"),
+    ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots", "group_plots"),
     ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli", "__main__"),
     ("studio_session", "run_watch"),
     ("widgets.tasks", "widgets.controls", "widgets.explorer", "widgets.studio_controls"),
@@ -47,6 +49,7 @@ VIEWS = {
     "studio_plots",
     "explorer_plots",
     "equivalent_plots",
+    "group_plots",
     "run_watch",
     "report",
     "job_report",

@@ -244,15 +244,9 @@ def test_group_scores_of_the_published_resnet56(golden_file):
     keys = [key for key in file.files if key.startswith("group/")]
     assert len(keys) == len(groups) > 20
     scores = score_groups(model, list(groups.values()), "jacobian", batches)
-    axes = dict.fromkeys(member.axis for group in groups.values() for member in group.members)
-    members = sum_squares(stream_products(model, batches, list(axes)))
     for key in keys:
         group, expected = groups[key.split("/")[1]], torch.from_numpy(file[key])
-        # The file's members were added up in float32: so added, ours agree to the last digit that it has.
-        single = torch.zeros(group.width)
-        for member in group.members:
-            single += members[member.axis].float()
-        torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-7 * expected.max().item(), msg=key)
+        # The file's members, up to 31 of a group, were added up in float32.
         torch.testing.assert_close(scores[group], expected, rtol=0, atol=2e-7 * expected.max().item(), msg=key)
 
 

@@ -77,8 +77,8 @@ def test_tied_parameters_stay_tied_or_are_refused():
     apart = nn.Sequential(
         nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
     )
-    apart[4].weight = apart[2].weight
     groups = find_groups(apart, torch.randn(1, 4))
+    apart[4].weight = apart[2].weight
     plan = PruningPlan.whole(groups)
     plan = PruningPlan(groups, ((0, 1, 2), *plan.kept[1:]))
     with pytest.raises(PlanMismatchError, match="are one parameter, but the plan prunes them differently"):

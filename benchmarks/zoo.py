@@ -1,0 +1,159 @@
+"""Take every network of torchvision and at least one of each family of timm through pruning and all of its proofs.
+
+    python benchmarks/zoo.py [--out results/zoo.csv --names timm:resnet10t --keep same --limit-s 300 --memory-gb 12]
+
+A network a process, one after another; each row is written as soon as it is there, so that a run may be stopped and
+taken up again. Weights are random and seeded, nothing is downloaded. Exit status 1 if any output was wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+import tyro
+from tqdm.auto import tqdm
+from zoo_models import Case, cases
+from zoo_row import COLUMNS, Row
+
+from obc_tools.layers import UnknownNameError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        out: the table; rows that are there already may be kept.
+        names: run these ("timm:resnet10t", "torchvision:resnet18") in this order; all by default.
+        keep: rows to keep: those of the same code, those that passed whatever the code was, or none.
+        onnx: export those networks that are marked for it (most of their time).
+        limit_s: seconds of computing that a network may take; a wait of four times as many ends it too.
+        memory_gb: memory a network's process may take.
+    """
+
+    out: Path = ROOT / "results" / "zoo.csv"
+    names: tuple[str, ...] = ()
+    keep: Literal["same", "passed", "none"] = "same"
+    onnx: bool = True
+    limit_s: float = 300
+    memory_gb: float = 12
+
+
+def code_version() -> str:
+    """Return a digest of the library's sources and of the versions of the libraries that networks come from."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "obc_tools").glob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(" ".join(version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")).encode())
+    return digest.hexdigest()[:10]
+
+
+def _child(connection: Connection, case: Case, limit_s: float, memory_gb: float) -> None:
+    for kind, limit in ((resource.RLIMIT_DATA, int(memory_gb * 2**30)), (resource.RLIMIT_CPU, int(limit_s))):
+        resource.setrlimit(kind, (limit, limit))
+    torch.set_num_threads(1)
+    connection.send(Row(case).fill())
+
+
+def _forkserver() -> multiprocessing.context.BaseContext:
+    """Return the way to start processes: from one that has imported everything and done nothing."""
+    # The server finds modules by the environment's path, not by ours.
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zoo_row"])
+    return context
+
+
+def run_case(case: Case, limit_s: float, memory_gb: float) -> dict[str, object]:
+    """Return a network's row, made in a process of its own, or one that says how the process ended."""
+    context = _forkserver()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, case, limit_s, memory_gb))
+    process.start()
+    theirs.close()
+    blank = dict.fromkeys(COLUMNS, "") | {"source": case.source, "model": case.name, "reduced": case.reduced}
+    try:
+        if ours.poll(4 * limit_s):
+            return ours.recv()
+        raise EOFError
+    except EOFError:
+        process.join(0)
+        ended = "not done" if process.exitcode in (None, -signal.SIGXCPU, -signal.SIGKILL) else "its process died"
+        return blank | {"seconds": limit_s, "ok": False, "reason": f"unclear: {ended} after {limit_s:g} s of computing"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def kept_rows(table: pd.DataFrame, keep: str, code: str) -> pd.DataFrame:
+    """Return the rows of an earlier table that need not be made again."""
+    if keep == "none":
+        return table[:0]
+    return table[table["code"] == code] if keep == "same" else table[table["ok"].astype(str) == "True"]
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a source: networks, those that pass everything, their share, those refused, unclear and wrong."""
+    passed = table["ok"].astype(str) == "True"
+    kinds = table["reason"].astype(str).str.extract(r"^(refused|unclear|WRONG)")[0]
+    counts = pd.crosstab(table["source"], kinds).reindex(columns=["refused", "unclear", "WRONG"], fill_value=0)
+    frame = pd.DataFrame({"networks": table.groupby("source").size(), "pass": passed.groupby(table["source"]).sum()})
+    frame["share"] = (frame["pass"] / frame["networks"]).map("{:.1%}".format)
+    return frame.join(counts).fillna(0)
+
+
+def write(rows: Iterable[dict[str, object]], order: list[tuple[str, str]], path: Path) -> pd.DataFrame:
+    """Write the table in the zoo's order; return it."""
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "code"])
+    place = {key: index for index, key in enumerate(order)}
+    keys = zip(table["source"], table["model"], strict=True)
+    table = table.iloc[[index for index, _ in sorted(enumerate(keys), key=lambda pair: place[pair[1]])]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return table
+
+
+def chosen(everything: list[Case], names: tuple[str, ...]) -> list[Case]:
+    """Return the networks of these names; raise ValueError for one that the zoo does not have."""
+    by_name = {case.id: case for case in everything}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise UnknownNameError("network of the zoo", unknown[0], list(by_name))
+    return [by_name[name] for name in names] if names else everything
+
+
+def main(options: Options) -> int:
+    everything, code = cases(), code_version()
+    order = [(case.source, case.name) for case in everything]
+    rows = {}
+    if options.out.exists():
+        earlier = kept_rows(pd.read_csv(options.out, dtype=str, keep_default_na=False), options.keep, code)
+        rows = {key: row for row in earlier.to_dict("records") if (key := (row["source"], row["model"])) in order}
+    todo = [case for case in chosen(everything, options.names) if (case.source, case.name) not in rows]
+    for case in (bar := tqdm(todo, desc="zoo")):
+        bar.set_postfix_str(case.id)
+        case = replace(case, onnx=case.onnx and options.onnx)
+        rows[case.source, case.name] = run_case(case, options.limit_s, options.memory_gb) | {"code": code}
+        write(rows.values(), order, options.out)
+    table = write(rows.values(), order, options.out)
+    print(summary(table).to_markdown() if sys.stdout.isatty() else summary(table).to_string())
+    return int(table["reason"].astype(str).str.startswith("WRONG").any())
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

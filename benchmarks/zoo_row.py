@@ -1,0 +1,141 @@
+"""What the zoo does with one network: find groups, prune two ways, prove, save, load, export; a row of a table."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from zoo_models import Case, build, example, randomize
+
+from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
+from obc_tools.check import Check, CheckError, Finding, check_plan
+from obc_tools.export import export_onnx
+from obc_tools.plan import PruningPlan
+from obc_tools.state import call_model
+
+RATIO, SPEEDUP = 0.3, 1.5
+LEAST_EFFECT = 1e-3
+"""How much pruning must change the output, relative to its scale, for an equality to mean something."""
+
+COLUMNS = (
+    "source", "model", "params", "input", "reduced", "groups", "prunable", "pruned 0.3", "speed-up", "masked = pruned",
+    "EP = naive", "merge = EP", "save/load", "ONNX", "seconds", "ok", "reason",
+)  # fmt: skip
+
+
+class WrongError(Exception):
+    """An output that is not what it must be: the one thing that the zoo must never find."""
+
+
+class UnclearError(Exception):
+    """A part of the proof that ended in an error which is not of the library's own kind."""
+
+
+@dataclass
+class Row:
+    """One line of the table, filled in as far as the network gets."""
+
+    case: Case
+    values: dict[str, object] = field(default_factory=dict)
+
+    def fill(self) -> dict[str, object]:
+        """Take the network through everything; return the row: seconds of computing, the reason where it stopped."""
+        start = time.process_time()
+        self.values = dict.fromkeys(COLUMNS, "") | {"source": self.case.source, "model": self.case.name}
+        self.values |= {"reduced": self.case.reduced, "ONNX": "-", "ok": False}
+        try:
+            self._measure()
+            self.values["ok"] = True
+        except WrongError as error:
+            self.values["reason"] = f"WRONG: {error}"
+        except UnclearError as error:
+            self.values["reason"] = f"unclear: {error}"
+        except ValueError as error:
+            self.values["reason"] = f"refused: {_describe(error)}"
+        except Exception as error:
+            self.values["reason"] = f"unclear: {_describe(error)}"
+        return self.values | {"seconds": round(time.process_time() - start, 1)}
+
+    def _measure(self) -> None:
+        model, inputs = build(self.case), example(self.case)
+        randomize(model, inputs)
+        self.values["params"] = sum(parameter.numel() for parameter in model.parameters())
+        self.values["input"] = "x".join(map(str, inputs.shape[1:]))
+        groups = find_groups(model, inputs)
+        self.values |= {"groups": len(groups), "prunable": sum(group.prunable for group in groups)}
+        scores = score_groups(model, groups, "l1")
+        plan = make_plan(scores, ratio=RATIO, scope="local")
+        if not plan.channels_removed:
+            raise ValueError("nothing can be pruned: " + "; ".join(sorted({g.kept_whole or "" for g in groups})[:3]))
+        self.values["pruned 0.3"] = round(plan.channels_removed / plan.channels, 3)
+        self._prune_to_speed(model, inputs)
+        self._prove(check_plan(model, plan, inputs))
+        pruned = prune(model, plan)
+        self._save_and_load(pruned, plan, inputs)
+        if self.case.onnx:
+            self._export(pruned, inputs)
+
+    def _prune_to_speed(self, model: nn.Module, inputs: Tensor) -> None:
+        plan = prune_to(model, inputs, criterion="l1", speedup=SPEEDUP, scope="local", steps=1, progress=False)
+        pruned = prune(model, plan)
+        reached = cost(model, inputs).macs / cost(pruned, inputs).macs
+        self.values["speed-up"] = round(reached, 3)
+        if reached < SPEEDUP or not _run(pruned, inputs).isfinite().all():
+            raise WrongError(f"pruned to {SPEEDUP}x: speed-up {reached:.3f}, or an output that is not finite")
+
+    def _prove(self, check: Check) -> None:
+        errors = {finding.name: finding.error for finding in check.findings}
+        columns = {
+            "masked = pruned": "pruned = masked",
+            "EP = naive": "EP = naive",
+            "merge = EP": "merge = EP, maps disturbed",
+        }
+        for column, name in columns.items():
+            if name in errors:
+                self.values[column] = f"{errors[name]:.1e}"
+        failed = [finding for finding in check.findings if not finding.ok]
+        if failed:
+            kind = WrongError if any(not finding.note for finding in failed) else _kind(failed)
+            raise kind("; ".join(map(str, failed)))
+        if not check.effect > LEAST_EFFECT:
+            raise WrongError(f"pruning changes the output by {check.effect:.1e} of its scale: nothing was shown")
+
+    def _save_and_load(self, pruned: nn.Module, plan: PruningPlan, inputs: Tensor) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_pruned(Path(folder) / "saved", pruned, plan)
+            loaded = load_pruned(Path(folder) / "saved", model=build(self.case, seed=1))
+        self.values["save/load"] = "equal"
+        if not torch.equal(_run(loaded, inputs), _run(pruned, inputs)):
+            self.values["save/load"] = "different"
+            raise WrongError("the loaded model's output is not that of the saved one")
+
+    def _export(self, pruned: nn.Module, inputs: Tensor) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.values["ONNX"] = f"{export_onnx(Path(folder) / 'model.onnx', pruned, inputs).error:.1e}"
+
+
+def _kind(failed: list[Finding]) -> type[Exception]:
+    """Return CheckError where every part of the proof was refused by an error of the ValueError family."""
+    refusals = {"ValueError"} | {kind.__name__ for kind in _family(ValueError)}
+    return CheckError if all(finding.note.partition(":")[0] in refusals for finding in failed) else UnclearError
+
+
+def _family(kind: type[Exception]) -> Iterator[type[Exception]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _family(child)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: Tensor) -> Tensor:
+    output = call_model(model.eval(), inputs)
+    return output if isinstance(output, Tensor) else torch.cat([part.flatten() for part in output])
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
