@@ -7,7 +7,7 @@
 `resnet56`: the published sparse-trained ResNet-56 on CIFAR-10 with the published comparison's normalisation, all
 criteria, 5 % of the channels a step, until accuracy is at chance. `variants`: variants of the Jacobian Criterion (rows,
 couplings, selection of sets) on the same network in coarser steps. `efficientnet`: EfficientNet-Lite0 on a sample of
-ImageNet, one seeded half to score with, the other held out. Each can be stopped and goes on where it was.
+ImageNet, one seeded half to score with, the other held out, once each. Each can be stopped and goes on where it was.
 """
 
 from __future__ import annotations
