@@ -22,6 +22,7 @@ class Tracing(Protocol):
 
     flow: Flow
     paused: int
+    default_scale: bool
 
     def saw(self, tensors: Sequence[Tensor]) -> None: ...
 
@@ -50,7 +51,7 @@ def sized_shape(flow: Flow, tensor: Tensor) -> torch.Size:
     sizes = list(shape)
     for dim, labels in enumerate(found.dims):
         if labels is not None:
-            sizes[dim] = Size(sizes[dim], Dimension(labels, flow.require))
+            sizes[dim] = Size(sizes[dim], Dimension(labels, flow.require, flow.rooted))
     return torch.Size(sizes)
 
 
@@ -235,3 +236,12 @@ def _rms_norm(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) ->
         flow.require(size, labels)
     flow.put(out, source.dims, source.origin)
     return out
+
+
+@stand_in("scaled_dot_product_attention")
+def _attention(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    tracer.default_scale = kwargs.get("scale") is None
+    try:
+        return function(*args, **kwargs)
+    finally:
+        tracer.default_scale = False

@@ -26,18 +26,18 @@ def _multiply(flow: Flow, out: Tensor, left: Tensor, right: Tensor) -> None:
     a, b = flow.of(left).dims, flow.of(right).dims
     inner = a[-1], b[max(len(b) - 2, 0)]
     if left.shape[-1] > 1:
-        contract(flow, *inner, (flow.of(left), flow.of(right)))
+        contract(flow, *inner, left, right)
     batch: list[Labels] = []
     if len(a) == len(b) == 3:
         batch = [_both(flow, a[0], b[0], (flow.of(left), flow.of(right)))]
     flow.put(out, [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])
 
 
-def contract(flow: Flow, one: Labels, other: Labels, sources: Sequence[Channels]) -> None:
+def contract(flow: Flow, one: Labels, other: Labels, left: Tensor, right: Tensor) -> None:
     """Join the two sides of a sum of products over channels."""
-    labels = _both(flow, one, other, sources)
+    labels = _both(flow, one, other, (flow.of(left), flow.of(right)))
     if labels is not None:
-        flow.contracted(labels)
+        flow.contracted(labels, left, right)
 
 
 def _both(flow: Flow, one: Labels, other: Labels, sources: Sequence[Channels]) -> Labels:
@@ -59,7 +59,7 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
         axes = {"in": axes["out"]} | axes
     if taken.shape[first] > 1:
         flow.join(source.dims[first], axes["in"], source.origin)
-    if axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
+    if groups > 1 and axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
         flow.join(axes["in"], flow.join_rows(axes["out"].reshape(groups, -1).T))
     elif groups > 1 and axes["in"] is not axes["out"]:
         flow.join_blocks(axes["in"], groups)
@@ -153,7 +153,7 @@ def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
            "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
 def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     query, key, value = (flow.of(tensor) for tensor in args[:3])
-    contract(flow, query.dims[-1], key.dims[-1], (query, key))
+    contract(flow, query.dims[-1], key.dims[-1], *args[:2])
     heads = _both(flow, query.dims[1], key.dims[1], (query, key))
     heads = _both(flow, heads, value.dims[1], (query, value))
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)

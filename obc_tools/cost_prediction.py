@@ -25,7 +25,7 @@ from .layers import (
     all_axes,
     get_layer,
     layer_axes,
-    own_parameters,
+    own_tensors,
 )
 from .shrinking import shrink_model
 
@@ -240,15 +240,15 @@ def _random_cut(group: ChannelGroup, random: np.random.Generator) -> tuple[int, 
 
 
 def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:
-    """Return all axes of all layers and bare parameters that the table of layer types describes."""
+    """Return all axes of all layers, bare parameters and bare buffers that the table of layer types describes."""
     found = {}
     for name, module in model.named_modules():
         try:
             found.update({LayerAxis(name, key): axis for key, axis in layer_axes(module, name).items()})
         except UnknownLayerError:
-            for leaf, parameter in own_parameters(module).items():
+            for leaf, tensor in own_tensors(module).items():
                 full = f"{name}.{leaf}" if name else leaf
-                found.update({LayerAxis(full, key): axis for key, axis in all_axes(parameter, full).items()})
+                found.update({LayerAxis(full, key): axis for key, axis in all_axes(tensor, full).items()})
     return found
 
 

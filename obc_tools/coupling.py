@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .flow import Flow, Labels
-from .layers import LayerAxis
+from .layers import TEMPERATURE, LayerAxis
 from .sizes import Attribute, Dimension, evaluate, leaves
 from .tracing import Traced
 
@@ -61,6 +61,8 @@ class Classes:
                 self.reasons.setdefault(number, reason)
         for size, labels in flow.sizes:
             self._check(size, labels)
+        for labels, rows in flow.temperatures:
+            self._check_temperature(labels, rows)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Return the class of each label."""
@@ -79,6 +81,13 @@ class Classes:
             if value != int(size) - own:
                 for misfit in classes[which.ravel() == number].tolist():
                     self.reasons.setdefault(misfit, MISFIT)
+
+    def _check_temperature(self, labels: np.ndarray, rows: np.ndarray) -> None:
+        """Freeze the channels of an attention unless each has equally many of the weights that make the queries."""
+        heads, counts = np.unique(self.of(rows), return_counts=True)
+        if not np.array_equal(heads, np.unique(self.of(labels))) or (counts != counts[0]).any():
+            for number in np.unique(self.of(labels)).tolist():
+                self.reasons.setdefault(number, "is a head of an attention whose queries are not its own")
 
     def _labels_of(self, source: Attribute | Dimension) -> Labels:
         return source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
@@ -121,7 +130,10 @@ def bundles(traced: Traced, ignored: Mapping[str, str], is_producer: Callable[[L
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, indices in members.items():
         alike[tuple(indices)].append(number)
-    attributes = _Index([_Occurrences.on(axis, classes.of(labels)) for axis, labels in _attribute_axes(traced)])
+    near = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _attribute_axes(traced)]
+    for axis, labels in _temperature_axes(traced):
+        near.append(_Occurrences.on(axis, np.where(labels < 0, -1, classes.of(labels))))
+    attributes = _Index(near)
     seen = [(call, labels) for call, dims in traced.calls for labels in dims if labels is not None]
     calls = _Index([_Occurrences.on(LayerAxis(*map(str, call)), classes.of(labels)) for call, labels in seen])
     for indices, numbers in alike.items():
@@ -154,6 +166,15 @@ def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
         yield LayerAxis(attribute.module, f".{attribute.name}{index}"), labels
     for (module, name), labels in traced.flow.scales.items():
         yield LayerAxis(module, f".{name}^-0.5"), labels
+
+
+def _temperature_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
+    """Name the outputs of layers that make queries whose temperature stays; −1 stands for outputs that make none."""
+    rows = np.unique(np.concatenate([NONE, *(rows for _, rows in traced.flow.temperatures)]))
+    for axis, labels in traced.axes.items():
+        found = np.isin(labels, rows)
+        if axis.axis == "out" and found.any():
+            yield LayerAxis(axis.layer, TEMPERATURE), np.where(found, labels, -1)
 
 
 def _bundle(

@@ -167,12 +167,21 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     groups, outputs, _, inputs = weight.shape
     compressor = decompressor = bias = None
     if "out" in mixable:
-        compressor = selection_matrix(mixable["out"], groups, outputs).to(weight)
+        selection = selection_matrix(mixable["out"], groups, outputs)
+        compressor = (selection * _factors(plan, name, mixable["out"], groups)).to(weight)
         bias = None if layer.bias is None else layer.bias.detach().view(groups, outputs)
     if "in" in mixable:
         units = tuple(position // stride for position in mixable["in"][::stride])
         decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
     return MixedLayer(weight, bias, compressor, decompressor)
+
+
+def _factors(plan: PruningPlan, name: str, kept: tuple[int, ...], groups: int) -> Tensor:
+    """Return what a layer's kept outputs are multiplied by so that attentions keep their temperature, as a column."""
+    positions, factor = plan.scaled.get(name, ((), 1.0))
+    queries = frozenset(positions)
+    found = [factor if position in queries else 1.0 for position in kept]
+    return torch.tensor(found, dtype=torch.float64).view(groups, -1, 1)
 
 
 def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:

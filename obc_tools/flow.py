@@ -52,12 +52,14 @@ class Flow:
     sizes: list[tuple[int, Labels]] = field(default_factory=list)
     attributes: dict[Attribute, np.ndarray] = field(default_factory=dict)
     scales: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    temperatures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     tensors: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     requested: Sequence[Any] | None = None
     stretching: bool = False
     whole_heads: bool = False
-    contracted: Callable[[np.ndarray], None] = lambda labels: None
+    contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
+    rooted: Callable[[int], None] = lambda size: None
 
     def fresh(self, width: int) -> np.ndarray:
         """Return labels that nothing else carries."""

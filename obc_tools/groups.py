@@ -16,7 +16,7 @@ import pandas as pd
 from torch import nn
 
 from .coupling import Bundle, Place, bundles
-from .layers import LayerAxis, UnknownLayerError, UnknownNameError, get_layer, is_depthwise, layer_axes
+from .layers import LayerAxis, UnknownLayerError, UnknownNameError, get_layer, layer_axes
 from .tracing import ModuleCall, trace_model
 
 
@@ -49,7 +49,9 @@ class ChannelGroup:
     ``root`` is the first member's axis and names the group; ``width`` its number of channels. ``kept_whole`` says why
     the group is never pruned, or is None. ``blocks``: equal runs of channels that lose the same positions (attention
     heads, convolution groups). ``attributes`` are numbers that modules keep beside their weights and that follow the
-    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width).
+    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
+    ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
+    narrower heads keep their temperature.
     """
 
     root: LayerAxis
@@ -161,7 +163,7 @@ def trace_groups(
     ignored = _ignored_layers(model, ignore)
     traced = trace_model(model, example_inputs, whole_heads=whole_heads)
     order = {name: index for index, name in enumerate(_layer_names(model))}
-    ranks = {axis: _rank(model, axis, order) for axis in traced.axes}
+    ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
     reasons = {layer: f"ignored: {layer}" for layer in ignored}
     found = list(bundles(traced, reasons, lambda axis: ranks[axis][0] < NO_PRODUCER))
     found = [bundle for bundle in found if bundle.reason is None or _weightiest(bundle, ranks) < BARE]
@@ -176,6 +178,7 @@ def trace_groups(
         taken[root] = len(groups)
         groups.append(_group(model, bundle, root, traced.kinds))
         followers += [Follower(call, root, tuple(counts.tolist())) for call, counts in bundle.calls]
+    groups.sort(key=lambda group: order[group.root.layer])
     return Trace(tuple(groups), tuple(followers))
 
 
@@ -189,15 +192,20 @@ def _layer_names(model: nn.Module) -> Iterable[str]:
             yield f"{name}.{leaf}" if name else leaf
 
 
-def _rank(model: nn.Module, axis: LayerAxis, order: Mapping[str, int]) -> tuple[int, int, str]:
-    """Rank an axis as a group's root: outputs of mixing layers, of other layers, bare parameters; then all others."""
+def _rank(model: nn.Module, axis: LayerAxis, order: Mapping[str, int], met: Mapping[str, int]) -> tuple[int, int, str]:
+    """Rank an axis as a group's root: torch_pruning's root, outputs of other layers, bare parameters; then all others.
+
+    torch_pruning's is the first output of a convolution or linear layer that is met from the model's outputs back.
+    """
     layer = get_layer(model, axis.layer)
     if not isinstance(layer, nn.Module):
         kind = BARE if isinstance(layer, nn.Parameter) else NO_PRODUCER
     elif axis.axis == "in":
         kind = NO_PRODUCER + 1
+    elif axis.layer in met:
+        return 0, met[axis.layer], axis.axis
     elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding | nn.MultiheadAttention):
-        kind = 1 if is_depthwise(layer) else 0
+        kind = 1
     else:
         kind = NO_PRODUCER
     return kind, order[axis.layer], axis.axis
@@ -227,7 +235,7 @@ def _member(place: Place, kind: str) -> Member:
 
 def _in_table(model: nn.Module, axis: LayerAxis) -> bool:
     """Say whether the table of layer types already lets an attribute follow a layer's weights."""
-    layer, name = model.get_submodule(axis.layer), axis.axis[1:].partition(".")[0]
+    layer, name = get_layer(model, axis.layer), axis.axis[1:].partition(".")[0]
     try:
         axes = layer_axes(layer, axis.layer)
     except UnknownLayerError:

@@ -45,6 +45,10 @@ class LayerAxis(NamedTuple):
         return f"{self.layer}.{self.axis}"
 
 
+TEMPERATURE = ".temperature"
+"""The name of an axis of those outputs of a layer that make queries: they grow by the root of the share that stays."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where an axis lies in one tensor of a layer.
@@ -80,7 +84,7 @@ class UnknownLayerError(ValueError):
 
 def _convolution(layer: nn.modules.conv._ConvNd) -> dict[str, Axis]:
     out = (Slot("weight", 0), Slot("bias", 0), Slot("gain", 0))
-    plain = not type(layer).__module__.startswith("timm.layers.std_conv")
+    plain = not is_standardised(layer)
     if is_depthwise(layer):
         return {"out": Axis(layer.out_channels, out, ("out_channels", "in_channels", "groups"))}
     if layer.groups == layer.in_channels > 1 and not layer.transposed:
@@ -302,6 +306,33 @@ def _select_in_groups(tensor: Tensor, groups: int, kept: Tensor) -> Tensor:
         raise ValueError(f"convolution groups must keep equally many channels; they keep {counts.tolist()}")
     inside = (kept % width).view(groups, -1)
     return torch.cat([part.index_select(1, index) for part, index in zip(split, inside, strict=True)])
+
+
+def scalable_slots(layer: nn.Module | Tensor) -> tuple[Slot, ...]:
+    """Return the slots by which a layer's outputs are multiplied by a number; none where its weights are standardised.
+
+    The outputs of an attention are its queries, keys and values; the first of a slot's parts are the queries.
+    """
+    try:
+        slots = layer_axes(layer).get("out", Axis(0, ())).slots
+    except UnknownLayerError:
+        return ()
+    fixed = {"running_mean", "running_var"} | ({"weight"} if is_standardised(layer) else set())
+    kept = tuple(slot for slot in slots if slot.tensor not in fixed)
+    return kept if {slot.tensor for slot in kept} - {"bias"} else ()
+
+
+def scale_outputs(layer: nn.Module | Tensor, positions: Sequence[int], factor: float) -> None:
+    """Multiply some outputs of a layer by a number, in place (see `scalable_slots`)."""
+    tensors = own_tensors(layer)
+    for slot in scalable_slots(layer):
+        tensor = tensors[slot.tensor].detach()
+        tensor.movedim(slot.dim, 0)[torch.as_tensor(positions, device=tensor.device)] *= factor
+
+
+def is_standardised(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
+    return type(layer).__module__.startswith("timm.layers.std_conv")
 
 
 def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from .groups import ChannelGroup, Member, kept_positions
-from .layers import LayerAxis, UnknownNameError, all_axes, get_layer
+from .layers import TEMPERATURE, LayerAxis, UnknownNameError, all_axes, get_layer
 
 FORMAT = 1
 
@@ -56,6 +58,19 @@ class PruningPlan:
     def axes(self) -> Mapping[LayerAxis, int]:
         """The original width of every axis that belongs to a group."""
         return {member.axis: member.width for group in self.groups for member in group.members}
+
+    @cached_property
+    def scaled(self) -> Mapping[str, tuple[tuple[int, ...], float]]:
+        """Layers that make the queries of attentions with narrower heads: their original positions, and the factor.
+
+        The factor √(kept / all) makes up for a scale of 1/√(width of a head), which the pruned attention takes anew.
+        """
+        rows: dict[str, list[int]] = defaultdict(list)
+        for member in (member for group in self.groups for member in group.attributes):
+            if member.axis.axis == TEMPERATURE and member.axis in self.shrunk:
+                rows[member.axis.layer] += member.positions
+        stay = {layer: set(self.shrunk[LayerAxis(layer, TEMPERATURE)]).intersection(rows[layer]) for layer in rows}
+        return {layer: (tuple(own), math.sqrt(len(stay[layer]) / len(own))) for layer, own in rows.items()}
 
     def selection(self, axis: LayerAxis) -> tuple[int, ...]:
         """Return the kept positions of an axis, ascending, in the original numbering."""

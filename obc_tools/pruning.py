@@ -29,7 +29,7 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
     """
     plan.validate(model)
-    pruned = shrink_model(model, plan.shrunk)
+    pruned = shrink_model(model, plan.shrunk, plan.scaled)
     _tie(model, pruned)
     return pruned
 

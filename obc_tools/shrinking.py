@@ -5,30 +5,40 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerAxis, all_axes, get_layer, layer_axes, own_tensors, select_channels
+from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, layer_axes, own_tensors, scale_outputs, select_channels
 
 ROOT = "^-0.5"
 """What ends the axis of an attribute that holds a width to the power of −1/2."""
 
 
-def shrink_model(model: nn.Module, kept: Mapping[LayerAxis, Sequence[int]]) -> nn.Module:
-    """Return a copy of the model in which the given axes keep only these positions (ascending)."""
+def shrink_model(
+    model: nn.Module,
+    kept: Mapping[LayerAxis, Sequence[int]],
+    scaled: Mapping[str, tuple[Sequence[int], float]] = MappingProxyType({}),
+) -> nn.Module:
+    """Return a copy of the model in which the given axes keep only these positions (ascending).
+
+    ``scaled`` maps a layer to original positions of its outputs and the number that these are multiplied by.
+    """
     shrunk = copy.deepcopy(model)
+    for name, (positions, factor) in scaled.items():
+        scale_outputs(get_layer(shrunk, name), positions, factor)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     for axis, positions in kept.items():
         by_layer[axis.layer][axis.axis] = positions
     for name, axes in by_layer.items():
         layer = get_layer(shrunk, name)
         if isinstance(layer, Tensor):
-            _shrink_bare(shrunk, name, layer, axes)
+            _shrink_bare(shrunk, name, layer, {k: positions for k, positions in axes.items() if not is_attribute(k)})
             continue
         shrink_layer(layer, {key: positions for key, positions in axes.items() if not is_attribute(key)}, name)
         for key, positions in axes.items():
-            if is_attribute(key):
+            if is_attribute(key) and key != TEMPERATURE:
                 _set_attribute(layer, key, len(positions))
     return shrunk
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Attribute:
-    """A whole number that a module keeps; ``index`` is its place where the attribute is a list or tuple."""
+    """A whole number that a module keeps; ``index`` is its place where the attribute is a list or tuple.
+
+    ``rooted`` is called with a number made of it that becomes a fraction, such as a root.
+    """
 
     module: str
     name: str
     index: int | None = None
+    rooted: Callable[[int], None] = field(default=lambda size: None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}" + ("" if self.index is None else f"[{self.index}]")
@@ -32,11 +36,13 @@ class Attribute:
 class Dimension:
     """The width of a dimension of a tensor, by the labels of its positions.
 
-    ``equal_to`` is called with what the width was compared with and found equal to.
+    ``equal_to`` is called with what the width was compared with and found equal to, ``rooted`` with a number made of
+    it that becomes a fraction, such as a root.
     """
 
     labels: np.ndarray
     equal_to: Callable[[int, np.ndarray], None] = lambda size, labels: None
+    rooted: Callable[[int], None] = lambda size: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,14 @@ class Size(int):
         return not self == other
 
     __hash__ = int.__hash__
+
+    def __float__(self) -> float:
+        for source in leaves(self):
+            source.rooted(self)
+        return float(int(self))
+
+    def __pow__(self, power: Any) -> Any:
+        return float(self) ** power if isinstance(power, float) else int(self) ** power
 
     def __reduce__(self) -> tuple:
         return int, (int(self),)
@@ -112,7 +126,7 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
     return value.source.operation(left, right)
 
 
-def track_attributes(model: nn.Module) -> None:
+def track_attributes(model: nn.Module, rooted: Callable[[int], None]) -> None:
     """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
     for name, module in model.named_modules():
         plain_torch = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.LayerNorm)
@@ -120,8 +134,8 @@ def track_attributes(model: nn.Module) -> None:
             if key.startswith("_"):
                 continue
             if type(value) is int:
-                module.__dict__[key] = Size(value, Attribute(name, key))
+                module.__dict__[key] = Size(value, Attribute(name, key, rooted=rooted))
             elif type(value) in (list, tuple) and not plain_torch and any(type(item) is int for item in value):
                 items = enumerate(value)
-                tracked = (Size(v, Attribute(name, key, i)) if type(v) is int else v for i, v in items)
+                tracked = (Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items)
                 module.__dict__[key] = type(value)(tracked)

@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import computing, rearranging  # noqa: F401  (they fill the table of operations)
+from .backtrack import History
 from .calls import FUNCTIONS, sized_shape
 from .flow import INPUT, Channels, Flow, follow, tensors_in
-from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, layer_axes, own_tensors
+from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
+from .queries import Contraction, Shadows
 from .sizes import track_attributes
 from .state import call_model, hooks
 
@@ -38,13 +40,15 @@ class Traced:
     """What tracing a model tells, all in labels.
 
     ``axes`` holds the labels of every layer axis in the order in which layers first ran, ``kinds`` the layers' types,
-    ``calls`` the labels of each dimension of what every call of a module without children gave.
+    ``calls`` the labels of each dimension of what every call of a module without children gave, ``met`` the places of
+    convolutions and linear layers in the order in which they are met from the outputs back.
     """
 
     flow: Flow
     axes: Mapping[LayerAxis, np.ndarray]
     kinds: Mapping[str, str]
     calls: Sequence[tuple[ModuleCall, Sequence[np.ndarray | None]]]
+    met: Mapping[str, int]
 
 
 @dataclass
@@ -59,6 +63,12 @@ class Tracer:
     ran: dict[str, None] = field(default_factory=dict)
     calls: list[tuple[ModuleCall, Sequence[np.ndarray | None]]] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    met: dict[str, int] = field(default_factory=dict)
+    shadows: Shadows = field(default_factory=Shadows)
+    contractions: list[Contraction] = field(default_factory=list)
+    rooted: set[tuple[str, int]] = field(default_factory=set)
+    default_scale: bool = False
     paused: int = 0
 
     def register(self) -> None:
@@ -86,6 +96,8 @@ class Tracer:
             for slot in axis.slots:
                 if slot.groups == slot.parts == 1:
                     dims[slot.tensor][slot.dim] = labels[key]
+                if slot.parts == 1 and key == "out" and (slot.groups == 1 or slot.dim == 0):
+                    self.shadows.register(tensors[slot.tensor], slot.dim, labels[key])
         self.axes.update({LayerAxis(name, key): found for key, found in labels.items()})
         self.flow.grouped[name] = labels
         for leaf, tensor in tensors.items():
@@ -120,13 +132,15 @@ class Tracer:
         for leaf in tree_leaves(example_inputs):
             if isinstance(leaf, Tensor):
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
-        self.flow.contracted = self._note_scales
+                self.shadows.move([leaf])
+        self.flow.contracted = self._note_contraction
         with torch.no_grad(), hooks(self._hooks()), _no_fast_path(), _Calls(self), _Operations(self):
             output = call_model(self.model, example_inputs)
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in leaves):
             raise ValueError("the model's output holds no tensor that depends on its parameters")
         self.flow.freeze_all([self.flow.of(leaf) for leaf in leaves], "reaches the model's output")
+        self.met = self.met or self.history.walk_back(leaves)
 
     def saw(self, tensors: Sequence[Tensor]) -> None:
         """Note which layers ran."""
@@ -147,6 +161,8 @@ class Tracer:
         def leaving(name: str) -> Callable:
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 self.stack.pop()
+                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                    self.history.gave(name, output)
                 if isinstance(module, nn.MultiheadAttention):
                     self.paused -= 1
                     if not self.paused:
@@ -177,7 +193,8 @@ class Tracer:
             self.flow.join(width, entry.dims[-1], entry.origin)
         for axis in (LayerAxis(name, "out"), LayerAxis(projection, "in"), LayerAxis(projection, "out")):
             self.flow.join(width, self.axes[axis])
-        self.flow.join_blocks(width, layer.num_heads)
+        rows = self.axes[LayerAxis(name, "out")]
+        self.contractions.append(Contraction(name, self.flow.join_blocks(width, layer.num_heads), rows, follows=True))
         self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
 
     def _unknown(self, layer: nn.Module, name: str) -> str:
@@ -187,11 +204,41 @@ class Tracer:
             return str(error)
         return "is not understood"
 
-    def _note_scales(self, labels: np.ndarray) -> None:
-        """Find numbers beside an attention that hold its head dimension to the power of −1/2."""
+    def note_root(self, size: int) -> None:
+        """Note that a module takes the root of a number that follows pruning, or the like."""
+        self.rooted.add((self.stack[-1] if self.stack else "", int(size)))
+
+    def _note_contraction(self, labels: np.ndarray, left: Tensor, right: Tensor) -> None:
+        queries, keys = self.shadows.of(left), self.shadows.of(right)
+        if queries is not None and keys is not None and np.intersect1d(queries, keys).size:
+            queries = keys = None
+        rows = keys if queries is None else queries
         name = self.stack[-1] if self.stack else ""
+        self.contractions.append(Contraction(name, labels, rows, self.default_scale))
+
+    def keep_temperatures(self) -> None:
+        """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""
+        for contraction in self.contractions:
+            labels, rows = contraction.labels, contraction.rows
+            taken = [size for module, size in self.rooted if module == contraction.module]
+            if labels.size == 1 or not (contraction.follows or any(size % labels.size == 0 for size in taken)):
+                continue
+            if rows is None or not self._can_scale(rows):
+                self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
+                continue
+            self.flow.temperatures.append((labels, rows))
+            self._note_scales(contraction.module, labels)
+
+    def _can_scale(self, rows: np.ndarray) -> bool:
+        """Say whether all these labels are outputs of layers whose outputs can be multiplied by a number."""
+        found = {axis: np.isin(own, rows).sum() for axis, own in self.axes.items() if axis.axis == "out"}
+        layers = [get_layer(self.model, axis.layer) for axis, count in found.items() if count]
+        return sum(found.values()) == rows.size and all(scalable_slots(layer) for layer in layers)
+
+    def _note_scales(self, name: str, labels: np.ndarray) -> None:
+        """Find numbers beside an attention that hold its head dimension to the power of −1/2."""
         for key, value in vars(self.model.get_submodule(name)).items():
-            if isinstance(value, float) and labels.size > 1 and math.isclose(value, labels.size**-0.5):
+            if isinstance(value, float) and math.isclose(value, labels.size**-0.5):
                 known = self.flow.scales.setdefault((name, key), labels)
                 self.flow.join(known, labels)
 
@@ -204,6 +251,9 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
+        arguments = tensors_in((*args, *kwargs.values()))
+        self.tracer.history.note(function.overloadpacket.__name__, tensors_in((out,)), arguments)
+        self.tracer.shadows.note(function, out, args, kwargs)
         if not self.tracer.paused:
             self.tracer.saw(tensors_in(args))
             follow(self.tracer.flow, function, out, args, kwargs)
@@ -254,18 +304,20 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
             raise ValueError(f"cannot trace this {type(model).__name__}: {type(error).__name__}: {error}") from error
     order = {name: index for index, name in enumerate(tracer.ran)}
     axes = sorted((axis for axis in tracer.axes if axis.layer in order), key=lambda axis: order[axis.layer])
-    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls)
+    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls, tracer.met)
 
 
 def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
     tracer = Tracer(copy.deepcopy(model).eval(), Flow(whole_heads=whole_heads))
     tracer.register()
     if attributes:
-        track_attributes(tracer.model)
+        tracer.flow.rooted = tracer.note_root
+        track_attributes(tracer.model, tracer.note_root)
     tracer.run(example_inputs)
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
         _run_training(tracer, example_inputs)
+    tracer.keep_temperatures()
     return tracer
 
 

@@ -18,7 +18,7 @@ MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 TIERS = (
     ("state", "layers", "sizes", "shrinking", "files", "environment"),
-    ("flow", "calls", "rearranging", "computing", "tracing", "coupling"),
+    ("flow", "calls", "rearranging", "computing", "backtrack", "queries", "tracing", "coupling"),
     ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
     ("objectives", "gate_sums", "functional_gates", "gates", "rows"),

@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import pytest
 import torch
 import torch_pruning as tp
 from networks import NETWORKS, network
 from torch import nn
 
-from obc_tools import LayerAxis, find_groups, score_groups
+from obc_tools import find_groups, score_groups
 from obc_tools.interop import JacobianImportance, WHCImportance
 
 
@@ -21,18 +19,7 @@ def loss_of(model, images, labels):
 
 def graph_groups(model, images):
     graph = tp.DependencyGraph().build_dependency(model, images, verbose=False)
-    found = graph.get_all_groups(ignored_layers=[])
-    return {LayerAxis(group[0].dep.target.name.split(" ")[0], "out"): group for group in found}
-
-
-def rooted(groups, graph):
-    """Let each group begin with the member that torch_pruning begins with."""
-    led = []
-    for group in groups:
-        root = next(member.axis for member in group.members if member.axis in graph)
-        members = tuple(sorted(group.members, key=lambda member: member.axis != root))
-        led.append(replace(group, root=root, members=members))
-    return led
+    return {group[0].dep.target.name.split(" ")[0]: group for group in graph.get_all_groups(ignored_layers=[])}
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "upsampling"])
@@ -40,13 +27,13 @@ def rooted(groups, graph):
 def test_importances_agree_with_score_groups(name, reduction):
     model, images = network(name)
     batches = batches_for(images)
-    found = graph_groups(model, images)
-    groups = rooted(find_groups(model, images), found)
+    groups = find_groups(model, images)
     expected = score_groups(model, groups, "jacobian", batches, group_reduction=reduction)
     importance = JacobianImportance(group_reduction=reduction).score(model, batches)
+    found = graph_groups(model, images)
     for group in groups:
         if group.prunable:
-            ours = importance(found[group.root])
+            ours = importance(found[group.root.layer])
             torch.testing.assert_close(ours, expected[group].float(), msg=str(group))
 
 
@@ -109,18 +96,18 @@ def test_torch_prunings_own_pruner_takes_it(interactive, global_pruning):
 
 def test_whc_needs_no_data():
     model, images = network("small_vgg")
-    found = graph_groups(model, images)
-    groups = rooted(find_groups(model, images), found)
+    groups = find_groups(model, images)
     expected = score_groups(model, groups, "whc")
+    found = graph_groups(model, images)
     for group in groups:
         if group.prunable:
-            torch.testing.assert_close(WHCImportance()(found[group.root]), expected[group].float())
+            torch.testing.assert_close(WHCImportance()(found[group.root.layer]), expected[group].float())
 
 
 def test_what_is_missing_is_said():
     model, images = network("residual")
     importance = JacobianImportance()
-    group = graph_groups(model, images)[LayerAxis("conv1", "out")]
+    group = graph_groups(model, images)["conv1"]
     with pytest.raises(ValueError, match=r"a Conv2d was not scored: call score\(model, batches\)"):
         importance(group)
     with pytest.raises(ValueError, match="no parameter of the model holds a gradient"):
@@ -130,7 +117,7 @@ def test_what_is_missing_is_said():
     importance.score(model, batches_for(images))
     group.prune(idxs=[0, 1])
     with pytest.raises(ValueError, match=r"was scored with 6 channels and now has 4"):
-        importance(graph_groups(model, images)[LayerAxis("conv1", "out")])
+        importance(graph_groups(model, images)["conv1"])
     with pytest.raises(ValueError, match="unknown group_reduction 'median'"):
         JacobianImportance("median")
     with pytest.raises(ValueError, match="unknown normalizer 'lamp'"):
