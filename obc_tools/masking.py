@@ -2,7 +2,8 @@
 
 A copy of full size in which the removed channels are nothing: every weight at a removed position is zero, of consumers
 above all, and of producers too, for what has no weights of its own (the product of queries and keys). Norms that take
-statistics over channels (LayerNorm, RMSNorm, GroupNorm, global response norm) see only the kept ones.
+statistics over channels (LayerNorm, RMSNorm, GroupNorm, global response norm) see only the kept ones, and so do
+convolutions that standardise their weights over their inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import norm as timm_norms
+from timm.layers import std_conv
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
@@ -34,6 +36,13 @@ CHANNEL_NORMS = (
     timm_norms.SimpleNorm2dFp32,
 )
 """Layers whose statistics run over channels, so that zeros would count."""
+STANDARDISED = (
+    std_conv.StdConv2d,
+    std_conv.StdConv2dSame,
+    std_conv.ScaledStdConv2d,
+    std_conv.ScaledStdConv2dSame,
+)
+"""Convolutions whose weights are standardised over their inputs, so that zeros would count."""
 
 
 @torch.no_grad()
@@ -49,8 +58,11 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for axis, gone in removed.items():
         _zero(get_layer(copied, axis.layer), axis, sorted(gone))
     for axis, gone in removed.items():
+        kept = sorted(set(range(widths[axis])).difference(gone))
         if norm := _channel_norm(copied, axis):
-            _see_only(norm, sorted(set(range(widths[axis])).difference(gone)))
+            _see_only(norm, kept)
+        elif axis.axis == "in" and isinstance(layer := get_layer(copied, axis.layer), STANDARDISED):
+            _take_only(layer, kept)
     return copied
 
 
@@ -146,6 +158,17 @@ def _see_only(norm: nn.Module, kept: Sequence[int]) -> None:
 
     norm.register_forward_pre_hook(pick)
     norm.register_forward_hook(put_back)
+
+
+def _take_only(layer: nn.Conv2d, kept: Sequence[int]) -> None:
+    """Narrow a convolution to the kept inputs; a hook picks them."""
+    index = torch.tensor(kept, device=layer.weight.device)
+    inside = (index % layer.weight.shape[1]).view(layer.groups, -1)
+    blocks = layer.weight.detach().unflatten(0, (layer.groups, -1))
+    weight = torch.cat([block[:, own] for block, own in zip(blocks, inside, strict=True)])
+    layer.weight = nn.Parameter(weight)
+    layer.in_channels = len(kept)
+    layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0].index_select(1, index),))
 
 
 def _channels_first(norm: nn.Module, width: int) -> bool:

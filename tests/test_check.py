@@ -68,6 +68,18 @@ def test_norms_over_channels_see_the_kept_ones_only(name):
     assert plan.channels_removed == 2 and check.ok, check
 
 
+@pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weights_are_standardised_over_the_kept_inputs_only(kind, groups):
+    torch.manual_seed(0)
+    layers = kind(3, 8, 1, bias=True), nn.ReLU(), kind(8, 12, 3, groups=groups, bias=True), nn.ReLU(), kind(12, 4, 1)
+    model, images = nn.Sequential(*layers).double(), torch.randn(2, 3, 6, 6).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, ((0, 2, 4, 6), (0, 1, 3, 6, 7, 9), tuple(range(4))))
+    check = check_plan(model, plan, images)
+    assert check.ok and check.error_of("pruned = masked") < 1e-12, check
+
+
 def mutated(plan, axis, positions):
     """Return the plan with other positions in one member of one of its groups."""
     groups = tuple(
