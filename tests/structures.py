@@ -144,7 +144,7 @@ class UsesOwnLayer(nn.Module):
         self.unused = nn.Parameter(torch.empty(10))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.own(self.before(x).relu()).relu())
+        return self.after(F.gelu(self.own(self.before(x).relu())))
 
 
 class TwoInputs(nn.Module):
@@ -391,23 +391,6 @@ class GatedPerceptron(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
-class TokenMixing(nn.Module):
-    """Layers over positions and layers over features, as in perceptron mixers."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 8, 2, stride=2)
-        self.tokens = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
-        self.features = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
-        self.out = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2)
-        x = x + self.tokens(x)
-        x = x.transpose(1, 2)
-        return self.out((x + self.features(x)).mean(1))
-
-
 class Volumes(nn.Module):
     """Convolutions over three dimensions, then over one."""
 
@@ -436,31 +419,40 @@ class Recurrent(nn.Module):
 
 
 STRUCTURES = {
-    "nested concat": Structure(NestedConcat, (3, 4, 5, 5), ()),
-    "wide and deep": Structure(WideAndDeep, (3, 12), ()),
-    "split by attributes": Structure(SplitByAttributes, (3, 3, 5, 5), ()),
-    "split in three": Structure(SplitInThree, (3, 3, 5, 5), ()),
-    "spatial concat": Structure(SpatialConcat, (3, 3, 5, 5), ()),
-    "own layer": Structure(UsesOwnLayer, (3, 6), ()),
-    "two inputs": Structure(TwoInputs, {"first": (3, 6), "second": (3, 4)}, ()),
-    "two inputs in order": Structure(TwoInputs, ((3, 6), (3, 4)), ()),
-    "bare parameters": Structure(BareParameters, (3, 3, 4, 4), ()),
-    "decoder": Structure(Decoder, (3, 6), ()),
-    "one channel": Structure(OneChannel, (3, 3, 5, 5), ()),
-    "linear residual": Structure(LinearResidual, (3, 6), ()),
-    "lenet": Structure(LeNet, (3, 1, 20, 20), ()),
-    "padded shortcut": Structure(PaddedShortcut, (3, 3, 5, 5), ()),
-    "part of wider": Structure(PartOfWider, (3, 3, 5, 5), ()),
-    "pixel shuffle": Structure(PixelShuffling, (3, 3, 4, 4), ()),
-    "u-net": Structure(UNet, (3, 3, 8, 8), ()),
-    "channel shuffle": Structure(ChannelShuffling, (3, 3, 5, 5), ()),
-    "depth multiplier": Structure(DepthMultiplier, (3, 3, 5, 5), ()),
-    "growing concat": Structure(GrowingConcat, (3, 3, 5, 5), ()),
-    "separate attention": Structure(SeparateAttention, (3, 5, 6), ()),
-    "grouped queries": Structure(GroupedQueries, (3, 5, 6), ()),
-    "transformer": Structure(Transformer, (3, 3, 8, 8), ()),
-    "gated perceptron": Structure(GatedPerceptron, (3, 6), ()),
-    "token mixing": Structure(TokenMixing, (3, 3, 4, 4), ()),
-    "volumes": Structure(Volumes, (3, 2, 4, 4, 4), ()),
-    "recurrent": Structure(Recurrent, (3, 3, 6), ()),
+    "nested concat": Structure(
+        NestedConcat, (3, 4, 5, 5), ("branches.0.0.0.out", "branches.0.2.0.out", "branches.1.0.out", "branches.2.0.out")
+    ),
+    "wide and deep": Structure(WideAndDeep, (3, 12), ("deep.0.out", "deep.4.out", "wide.out")),
+    "split by attributes": Structure(
+        SplitByAttributes, (3, 3, 5, 5), ("first.0.0.out", "parallel.0.0.out", "parallel.2.0.out", "join.0.out")
+    ),
+    "split in three": Structure(
+        SplitInThree, (3, 3, 5, 5), ("stem.0.0.out", "stem.2.0.out", "stem.2.1.out", "shared.0.0.out", "own.0.0.out")
+    ),
+    "spatial concat": Structure(SpatialConcat, (3, 3, 5, 5), ("bottom.0.0.out", "bottom.2.0.out", "both.0.out")),
+    "own layer": Structure(UsesOwnLayer, (3, 6), ("own.mix.out",)),
+    "two inputs": Structure(TwoInputs, {"first": (3, 6), "second": (3, 4)}, ("right.0.out", "hidden.out")),
+    "two inputs in order": Structure(TwoInputs, ((3, 6), (3, 4)), ("right.0.out", "hidden.out")),
+    "bare parameters": Structure(BareParameters, (3, 3, 4, 4), ("block.1.out", "block.2.out")),
+    "decoder": Structure(Decoder, (3, 6), ("start.out", "up1.out", "up2.out")),
+    "one channel": Structure(OneChannel, (3, 3, 5, 5), ("stem.0.out", "map.0.out")),
+    "linear residual": Structure(LinearResidual, (3, 6), ("first.out",)),
+    "lenet": Structure(LeNet, (3, 1, 20, 20), ("conv1.out", "conv2.out", "fc1.out")),
+    "part of wider": Structure(PartOfWider, (3, 3, 5, 5), ("wide.0.out", "wide.1.out")),
+    "pixel shuffle": Structure(PixelShuffling, (3, 3, 4, 4), ("stem.out", "fine.out", "coarse.out")),
+    "u-net": Structure(UNet, (3, 3, 8, 8), ("down1.0.out", "down2.0.out", "up.out", "last.0.out")),
+    "channel shuffle": Structure(ChannelShuffling, (3, 3, 5, 5), ("grouped2.0.out",)),
+    "depth multiplier": Structure(DepthMultiplier, (3, 3, 5, 5), ("twice.0.out",)),
+    "growing concat": Structure(
+        GrowingConcat, (3, 3, 5, 5), ("first.0.out", "last.0.out", "blocks.0.0.out", "blocks.1.0.out")
+    ),
+    "separate attention": Structure(SeparateAttention, (3, 5, 6), ("value.out", "project.out")),
+    "grouped queries": Structure(GroupedQueries, (3, 5, 6), ("value.out",)),
+    "transformer": Structure(Transformer, (3, 3, 8, 8), ("encoder.linear1.out", "encoder.linear2.out")),
+    "gated perceptron": Structure(GatedPerceptron, (3, 6), ("second.out",)),
+    "volumes": Structure(Volumes, (3, 2, 4, 4, 4), ("volume.0.out", "line.0.out")),
+    "recurrent": Structure(Recurrent, (3, 3, 6), ("front.0.out", "front.2.out", "hidden.out")),
 }
+
+WHOLE = {"padded shortcut": Structure(PaddedShortcut, (3, 3, 5, 5), ())}
+"""Networks of which nothing can be pruned."""
