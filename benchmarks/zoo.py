@@ -1,9 +1,9 @@
 """Take every network of torchvision and at least one of each family of timm through pruning and all of its proofs.
 
-    python benchmarks/zoo.py [--out results/zoo.csv --names timm:resnet10t --keep same --limit-s 300 --memory-gb 12]
+    python benchmarks/zoo.py [--jobs 2 --out results/zoo.csv --names timm:resnet10t --keep same --limit-s 300]
 
-A network a process, one after another; each row is written as soon as it is there, so that a run may be stopped and
-taken up again. Weights are random and seeded, nothing is downloaded. Exit status 1 if any output was wrong.
+A network a process, `jobs` of them at once; each row is written as soon as it is there, so that a run may be stopped
+and taken up again. Weights are random and seeded, nothing is downloaded. Exit status 1 if any output was wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -42,6 +43,7 @@ class Options:
         names: run these ("timm:resnet10t", "torchvision:resnet18") in this order; all by default.
         keep: rows to keep: those of the same code, those that passed whatever the code was, or none.
         onnx: export those networks that are marked for it (most of their time).
+        jobs: networks at once, one core each.
         limit_s: seconds of computing that a network may take; a wait of four times as many ends it too.
         memory_gb: memory a network's process may take.
     """
@@ -50,6 +52,7 @@ class Options:
     names: tuple[str, ...] = ()
     keep: Literal["same", "passed", "none"] = "same"
     onnx: bool = True
+    jobs: int = 2
     limit_s: float = 300
     memory_gb: float = 12
 
@@ -93,11 +96,23 @@ def run_case(case: Case, limit_s: float, memory_gb: float) -> dict[str, object]:
         raise EOFError
     except EOFError:
         process.join(0)
-        ended = "not done" if process.exitcode in (None, -signal.SIGXCPU, -signal.SIGKILL) else "its process died"
-        return blank | {"seconds": limit_s, "ok": False, "reason": f"unclear: {ended} after {limit_s:g} s of computing"}
+        late = process.exitcode in (None, -signal.SIGXCPU, -signal.SIGKILL)
+        reason = f"refused: time: not done after {limit_s:g} s of computing" if late else "unclear: its process died"
+        return blank | {"seconds": limit_s if late else "", "ok": False, "reason": reason}
     finally:
         process.kill()
         process.join()
+
+
+def run_cases(todo: Sequence[Case], options: Options) -> Iterator[dict[str, object]]:
+    """Yield the rows of networks as they come, several made at once."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            futures = [pool.submit(run_case, case, options.limit_s, options.memory_gb) for case in todo]
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def kept_rows(table: pd.DataFrame, keep: str, code: str) -> pd.DataFrame:
@@ -117,12 +132,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return frame.join(counts).fillna(0)
 
 
-def write(rows: Iterable[dict[str, object]], order: list[tuple[str, str]], path: Path) -> pd.DataFrame:
-    """Write the table in the zoo's order; return it."""
+def write(rows: Iterable[dict[str, object]], path: Path) -> pd.DataFrame:
+    """Write the table, torchvision's networks first, by name; return it."""
     table = pd.DataFrame(rows, columns=[*COLUMNS, "code"])
-    place = {key: index for index, key in enumerate(order)}
-    keys = zip(table["source"], table["model"], strict=True)
-    table = table.iloc[[index for index, _ in sorted(enumerate(keys), key=lambda pair: place[pair[1]])]]
+    table = table.sort_values(["source", "model"], ascending=[False, True])
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
@@ -139,18 +152,17 @@ def chosen(everything: list[Case], names: tuple[str, ...]) -> list[Case]:
 
 def main(options: Options) -> int:
     everything, code = cases(), code_version()
-    order = [(case.source, case.name) for case in everything]
+    known = {(case.source, case.name) for case in everything}
     rows = {}
     if options.out.exists():
         earlier = kept_rows(pd.read_csv(options.out, dtype=str, keep_default_na=False), options.keep, code)
-        rows = {key: row for row in earlier.to_dict("records") if (key := (row["source"], row["model"])) in order}
+        rows = {key: row for row in earlier.to_dict("records") if (key := (row["source"], row["model"])) in known}
     todo = [case for case in chosen(everything, options.names) if (case.source, case.name) not in rows]
-    for case in (bar := tqdm(todo, desc="zoo")):
-        bar.set_postfix_str(case.id)
-        case = replace(case, onnx=case.onnx and options.onnx)
-        rows[case.source, case.name] = run_case(case, options.limit_s, options.memory_gb) | {"code": code}
-        write(rows.values(), order, options.out)
-    table = write(rows.values(), order, options.out)
+    todo = [replace(case, onnx=case.onnx and options.onnx) for case in todo]
+    for row in tqdm(run_cases(todo, options), total=len(todo), desc="zoo"):
+        rows[row["source"], row["model"]] = row | {"code": code}
+        write(rows.values(), options.out)
+    table = write(rows.values(), options.out)
     print(summary(table).to_markdown() if sys.stdout.isatty() else summary(table).to_string())
     return int(table["reason"].astype(str).str.startswith("WRONG").any())
 

@@ -51,49 +51,54 @@ REDUCED = {
 """torchvision's networks above 150 million parameters: what is reduced, and how to build that."""
 
 _TIMM = """
-    caformer_s18 convformer_s18 convmixer_768_32 convnext_atto convnext_zepto_rms convnextv2_atto cpubone_nano
-    crossvit_tiny_240 cs3darknet_focus_s cs3darknet_s cspnext_tiny cspresnet50 darknet53 davit_tiny densenet121
-    densenetblur121d dla34 dla46x_c dm_nfnet_f0 dpn48b dpn68 ecaresnet26t edgenext_xx_small efficientnet_b0
-    efficientnet_lite0 efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8
-    fbnetc_100 focalnet_tiny_srf gernet_s ghostnet_050 hardcorenas_b hgnet_tiny hgnetv2_b0 hrnet_w18_small iformer_t
-    inception_next_atto lambda_resnet26t lcnet_035 lcnetv2_small legacy_seresnet18 legacy_xception lowformer_b0
-    mixnet_s mnasnet_small mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small_035 mobilenetv5_base
-    mobileone_s0 mobilevit_xxs mobilevitv2_050 mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge
-    nextvit_small nf_regnet_b0 nf_resnet26 nfnet_f0 pnasnet5large poolformer_s12 poolformerv2_s12 pvt_v2_b0
-    qwen3_vit_88m rdnet_tiny regnetx_002 regnety_002 regnetz_005 repghostnet_050 repvgg_a0 repvit_m1 res2next50
-    resnest14d resnet10t resnet18 resnet26t resnet50 resnetblur18 resnetv2_18 resnetv2_50 resnetv2_50x1_bit
-    resnext50_32x4d rexnet_100 sam2_hiera_tiny samvit_base_patch16_224 selecsls42 senet154 sequencer2d_s seresnet18
-    seresnet50 shvit_s1 skresnet18 spnasnet_100 starnet_s050 swiftformer_xs test_byobnet test_convnext
-    test_convnext2 test_convnext3 test_efficientnet test_efficientnet_gn test_efficientnet_ln test_mambaout
-    test_nfnet test_resnet test_vit test_vit2 tf_efficientnet_lite0 tiny_vit_5m_224 tresnet_m twins_svt_small vgg11
-    vgg11_bn vit_tiny_patch16_dinov3_qkvb vovnet39a xception41 xception41p xcit_nano_12_p8_224
+    test_efficientnet test_nfnet test_mambaout test_byobnet test_convnext test_vit test_resnet lcnet_035
+    starnet_s050 test_coatnet test_vit_relpos dla46x_c mobilevit_xxs repghostnet_050 edgenext_xx_small ghostnet_050
+    ese_vovnet19b_slim_dw efficientvit_b0 efficientvit_m0 regnetx_002 cspnext_tiny iformer_t fasternet_t0
+    cs3darknet_focus_s lcnetv2_small xcit_nano_12_p8_224 swiftformer_xs inception_next_atto efficientformerv2_s0
+    fastvit_t8 pvt_v2_b0 rexnet_100 hardcorenas_b hgnetv2_b0 pit_ti_224 gmlp_ti16_224 repvit_m1 cpubone_nano
+    tiny_vit_5m_224 coat_tiny eva02_tiny_patch14_224 convit_tiny deit_tiny_patch16_224 efficientvim_m1 shvit_s1
+    vit_tiny_r_s16_p8_224 crossvit_tiny_240 densenet121 levit_128s halonet_h1 dpn48b resnest14d visformer_tiny
+    csatv2 hrnet_w18_small resnetv2_18 legacy_seresnet18 poolformerv2_s12 efficientformer_l1 gcvit_xxtiny skresnet18
+    cait_xxs24_224 lowformer_b0 nest_tiny convmixer_768_32 legacy_xception inception_v3 vitamin_small_224 res2next50
+    rdnet_tiny tnt_s_legacy_patch16_224 mvitv2_tiny twins_svt_small xception41p volo_d1_224 hiera_tiny_224
+    sam2_hiera_tiny sequencer2d_s swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 davit_tiny
+    focalnet_tiny_srf selecsls42 tresnet_m nextvit_small inception_v4 inception_resnet_v2 mobilenetv5_base
+    pnasnet5large nasnetalarge beit_base_patch16_224 samvit_base_patch16_224 naflexvit_base_patch16_parfac_gap
+    qwen3_vit_88m vgg11 gemma4_vit_167m deepseek_vit_412m
 """
-"""timm's networks that take images of 32 pixels a side: the smallest of each of its modules, and more of some."""
+"""One network of each of timm's modules, its smallest that differs from others; small ones first."""
+
+_TIMM_MORE = """
+    test_efficientnet_gn test_efficientnet_ln test_convnext3 test_convnext2 test_vit2 mobilenetv2_035
+    mobilenetv3_small_050 mobilenetv4_conv_small_035 mnasnet_small test_vit3 test_maxvit mobilevitv2_050
+    convnext_zepto_rms mixnet_s cs3darknet_s tf_efficientnet_lite0 convnextv2_atto efficientnet_b0 mobileone_s0
+    ghostnetv2_100 resnet10t coat_lite_tiny vit_tiny_patch16_224 vit_tiny_patch16_dinov3_qkvb
+    deit_tiny_distilled_patch16_224 regnetz_005 gernet_s nf_regnet_b0 repvgg_a0 lambda_resnet26t botnet26t_256
+    gmixer_12_224 resnetblur18 seresnet18 poolformer_s12 dpn68 hgnet_tiny nf_resnet26 resnet26t ecaresnet26t
+    resmlp_12_224 dla34 mixer_s16_224 vit_srelpos_small_patch16_224 resnext50_32x4d resnetv2_50x1_bit caformer_s18
+"""
+"""Further networks of timm with parts that the first of their module lack; small ones first."""
 
 _TIMM_FIXED = """
-    beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_lite_tiny coat_tiny coatnet_nano_rw_224 convit_tiny
-    deit3_small_patch16_224 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224 eca_botnext26ts_256
-    efficientformerv2_s0 eva02_tiny_patch14_224 gcvit_xxtiny gmixer_12_224 gmlp_ti16_224 hiera_tiny_224 levit_128s
-    maxvit_pico_rw_256 mixer_s16_224 nest_tiny pit_ti_224 resmlp_12_224 sebotnet33ts_256
+    beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_lite_tiny coat_tiny convit_tiny
+    deit_tiny_distilled_patch16_224 deit_tiny_patch16_224 efficientformerv2_s0 eva02_tiny_patch14_224 gcvit_xxtiny
+    gmixer_12_224 gmlp_ti16_224 hiera_tiny_224 levit_128s mixer_s16_224 nest_tiny pit_ti_224 resmlp_12_224
     swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_coatnet test_maxvit test_vit3
-    test_vit_relpos tnt_s_legacy_patch16_224 visformer_tiny vit_relpos_small_patch16_224 vit_small_patch16_224
-    vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224
+    test_vit_relpos tnt_s_legacy_patch16_224 visformer_tiny vit_srelpos_small_patch16_224 vit_tiny_patch16_224
+    vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224
 """
 """timm's networks that must be built for 32 pixels a side."""
 
 _TIMM_LARGER = {
-    "bat_resnext26ts": (256, {}),
     "csatv2": (64, {}),
     "deepseek_vit_412m": (112, {"depth": 2}),
     "efficientformer_l1": (224, {}),
     "gemma4_vit_167m": (32, {"depth": 2}),
     "ghostnetv2_100": (48, {}),
     "halonet_h1": (256, {}),
-    "haloregnetz_b": (224, {}),
     "inception_resnet_v2": (96, {}),
     "inception_v3": (96, {}),
     "inception_v4": (96, {}),
-    "lamhalobotnet50ts_256": (128, {"img_size": 128}),
 }
 """timm's networks that need more pixels or are reduced: the side, the options."""
 
@@ -113,40 +118,42 @@ _TORCHVISION_OPTIONS = {
     "vit_b_32": {"image_size": 64},
 }
 
-_ONNX = """
-    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet mnasnet0_5 mobilenet_v2
-    mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d shufflenet_v2_x1_0
-    squeezenet1_1 swin_t vit_b_16 cait_xxs24_224 convnext_atto convnextv2_atto convmixer_768_32 cs3darknet_s
-    deit_tiny_patch16_224 dla34 dpn68 edgenext_xx_small fastvit_t8 ghostnet_050 hrnet_w18_small mixer_s16_224
-    mobilenetv2_035 mobilenetv4_conv_small_035 mobilevit_xxs poolformer_s12 regnety_002 repvgg_a0 resnest14d
-    resnet10t resnetv2_18 seresnet18 skresnet18 test_efficientnet test_resnet test_vit tf_efficientnet_lite0
-    vit_tiny_patch16_224
-"""
+_ONNX = {
+    "torchvision": """
+        alexnet convnext_tiny densenet121 efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2 mobilenet_v3_small
+        regnet_x_400mf regnet_y_400mf resnet18 resnet50 shufflenet_v2_x1_0 squeezenet1_1 swin_t vit_b_16
+    """,
+    "timm": """
+        convnextv2_atto cs3darknet_s deit_tiny_patch16_224 dla46x_c dpn68 edgenext_xx_small fastvit_t8 ghostnet_050
+        mixer_s16_224 mobilenetv2_035 mobilenetv4_conv_small_035 mobilevit_xxs poolformer_s12 regnetx_002 repvgg_a0
+        resnest14d resnet10t resnetv2_18 seresnet18 skresnet18 test_coatnet test_convnext test_efficientnet
+        test_mambaout test_resnet test_vit tf_efficientnet_lite0 vit_tiny_patch16_224
+    """,
+}
 """The networks that are exported too."""
 
 
 def cases() -> list[Case]:
-    """Return every network of the zoo: all of torchvision's classifiers, then timm's."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    return [_torchvision_case(name) for name in names] + [_timm_case(name) for name in timm_names()]
-
-
-def timm_names() -> list[str]:
-    """Return the names of timm's networks of the zoo, in alphabetical order."""
-    return sorted([*_TIMM.split(), *_TIMM_FIXED.split(), *_TIMM_LARGER])
+    """Return every network of the zoo in the order to run them: one of each module of timm, torchvision's, more."""
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    return [
+        *map(_timm_case, _TIMM.split()),
+        *map(_torchvision_case, classifiers),
+        *map(_timm_case, _TIMM_MORE.split()),
+    ]
 
 
 def _torchvision_case(name: str) -> Case:
     reduced = REDUCED[name][0] if name in REDUCED else ""
     size, options = _TORCHVISION_SIZES.get(name, 32), _TORCHVISION_OPTIONS.get(name, {})
-    return Case("torchvision", name, size, options, reduced, name in _ONNX.split())
+    return Case("torchvision", name, size, options, reduced, name in _ONNX["torchvision"].split())
 
 
 def _timm_case(name: str) -> Case:
     size, options = _TIMM_LARGER.get(name, (32, {"img_size": 32} if name in _TIMM_FIXED.split() else {}))
     depth = options.get("depth")
     reduced = f"depth {depth}" if depth else ""
-    return Case("timm", name, size, options, reduced, name in _ONNX.split())
+    return Case("timm", name, size, options, reduced, name in _ONNX["timm"].split())
 
 
 def build(case: Case, *, seed: int = 0) -> nn.Module:

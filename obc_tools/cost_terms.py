@@ -1,4 +1,4 @@
-"""MACs and parameters as terms  a · ⌊x / d⌋ · ⌊y / e⌋  in the widths x, y of layer axes; nearly all have d = e = 1.
+"""MACs and parameters as terms  a · ⌊x / d⌋ · ⌊y / e⌋ · …  in the widths x, y of layer axes; nearly all have d = e = 1.
 
 What torch_pruning counts for one call, and the terms of it (P: positions, everything but channels and kernel; C_in and
 C_out stand for widths):
@@ -8,6 +8,7 @@ convolution, k: size of the kernel    k·P · C_in · ⌊C_out / groups⌋  +  P
 depthwise convolution                 k·P · C_out  +  P · C_out if it has a bias
 linear                                P · C_in · C_out  +  C_out if it has a bias (once, whatever P is)
 norm, activation, pooling, upsampling proportional to the one width that it keeps
+LSTM, GRU, RNN                        D · L · C_in · (a + b · C_in): torch_pruning takes the features for a length
 attention                             scaling, projections, the products with all heads, and the output projection
 ====================================  ===================================================================
 
@@ -37,32 +38,37 @@ Factor = tuple[Width, int]
 """x and d, standing for ⌊x / d⌋."""
 
 Term = tuple[int, tuple[Factor, ...]]
-"""The coefficient a and at most two factors."""
+"""The coefficient a and the factors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """Terms in columns, for all items (calls, parameters) at once; x, y are rows of the vector of widths."""
+    """Terms for all items (calls, parameters) at once.
+
+    ``rows`` says where the factors of each term lie in the vector of widths, ``divisors`` by what they are divided,
+    both of shape (terms, most factors).
+    """
 
     coefficient: np.ndarray
-    x: np.ndarray
-    d: np.ndarray
-    y: np.ndarray
-    e: np.ndarray
+    rows: np.ndarray
+    divisors: np.ndarray
     item: np.ndarray
 
     @classmethod
     def stack(cls, items: Iterable[Sequence[Term]], rows: Mapping[Width, int]) -> Terms:
         """Build from the terms of each item and each width's row; row 0 is the constant 1."""
-        table = []
-        for item, terms in enumerate(items):
-            for coefficient, factors in terms:
-                (x, d), (y, e) = ([(rows[width], divisor) for width, divisor in factors] + [(0, 1), (0, 1)])[:2]
-                table.append((coefficient, x, d, y, e, item))
-        return cls(*np.array(table, dtype=np.int64).reshape(-1, 6).T)
+        table = [(item, *term) for item, terms in enumerate(items) for term in terms]
+        most = max((len(factors) for _, _, factors in table), default=0)
+        padded = [
+            [*((rows[width], divisor) for width, divisor in factors), *[(0, 1)] * most][:most]
+            for _, _, factors in table
+        ]
+        places, divisors = np.array(padded, dtype=np.int64).reshape(len(table), most, 2).transpose(2, 0, 1)
+        numbers = np.array([(coefficient, item) for item, coefficient, _ in table], dtype=np.int64).reshape(-1, 2)
+        return cls(numbers[:, 0], places, divisors, numbers[:, 1])
 
     def _values(self, widths: np.ndarray) -> np.ndarray:
-        return self.coefficient * (widths[self.x] // self.d) * (widths[self.y] // self.e)
+        return self.coefficient * (widths[self.rows] // self.divisors).prod(axis=1)
 
     def total(self, widths: np.ndarray) -> int:
         """Return the sum over all items, in exact integers."""
@@ -120,6 +126,15 @@ def _bias(layer: nn.Module, times: int, out: LayerAxis) -> list[Term]:
     return [] if layer.bias is None else [(times, ((out, 1),))]
 
 
+def _recurrent(layer: nn.RNNBase, call: Call) -> list[Term]:
+    into = (LayerAxis(f"{call.layer}.weight_ih_l0", "out"), 1)
+    directions, gates = 1 + layer.bidirectional, layer.weight_ih_l0.shape[0]
+    length, features = call.inputs[0][-2:]
+    times = directions * length
+    fixed = call.macs // (times * features) - gates * features
+    return [(times * fixed, (into,)), (times * gates, (into, into))]
+
+
 def _torch_attention(layer: nn.MultiheadAttention, call: Call) -> list[Term]:
     batch, length = (0, 1) if layer.batch_first else (1, 0)
     lengths = [shape[length] for shape in call.inputs[:3]]
@@ -165,6 +180,7 @@ _FORMULAS: Mapping[Callable[..., None], Callable[[Any, Call], list[Term]]] = {
     op_counter.linear_flops_counter_hook: _linear,
     op_counter.multihead_attention_counter_hook: _torch_attention,
     op_counter.timm_multihead_attention_counter_hook: _timm_attention,
+    op_counter.rnn_flops_counter_hook: _recurrent,
 }
 
 

@@ -6,8 +6,8 @@ kept channels and are trained with the full weights W. All three maps are linear
 pruned one with effective weights C·W·D and bias C·b. That is how it is computed here: the pruned skeleton runs on
 effective weights, one small matrix product a layer and step, and merging stores them.
 
-Grouped convolutions have one block of C and D a convolution group. Depthwise weights, norms and bare parameters cannot
-be mixed; they are plainly selected.
+Grouped convolutions have one block of C and D a convolution group, torch's attention one each for q, k and v. Depthwise
+weights, norms and bare parameters cannot be mixed; they are plainly selected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .layers import LayerAxis, from_mixing, get_layer, layer_axes, own_parameters, to_mixing
+from .layers import LayerAxis, from_mixing, get_layer, layer_axes, mixing_tensors, own_parameters, to_mixing
 from .plan import PruningPlan
 from .pruning import prune
 from .shrinking import is_attribute
@@ -108,10 +108,11 @@ class EquivalentModel(nn.Module):
         for name, mixed in self.mixed_layers.items():
             layer = self.skeleton.get_submodule(name)
             prefix = f"{name}." if name else ""
+            names = mixing_tensors(layer)
             weight, bias = mixed.effective()
-            effective[f"{prefix}weight"] = from_mixing(layer, weight)
+            effective[f"{prefix}{names[0]}"] = from_mixing(layer, weight)
             if bias is not None:
-                effective[f"{prefix}bias"] = bias
+                effective[f"{prefix}{names[1]}"] = bias
         return effective
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,13 +164,18 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     if not mixable:
         return None
     stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in mixable else 1
-    weight = to_mixing(layer, layer.weight.detach(), stride)
+    held = own_parameters(layer)
+    whole, added = (held.get(leaf) for leaf in mixing_tensors(layer))
+    weight = to_mixing(layer, whole.detach(), stride)
     groups, outputs, _, inputs = weight.shape
+    if isinstance(layer, nn.MultiheadAttention):
+        parts = {"out": outputs, "in": inputs}
+        mixable = {k: tuple(part * parts[k] + p for part in range(3) for p in kept) for k, kept in mixable.items()}
     compressor = decompressor = bias = None
     if "out" in mixable:
         selection = selection_matrix(mixable["out"], groups, outputs)
         compressor = (selection * _factors(plan, name, mixable["out"], groups)).to(weight)
-        bias = None if layer.bias is None else layer.bias.detach().view(groups, outputs)
+        bias = None if added is None else added.detach().view(groups, outputs)
     if "in" in mixable:
         units = tuple(position // stride for position in mixable["in"][::stride])
         decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
@@ -220,7 +226,8 @@ def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:
 
 def _detach(layer: nn.Module, mixed: MixedLayer) -> None:
     """Take the parameters that are mixed out of a skeleton's layer; empty buffers hold their place."""
-    for name in ("weight", "bias") if mixed.bias is not None else ("weight",):
+    names = mixing_tensors(layer)
+    for name in names if mixed.bias is not None else names[:1]:
         parameter = own_parameters(layer)[name]
         delattr(layer, name)
         layer.register_buffer(name, parameter.new_empty(0), persistent=False)
@@ -228,6 +235,6 @@ def _detach(layer: nn.Module, mixed: MixedLayer) -> None:
 
 def _restore_order(layer: nn.Module) -> None:
     """Put weight before bias again, so that parameters come in the same order as in the pruned model."""
-    for name in ("weight", "bias"):
+    for name in mixing_tensors(layer):
         if name in layer._parameters:
             layer._parameters[name] = layer._parameters.pop(name)

@@ -121,6 +121,7 @@ def _compare(path: Path, model: nn.Module, example_inputs: Any) -> float:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     names = [node.name for node in session.get_inputs()]

@@ -148,8 +148,8 @@ def _attention(layer: nn.MultiheadAttention) -> dict[str, Axis]:
     out = (Slot("in_proj_weight", 0, parts=3), Slot("in_proj_bias", 0, parts=3))
     widths = ("embed_dim", "kdim", "vdim")
     return {
-        "out": Axis(layer.embed_dim, out, widths, blocks=layer.num_heads),
-        "in": Axis(layer.embed_dim, (Slot("in_proj_weight", 1),), widths),
+        "out": Axis(layer.embed_dim, out, widths, True, layer.num_heads),
+        "in": Axis(layer.embed_dim, (Slot("in_proj_weight", 1),), widths, True),
     }
 
 
@@ -335,12 +335,21 @@ def is_standardised(layer: nn.Module | Tensor) -> bool:
     return type(layer).__module__.startswith("timm.layers.std_conv")
 
 
+def mixing_tensors(layer: nn.Module) -> tuple[str, str]:
+    """Return the names of the weight and the bias that compressors and decompressors act on."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return "in_proj_weight", "in_proj_bias"
+    return "weight", "bias"
+
+
 def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:
     """Return a mixable layer's weight in mixing form: (groups, outputs a group, rest, inputs a group).
 
     Outputs and inputs are what compressors and decompressors act on. ``rest`` holds the kernel, or, for a linear layer
-    behind a flattening, the ``stride`` positions of one input channel.
+    behind a flattening, the ``stride`` positions of one input channel. The groups of an attention are q, k and v.
     """
+    if isinstance(layer, nn.MultiheadAttention):
+        return weight.unflatten(0, (3, -1)).unsqueeze(2)
     if isinstance(layer, nn.Linear):
         return weight.unflatten(1, (-1, stride)).transpose(1, 2)[None]
     grouped = weight.flatten(2).unflatten(0, (layer.groups, -1))
@@ -349,6 +358,8 @@ def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:
 
 def from_mixing(layer: nn.Module, mixed: Tensor) -> Tensor:
     """Return a weight in the layer's own layout, contiguous: the inverse of `to_mixing` for any number of channels."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return mixed.flatten(0, 2)
     if isinstance(layer, nn.Linear):
         return mixed[0].transpose(1, 2).flatten(1)
     grouped = mixed.permute(0, 3, 1, 2) if layer.transposed else mixed.permute(0, 1, 3, 2)
@@ -358,10 +369,11 @@ def from_mixing(layer: nn.Module, mixed: Tensor) -> Tensor:
 def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
     """Return one axis of a layer by its name.
 
-    Besides "out" and "in" there are their parts "out_w" and "out_b", without and with nothing but the bias.
+    Besides "out" and "in" there are their parts "out_w" and "out_b", without and with nothing but the bias, and the
+    other dimensions of a bare parameter, "dim0", "dim1", ...
     """
     key, _, part = name.axis.partition("_")
-    axes = layer_axes(layer, name.layer)
+    axes = all_axes(layer, name.layer)
     if key not in axes or part not in ("", "w", "b"):
         raise UnknownNameError("axis", str(name), [f"{name.layer}.{known}" for known in axes])
     if not part:

@@ -8,7 +8,7 @@ from test_plan import random_plan
 from test_pruning import Tied
 from torch import nn
 
-from obc_tools import EquivalentModel, PruningPlan, find_groups, prune, prune_to
+from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
 from obc_tools.layers import from_mixing, to_mixing
 
 
@@ -79,6 +79,102 @@ def test_training_and_merging_leave_the_model_alone(name):
         for tensor in (*equivalent.parameters(), *equivalent.buffers(), *merged.state_dict().values()):
             tensor.zero_()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Attention(nn.Module):
+    """A residual stream around torch's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(5, 16), nn.MultiheadAttention(16, 2), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class MappedAttention(nn.Module):
+    """`Attention` with full weights and inserted maps: before and after q, k and v each, and around all else."""
+
+    def __init__(self, model, equivalent):
+        super().__init__()
+        self.heads, mixed = model.attention.num_heads, equivalent.mixed_layers
+        self.parts = nn.ModuleDict({name.replace(".", "_"): copy.deepcopy(layer) for name, layer in mixed.items()})
+
+    def apply_maps(self, name, part, x):
+        layer = self.parts[name]
+        x = x if layer.decompressor is None else x @ layer.decompressor[part].T
+        x = x @ layer.weight[part, :, 0].T + (0 if layer.bias is None else layer.bias[part])
+        return x if layer.compressor is None else x @ layer.compressor[part].T
+
+    def forward(self, x):
+        x = self.apply_maps("stem", 0, x)
+        q, k, v = (self.apply_maps("attention", part, x).unflatten(-1, (self.heads, -1)) for part in range(3))
+        scale = q.shape[-1] ** -0.5
+        weights = torch.einsum("ibhd,jbhd->bhij", q * scale, k).softmax(-1)
+        taken = torch.einsum("bhij,jbhd->ibhd", weights, v).flatten(2)
+        return self.apply_maps("head", 0, x + self.apply_maps("attention_out_proj", 0, taken))
+
+
+def test_attention_trains_as_inserted_maps_do():
+    torch.manual_seed(0)
+    model = Attention().double()
+    nn.init.normal_(model.attention.in_proj_bias)
+    tokens = torch.randn(4, 3, 5, dtype=torch.float64)
+    groups = find_groups(model, tokens)
+    assert groups[0].width == 16 and groups[0].blocks == 2
+    plan = PruningPlan(groups, ((0, 1, 3, 5, 6, 8, 9, 11, 13, 14), *(tuple(range(g.width)) for g in groups[1:])))
+    equivalent = EquivalentModel(model, plan)
+    assert set(equivalent.mixed_layers) == {"stem", "attention", "attention.out_proj", "head"}
+    assert equivalent.mixed_layers["attention"].compressor.shape == (3, 10, 16)
+    oracle = MappedAttention(model, equivalent)
+    # The head has full rows: its bias is no part of the mixed layer.
+    oracle.parts["head"].bias = nn.Parameter(model.head.bias.detach()[None].clone())
+    torch.testing.assert_close(equivalent(tokens), prune(model, plan)(tokens), rtol=0, atol=1e-12)
+    train(equivalent, tokens, 3)
+    train(oracle, tokens, 3)
+    torch.testing.assert_close(equivalent(tokens), oracle(tokens), rtol=0, atol=1e-10)
+    merged = equivalent.merge()
+    torch.testing.assert_close(merged(tokens), equivalent(tokens), rtol=0, atol=1e-12)
+    assert list(merged.state_dict()) == list(prune(model, plan).state_dict())
+
+
+def one_kind(name):
+    """Return a chain with one layer of a kind in the middle, and inputs for it."""
+    d = {"Conv1d": 1, "Conv3d": 3}.get(name, 2)
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[d]
+    middle = {
+        "Conv1d": lambda: conv(8, 12, 3),
+        "Conv3d": lambda: conv(8, 12, 2),
+        "ConvTranspose2d, grouped": lambda: nn.ConvTranspose2d(8, 12, 2, groups=2),
+        "depthwise, twice as wide": lambda: conv(8, 16, 3, groups=8),
+        "GroupNorm": lambda: nn.Sequential(conv(8, 12, 1), nn.GroupNorm(2, 12)),
+        "PReLU": lambda: nn.Sequential(conv(8, 12, 1), nn.PReLU(12)),
+        "InstanceNorm": lambda: nn.Sequential(conv(8, 12, 1), nn.InstanceNorm2d(12, affine=True)),
+    }[name]()
+    width = 16 if "twice" in name else 12
+    model = nn.Sequential(conv(3, 8, 1), nn.Tanh(), middle, nn.Tanh(), conv(width, 4, 1)).double()
+    return model, torch.randn(2, 3, *[6] * d, dtype=torch.float64)
+
+
+KINDS = ["Conv1d", "Conv3d", "ConvTranspose2d, grouped", "depthwise, twice as wide", "GroupNorm", "PReLU"]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "InstanceNorm"])
+def test_every_layer_type_trains_as_inserted_maps_do(name):
+    torch.manual_seed(0)
+    model, images = one_kind(name)
+    groups = find_groups(model, images)
+    plan = make_plan({group: torch.rand(group.width) for group in groups}, ratio=0.5, scope="local")
+    assert plan.channels_removed >= 4
+    equivalent = EquivalentModel(model, plan)
+    oracle = inserted(model, plan, equivalent)
+    naive = prune(model, plan)
+    train(equivalent, images, 3)
+    train(oracle, images, 3)
+    torch.testing.assert_close(equivalent(images), oracle(images), rtol=0, atol=1e-10)
+    torch.testing.assert_close(equivalent.merge()(images), equivalent(images), rtol=0, atol=1e-12)
+    assert (equivalent(images) - naive(images)).abs().max() > 1e-6
 
 
 def test_layers_that_lost_nothing_have_no_maps():
