@@ -7,7 +7,7 @@
 `resnet56`: the published sparse-trained ResNet-56 on CIFAR-10 with the published comparison's normalisation, all
 criteria, 5 % of the channels a step, until accuracy is at chance. `variants`: variants of the Jacobian Criterion (rows,
 couplings, selection of sets) on the same network in coarser steps. `efficientnet`: EfficientNet-Lite0 on a sample of
-ImageNet, one seeded half to score with, the other held out. Each can be stopped and goes on where it was.
+ImageNet, one seeded half to score with, the other held out, once each. Each can be stopped and goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIANTS = {
     "jacobian, 128 images a row, set": {"coupling": "set"},
     "jacobian, 1 image a row, set": {"rows": "sample", "coupling": "set"},
 }
-EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 2, "training": 0}
+EFFICIENTNET = {"steps": 5, "macs": 0.5, "batches": 4, "batch_size": 32, "repeats": 1, "training": 0}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ _NAMES = {
     "pruning": ("Target", "prune", "prune_to"),
     "scores": ("Scores", "score_groups"),
     "sparse": ("sparse_train",),
+    "state": ("Forward",),
     "store": ("load_pruned", "save_pruned"),
     "tables": ("find_runs", "results_table"),
     "training": ("History", "Recipe", "fit"),

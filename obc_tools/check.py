@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .equivalent import EquivalentModel
+from .groups import loses_heads
 from .masking import masked
 from .measure import CostModel, cost, cost_model
 from .plan import PruningPlan
@@ -213,7 +214,10 @@ def _check_telling(outputs: list[Tensor]) -> None:
 def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | None) -> list[Finding]:
     """Compare predicted with counted costs: relative errors, which must be zero."""
     try:
-        predicted, counted = (costs or cost_model(model, inputs)).of(plan), cost(prune(model, plan), inputs)
+        predicted, counted = (
+            (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan),
+            cost(prune(model, plan), inputs),
+        )
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
     errors = (abs(predicted.macs / counted.macs - 1), abs(predicted.params / counted.params - 1))

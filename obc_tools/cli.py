@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from .cli_compare import Compare
 from .cli_runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 from .cli_types import Choice, Flag, Folder, Name, Names, Number, Whole
+from .logs import logging_to
 
 if TYPE_CHECKING:
     from .job import PruningJob
@@ -230,7 +230,7 @@ def parse(arguments: Sequence[str]) -> Command:
 def run(command: Command) -> None:
     """Do what a command says."""
     _import_libraries()
-    with _logging_to_terminal():
+    with logging_to(logging.StreamHandler(sys.stderr)):
         command.run()
 
 
@@ -238,16 +238,3 @@ def _import_libraries() -> None:
     """Import what takes seconds, with a bar that moves meanwhile."""
     for name in tqdm(HEAVY_IMPORTS, desc="loading libraries", unit="library", leave=False):
         importlib.import_module(name)
-
-
-@contextmanager
-def _logging_to_terminal() -> Iterator[None]:
-    logger, handler = logging.getLogger("obc_tools"), logging.StreamHandler(sys.stderr)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -68,6 +68,10 @@ class Compare:
     """How scores are scaled within a layer's group: sum, mean, max, gaussian, standarization or parameters."""
     ignore: Names = ()
     """Layers that keep their width: names or patterns."""
+    whole_heads: Flag = False
+    """Let attentions lose whole heads; by default all heads lose the same positions."""
+    only: Choice = None
+    """Prune only this part: mlp (hidden channels), attention (its channels, or heads), bottleneck (both)."""
     round_to: Whole = None
     """Keep a multiple of so many channels in every layer."""
     seed: int = 0
@@ -89,7 +93,7 @@ class Compare:
         classes = self.num_classes or len(data.classes)
         channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
         same = ("steps", "macs", "scope", "batches", "batch_size", "repeats", "held_out", "training", "until_chance")
-        same += ("group_reduction", "normalizer", "ignore", "round_to", "seed")
+        same += ("group_reduction", "normalizer", "ignore", "whole_heads", "only", "round_to", "seed")
         end = {} if self.ratio is None else {"ratio": self.ratio}
         comparison = compare_criteria(
             lambda: load_model(self.model, num_classes=classes, weights=self.weights, **channels).to(device),

@@ -46,6 +46,8 @@ class ExperimentOptions:
     """Epochs of sparse training instead of the paper's; 0: no sparse training."""
     steps: Whole = None
     """Pruning steps instead of the paper's."""
+    batches: Whole = None
+    """Batches that score the channels in every pruning step, instead of the paper's 50."""
     train_images: Whole = None
     """Use at most so many training images."""
     val_images: Whole = None
@@ -55,7 +57,7 @@ class ExperimentOptions:
 
     def changes(self) -> dict[str, Any]:
         """Return the fields of a job that the options change."""
-        names = ("root", "data", "steps", "train_images", "val_images", "device")
+        names = ("root", "data", "steps", "batches", "train_images", "val_images", "device")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | ({"train_from_val": True} if self.train_from_val else {})
 

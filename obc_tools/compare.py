@@ -27,7 +27,7 @@ from .criteria import Criterion
 from .curves import Contender, Curve, CurveFolder, described, resolve_contenders
 from .data import Data, check_classes
 from .environment import environment
-from .groups import find_groups
+from .groups import PARTS, find_groups
 from .jacobian import Objective, classification
 from .layers import UnknownNameError
 from .measure import CostModel, Metrics, cost_model, evaluate
@@ -59,6 +59,8 @@ class CompareSettings:
     min_channels: int = 1
     max_ratio: float = 1.0
     ignore: tuple[str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -70,7 +72,8 @@ class CompareSettings:
         for name, value, high in (("ratio", self.ratio, 1.0), ("macs", self.macs, 1.0)):
             if value is not None and not 0 < value < high:
                 raise ValueError(f"{name}={value}: expected a share in (0, 1)")
-        for name, known in (("scope", SCOPES), ("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
+        choices = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": tuple(PARTS)}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
         Limits(self.min_channels, self.max_ratio, self.round_to)
@@ -106,7 +109,8 @@ def compare_criteria(
         folder: keep what is finished here, step by step, and go on from there if it is called again.
         steps, ratio: step k of ``steps`` removes channels until the share ratio·k/steps is gone; default 18 to 0.9.
         macs: instead of a ratio (``ratio=None``): the share of the MACs left at the end, reached in equal steps.
-        scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore: as in `prune_to`.
+        scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
+            only: as in `prune_to`.
         batches, batch_size: the calibration batches of a step.
         repeats: how often each criterion is repeated; once for those in which neither data nor chance has a say.
         held_out, training: images to measure on, a fixed random choice; None: all, and ``training=0``: none.
@@ -176,8 +180,9 @@ class _Bench:
         example, _ = next(iter(data.batches("val", 1, device=device).at(0)))
         with torch.no_grad():
             check_classes(model.eval()(example).shape[-1], data)
-        whole = PruningPlan.whole(find_groups(model, example, ignore=settings.ignore))
-        costs = cost_model(model, example)
+        heads = settings.whole_heads
+        groups = find_groups(model, example, ignore=settings.ignore, whole_heads=heads, only=settings.only)
+        whole, costs = PruningPlan.whole(groups), cost_model(model, example, whole_heads=heads)
         bench = cls(factory, data, settings, objective, contenders, whole, costs, _checksum(model), device)
         for contender in contenders:
             bench.calibration(contender.criterion, 0, 1)

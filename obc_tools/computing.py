@@ -27,6 +27,7 @@ def _multiply(flow: Flow, out: Tensor, left: Tensor, right: Tensor) -> None:
     inner = a[-1], b[max(len(b) - 2, 0)]
     if left.shape[-1] > 1:
         contract(flow, *inner, left, right)
+    flow.multiplied(left, right, [*inner, *a[:-1], *b[:-2], *b[-1:]])
     batch: list[Labels] = []
     if len(a) == len(b) == 3:
         batch = [_both(flow, a[0], b[0], (flow.of(left), flow.of(right)))]
@@ -154,6 +155,7 @@ def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     query, key, value = (flow.of(tensor) for tensor in args[:3])
     contract(flow, query.dims[-1], key.dims[-1], *args[:2])
+    flow.multiplied(*args[1:3], [query.dims[1], query.dims[-1], value.dims[-1]])
     heads = _both(flow, query.dims[1], key.dims[1], (query, key))
     heads = _both(flow, heads, value.dims[1], (query, value))
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)

@@ -151,7 +151,7 @@ class CostModel:
         return f"CostModel({self.original!r}; {len(self.widths.channels)} groups may shrink, {len(self.fixed)} may not)"
 
 
-def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
+def cost_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = False) -> CostModel:
     """Learn what every plan for a model costs, so that ``.of(plan)`` is arithmetic.
 
     The model is traced; then pruned copies of it (every group cut by a random amount, the same in every run) are run
@@ -160,12 +160,13 @@ def cost_model(model: nn.Module, example_inputs: Any) -> CostModel:
     Args:
         model: any module that `find_groups` can trace; it is left unchanged.
         example_inputs: as for :func:`obc_tools.costs.cost`.
+        whole_heads: for plans of groups that were found so (see `find_groups`).
 
     Raises:
         CostModelError: the MACs of a module or the size of a parameter cannot be predicted; it is named.
         ValueError: as `find_groups` and `cost` raise.
     """
-    trace = trace_groups(model, example_inputs)
+    trace = trace_groups(model, example_inputs, whole_heads=whole_heads)
     calls = count_calls(copy.deepcopy(model), example_inputs)
     fixed = {group.root: why for group in trace.groups if (why := _why_whole(group))}
     failures, probes = _run_probes(model, example_inputs, [g for g in trace.groups if g.root not in fixed])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch_pruning.utils import op_counter
 
-from .state import call_model, evaluating, hooks
+from .state import Forward, call_model, evaluating, hooks
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,6 +92,8 @@ def parameter_count(model: nn.Module) -> int:
 
 def example_count(example_inputs: Any) -> int:
     """Return the number of examples in example inputs: the length of the first one; raise ValueError if it has none."""
+    if isinstance(example_inputs, Forward):
+        return example_count(example_inputs.inputs)
     first = example_inputs
     if isinstance(example_inputs, Mapping | tuple | list):
         values = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs

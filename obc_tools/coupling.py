@@ -45,6 +45,7 @@ class Bundle:
     attributes: Sequence[Place]
     calls: Sequence[tuple[tuple[str, int], np.ndarray]]
     reason: str | None
+    attends: bool
 
 
 class Classes:
@@ -135,13 +136,15 @@ def bundles(traced: Traced, ignored: Mapping[str, str], is_producer: Callable[[L
         near.append(_Occurrences.on(axis, np.where(labels < 0, -1, classes.of(labels))))
     attributes = _Index(near)
     seen = [(call, labels) for call, dims in traced.calls for labels in dims if labels is not None]
+    attended = np.unique(classes.of(np.concatenate([NONE, *(part.ravel() for part in traced.flow.attended)])))
     calls = _Index([_Occurrences.on(LayerAxis(*map(str, call)), classes.of(labels)) for call, labels in seen])
     for indices, numbers in alike.items():
         if any(is_producer(axes[index].axis) for index in indices):
             numbers = np.sort(numbers)
             reason = next((classes.reasons[n] for n in numbers.tolist() if n in classes.reasons), None)
             near = attributes.of(numbers), calls.of(numbers)
-            yield _bundle([axes[index] for index in indices], numbers, *near, reason)
+            attends = bool(np.isin(numbers, attended).any())
+            yield _bundle([axes[index] for index in indices], numbers, *near, reason, attends)
 
 
 class _Index:
@@ -183,6 +186,7 @@ def _bundle(
     attributes: Sequence[_Occurrences],
     calls: Sequence[_Occurrences],
     reason: str | None,
+    attends: bool,
 ) -> Bundle:
     """Number the classes as channels, in the order in which they come on the first axis."""
     positions, which = axes[0].of(numbers)
@@ -199,7 +203,7 @@ def _bundle(
     for place in places(calls):
         call = (place.axis.layer, int(place.axis.axis))
         passed.append((call, np.bincount(place.channels, minlength=numbers.size * blocks)))
-    return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), passed, reason)
+    return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), passed, reason, attends)
 
 
 def _place(axis: _Occurrences, numbers: np.ndarray, rank: np.ndarray, blocks: int) -> Place:

@@ -76,7 +76,8 @@ class Criterion:
 
     ``needs``: "weights" (no data), "gradients" (of the mean loss), "squares" (of each example's gradient) or "products"
     (J·w, row by row).
-    ``applies``, ``axes``: which layers and axes it scores; a group's other members are left out.
+    ``applies``, ``axes``: which layers and axes it scores; a group's other members are left out. All dimensions of a
+    bare parameter but its last count as "in".
     ``rescale``: of the group's combined scores, shape (width,), before any normalizer.
     ``sampled_labels``: labels are drawn from the model's own outputs, by the seed.
     ``rows``, ``coupling``, ``split_bias`` go with products. ``coupling="member"`` adds up the members' squares (the

@@ -52,6 +52,7 @@ class Flow:
     sizes: list[tuple[int, Labels]] = field(default_factory=list)
     attributes: dict[Attribute, np.ndarray] = field(default_factory=dict)
     scales: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    attended: list[np.ndarray] = field(default_factory=list)
     temperatures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     tensors: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Flow:
     stretching: bool = False
     whole_heads: bool = False
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
+    multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
     rooted: Callable[[int], None] = lambda size: None
 
     def fresh(self, width: int) -> np.ndarray:

@@ -25,8 +25,9 @@ from .experiments import SCRATCH, Experiment, get_experiment
 from .job import PruningJob
 from .job_result import ORIGINAL, SPARSE, WEIGHTS
 from .launching import Run, launch
+from .logs import logging_to_file
 from .runs import JOB, OUTPUT, PROCESS, STOP
-from .training_folder import log_to, write_json
+from .training_folder import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Grid:
 
     def work(self) -> dict[str, str]:
         """Work on the grid in this process until nothing is left that can be begun; return the statuses."""
-        with log_to(self.folder / LOG):
+        with logging_to_file(self.folder / LOG):
             tried: set[str] = set()
             while not (self.folder / STOP).exists():
                 tried |= self._begin(tried)

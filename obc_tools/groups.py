@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import nn
 
 from .coupling import Bundle, Place, bundles
 from .layers import LayerAxis, UnknownLayerError, UnknownNameError, get_layer, layer_axes
+from .rearranging import HEAD_COUNTS
 from .tracing import ModuleCall, trace_model
 
 
@@ -51,7 +52,7 @@ class ChannelGroup:
     heads, convolution groups). ``attributes`` are numbers that modules keep beside their weights and that follow the
     width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
     ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
-    narrower heads keep their temperature.
+    narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values.
     """
 
     root: LayerAxis
@@ -60,6 +61,7 @@ class ChannelGroup:
     kept_whole: str | None = None
     blocks: int = 1
     attributes: tuple[Member, ...] = ()
+    attends: bool = False
 
     def __post_init__(self):
         if self.width < 1 or not self.members:
@@ -78,6 +80,13 @@ class ChannelGroup:
     def prunable(self) -> bool:
         """Say whether any channel of the group may be removed."""
         return self.kept_whole is None
+
+    @property
+    def part(self) -> str:
+        """What the channels are: "stream" where several layers read them, else "attention" or "mlp"."""
+        if len({member.axis.layer for member in self.members if member.axis.axis == "in"}) > 1:
+            return "stream"
+        return "attention" if self.attends else "mlp"
 
     @property
     def kind(self) -> tuple[tuple[str, str], ...]:
@@ -134,16 +143,21 @@ def find_groups(
     *,
     ignore: Iterable[nn.Module | str] = (),
     whole_heads: bool = False,
+    only: str | None = None,
 ) -> tuple[ChannelGroup, ...]:
     """Find the groups of coupled channels of a model.
 
     Args:
         model: any module that runs on `example_inputs`; it is left unchanged.
-        example_inputs: what one forward pass takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+        example_inputs: what one forward pass takes: a tensor, a tuple of arguments, a dict of keyword arguments, or a
+            `Forward`, which says how to run the model and what of its output counts.
         ignore: modules, names or globs ("layer4.*"). Their outputs keep their width, so a group with an ignored
             output stays whole; their inputs may shrink.
         whole_heads: attentions lose whole heads, where their module keeps the number of heads and the width of one as
             attributes. By default all heads lose the same positions.
+        only: "mlp": hidden channels, which one layer reads; "attention": those of queries, keys and values or, with
+            ``whole_heads``, heads; "bottleneck": both, so that the residual stream of a transformer stays. All other
+            groups are kept whole.
 
     Returns:
         The groups in the model's order, those that are never pruned included with the reason in ``kept_whole``:
@@ -153,13 +167,30 @@ def find_groups(
     Raises:
         ValueError: an ignored name that does not exist, or a model that cannot be traced.
     """
-    return trace_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads).groups
+    return trace_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads, only=only).groups
+
+
+PARTS = {None: ("mlp", "attention", "stream"), "mlp": ("mlp",), "attention": ("attention",),
+         "bottleneck": ("mlp", "attention")}  # fmt: skip
+"""Which parts of a network (`ChannelGroup.part`) are pruned by each choice of ``only``."""
+
+
+def loses_heads(groups: Iterable[ChannelGroup]) -> bool:
+    """Say whether groups were found with ``whole_heads``: a number of heads follows one of them."""
+    return any(member.axis.axis[1:] in HEAD_COUNTS for group in groups for member in group.attributes)
 
 
 def trace_groups(
-    model: nn.Module, example_inputs: Any, *, ignore: Iterable[nn.Module | str] = (), whole_heads: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    ignore: Iterable[nn.Module | str] = (),
+    whole_heads: bool = False,
+    only: str | None = None,
 ) -> Trace:
     """Trace a model once: its groups as `find_groups` returns them, and the followers of each."""
+    if only not in PARTS:
+        raise UnknownNameError("only", only, [str(part) for part in PARTS])
     ignored = _ignored_layers(model, ignore)
     traced = trace_model(model, example_inputs, whole_heads=whole_heads)
     order = {name: index for index, name in enumerate(_layer_names(model))}
@@ -178,6 +209,7 @@ def trace_groups(
         taken[root] = len(groups)
         groups.append(_group(model, bundle, root, traced.kinds))
         followers += [Follower(call, root, tuple(counts.tolist())) for call, counts in bundle.calls]
+    groups = [_kept_whole_unless(group, PARTS[only], only) for group in groups]
     groups.sort(key=lambda group: order[group.root.layer])
     return Trace(tuple(groups), tuple(followers))
 
@@ -226,7 +258,13 @@ def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str
         reason = f"each of its {bundle.blocks} blocks has fewer than two channels"
     if reason is None and bundle.blocks == 1 and any(_is_grouped(model, place.axis) for place in places):
         reason = "its convolution groups cannot be told apart"
-    return ChannelGroup(root, bundle.width, members, reason, bundle.blocks, attributes)
+    return ChannelGroup(root, bundle.width, members, reason, bundle.blocks, attributes, bundle.attends)
+
+
+def _kept_whole_unless(group: ChannelGroup, parts: Sequence[str], only: str | None) -> ChannelGroup:
+    if not group.prunable or group.part in parts:
+        return group
+    return replace(group, kept_whole=f"is of the {group.part}, and only={only!r} is pruned")
 
 
 def _member(place: Place, kind: str) -> Member:

@@ -246,6 +246,7 @@ def _group_to_data(group: ChannelGroup, kept: Sequence[int]) -> dict:
         "kept": list(kept),
         "members": list(map(_member_to_data, group.members)),
     }
+    data |= {"attends": True} if group.attends else {}
     return data | ({"attributes": list(map(_member_to_data, group.attributes))} if group.attributes else {})
 
 
@@ -260,8 +261,10 @@ def _is_identity(member: Member) -> bool:
 
 def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
     members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in ("members", "attributes"))
-    width, blocks = _integer(data["width"]), _integer(data["blocks"])
-    group = ChannelGroup(LayerAxis(*map(str, data["root"])), width, members, data["kept_whole"], blocks, attributes)
+    width, blocks, attends = _integer(data["width"]), _integer(data["blocks"]), data.get("attends", False) is True
+    group = ChannelGroup(
+        LayerAxis(*map(str, data["root"])), width, members, data["kept_whole"], blocks, attributes, attends
+    )
     return group, tuple(map(_integer, data["kept"]))
 
 

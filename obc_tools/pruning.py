@@ -102,6 +102,8 @@ def prune_to(
     schedule_ratio: float = 1.0,
     last_step: str = "exact",
     ignore: Iterable[nn.Module | str] = (),
+    whole_heads: bool = False,
+    only: str | None = None,
     round_to: int | None = None,
     max_ratio: float = 1.0,
     min_channels: int = 1,
@@ -125,6 +127,8 @@ def prune_to(
             parameters; share of prunable channels removed, in (0, 1).
         scope: "global", "local" or "isomorphic" (see `order.removal_order`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
+        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
+        round_to, max_ratio, min_channels: what every group keeps (see `order.Limits`).
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
@@ -138,8 +142,8 @@ def prune_to(
             "1, schedule_ratio in (0, 1], last_step 'exact' or 'full'"
         )
     criterion = resolve_criterion(criterion)
-    groups = find_groups(model, example_inputs, ignore=ignore)
-    costs = cost_model(model, example_inputs)
+    groups = find_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads, only=only)
+    costs = cost_model(model, example_inputs, whole_heads=whole_heads)
     original = costs.of(PruningPlan.whole(groups))
     limits = Limits(min_channels, max_ratio, round_to)
     _check_reachable(target, groups, limits, costs, original)

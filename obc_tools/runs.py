@@ -24,12 +24,13 @@ from .environment import environment
 from .files import write_text
 from .job import JobInputs, PruningJob
 from .job_result import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobResult, Measured
+from .logs import logging_to_file
 from .measure import evaluate
 from .pipeline import TRAINING, Keeping, perform, prepare
 from .processes import processes
 from .state import evaluating
 from .store import load_pruned, replacing, save_pruned
-from .training_folder import log_to, write_json
+from .training_folder import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def work_on(
     if processes().is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / JOB, job.to_dict())
-    with log_to(folder / RUN_LOG) if processes().is_main else nullcontext():
+    with logging_to_file(folder / RUN_LOG) if processes().is_main else nullcontext():
         inputs = prepare(job)
         result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
         if processes().is_main:

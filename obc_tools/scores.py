@@ -134,7 +134,8 @@ def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[
     parts = []
     for member in group.members:
         layer = get_layer(model, member.axis.layer)
-        if not criterion.applies(layer) or member.axis.axis not in criterion.axes:
+        side = "out" if member.axis.axis == "out" else "in"
+        if not criterion.applies(layer) or side not in criterion.axes:
             continue
         keys = [member.axis]
         if criterion.split_bias and member.axis.axis == "out":

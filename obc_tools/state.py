@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 
 @contextmanager
@@ -45,8 +47,32 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None
         yield
 
 
+@dataclass(frozen=True)
+class Forward:
+    """Example inputs of a model that is not simply called: `run(model, inputs)` runs it and returns what counts.
+
+    For models with a forward function of their own or an output to be taken apart, wherever example inputs are taken.
+
+    Example:
+        >>> find_groups(model, Forward(lambda model, tokens: model(tokens, use_cache=False).logits, tokens))
+    """
+
+    run: Callable[[nn.Module, Any], Any]
+    inputs: Any
+
+
+register_pytree_node(
+    Forward, lambda forward: ([forward.inputs], forward.run), lambda children, run: Forward(run, *children)
+)
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on example inputs: one tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    """Run a model on example inputs.
+
+    They are one tensor, a tuple or list of arguments, a dict of keyword arguments, or a `Forward`.
+    """
+    if isinstance(inputs, Forward):
+        return inputs.run(model, inputs.inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):

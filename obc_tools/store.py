@@ -177,7 +177,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
-    for axis in plan.axes.keys() & plan.shrunk.keys():
+    for axis in (axis for axis in plan.axes if axis in plan.shrunk):
         expected = len(plan.shrunk[axis])
         try:
             found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width

@@ -133,7 +133,7 @@ class Tracer:
             if isinstance(leaf, Tensor):
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
                 self.shadows.move([leaf])
-        self.flow.contracted = self._note_contraction
+        self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
         with torch.no_grad(), hooks(self._hooks()), _no_fast_path(), _Calls(self), _Operations(self):
             output = call_model(self.model, example_inputs)
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -215,6 +215,11 @@ class Tracer:
         rows = keys if queries is None else queries
         name = self.stack[-1] if self.stack else ""
         self.contractions.append(Contraction(name, labels, rows, self.default_scale))
+
+    def _note_product(self, left: Tensor, right: Tensor, labels: Sequence[np.ndarray | None]) -> None:
+        """Note the channels of an attention: of queries, keys and values, of which neither is a weight."""
+        if left in self.shadows.moving and right in self.shadows.moving:
+            self.flow.attended += [found for found in labels if found is not None]
 
     def keep_temperatures(self) -> None:
         """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""

@@ -7,7 +7,6 @@ that a killed training needs to go on to the same numbers. Each file appears com
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -23,6 +22,7 @@ from .environment import environment
 from .files import write_text
 from .guard import Where
 from .history import Epoch, History
+from .logs import logging_to_file
 from .recipe import Recipe
 
 FORMAT = 1
@@ -119,7 +119,7 @@ class TrainingFolder:
         if not self._writes:
             yield
             return
-        with log_to(self.path / LOG):
+        with logging_to_file(self.path / LOG):
             yield
 
     def _read_config(self) -> dict[str, Any] | None:
@@ -138,22 +138,6 @@ class TrainingFolder:
         if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise TrainingFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
         return checkpoint
-
-
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Append what the library logs, at level INFO and above, to a file."""
-    logger = logging.getLogger("obc_tools")
-    handler, level = logging.FileHandler(path, encoding="utf-8"), logger.level
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()
 
 
 def read_history(folder: str | os.PathLike[str]) -> History | None:

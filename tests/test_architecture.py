@@ -17,7 +17,7 @@ PATHS = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py")) if path !=
 MODULES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 
 TIERS = (
-    ("state", "layers", "sizes", "shrinking", "files", "environment"),
+    ("state", "layers", "sizes", "shrinking", "files", "logs", "environment"),
     ("flow", "calls", "rearranging", "computing", "backtrack", "queries", "tracing", "coupling"),
     ("groups", "weights", "models", "batches", "augment", "images", "cifar", "data"),
     ("costs", "cost_terms", "cost_prediction", "measure"),
@@ -36,7 +36,7 @@ TIERS = (
     ("job", "job_result", "pipeline", "experiments"),
     ("runs", "worker", "launching", "grid", "grid_worker", "slurm", "tables"),
     ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots", "group_plots"),
-    ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli"),
+    ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli", "__main__"),
     ("studio_session", "run_watch"),
     ("widgets.tasks", "widgets.controls", "widgets.explorer", "widgets.studio_controls"),
     ("widgets.studio", "widgets.monitor", "widgets.jtj", "widgets.interactions", "widgets"),

@@ -86,6 +86,12 @@ def test_help_names_the_commands_and_never_imports_torch():
     assert "heavy: []" in text
 
 
+def test_the_package_runs_as_the_command_without_being_on_the_path():
+    command = [sys.executable, "-m", "obc_tools", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": ""}).stdout
+    assert text.startswith("usage: obc ") and "compare" in text
+
+
 @pytest.mark.parametrize("command", ["prune", "compare"])
 def test_help_lists_what_is_known(command, capsys):
     assert run(command, "--help") == 0

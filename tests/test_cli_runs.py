@@ -65,8 +65,9 @@ def test_slurm_prints_the_command(tmp_path, capsys):
 
 def test_options_change_the_job():
     options = {"experiment": "vgg19-cifar100", "out": Path("out"), "weights": "scratch", "seed": 2}
-    job = RunExperiment(**options, speedup=6.0, epochs=10, sparse_epochs=5, steps=7, root="data").job()
-    assert (job.target.speedup, job.seed, job.steps, job.root, job.pretrain.epochs) == (6.0, 2, 7, "data", 200)
+    job = RunExperiment(**options, speedup=6.0, epochs=10, sparse_epochs=5, steps=7, batches=9, root="data").job()
+    assert (job.target.speedup, job.seed, job.pretrain.epochs, job.root) == (6.0, 2, 200, "data")
+    assert (job.steps, job.batches) == (7, 9)
     assert (job.finetune.epochs, job.finetune.milestones) == (10, (6, 8))
     assert (job.sparse.epochs, job.sparse.milestones) == (5, (3, 4))
     assert RunExperiment(**options, sparse_epochs=0).job().sparse is None

@@ -149,6 +149,7 @@ def test_a_seed_goes_everywhere_and_small_is_the_same_job_made_smaller():
         small = experiment.small(seed=3, device="cpu")
         assert (small.model, small.scope, small.ignore, small.target) == (job.model, job.scope, job.ignore, job.target)
         assert small.finetune.epochs == 1 and small.device == "cpu"
+        assert small.finetune.lr / small.finetune.batch_size == job.finetune.lr / job.finetune.batch_size
         assert (small.sparse is None) == (job.sparse is None)
         assert (job.title, small.title) == (experiment.title, f"{experiment.title}, small run")
         assert experiment.job(data="digits").title == f"{experiment.title}, here on digits"

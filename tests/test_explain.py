@@ -12,9 +12,9 @@ def explained(name="residual"):
 
 def test_a_row_a_group_says_what_is_coupled():
     frame = explained("inverted").to_frame().set_index("group")
-    row = frame.loc["expand.0.out"]
+    row = frame.loc["excite.out"]
     assert row["channels"] == 12 and row["norms and parameters"] == 2
-    assert row["outputs of"] == "expand.0, depthwise.0, excite"
+    assert row["outputs of"] == "excite, expand.0, depthwise.0"
     assert row["inputs of"] == "squeeze, project.0"
     assert frame.loc["fc.out", "kept whole because"] == "reaches the model's output"
 
