@@ -138,7 +138,9 @@ def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict, frozen: str | N
             flow.put(result, [labels for dim, labels in enumerate(source.dims) if dim not in gone], source.origin)
 
 
-@operation("_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk", "glu")
+@operation(
+    "_softmax", "_safe_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk", "glu"
+)
 def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     tensor, source = args[0], flow.of(args[0])
     numbers = [arg for arg in args[1:] if isinstance(arg, int) and not isinstance(arg, bool)]

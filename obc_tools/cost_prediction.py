@@ -216,21 +216,31 @@ def _run_probes(
     model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup]
 ) -> tuple[dict[LayerAxis, str], list[_Probe]]:
     """Run pruned copies; return why single groups cannot be cut, if some cannot, and the probes of all others."""
-    failures: dict[LayerAxis, str] = {}
     try:
-        return failures, [_Probe.run(model, example_inputs, groups, seed) for seed in range(PROBES)]
-    except Exception:
-        for group in groups:
-            try:
-                for seed in range(PROBES):
-                    _Probe.run(model, example_inputs, [group], seed)
-            except Exception as error:
-                failures[group.root] = f"the model does not run then ({type(error).__name__}: {error})"
+        return {}, [_Probe.run(model, example_inputs, groups, seed) for seed in range(PROBES)]
+    except Exception as error:
+        failures = _find_failures(model, example_inputs, groups, error)
     working = [group for group in groups if group.root not in failures]
     try:
         return failures, [_Probe.run(model, example_inputs, working, seed) for seed in range(PROBES)]
     except Exception as error:
         raise CostModelError(f"the model does not run with all its groups pruned together: {error}") from error
+
+
+def _find_failures(
+    model: nn.Module, example_inputs: Any, groups: Sequence[ChannelGroup], error: Exception
+) -> dict[LayerAxis, str]:
+    """Say why single groups of these, which cannot be cut together, cannot be cut, by halving."""
+    if len(groups) < 2:
+        return {group.root: f"the model does not run then ({type(error).__name__}: {error})" for group in groups}
+    failures = {}
+    for half in (groups[: len(groups) // 2], groups[len(groups) // 2 :]):
+        try:
+            for seed in range(PROBES):
+                _Probe.run(model, example_inputs, half, seed)
+        except Exception as narrower:
+            failures |= _find_failures(model, example_inputs, half, narrower)
+    return failures
 
 
 def _random_cut(group: ChannelGroup, random: np.random.Generator) -> tuple[int, ...]:

@@ -176,8 +176,9 @@ PARTS = {None: ("mlp", "attention", "stream"), "mlp": ("mlp",), "attention": ("a
 
 
 def loses_heads(groups: Iterable[ChannelGroup]) -> bool:
-    """Say whether groups were found with ``whole_heads``: a number of heads follows one of them."""
-    return any(member.axis.axis[1:] in HEAD_COUNTS for group in groups for member in group.attributes)
+    """Say whether groups were found with ``whole_heads``: a number of heads follows one that may be pruned."""
+    followers = (member.axis.axis for group in groups if group.prunable for member in group.attributes)
+    return any(name[1:] in HEAD_COUNTS for name in followers)
 
 
 def trace_groups(

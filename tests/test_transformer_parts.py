@@ -18,6 +18,7 @@ from obc_tools import (
     prune_to,
     score_groups,
 )
+from obc_tools.groups import loses_heads
 
 
 class Block(nn.Module):
@@ -93,6 +94,27 @@ def test_heads_go_as_a_whole():
     pruned = prune(model, plan)
     assert [block.attn.num_heads for block in pruned.blocks] == [2, 2]
     assert all(block.attn.head_dim == 8 for block in pruned.blocks) and not plan.scaled
+
+
+def test_a_number_of_heads_that_stays_is_no_whole_head():
+    class Biased(Attention):
+        """Adds a bias a head, made by a layer as wide as there are heads."""
+
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.bias = nn.Linear(1, 8), nn.Linear(8, 3)
+
+        def attend(self, q, k, v):
+            distances = torch.arange(36, dtype=q.dtype).view(6, 6, 1).sin()
+            bias = self.bias(self.hidden(distances).relu()).view(6, 6, self.num_heads).permute(2, 0, 1)
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    torch.manual_seed(0)
+    model, tokens = Biased().double(), torch.randn(2, 6, 7, dtype=torch.float64)
+    for whole_heads in (False, True):
+        plan = prune_to(model, tokens, criterion="l1", ratio=0.4, steps=1, whole_heads=whole_heads, progress=False)
+        assert loses_heads(plan.groups) == whole_heads
+        assert check_plan(model, plan, tokens).ok
 
 
 class Named(nn.Module):
