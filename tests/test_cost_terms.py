@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -63,6 +65,16 @@ def test_terms_of_timms_attention(biased):
     assert len(terms) > 1 and evaluate_terms([terms], widths) == [call.macs]
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}], ids=str)
+def test_terms_of_recurrent_layers_hold_at_other_widths(kind, options):
+    wide, narrow = (kind(width, 3, batch_first=True, **options) for width in (8, 5))
+    (call,), (expected,) = count_calls(wide, torch.randn(2, 4, 8)), count_calls(narrow, torch.randn(2, 4, 5))
+    axis = LayerAxis("memory.weight_ih_l0", "out")
+    terms = macs_terms(wide, replace(call, layer="memory"), {axis: 8})
+    assert evaluate_terms([terms], {axis: 8}) == [call.macs] and evaluate_terms([terms], {axis: 5}) == [expected.macs]
+
+
 def test_terms_of_a_module_without_parameters_take_the_width_of_that_call():
     model = nn.Sequential(nn.ReLU())
     (call,) = count_calls(model, torch.randn(IMAGES))
@@ -77,7 +89,7 @@ def test_terms_of_a_module_without_parameters_take_the_width_of_that_call():
         (nn.LSTM(8, 3), {LayerAxis("0", "out"): 3}),
         (nn.Linear(8, 3), {LayerAxis("0", "in"): 8, LayerAxis("0", "out"): 4}),
     ],
-    ids=["no width", "a width missing", "no formula", "another count"],
+    ids=["no width", "a width missing", "another axis", "another count"],
 )
 def test_what_has_no_terms_is_a_constant(layer, widths):
     (call,) = count_calls(nn.Sequential(layer), torch.randn(TOKENS))
