@@ -8,14 +8,14 @@ deduced from one trace, and proven on real pruned copies before it is handed out
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
-from .cost_terms import Terms, Width, macs_terms, parameter_terms
+from .cost_terms import Terms, Width, head_counts, macs_terms, parameter_terms
 from .costs import Call, Cost, count_calls, example_count, parameter_count
 from .groups import ChannelGroup, Follower, kept_positions, trace_groups
 from .layers import (
@@ -79,7 +79,7 @@ class Widths:
         """Build from the original widths, the groups that may shrink, and the calls that their channels pass."""
         rows = {width: row for row, width in enumerate(original, start=1)}
         channels, columns, first = {}, [np.zeros((len(rows) + 1, 0), dtype=np.int64)], 0
-        for root, found in _occurrences(groups, followers).items():
+        for root, found in _occurrences(groups, followers, original).items():
             patterns, classes = np.unique(np.stack(list(found.values())), axis=1, return_inverse=True)
             column = np.zeros((len(rows) + 1, patterns.shape[1]), dtype=np.int64)
             column[[rows[width] for width in found]] = patterns
@@ -98,13 +98,14 @@ class Widths:
 
 
 def _occurrences(
-    groups: Iterable[ChannelGroup], followers: Iterable[Follower]
+    groups: Iterable[ChannelGroup], followers: Iterable[Follower], widths: Container[Width]
 ) -> dict[LayerAxis, dict[Width, np.ndarray]]:
-    """Count, for each group, how often each of its channels occurs in each width."""
+    """Count, for each group, how often each of its channels occurs in each width, numbers of heads among them."""
     found: dict[LayerAxis, dict[Width, np.ndarray]] = {}
     for group in groups:
         here = found.setdefault(group.root, {})
-        for member in group.members:
+        counted = (member for member in group.attributes if member.axis in widths)
+        for member in (*group.members, *counted):
             here[member.axis] = here.get(member.axis, 0) + np.bincount(member.channels, minlength=group.width)
     for follower in followers:
         if follower.root in found:
@@ -174,7 +175,8 @@ def cost_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fal
     groups = [group for group in trace.groups if group.root not in fixed]
 
     axes = _axes(model)
-    original = {axis: entry.width for axis, entry in axes.items()} | _call_widths(calls, probes[0], trace.followers)
+    original = {axis: entry.width for axis, entry in axes.items()} | head_counts(model)
+    original |= _call_widths(calls, probes[0], trace.followers)
     widths = Widths.learn(original, groups, [follower for follower in trace.followers if follower.call in original])
     macs = Terms.stack([macs_terms(get_layer(model, call.layer), call, original) for call in calls], widths.rows)
     params = Terms.stack(parameter_terms(model, axes), widths.rows)

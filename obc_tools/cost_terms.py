@@ -32,7 +32,7 @@ from .groups import ModuleCall
 from .layers import Axis, LayerAxis
 
 Width = LayerAxis | ModuleCall
-"""What has a width: an axis of a layer, or the channels that one call of a module without parameters sees."""
+"""What has a width: an axis of a layer, what a call of a module without parameters sees, an attention's heads."""
 
 Factor = tuple[Width, int]
 """x and d, standing for ⌊x / d⌋."""
@@ -139,32 +139,46 @@ def _torch_attention(layer: nn.MultiheadAttention, call: Call) -> list[Term]:
     batch, length = (0, 1) if layer.batch_first else (1, 0)
     lengths = [shape[length] for shape in call.inputs[:3]]
     width = (LayerAxis(call.layer, "out"), 1)
-    return _attention(layer, call.inputs[0][batch], lengths, layer.in_proj_bias is not None, width, width)
+    heads = (heads_of(call.layer), 1)
+    return _attention(heads, call.inputs[0][batch], lengths, layer.in_proj_bias is not None, width, width)
 
 
 def _timm_attention(layer: nn.Module, call: Call) -> list[Term]:
     batch, length, _ = call.inputs[0]
     into, out = ((LayerAxis(f"{call.layer}.qkv", "in"), 1), (LayerAxis(f"{call.layer}.qkv", "out"), 3))
-    return _attention(layer, batch, [length] * 3, layer.qkv.bias is not None, into, out)
+    return _attention((heads_of(call.layer), 1), batch, [length] * 3, layer.qkv.bias is not None, into, out)
 
 
 def _attention(
-    layer: nn.Module, batch: int, lengths: Sequence[int], biased: bool, into: Factor, inner: Factor
+    heads: Factor, batch: int, lengths: Sequence[int], biased: bool, into: Factor, inner: Factor
 ) -> list[Term]:
     """Return the terms of an attention from a width `into` to the width `inner` of q, k, v and the output."""
     queries, keys, _ = lengths
-    pairs, heads = queries * keys, layer.num_heads
-    per_head = (inner[0], inner[1] * heads)
+    pairs = queries * keys
     terms = [
         (queries, (inner,)),
         (sum(lengths), (into, inner)),
         (sum(lengths) * biased, (inner,)),
-        (2 * heads * pairs, (per_head,)),
-        (heads * pairs, ()),
+        (2 * pairs, (inner,)),
+        (pairs, (heads,)),
         (queries, (inner, inner)),
         (queries, (inner,)),
     ]
     return [(batch * coefficient, factors) for coefficient, factors in terms]
+
+
+def heads_of(layer: str) -> LayerAxis:
+    """Return what stands for an attention's number of heads among the widths."""
+    return LayerAxis(layer, ".num_heads")
+
+
+def head_counts(model: nn.Module) -> dict[LayerAxis, int]:
+    """Return the number of heads of every attention whose MACs depend on it."""
+    return {
+        heads_of(name): module.num_heads
+        for name, module in model.named_modules()
+        if _FORMULAS.get(formula(module)) in (_torch_attention, _timm_attention)
+    }
 
 
 _PROPORTIONAL = (

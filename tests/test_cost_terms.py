@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from obc_tools.cost_terms import Terms, macs_terms, parameter_terms
+from obc_tools.cost_terms import Terms, head_counts, macs_terms, parameter_terms
 from obc_tools.costs import count_calls, parameter_count
 from obc_tools.layers import LayerAxis, get_layer, layer_axes
 
@@ -51,7 +51,7 @@ def test_terms_of_torchs_attention(batch_first, biased):
     layer = nn.MultiheadAttention(8, 2, batch_first=batch_first, bias=biased)
     queries, keys = torch.randn(2, 5, 8), torch.randn((2, 4, 8) if batch_first else (3, 5, 8))
     (call,) = count_calls(layer, (queries, keys, keys))
-    widths = {LayerAxis("", "out"): 8}
+    widths = {LayerAxis("", "out"): 8, LayerAxis("", ".num_heads"): 2}
     terms = macs_terms(layer, call, widths)
     assert len(terms) > 1 and evaluate_terms([terms], widths) == [call.macs]
 
@@ -60,7 +60,8 @@ def test_terms_of_torchs_attention(batch_first, biased):
 def test_terms_of_timms_attention(biased):
     layer = timm.layers.attention.Attention(8, 2, qkv_bias=biased, attn_head_dim=3)
     (call,) = count_calls(nn.Sequential(layer), torch.randn(TOKENS))
-    widths = {LayerAxis("0.qkv", "in"): 8, LayerAxis("0.qkv", "out"): 18}
+    widths = {LayerAxis("0.qkv", "in"): 8, LayerAxis("0.qkv", "out"): 18, LayerAxis("0", ".num_heads"): 2}
+    assert head_counts(nn.Sequential(layer)) == {LayerAxis("0", ".num_heads"): 2}
     terms = macs_terms(layer, call, widths)
     assert len(terms) > 1 and evaluate_terms([terms], widths) == [call.macs]
 

@@ -14,6 +14,7 @@ from obc_tools import (
     find_groups,
     jacobian_products,
     latency,
+    load_model,
     prune,
     prune_to,
     score_groups,
@@ -94,6 +95,18 @@ def test_heads_go_as_a_whole():
     pruned = prune(model, plan)
     assert [block.attn.num_heads for block in pruned.blocks] == [2, 2]
     assert all(block.attn.head_dim == 8 for block in pruned.blocks) and not plan.scaled
+
+
+def test_costs_follow_the_heads_of_timms_attention():
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 4}
+    model, images = load_model("timm:vit_tiny_patch16_224", 5, **small).eval(), torch.randn(2, 1, 8, 8)
+    for only in ("attention", None):
+        options = {"only": only, "whole_heads": True, "ratio": 0.5, "scope": "local"}
+        plan = prune_to(model, images, criterion="random", progress=False, **options)
+        pruned = prune(model, plan)
+        assert pruned.blocks[0].attn.num_heads < 4
+        assert cost_model(model, images, whole_heads=True).of(plan) == cost(pruned, images)
 
 
 def test_a_number_of_heads_that_stays_is_no_whole_head():
