@@ -1,12 +1,14 @@
 """The gradient of one layer's parameters, row by row, from its inputs and the gradients at its output.
 
 A row is the sum over its examples. For a convolution row n is Σ_t δ_{n,t} x_{n,t}ᵀ over the places t of the output, one
-batched product of matrices for all rows; any other layer goes through its vector-Jacobian product, by vmap.
+batched product of matrices for all rows, for a bare parameter that is broadcast over examples Σ_n δ_n; any other layer
+goes through its vector-Jacobian product, by vmap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
@@ -14,26 +16,33 @@ from torch.nn import functional as F
 
 from .layers import own_parameters
 
-RowsOf = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+RowsOf = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
 
 
-def layer_row_gradients(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+def layer_row_gradients(layer: nn.Module | nn.Parameter, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
     """Return the gradient of each of a layer's parameters for each row, shape (rows, *parameter.shape).
 
     Args:
-        layer: called with one tensor, and the leading axis of what it took and gave is the example.
+        layer: called with one tensor, and the leading axis of what it took and gave is the example; or a bare
+            parameter with a leading dimension of 1, of which every example took a copy.
         inputs: what it took, (rows, examples a row, ...).
         deltas: the gradient at what it gave, (rows, examples a row, ...).
     """
     return _way_of(layer)(layer, inputs, deltas)
 
 
-def _way_of(layer: nn.Module) -> RowsOf:
+def _way_of(layer: nn.Module | nn.Parameter) -> RowsOf:
+    if isinstance(layer, nn.Parameter):
+        return _broadcast
     if type(layer) is nn.Linear:
         return _linear
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return _convolution
     return _any
+
+
+def _broadcast(layer: nn.Parameter, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    return {"": deltas.sum(1, keepdim=True)}
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:

@@ -3,20 +3,23 @@
 Row n of J is the gradient of the mean loss of the row's examples. A batch row is one backward pass, restricted to the
 asked layers. For finer rows one backward pass of the summed losses brings δ_n, the gradient at the layer's output, of
 every example at once, as long as examples do not see each other; the row's gradient is then the vector-Jacobian product
-of the layer alone at (x_n, δ_n). Where examples do see each other, or the layer is not called as a module (bare
-parameters, an attention's output projection, tied weights), it is one backward pass a row.
+of the layer alone at (x_n, δ_n). A bare parameter that is broadcast over examples (class tokens, position embeddings)
+is handed out as a copy an example. Where examples do see each other, or the layer is not called as a module (other
+bare parameters, an attention's output projection, tied weights), it is one backward pass a row.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_leaves
 
 from .layer_gradients import layer_row_gradients
 from .layers import LayerAxis, Slot, channel_dims, channel_view, get_layer, own_parameters
@@ -118,16 +121,54 @@ def stream_gradients(
     by_layer = None
     for number, batch in numbered(batches):
         calls: list[_Call] = []
-        watched = _capture(found, calls) if per_row and by_layer is not False else []
+        apart = per_row and by_layer is not False
+        watched, bare = (_capture(found, calls), _broadcast(found)) if apart else ([], {})
         with evaluating(model), keeping_statistics(model), differentiable(model, tensors.values()):
             with hooks(watched), torch.compiler.set_stance("force_eager" if watched else "default"):
-                losses = in_rows(checked_losses(model, batch, objective, number), per_row, number)
+                losses = in_rows(_losses(model, batch, objective, number, bare, calls), per_row, number)
             if per_row and by_layer is None:
                 by_layer = _examples_are_apart(found, calls, losses) and _calls_explain(found, tensors, calls, losses)
             if by_layer:
                 yield from _layer_gradients(found, calls, losses)
             else:
                 yield from (_gradients(loss, tensors) for loss in losses.mean(1))
+
+
+def _broadcast(layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the bare parameters that may be broadcast over examples: those with a leading dimension of 1."""
+    bare = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Parameter)}
+    return {name: parameter for name, parameter in bare.items() if parameter.dim() > 1 and len(parameter) == 1}
+
+
+def _losses(
+    model: nn.Module, batch: Any, objective: Objective, number: int, bare: Mapping[str, Tensor], calls: list[_Call]
+) -> Tensor:
+    """Return a batch's losses; where the model takes a copy of bare parameters an example, note these as calls."""
+    try:
+        with _copied(model, bare, batch) as copied:
+            losses = checked_losses(model, batch, objective, number)
+    except (RuntimeError, ValueError):
+        if not bare:
+            raise
+        calls.clear()
+        return checked_losses(model, batch, objective, number)
+    calls += copied
+    return losses
+
+
+@contextmanager
+def _copied(model: nn.Module, bare: Mapping[str, Tensor], batch: Any) -> Iterator[list[_Call]]:
+    """Let bare parameters be as long as a batch; yield the copies as what calls gave."""
+    examples = next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    copies = {name: parameter.expand(examples, *parameter.shape[1:]) for name, parameter in bare.items()}
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in bare}
+    try:
+        for name, (owner, leaf) in places.items():
+            owner._parameters[leaf] = copies[name]
+        yield [_Call(name, copy.detach(), copy) for name, copy in copies.items()]
+    finally:
+        for name, (owner, leaf) in places.items():
+            owner._parameters[leaf] = bare[name]
 
 
 def _gradients(loss: Tensor, tensors: Mapping[tuple[str, str], nn.Parameter]) -> RowGradients:

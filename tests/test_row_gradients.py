@@ -130,7 +130,7 @@ def test_goes_row_by_row_only_where_examples_see_each_other(monkeypatch):
         monkeypatch.undo()
         return len(passes)
 
-    assert count(Reuse, "conv") == 0
+    assert count(Reuse, "conv") == count(Attention, "token") == 0
     assert count(BatchCentred, "first") == 2 * 4
 
 
