@@ -15,6 +15,7 @@ from ..data import Data
 from ..layers import scored_layers
 from ..looks import theme
 from .controls import dropdown, note
+from .live import LiveFigure, Stage
 from .tasks import Task, Worker
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ class Explorer(W.VBox):
 
     def __init__(self, model: nn.Module, data: Data, batches: int, batch_size: int, seed: int, look: str):
         super().__init__()
-        self.figure = go.FigureWidget(layout={"template": theme(look), "height": 420})
+        theme(look)
+        self.stage = Stage()
         self.network, self.look = copy.deepcopy(model).eval(), look
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
@@ -74,15 +76,15 @@ class Explorer(W.VBox):
 
         self._worker.start(watched, then)
 
-    def show(self, figure: go.Figure) -> None:
-        """Put a figure in the place of the one that is shown: another would bring plotly.js along again."""
-        self.figure.data = []
-        wanted = figure.layout.to_plotly_json()
-        for key in set(self.figure.layout.to_plotly_json()) - set(wanted):
-            self.figure.layout[key] = None
-        self.figure.layout = figure.layout
-        self.figure.add_traces(figure.data)
+    @property
+    def figure(self) -> LiveFigure | None:
+        """The figure that is shown; None until the first has been computed."""
+        return self.stage.figure
+
+    def show(self, kind: str, figure: go.Figure) -> LiveFigure:
+        """Show a figure of a kind; return the live one."""
         self.progress.value = 0
+        return self.stage.show(kind, figure)
 
     def _report(self, what: str, share: float) -> None:
         self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")

@@ -63,7 +63,7 @@ class InteractionExplorer(Explorer):
         self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
         self.table, self.code = W.HTML(), code_area()
         left = W.VBox([self.layer, self.order, self.mode, W.HBox([self.back_button, self.cancel_button]), self.table])
-        right = W.VBox([self.figure, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
+        right = W.VBox([self.stage, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
         self.children = (W.HBox([left, right]), self.code)
         for control in (self.layer, self.order, self.mode):
             control.observe(lambda _: self._show(), "value")
@@ -90,8 +90,8 @@ class InteractionExplorer(Explorer):
         if self._products is None:
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
-        self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
-        self.figure.data[0].on_click(self._clicked)
+        live = self.show("K", interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
+        live.data[0].on_click(self._clicked)
         self.table.value = self._pairs(found)
         self.status.value = note(f"{found!r}; click a cell to see both filters")
         draw = f"k.plot(order={self.order.value!r}, mode={self.mode.value!r})"
@@ -113,7 +113,7 @@ class InteractionExplorer(Explorer):
 
     def _take_pair(self, dense: DenseJTJ) -> None:
         self.pair = dense
-        self.show(jtj_pair(dense, look=self.look))
+        self.show("pair", jtj_pair(dense, look=self.look))
         scores = ", ".join(
             f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
         )

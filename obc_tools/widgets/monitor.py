@@ -7,12 +7,12 @@ import threading
 from collections.abc import Mapping
 
 import ipywidgets as W
-import plotly.graph_objects as go
 
 from ..launching import Run
 from ..run_watch import RunView, describe, look_at, place_of, watch_figure, watch_traces
 from ..runs import STOP
 from .controls import button, code_area, dropdown, note
+from .live import LiveFigure
 
 SECONDS_BETWEEN_LOOKS = 2.0
 LOG_LINES = 12
@@ -49,7 +49,7 @@ class RunMonitor(W.VBox):
             raise ValueError("no run to watch: give a run, its folder, or {'name': run}")
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
-        self.figure = go.FigureWidget(watch_figure(self.views, look=look))
+        self.figure = LiveFigure(watch_figure(self.views, look=look))
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
@@ -123,6 +123,7 @@ class RunMonitor(W.VBox):
                     old.update(x=new["x"], y=new["y"])
         for new in fresh:
             self.figure.add_scatter(**new, **place_of(new))
+        self.figure.settle()
 
     def _watch(self, every: float) -> None:
         while not self._closed.wait(every):
