@@ -12,6 +12,7 @@ import pandas as pd
 
 NARROW = {"width": "330px"}
 FITTING = {"width": "auto", "flex": "0 0 auto"}
+WRAPPING = {"flex_flow": "row wrap"}
 LABEL = {"description_width": "104px"}
 SHOWN = 8
 """Channels that a table names at most in one cell."""

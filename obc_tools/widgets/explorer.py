@@ -15,10 +15,11 @@ from ..data import Data
 from ..layers import scored_layers
 from ..looks import theme
 from .controls import dropdown, note
-from .live import LiveFigure, Stage
+from .live import Click, LiveFigure
 from .tasks import Task, Worker
 
 T = TypeVar("T")
+BARE = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
 
 
 class Explorer(W.VBox):
@@ -33,8 +34,7 @@ class Explorer(W.VBox):
 
     def __init__(self, model: nn.Module, data: Data, batches: int, batch_size: int, seed: int, look: str):
         super().__init__()
-        theme(look)
-        self.stage = Stage()
+        self.picture = LiveFigure(go.Figure(layout={"template": theme(look), "height": 420, **BARE}), self.clicked)
         self.network, self.look = copy.deepcopy(model).eval(), look
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
@@ -77,14 +77,17 @@ class Explorer(W.VBox):
         self._worker.start(watched, then)
 
     @property
-    def figure(self) -> LiveFigure | None:
-        """The figure that is shown; None until the first has been computed."""
-        return self.stage.figure
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
 
-    def show(self, kind: str, figure: go.Figure) -> LiveFigure:
-        """Show a figure of a kind; return the live one."""
+    def show(self, figure: go.Figure) -> None:
+        """Show another figure."""
         self.progress.value = 0
-        return self.stage.show(kind, figure)
+        self.picture.show(figure)
+
+    def clicked(self, click: Click) -> None:
+        """Take a click in the figure; nothing happens unless an explorer says what."""
 
     def _report(self, what: str, share: float) -> None:
         self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")

@@ -70,7 +70,7 @@ class JTJExplorer(Explorer):
         self.table, self.code = W.HTML(), code_area()
         left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path]
         left.append(W.HBox([self.save_button, self.cancel_button]))
-        right = W.VBox([self.stage, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
         self.children = (W.HBox([W.VBox(left, layout={"width": "350px"}), right]), self.table, self.code)
         for control in (self.layer, self.first, self.count):
             control.observe(lambda _: self._filling.now or self._compute(), "value")
@@ -140,7 +140,7 @@ class JTJExplorer(Explorer):
             "filter": lambda: filter_image(self.network, dense.axis.layer, channel, look=self.look),
             "spectrum": lambda: spectrum(dense, look=self.look),
         }
-        self.show(self.view.value, draw[self.view.value]())
+        self.show(draw[self.view.value]())
         self.status.value = note(repr(dense))
 
     def _show_group(self, axis: LayerAxis, channel: int, mode: str) -> None:
@@ -162,7 +162,7 @@ class JTJExplorer(Explorer):
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
-        self.show("group", group_jtj_heatmap(group, self.mode.value, look=self.look))
+        self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
         self.status.value = note(repr(group))
 
     def _say_code(self, call: str) -> None:

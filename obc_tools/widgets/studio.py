@@ -37,7 +37,7 @@ from ..studio_state import (
     unlock,
 )
 from .controls import Filling, listed, note, set_options, table
-from .live import LiveFigure
+from .live import Click, LiveFigure
 from .studio_controls import NONE, StudioControls
 from .tasks import Task, Worker
 
@@ -100,13 +100,17 @@ class PruningStudio(W.VBox):
         self._controls = c = StudioControls.build(self.session, self.state.choices)
         root = c.group.value
         first = studio_figure(self.plan, root, self._score(root), look=look)
-        self.figure = LiveFigure(first)
-        self.figure.data[SCORES].on_click(self._clicked)
+        self.picture = LiveFigure(first, self._clicked)
         self._connect()
         left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout={"width": "350px", "flex": "0 0 auto"})
-        right = W.VBox([self.figure, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
+        right = W.VBox([self.picture, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
         super().__init__([c.action_box, W.HBox([left, right]), c.changes, c.keep_box, c.code])
         self._show()
+
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
 
     @property
     def code(self) -> str:
@@ -220,9 +224,9 @@ class PruningStudio(W.VBox):
             c.name.value = f"plan {len(names) + 1}"
         self._show_outcome()
 
-    def _clicked(self, trace: go.Bar, points: object, state: object) -> None:
-        for index in points.point_inds:
-            self.toggle(self._controls.group.value, int(trace.customdata[index]))
+    def _clicked(self, click: Click) -> None:
+        if click.trace == SCORES:
+            self.toggle(self._controls.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
 
     def _cancel(self) -> None:
         self._worker.cancel()
@@ -304,7 +308,10 @@ class PruningStudio(W.VBox):
         c, root = self._controls, self._controls.group.value
         compared = self._compared()
         score = self._score(root)
-        self.figure.change(studio_traces(self.plan, root, score, compared=compared), studio_axes(root, score))
+        figure = self.figure
+        for old, new in zip(figure.data, studio_traces(self.plan, root, score, compared=compared), strict=True):
+            old.update(new)
+        self.picture.show(figure.update_layout(studio_axes(root, score)))
         plans = {c.compared.value: compared} if compared else {}
         plans |= {"before": self._before} if self._before else {}
         c.table.value = table(self.session.table(plans | {"now": self.plan}))

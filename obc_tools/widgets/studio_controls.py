@@ -14,7 +14,7 @@ from ..pruning import Target
 from ..scores import NORMALIZERS, REDUCTIONS
 from ..studio_session import StudioSession
 from ..studio_state import Choices, Scoring, StudioState
-from .controls import FITTING, code_area, dropdown, integer, note, slider, text
+from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, slider, text
 
 MILLION = 1e6
 NONE = "none"
@@ -156,12 +156,13 @@ class StudioControls:
     @property
     def action_box(self) -> W.HBox:
         """Going back and forth, measuring, comparing."""
-        return W.HBox([self.undo, self.redo, self.measure, self.cancel, self.name, self.remember, self.compared])
+        controls = [self.undo, self.redo, self.measure, self.cancel, self.name, self.remember, self.compared]
+        return W.HBox(controls, layout=WRAPPING)
 
     @property
     def keep_box(self) -> W.HBox:
         """Taking the outcome away."""
-        return W.HBox([self.path, self.save_plan, self.save_model, self.save_code])
+        return W.HBox([self.path, self.save_plan, self.save_model, self.save_code], layout=WRAPPING)
 
     @property
     def status_box(self) -> W.HBox:
