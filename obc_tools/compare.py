@@ -237,7 +237,7 @@ class _Bench:
             return curve.plan.then(order.plan(order.up_to(s.ratio * step / s.steps))), seconds
         original = self.costs.of(self.whole)
         target = Target(macs=original.macs * (1 - (1 - s.macs) * step / s.steps))
-        units = fewest_units(curve.plan, order, len(order.units), target, self.costs, original)
+        units = fewest_units(curve.plan, order, len(order), target, self.costs, original)
         return curve.plan.then(order.plan(units)), seconds
 
     def _row(

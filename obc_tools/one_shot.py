@@ -68,7 +68,7 @@ class Ranking:
         Raises:
             ValueError: even all that the limits allow to remove would not meet it.
         """
-        most = len(self.order.units)
+        most = len(self.order)
         if target.ratio is not None:
             return self.plan(self.order.up_to(target.ratio))
         best = costs.of(_Draft(self.order.groups, self._kept(most)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -51,36 +50,32 @@ class Limits:
         return max(self.min_channels, math.ceil(initial * (1 - ratio) - 1e-9))
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Channels of one group that go together: one, or the same position of every block."""
-
-    group: int
-    channels: tuple[int, ...]
-    score: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RemovalOrder:
-    """All removable units in the order in which they go.
+    """All removable units in the order in which they go; a unit is a channel, or the same position of every block.
 
-    ``fractions[i]``: the share of the originally prunable channels (of the scope's pool) that is gone once
-    ``units[:i + 1]`` are removed; it never falls. ``counts[i]``: the number of channels in ``units[:i + 1]``.
+    All arrays have the shape (units,). ``owners``: the index of each unit's group. ``positions``: of the unit within
+    each block of its group. ``fractions[i]``: the share of the originally prunable channels (of the scope's pool) that
+    is gone once units 0 to i are removed; it never falls. ``counts[i]``: the number of channels in units 0 to i.
     """
 
     groups: tuple[ChannelGroup, ...]
-    units: tuple[Unit, ...]
-    fractions: tuple[float, ...]
-    counts: tuple[int, ...]
+    owners: np.ndarray
+    positions: np.ndarray
+    fractions: np.ndarray
+    counts: np.ndarray
     limits: Limits
+
+    def __len__(self) -> int:
+        return len(self.owners)
 
     def up_to(self, fraction: float) -> int:
         """Return how many units go before more than `fraction` of the pool is gone."""
-        return bisect.bisect_right(self.fractions, fraction + 1e-9)
+        return int(np.searchsorted(self.fractions, fraction + 1e-9, side="right"))
 
     def up_to_channels(self, channels: int) -> int:
         """Return how many units go before more than `channels` channels are gone."""
-        return bisect.bisect_right(self.counts, channels)
+        return int(np.searchsorted(self.counts, channels, side="right"))
 
     def plan(self, units: int) -> PruningPlan:
         """Return the plan that removes the first `units` units, kept counts rounded up to the limits' multiple."""
@@ -88,7 +83,7 @@ class RemovalOrder:
 
     def kept(self, units: int) -> tuple[np.ndarray, ...]:
         """Return the channels of each group that stay in `plan`, ascending, unchecked: what a bisection needs."""
-        counts = np.bincount(self._owners[:units], minlength=len(self.groups)).tolist()
+        counts = np.bincount(self.owners[:units], minlength=len(self.groups)).tolist()
         kept = []
         for group, count, channels in zip(self.groups, counts, self._channels, strict=True):
             stays = np.ones(group.width, dtype=bool)
@@ -97,17 +92,14 @@ class RemovalOrder:
         return tuple(kept)
 
     @cached_property
-    def _owners(self) -> np.ndarray:
-        """The index of each unit's group."""
-        return np.fromiter((unit.group for unit in self.units), dtype=np.int64, count=len(self.units))
-
-    @cached_property
     def _channels(self) -> tuple[np.ndarray, ...]:
         """The channels of each group's units in their order, shape (units of the group, blocks)."""
-        found: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for unit in self.units:
-            found[unit.group].append(unit.channels)
-        return tuple(np.array(found[i], dtype=np.int64).reshape(-1, g.blocks) for i, g in enumerate(self.groups))
+        borders = np.bincount(self.owners, minlength=len(self.groups)).cumsum()[:-1]
+        positions = np.split(self.positions[np.argsort(self.owners, kind="stable")], borders)
+        return tuple(
+            found[:, None] + np.arange(group.blocks) * (group.width // group.blocks)
+            for group, found in zip(self.groups, positions, strict=True)
+        )
 
     def _rounded(self, group: ChannelGroup, count: int) -> int:
         multiple = self.limits.round_to or 1
@@ -141,27 +133,27 @@ def removal_order(
     check_roots(limits.max_ratio_of, groups)
     start = {group.root: group.width for group in groups} | dict(initial or {})
     pools: dict[object, list[int]] = defaultdict(list)
-    units: list[Unit] = []
+    sizes = np.array([group.blocks for group in groups])
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for index, group in enumerate(groups):
         if group.prunable:
             pools[{"global": "all", "local": group.root, "isomorphic": group.kind}[scope]].append(index)
-            units += _removable(index, group, scores[group], limits, start[group.root])
-    fractions = np.zeros(len(units))
-    keys = [[unit.channels[0] for unit in units], [unit.group for unit in units], [unit.score for unit in units]]
-    by_score = np.lexsort([np.array(key) for key in keys])
-    owners, sizes = np.array(keys[1], dtype=np.int64), np.array([len(unit.channels) for unit in units], dtype=np.int64)
-    placed = []
+            positions, means = _removable(group, scores[group], limits, start[group.root])
+            found.append((np.full(len(positions), index), positions, means))
+    owners, positions, means = map(np.concatenate, zip(*found, strict=True))
+    fractions = np.zeros(len(owners))
+    by_score = np.lexsort([positions, owners, means])
+    placed = [np.empty(0, np.int64)]
     for members in pools.values():
         size = sum(start[groups[index].root] for index in members)
         gone = size - sum(groups[index].width for index in members)
         mine = by_score[np.isin(owners[by_score], members)]
-        fractions[mine] = (gone + sizes[mine].cumsum()) / size
+        fractions[mine] = (gone + sizes[owners[mine]].cumsum()) / size
         placed.append(mine)
-    placed = np.concatenate(placed) if placed else by_score
-    placed = placed[np.argsort(fractions[placed], kind="stable")]
-    ordered = tuple(units[i] for i in placed.tolist())
+    all_placed = np.concatenate(placed)
+    order = all_placed[np.argsort(fractions[all_placed], kind="stable")]
     return RemovalOrder(
-        groups, ordered, tuple(fractions[placed].tolist()), tuple(sizes[placed].cumsum().tolist()), limits
+        groups, owners[order], positions[order], fractions[order], sizes[owners[order]].cumsum(), limits
     )
 
 
@@ -173,8 +165,11 @@ def check_roots(roots: Iterable[LayerAxis], groups: Iterable[ChannelGroup]) -> N
             raise UnknownNameError("group", str(LayerAxis(*root)), [str(name) for name in known])
 
 
-def _removable(index: int, group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> list[Unit]:
-    """Return the units of a group that may go, lowest score first; the best ones that must stay are left out."""
+def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of a group that may go, lowest score first, and the scores; the best that must stay are out.
+
+    A score is the mean over the group's blocks.
+    """
     if score.shape != (group.width,):
         raise ValueError(f"group {group.root}: scores of shape {tuple(score.shape)} for {group.width} channels")
     if not torch.isfinite(score).all():
@@ -186,9 +181,7 @@ def _removable(index: int, group: ChannelGroup, score: Tensor, limits: Limits, i
     stay = min(size, math.ceil(limits.fewest(group.root, initial) / group.blocks))
     if group.blocks > 1:
         stay = max(stay, min(size, 2))  # one channel a convolution group would make it depthwise: another layer type
-    positions = order[: size - stay].tolist()
-    channels = [tuple(block * size + position for block in range(group.blocks)) for position in positions]
-    return [Unit(index, unit, mean) for unit, mean in zip(channels, means.tolist(), strict=False)]
+    return order[: size - stay].numpy(), means[: size - stay].numpy()
 
 
 def make_plan(
@@ -216,7 +209,7 @@ def make_plan(
         if not 0 < ratio < 1:
             raise ValueError(f"ratio={ratio}: expected a share of channels in (0, 1)")
         return order.plan(order.up_to(ratio))
-    most = order.counts[-1] if order.counts else 0
+    most = int(order.counts[-1]) if len(order) else 0
     if not 0 <= channels <= most:
         raise ValueError(f"channels={channels}: from 0 to {most} channels can be removed within the limits")
     return order.plan(order.up_to_channels(channels))

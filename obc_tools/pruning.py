@@ -199,6 +199,6 @@ def _check_reachable(
     if target.ratio is not None:
         return
     order = removal_order({group: torch.zeros(group.width) for group in groups}, limits=limits)
-    best = costs.of(order.plan(len(order.units)))
+    best = costs.of(order.plan(len(order)))
     if not target.met(best, original):
         raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(best, original)}")

@@ -38,7 +38,7 @@ TIERS = (
     ("looks", "plots", "compare_plots", "studio_plots", "explorer_plots", "equivalent_plots", "group_plots"),
     ("report", "job_report", "cli_types", "cli_compare", "cli_runs", "cli", "__main__"),
     ("studio_session", "run_watch"),
-    ("widgets.tasks", "widgets.controls", "widgets.explorer", "widgets.studio_controls"),
+    ("widgets.tasks", "widgets.controls", "widgets.live", "widgets.explorer", "widgets.studio_controls"),
     ("widgets.studio", "widgets.monitor", "widgets.jtj", "widgets.interactions", "widgets"),
 )  # fmt: skip
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}

@@ -1,7 +1,5 @@
 """The explorers without a browser: controls set, cells clicked, figures and tables read; the calls shown are run."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ import obc_tools as obc
 from obc_tools.explorer_plots import filter_image, filter_tiles, jtj_pair
 from obc_tools.widgets.interactions import InteractionExplorer
 from obc_tools.widgets.jtj import JTJExplorer
+from obc_tools.widgets.live import Click
 
 OPTIONS = {"batches": 2, "batch_size": 16, "seed": 3}
 
@@ -105,7 +104,7 @@ def test_interactions_their_pairs_and_a_click(made, batches):
     assert "duplicate most" in explorer.table.value
     explorer.order.value = "score"
     assert list(explorer.figure.data[0].x) == [str(channel) for channel in expected.order("score")]
-    explorer._clicked(explorer.figure.data[0], SimpleNamespace(xs=["1"], ys=["5"]), None)
+    explorer.clicked(Click(0, (3, 4), "1", "5"))
     explorer.wait(60)
     assert explorer.pair.channels == (5, 1) and len(explorer.figure.data) == 2
     assert f"{expected.joint([1, 5]):.3e}" in explorer.status.value

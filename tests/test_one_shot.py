@@ -31,7 +31,7 @@ def test_fewest_channels_meet_the_target(scored, target):
     whole = {"macs": costs.original.macs, "params": costs.original.params, "speedup": 1.0}
     target = {key: value * whole[key] for key, value in target.items()}
     order = removal_order(scores)
-    plans = (order.plan(units) for units in range(len(order.units) + 1))
+    plans = (order.plan(units) for units in range(len(order) + 1))
     expected = next(p for p in plans if Target(**target).met(costs.of(p), costs.original))
     assert one_shot_plan(scores, costs, **target) == expected
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_had_is_said(scored):
 def test_drafts_are_the_plans_that_they_stand_for(scored):
     scores, costs = scored
     ranking = Ranking.of(scores, limits=Limits(round_to=2))
-    for units in range(0, len(ranking.order.units) + 1, 5):
+    for units in range(0, len(ranking.order) + 1, 5):
         kept = tuple(tuple(channels.tolist()) for channels in ranking.order.kept(units))
         assert kept == ranking.plan(units).kept
     assert torch.isfinite(torch.tensor(costs.of(ranking.plan(0)).macs))

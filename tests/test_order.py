@@ -77,7 +77,7 @@ def test_rounding_keeps_more_never_less():
 def test_protected_channels_pass_their_turn_to_others():
     groups = groups_of()
     order = removal_order(ascending(groups), limits=Limits(min_channels=6, max_ratio=0.5))
-    assert kept_counts(order.plan(len(order.units))) == [6, 6, 8, 12, 10]
+    assert kept_counts(order.plan(len(order))) == [6, 6, 8, 12, 10]
     assert make_plan(ascending(groups), channels=9, min_channels=6).channels_removed == 9
 
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from obc_tools.plan import PruningPlan
 from obc_tools.pruning import Target
 from obc_tools.studio_plots import SCORES
 from obc_tools.widgets import studio as studio_module
+from obc_tools.widgets.live import Click
 from obc_tools.widgets.studio import PruningStudio
 
 SOURCE = {"name": "resnet8", "in_channels": 1, "width": 8}
@@ -96,7 +96,7 @@ def test_a_drag_is_undone_at_once(studio):
 def test_a_click_in_the_score_bar_toggles_a_channel(studio):
     root, bars = controls(studio).group.value, studio.figure.data[SCORES]
     before = studio.plan.kept_of(root)
-    studio._clicked(bars, SimpleNamespace(point_inds=[0]), None)
+    studio._clicked(Click(SCORES, (0,), 1, 0.5))
     channel = int(bars.customdata[0])
     assert set(before) ^ set(studio.plan.kept_of(root)) == {channel}
     assert bars.marker.color[0] == (channel in studio.plan.kept_of(root))

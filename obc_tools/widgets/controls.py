@@ -11,7 +11,16 @@ import ipywidgets as W
 import pandas as pd
 
 NARROW = {"width": "330px"}
+FITTING = {"width": "auto", "flex": "0 0 auto"}
+WRAPPING = {"flex_flow": "row wrap"}
 LABEL = {"description_width": "104px"}
+SHOWN = 8
+"""Channels that a table names at most in one cell."""
+
+STYLE = (
+    "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
+    ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
+)
 
 
 def dropdown(label: str, options: Iterable[Any], value: Any, tooltip: str = "") -> W.Dropdown:
@@ -42,7 +51,7 @@ def text(label: str, value: str, tooltip: str = "") -> W.Text:
 
 def button(label: str, act: Callable[[], None], tooltip: str = "", icon: str = "") -> W.Button:
     """Return a button that does something."""
-    made = W.Button(description=label, tooltip=tooltip, icon=icon, layout={"width": "auto"})
+    made = W.Button(description=label, tooltip=tooltip, icon=icon, layout=FITTING)
     made.on_click(lambda _: act())
     return made
 
@@ -61,8 +70,14 @@ def note(words: str, *, bad: bool = False) -> str:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Return a table as HTML, its text escaped."""
-    return frame.to_html(index=False, border=0, na_rep="", justify="right")
+    """Return a table as HTML, its text escaped: close rows, columns apart, all but the first to the right."""
+    return STYLE + frame.to_html(index=False, border=0, na_rep="", justify="right", classes="obc-table")
+
+
+def listed(channels: Sequence[int]) -> str:
+    """Return channels as text that fits into a table."""
+    first = ", ".join(map(str, channels[:SHOWN]))
+    return first if len(channels) <= SHOWN else f"{first} and {len(channels) - SHOWN} more"
 
 
 class Filling:

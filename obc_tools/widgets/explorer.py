@@ -15,9 +15,11 @@ from ..data import Data
 from ..layers import scored_layers
 from ..looks import theme
 from .controls import dropdown, note
+from .live import Click, LiveFigure
 from .tasks import Task, Worker
 
 T = TypeVar("T")
+BARE = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
 
 
 class Explorer(W.VBox):
@@ -32,7 +34,7 @@ class Explorer(W.VBox):
 
     def __init__(self, model: nn.Module, data: Data, batches: int, batch_size: int, seed: int, look: str):
         super().__init__()
-        self.figure = go.FigureWidget(layout={"template": theme(look), "height": 420})
+        self.picture = LiveFigure(go.Figure(layout={"template": theme(look), "height": 420, **BARE}), self.clicked)
         self.network, self.look = copy.deepcopy(model).eval(), look
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
@@ -74,15 +76,18 @@ class Explorer(W.VBox):
 
         self._worker.start(watched, then)
 
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
+
     def show(self, figure: go.Figure) -> None:
-        """Put a figure in the place of the one that is shown: another would bring plotly.js along again."""
-        self.figure.data = []
-        wanted = figure.layout.to_plotly_json()
-        for key in set(self.figure.layout.to_plotly_json()) - set(wanted):
-            self.figure.layout[key] = None
-        self.figure.layout = figure.layout
-        self.figure.add_traces(figure.data)
+        """Show another figure."""
         self.progress.value = 0
+        self.picture.show(figure)
+
+    def clicked(self, click: Click) -> None:
+        """Take a click in the figure; nothing happens unless an explorer says what."""
 
     def _report(self, what: str, share: float) -> None:
         self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 import ipywidgets as W
-import plotly.graph_objects as go
 from torch import nn
 
 from ..data import Data
@@ -17,6 +16,7 @@ from ..jacobian import JacobianProducts, jacobian_products
 from ..plots import interactions_heatmap
 from .controls import button, code_area, dropdown, note, table
 from .explorer import Explorer
+from .live import Click
 
 ORDERS = ("cluster", "score", "channel")
 MODES = ("correlation", "signed", "absolute")
@@ -53,6 +53,7 @@ class InteractionExplorer(Explorer):
         look: str = "light",
     ):
         super().__init__(model, data, batches, batch_size, seed, look)
+        self._shows_pairs = False
         self.interactions: FilterInteractions | None = None
         self.pair: DenseJTJ | None = None
         self._products: JacobianProducts | None = None
@@ -63,7 +64,7 @@ class InteractionExplorer(Explorer):
         self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
         self.table, self.code = W.HTML(), code_area()
         left = W.VBox([self.layer, self.order, self.mode, W.HBox([self.back_button, self.cancel_button]), self.table])
-        right = W.VBox([self.figure, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
         self.children = (W.HBox([left, right]), self.code)
         for control in (self.layer, self.order, self.mode):
             control.observe(lambda _: self._show(), "value")
@@ -82,6 +83,11 @@ class InteractionExplorer(Explorer):
 
         self.compute(f"computing JᵀJ of channels {i} and {j}", work, self._take_pair)
 
+    def clicked(self, click: Click) -> None:
+        """Show JᵀJ of both filters of the cell that was clicked."""
+        if self._shows_pairs:
+            self.look_at(int(click.y), int(click.x))
+
     def _take(self, products: JacobianProducts) -> None:
         self._products = products
         self._show()
@@ -91,7 +97,7 @@ class InteractionExplorer(Explorer):
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
         self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
-        self.figure.data[0].on_click(self._clicked)
+        self._shows_pairs = True
         self.table.value = self._pairs(found)
         self.status.value = note(f"{found!r}; click a cell to see both filters")
         draw = f"k.plot(order={self.order.value!r}, mode={self.mode.value!r})"
@@ -107,12 +113,9 @@ class InteractionExplorer(Explorer):
             f"<b>{title}</b>{table(part.map(lambda v: f'{v:.3g}'))}" for title, part in ends.items() if len(part)
         )
 
-    def _clicked(self, trace: go.Heatmap, points: object, state: object) -> None:
-        for i, j in zip(points.ys, points.xs, strict=True):
-            self.look_at(int(i), int(j))
-
     def _take_pair(self, dense: DenseJTJ) -> None:
         self.pair = dense
+        self._shows_pairs = False
         self.show(jtj_pair(dense, look=self.look))
         scores = ", ".join(
             f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)

@@ -70,7 +70,7 @@ class JTJExplorer(Explorer):
         self.table, self.code = W.HTML(), code_area()
         left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path]
         left.append(W.HBox([self.save_button, self.cancel_button]))
-        right = W.VBox([self.figure, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
         self.children = (W.HBox([W.VBox(left, layout={"width": "350px"}), right]), self.table, self.code)
         for control in (self.layer, self.first, self.count):
             control.observe(lambda _: self._filling.now or self._compute(), "value")

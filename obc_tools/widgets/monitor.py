@@ -10,9 +10,10 @@ import ipywidgets as W
 import plotly.graph_objects as go
 
 from ..launching import Run
-from ..run_watch import RunView, describe, look_at, place_of, watch_figure, watch_traces
+from ..run_watch import RunView, describe, look_at, watch_figure
 from ..runs import STOP
 from .controls import button, code_area, dropdown, note
+from .live import LiveFigure
 
 SECONDS_BETWEEN_LOOKS = 2.0
 LOG_LINES = 12
@@ -49,18 +50,24 @@ class RunMonitor(W.VBox):
             raise ValueError("no run to watch: give a run, its folder, or {'name': run}")
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
-        self.figure = go.FigureWidget(watch_figure(self.views, look=look))
+        self._look = look
+        self.picture = LiveFigure(watch_figure(self.views, look=look))
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
         self.lines, self.tail, self.code = W.HTML(), W.HTML(), code_area()
         self.said = W.HTML()
         buttons = W.HBox([self.chosen, self.stop_button, self.resume_button, self.said])
-        super().__init__([self.lines, self.figure, buttons, self.tail, self.code])
+        super().__init__([self.lines, self.picture, buttons, self.tail, self.code])
         self.chosen.observe(lambda _: self.show(), "value")
         self.show()
         if every is not None:
             threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
 
     @property
     def run(self) -> Run:
@@ -101,7 +108,7 @@ class RunMonitor(W.VBox):
         """Show the last look."""
         with self._lock:
             self.lines.value = "<br>".join(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items())
-            self._draw()
+            self.picture.show(watch_figure(self.views, look=self._look))
             status = self.views[self.chosen.value].status
             self.stop_button.disabled = status != "running"
             self.resume_button.disabled = status in ("running", "finished")
@@ -109,20 +116,6 @@ class RunMonitor(W.VBox):
             self.tail.value = f"<pre style='max-height:220px;overflow:auto'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             self.code.value = f"run = obc.Run.open({str(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
-
-    def _draw(self) -> None:
-        """Bring the figure up to the last look; traces are added where a training has begun."""
-        drawn = {tuple(trace.meta): trace for trace in self.figure.data}
-        fresh = []
-        with self.figure.batch_update():
-            for new in watch_traces(self.views):
-                old = drawn.get(tuple(new["meta"]))
-                if old is None:
-                    fresh.append(new)
-                elif list(old.x or ()) != new["x"]:
-                    old.update(x=new["x"], y=new["y"])
-        for new in fresh:
-            self.figure.add_scatter(**new, **place_of(new))
 
     def _watch(self, every: float) -> None:
         while not self._closed.wait(every):

@@ -36,8 +36,9 @@ from ..studio_state import (
     undo,
     unlock,
 )
-from .controls import Filling, note, set_options, table
-from .studio_controls import StudioControls
+from .controls import Filling, listed, note, set_options, table
+from .live import Click, LiveFigure
+from .studio_controls import NONE, StudioControls
 from .tasks import Task, Worker
 
 SECONDS_OF_A_DRAG = 1.0
@@ -99,13 +100,17 @@ class PruningStudio(W.VBox):
         self._controls = c = StudioControls.build(self.session, self.state.choices)
         root = c.group.value
         first = studio_figure(self.plan, root, self._score(root), look=look)
-        self.figure = go.FigureWidget(first)
-        self.figure.data[SCORES].on_click(self._clicked)
+        self.picture = LiveFigure(first, self._clicked)
         self._connect()
         left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout={"width": "350px", "flex": "0 0 auto"})
-        right = W.VBox([self.figure, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
+        right = W.VBox([self.picture, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
         super().__init__([c.action_box, W.HBox([left, right]), c.changes, c.keep_box, c.code])
         self._show()
+
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
 
     @property
     def code(self) -> str:
@@ -149,7 +154,7 @@ class PruningStudio(W.VBox):
                 for plan, title in zip(missing, titles, strict=True)
             ]
 
-        self._worker.start(work, lambda found: self._show_outcome())
+        self._worker.start(work, lambda found: self._measured(len(missing)))
 
     def export_plan(self, path: str | Path) -> Path:
         """Write the plan as JSON, which `PruningPlan.from_json` reads."""
@@ -198,6 +203,10 @@ class PruningStudio(W.VBox):
             self.state = walk(self.state)
             self._show()
 
+    def _measured(self, count: int) -> None:
+        self._show_outcome()
+        self._controls.say(f"measured {count} plans")
+
     def _set_limit(self) -> None:
         root, share = self._controls.group.value, self._controls.limit.value
         self._try(lambda: self.choose(set_limit(self.state.choices, root, None if share == 1 else round(share, 6))))
@@ -211,13 +220,13 @@ class PruningStudio(W.VBox):
         self.state = remember(self.state, c.name.value)
         names = [name for name, _ in self.state.remembered]
         with self._filling():
-            set_options(c.compared, ["none", *names], c.name.value)
+            set_options(c.compared, [NONE, *names], c.name.value)
             c.name.value = f"plan {len(names) + 1}"
         self._show_outcome()
 
-    def _clicked(self, trace: go.Bar, points: object, state: object) -> None:
-        for index in points.point_inds:
-            self.toggle(self._controls.group.value, int(trace.customdata[index]))
+    def _clicked(self, click: Click) -> None:
+        if click.trace == SCORES:
+            self.toggle(self._controls.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
 
     def _cancel(self) -> None:
         self._worker.cancel()
@@ -299,18 +308,21 @@ class PruningStudio(W.VBox):
         c, root = self._controls, self._controls.group.value
         compared = self._compared()
         score = self._score(root)
-        with self.figure.batch_update():
-            for trace, new in zip(
-                self.figure.data, studio_traces(self.plan, root, score, compared=compared), strict=True
-            ):
-                trace.update(new)
-            self.figure.update_layout(studio_axes(root, score))
+        figure = self.figure
+        for old, new in zip(figure.data, studio_traces(self.plan, root, score, compared=compared), strict=True):
+            old.update(new)
+        self.picture.show(figure.update_layout(studio_axes(root, score)))
         plans = {c.compared.value: compared} if compared else {}
         plans |= {"before": self._before} if self._before else {}
         c.table.value = table(self.session.table(plans | {"now": self.plan}))
         name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
-        c.changes.value = "" if other is None else f"Changed since {note(name)}:{table(plan_changes(other, self.plan))}"
+        c.changes.value = "" if other is None else self._changes(name, other)
         c.progress.value = 0
+
+    def _changes(self, name: str, other: PruningPlan) -> str:
+        frame = plan_changes(other, self.plan)
+        shown = frame.assign(removed=frame["removed"].map(listed), restored=frame["restored"].map(listed))
+        return f"Changed since {note(name)}: {len(frame)} groups{table(shown) if len(shown) else ''}"
 
     def _compared(self) -> PruningPlan | None:
         """Return the remembered plan to compare with, if its scores are there."""

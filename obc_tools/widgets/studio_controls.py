@@ -14,15 +14,23 @@ from ..pruning import Target
 from ..scores import NORMALIZERS, REDUCTIONS
 from ..studio_session import StudioSession
 from ..studio_state import Choices, Scoring, StudioState
-from .controls import code_area, dropdown, integer, note, slider, text
+from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, slider, text
 
 MILLION = 1e6
+NONE = "none"
+"""Stands for None, which a choice of a widget cannot have."""
+
 KINDS = {
     "share of channels removed": "ratio",
     "speed-up (times fewer MACs)": "speedup",
     "MACs of one image (millions)": "macs",
     "parameters (millions)": "params",
 }
+
+
+def none_or(value: str) -> str | None:
+    """Return what a choice stands for."""
+    return None if value == NONE else value
 
 
 def target_of(kind: str, value: float) -> Target:
@@ -98,29 +106,31 @@ class StudioControls:
             raise ValueError("nothing can be pruned: every group of this network is kept whole")
         kind, value = shown_value(choices.target)
         low, high, step = slider_range(kind, session.costs)
-        normalizers = [(name or "none", name) for name in NORMALIZERS]
+        normalizers = [name or NONE for name in NORMALIZERS]
         return cls(
             criterion=dropdown("criterion", CRITERIA, choices.scoring.criterion, "what a channel is scored by"),
             reduction=dropdown("reduction", REDUCTIONS, choices.scoring.group_reduction, "over a group's members"),
-            normalizer=dropdown("normalizer", normalizers, choices.scoring.normalizer, "within each group"),
+            normalizer=dropdown("normalizer", normalizers, choices.scoring.normalizer or NONE, "within each group"),
             scope=dropdown("scope", SCOPES, choices.scope, "which channels are ranked together"),
             kind=dropdown("target", KINDS.items(), kind),
-            target=slider("", low, high, step, value),
+            target=slider("to", low, high, step, value),
             round_to=integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps"),
             group=dropdown("group", roots, roots[0][1], "whose channels are shown below"),
             limit=slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels"),
             locked=W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now"),
-            undo=W.Button(description="undo", icon="undo", layout={"width": "auto"}),
-            redo=W.Button(description="redo", icon="repeat", layout={"width": "auto"}),
-            measure=W.Button(description="measure", icon="tachometer", tooltip="latency, accuracy and loss"),
-            cancel=W.Button(description="cancel", icon="times", tooltip="what is being computed"),
+            undo=W.Button(description="undo", icon="undo", layout=FITTING),
+            redo=W.Button(description="redo", icon="repeat", layout=FITTING),
+            measure=W.Button(
+                description="measure", icon="tachometer", tooltip="latency, accuracy and loss", layout=FITTING
+            ),
+            cancel=W.Button(description="cancel", icon="times", tooltip="what is being computed", layout=FITTING),
             name=text("name", "plan 1"),
-            remember=W.Button(description="remember", tooltip="to compare other plans with this one"),
-            compared=dropdown("compare with", ["none"], "none"),
+            remember=W.Button(description="remember", tooltip="to compare other plans with this one", layout=FITTING),
+            compared=dropdown("compare with", [NONE], NONE),
             path=text("write to", "runs/studio", "without the ending"),
-            save_plan=W.Button(description="plan (JSON)", icon="download"),
-            save_model=W.Button(description="pruned model", icon="download"),
-            save_code=W.Button(description="Python", icon="download"),
+            save_plan=W.Button(description="plan (JSON)", icon="download", layout=FITTING),
+            save_model=W.Button(description="pruned model", icon="download", layout=FITTING),
+            save_code=W.Button(description="Python", icon="download", layout=FITTING),
             progress=W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"}),
             status=W.HTML(),
             table=W.HTML(),
@@ -146,12 +156,13 @@ class StudioControls:
     @property
     def action_box(self) -> W.HBox:
         """Going back and forth, measuring, comparing."""
-        return W.HBox([self.undo, self.redo, self.measure, self.cancel, self.name, self.remember, self.compared])
+        controls = [self.undo, self.redo, self.measure, self.cancel, self.name, self.remember, self.compared]
+        return W.HBox(controls, layout=WRAPPING)
 
     @property
     def keep_box(self) -> W.HBox:
         """Taking the outcome away."""
-        return W.HBox([self.path, self.save_plan, self.save_model, self.save_code])
+        return W.HBox([self.path, self.save_plan, self.save_model, self.save_code], layout=WRAPPING)
 
     @property
     def status_box(self) -> W.HBox:
@@ -166,7 +177,7 @@ class StudioControls:
         """Return choices with what the controls say in their place."""
         return replace(
             choices,
-            scoring=Scoring(self.criterion.value, self.reduction.value, self.normalizer.value),
+            scoring=Scoring(self.criterion.value, self.reduction.value, none_or(self.normalizer.value)),
             target=target_of(self.kind.value, round(self.target.value, 6)),
             scope=self.scope.value,
             round_to=None if self.round_to.value == 1 else self.round_to.value,
@@ -176,7 +187,7 @@ class StudioControls:
         """Set every control to the choices of a state."""
         choices = state.choices
         for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
-            control.value = getattr(choices.scoring, scoring.name)
+            control.value = getattr(choices.scoring, scoring.name) or NONE
         self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
         self._set_target(choices.target, costs)
         self.show_group(choices)

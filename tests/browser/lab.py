@@ -1,0 +1,258 @@
+"""A JupyterLab of its own on a free port, and a Chromium that looks at it: what the browser tests are written in.
+
+The browser is the machine's own; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, sync_playwright
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ("--no-sandbox", "--disable-dev-shm-usage")
+THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}
+PLACES = {
+    "JUPYTER_CONFIG_DIR": "config",
+    "JUPYTER_RUNTIME_DIR": "runtime",
+    "IPYTHONDIR": "ipython",
+    "JUPYTERLAB_SETTINGS_DIR": "settings",
+    "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+}
+SECONDS = 240
+"""How long a notebook may run, and a page may take to show what is waited for, on a busy machine."""
+
+OF_OTHERS = ("favicon", "/api/contents/", "/lsp/")
+"""Addresses whose failed requests the console reports, and with which this library has nothing to do."""
+
+ENDED = """() => {
+  const panel = window.jupyterapp.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
+  return kernel?.status === 'idle' && panel.content.widgets.every(cell => cell.promptNode?.textContent !== '[*]:');
+}"""
+READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A JupyterLab that runs: where, with which token, on which folder."""
+
+    port: int
+    token: str
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        """The address of its interface."""
+        return f"http://127.0.0.1:{self.port}/lab?token={self.token}"
+
+    def write(self, name: str, *cells: str) -> str:
+        """Write a notebook of code cells; return its name."""
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
+        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(made, self.folder / name)
+        return name
+
+
+@dataclass
+class Notebook:
+    """A notebook that is open in a page."""
+
+    page: Page
+    name: str
+    console: list[str] = field(default_factory=list)
+
+    def run_all(self) -> None:
+        """Run all cells and wait until the last has ended."""
+        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        self.page.wait_for_timeout(500)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until no cell runs."""
+        self.page.wait_for_function(ENDED, timeout=1000 * SECONDS)
+
+    def reload(self) -> None:
+        """Load the page again, as who closes and opens it does, and wait until the notebook has its kernel."""
+        self.page.reload()
+        self.page.wait_for_function(READY, timeout=1000 * SECONDS)
+
+    def save(self) -> None:
+        """Write the notebook's file."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+
+    def view(self, words: str) -> View:
+        """Return what the cell shows whose code has these words."""
+        code = self.page.locator(".jp-InputArea", has_text=words)
+        return View(self.page, self.page.locator(".jp-CodeCell").filter(has=code).last)
+
+    @property
+    def errors(self) -> list[str]:
+        """The error outputs of all cells."""
+        return self.page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+
+
+@dataclass(frozen=True)
+class View:
+    """A widget in a page: its controls by their labels, its figure, its words."""
+
+    page: Page
+    cell: Locator
+
+    def control(self, label: str, kind: str = "*") -> Locator:
+        """Return the element of a control."""
+        return self.cell.locator(f".jupyter-widgets:has(> .widget-label:text-is('{label}')) {kind}")
+
+    def choose(self, label: str, value: str) -> None:
+        """Choose one among several."""
+        self.control(label, "select").select_option(label=value)
+
+    def chosen(self, label: str) -> str:
+        """Return what is chosen."""
+        return self.control(label, "select").evaluate("e => e.selectedOptions[0].textContent")
+
+    def enter(self, label: str, value: str) -> None:
+        """Write into a field."""
+        field = self.control(label, "input")
+        field.fill(value)
+        field.press("Enter")
+
+    def drag(self, label: str, share: float, steps: int = 4) -> None:
+        """Drag a slider's handle with the mouse to a share of its length."""
+        handle, bar = self.control(label, ".noUi-handle"), self.control(label, ".noUi-base")
+        handle.scroll_into_view_if_needed()
+        start, length = handle.bounding_box(), bar.bounding_box()
+        height = start["y"] + start["height"] / 2
+        self.page.mouse.move(start["x"] + start["width"] / 2, height)
+        self.page.mouse.down()
+        self.page.mouse.move(length["x"] + share * length["width"], height, steps=steps)
+        self.page.mouse.up()
+
+    def value(self, label: str) -> float:
+        """Return the number beside a slider."""
+        return float(self.control(label, ".widget-readout").inner_text().replace(",", ""))
+
+    def press(self, label: str) -> None:
+        """Press a button."""
+        self.button(label).click()
+
+    def button(self, label: str) -> Locator:
+        """Return a button."""
+        return self.cell.locator(f"button.jupyter-button:text-is('{label}')")
+
+    @property
+    def words(self) -> str:
+        """All words of the view."""
+        return self.cell.locator(".jp-OutputArea").first.inner_text()
+
+    @property
+    def code(self) -> str:
+        """The Python that the view shows."""
+        return self.control("Python", "textarea").input_value()
+
+    def figure(self, expression: str) -> Any:
+        """Return what a JavaScript expression says of the figure ``g`` that is visible."""
+        return self.cell.locator(".js-plotly-plot:visible").first.evaluate(f"g => {expression}")
+
+    def until(self, met: Callable[[], bool], what: str) -> None:
+        """Wait until something is so; raise AssertionError that tells what was awaited."""
+        end = time.monotonic() + 60
+        while not met():
+            assert time.monotonic() < end, f"{what}; the view says:\n{self.words}"
+            self.page.wait_for_timeout(100)
+
+
+@contextmanager
+def jupyterlab(folder: Path, look: str = "light") -> Iterator[Lab]:
+    """Start a JupyterLab on a copy of the notebooks, with settings of its own; stop it and its kernels at the end."""
+    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    settings = SETTINGS | {"apputils-extension/themes": {"theme": THEMES[look]}}
+    for name, values in settings.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    lab = Lab(_free_port(), secrets.token_hex(16), folder / "notebooks")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command += [f"--port={lab.port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={lab.token}"]
+    command += [f"--ServerApp.root_dir={lab.folder}"]
+    own = {name: str(folder / place) for name, place in PLACES.items()}
+    with (folder / "lab.log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _await_answer(lab, process, folder / "lab.log")
+        yield lab
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the machine's Chromium without a window; raise ValueError where there is none."""
+    if CHROMIUM is None:
+        raise ValueError("no Chromium on this machine: install the package 'chromium'")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, lab: Lab, name: str, *, height: int = 1400, scale: float = 1.0) -> Iterator[Notebook]:
+    """Open a notebook in a page of its own; shut its kernel down at the end."""
+    context = browser.new_context(viewport={"width": 1500, "height": height}, device_scale_factor=scale)
+    page = context.new_page()
+    page.set_default_timeout(1000 * SECONDS)
+    notebook = Notebook(page, name)
+    page.on("console", lambda message: _note(notebook.console, message))
+    page.on("pageerror", lambda error: notebook.console.append(f"{error}\n{error.stack}"))
+    address, token = lab.address.split("?")
+    page.goto(f"{address}/workspaces/{Path(name).stem}/tree/{name}?{token}&reset")
+    page.wait_for_function(READY, timeout=1000 * SECONDS)
+    try:
+        yield notebook
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    finally:
+        context.close()
+
+
+def _note(console: list[str], message: ConsoleMessage) -> None:
+    where = message.location.get("url", "")
+    if message.type == "error" and not any(part in where for part in OF_OTHERS):
+        console.append(f"{message.text} ({where})")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def _await_answer(lab: Lab, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(lab.address.replace("/lab", "/api/status"), timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab does not answer:\n{log.read_text()[-4000:]}")
