@@ -28,6 +28,7 @@ import tyro
 from tqdm.auto import tqdm
 from zoo_models import Case, cases
 from zoo_row import COLUMNS, Row
+from zoo_table import markdown
 
 from obc_tools.layers import UnknownNameError
 
@@ -46,6 +47,7 @@ class Options:
         jobs: networks at once, one core each.
         limit_s: seconds of computing that a network may take; a wait of four times as many ends it too.
         memory_gb: memory a network's process may take.
+        table: print the README's table of the rows that are there, and run nothing.
     """
 
     out: Path = ROOT / "results" / "zoo.csv"
@@ -55,6 +57,7 @@ class Options:
     jobs: int = 2
     limit_s: float = 300
     memory_gb: float = 12
+    table: bool = False
 
 
 def code_version() -> str:
@@ -153,6 +156,9 @@ def chosen(everything: list[Case], names: tuple[str, ...]) -> list[Case]:
 def main(options: Options) -> int:
     everything, code = cases(), code_version()
     known = {(case.source, case.name) for case in everything}
+    if options.table:
+        print(markdown(pd.read_csv(options.out, dtype=str, keep_default_na=False), len(everything)))
+        return 0
     rows = {}
     if options.out.exists():
         earlier = kept_rows(pd.read_csv(options.out, dtype=str, keep_default_na=False), options.keep, code)
@@ -163,7 +169,7 @@ def main(options: Options) -> int:
         rows[row["source"], row["model"]] = row | {"code": code}
         write(rows.values(), options.out)
     table = write(rows.values(), options.out)
-    print(summary(table).to_markdown() if sys.stdout.isatty() else summary(table).to_string())
+    print(summary(table).to_string())
     return int(table["reason"].astype(str).str.startswith("WRONG").any())
 
 

@@ -7,6 +7,7 @@ import torch
 import torchvision
 import zoo
 import zoo_models
+import zoo_table
 from torch import nn
 from zoo_models import Case, build, cases, example, randomize
 from zoo_row import COLUMNS, Row
@@ -147,6 +148,42 @@ def test_rows_are_kept_by_code_or_by_success(tmp_path):
     counted = zoo.summary(read)
     assert counted.loc["timm"].tolist() == [2, 1, "50.0%", 1, 0, 0]
     assert counted.loc["torchvision", "WRONG"] == 1
+
+
+ROWS = [
+    {"source": "torchvision", "model": "wide_resnet50_2", "pruned 0.3": "0.3", "speed-up": "1.5",
+     "masked = pruned": "1e-15", "EP = naive": "0.0", "merge = EP": "0.0", "save/load": "equal", "ONNX": "1e-07",
+     "ok": "True", "reason": ""},
+    {"source": "torchvision", "model": "resnet18", "pruned 0.3": "0.3", "speed-up": "1.5", "masked = pruned": "1e-5",
+     "EP = naive": "inf", "merge = EP": "", "save/load": "", "ONNX": "-", "ok": "False", "reason": "WRONG: a | b"},
+    {"source": "timm", "model": "resnet18", "pruned 0.3": "", "speed-up": "", "masked = pruned": "", "EP = naive": "",
+     "merge = EP": "", "save/load": "", "ONNX": "-", "ok": "False", "reason": "refused: " + 300 * "x"},
+]  # fmt: skip
+
+
+def test_the_table_counts_each_column_and_names_what_fails():
+    table = pd.DataFrame(ROWS)
+    found = zoo_table.counts(table)
+    assert found.loc["torchvision"].tolist() == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert found.loc["timm"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    text = zoo_table.markdown(table, 225)
+    assert "3 of 225 networks were run; 50.0% of torchvision's and 0.0% of timm's pass everything." in text
+    assert "- `torchvision:resnet18`: WRONG: a / b" in text and "wide_resnet" not in text
+    assert max(map(len, text.splitlines())) < 240
+
+
+def test_families_are_timms_modules_and_torchvisions_first_words():
+    table = pd.DataFrame({"source": ["timm", "torchvision"], "model": ["test_vit3", "mobilenet_v3_small"]})
+    assert zoo_table.families(table).tolist() == ["vision_transformer", "mobilenet"]
+
+
+RESULTS = zoo.ROOT / "results" / "zoo.csv"
+
+
+@pytest.mark.parametrize("path", [RESULTS] if RESULTS.exists() else [])
+def test_the_readme_shows_the_table_of_the_last_run(path):
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert zoo_table.markdown(table, len(cases())) in (zoo.ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_unknown_names_are_refused():
