@@ -43,16 +43,7 @@ class Explanation:
             )
             for group in self.groups
         ]
-        columns = [
-            "group",
-            "channels",
-            "blocks",
-            "outputs of",
-            "inputs of",
-            "norms and parameters",
-            "kept whole because",
-        ]
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=list(_COLUMNS))
 
     def members_frame(self) -> pd.DataFrame:
         """Return one row a member: its group, layer, axis, type, positions taken and width of the axis."""

@@ -12,7 +12,7 @@ from .looks import COLORS, theme
 
 _SYMBOLS = {"output": "square", "input": "triangle-right", "scale": "circle-open"}
 _TITLES = {"output": "output", "input": "input", "scale": "norm or parameter"}
-_ROW, _MOST_LABELS = 15, 80
+_ROW, _LEGEND, _MOST_LABELS = 15, 55, 80
 
 
 def plot_groups(groups: Sequence[ChannelGroup], *, look: str = "light") -> go.Figure:
@@ -39,7 +39,9 @@ def plot_groups(groups: Sequence[ChannelGroup], *, look: str = "light") -> go.Fi
     figure.update_xaxes(title="group", showgrid=False, zeroline=False)
     figure.update_yaxes(categoryarray=layers, categoryorder="array", autorange="reversed", tickfont_size=9)
     figure.update_yaxes(tickvals=layers[::every], type="category")
-    figure.update_layout(template=theme(look), title=title, height=160 + _ROW * len(layers) // every)
+    height = 160 + _ROW * len(layers) // every
+    legend = {"yref": "container", "yanchor": "top", "y": 1 - _LEGEND / height}
+    figure.update_layout(template=theme(look), title=title, height=height, legend=legend)
     return figure
 
 
