@@ -70,8 +70,10 @@ def code_version() -> str:
 
 
 def _child(connection: Connection, case: Case, limit_s: float, memory_gb: float) -> None:
-    for kind, limit in ((resource.RLIMIT_DATA, int(memory_gb * 2**30)), (resource.RLIMIT_CPU, int(limit_s))):
-        resource.setrlimit(kind, (limit, limit))
+    memory, seconds = int(memory_gb * 2**30), int(limit_s)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    # At the hard limit the signal would be the one by which a system out of memory kills.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))
     torch.set_num_threads(1)
     connection.send(Row(case).fill())
 
@@ -98,8 +100,8 @@ def run_case(case: Case, limit_s: float, memory_gb: float) -> dict[str, object]:
             return ours.recv()
         raise EOFError
     except EOFError:
-        process.join(0)
-        late = process.exitcode in (None, -signal.SIGXCPU, -signal.SIGKILL)
+        process.join(10)
+        late = process.exitcode in (None, -signal.SIGXCPU)
         reason = f"refused: time: not done after {limit_s:g} s of computing" if late else "unclear: its process died"
         return blank | {"seconds": limit_s if late else "", "ok": False, "reason": reason}
     finally:
