@@ -1,5 +1,6 @@
 # make demo   the main job on handwritten digits, start to finish (under two minutes once installed)
 # make test   the tests that CI runs
+# make browser  the teaching notebooks and widgets in a real JupyterLab (needs Chromium)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
@@ -7,18 +8,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all zoo lab lint clean
+.PHONY: demo test test-all browser zoo lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2 -m "not slow"
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks/0*.ipynb
 
 test-all: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks
+
+browser: $(STAMP)
+	$(BIN)/python -m pytest tests/browser
 
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
