@@ -1,5 +1,6 @@
 # make demo   the main job on handwritten digits, start to finish (under two minutes once installed)
-# make test   the tests that CI runs
+# make test   the tests without those that take minutes; make test-all is what CI runs
+#             both look at the notebooks in a browser where Chromium is installed, and say so where it is not
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
 VENV := .venv
@@ -12,11 +13,13 @@ demo: $(STAMP)
 	$(BIN)/obc demo
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2 -m "not slow"
+	$(BIN)/python -m pytest tests/browser -m "not slow"
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks/0*.ipynb
 
 test-all: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2
+	$(BIN)/python -m pytest tests/browser
 	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks
 
 lab: $(STAMP)

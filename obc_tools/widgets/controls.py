@@ -23,10 +23,18 @@ STYLE = (
 )
 
 
-def dropdown(label: str, options: Iterable[Any], value: Any, tooltip: str = "") -> W.Dropdown:
+def sized(width: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Return layout and style of a control: in a column, its label as wide as all others', or as wide as is said."""
+    return (NARROW, LABEL) if width is None else ({"width": width}, {"description_width": "initial"})
+
+
+def dropdown(
+    label: str, options: Iterable[Any], value: Any, tooltip: str = "", *, width: str | None = None
+) -> W.Dropdown:
     """Return a choice of one among several; options are values, or (label, value) pairs."""
+    layout, style = sized(width)
     return W.Dropdown(
-        options=list(options), value=value, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
+        options=list(options), value=value, description=label, tooltip=tooltip, layout=layout, style=style
     )
 
 
@@ -44,9 +52,10 @@ def integer(label: str, value: int, low: int, high: int, tooltip: str = "") -> W
     )
 
 
-def text(label: str, value: str, tooltip: str = "") -> W.Text:
+def text(label: str, value: str, tooltip: str = "", *, width: str | None = None) -> W.Text:
     """Return a field for a line of text."""
-    return W.Text(value=value, description=label, tooltip=tooltip, layout=NARROW, style=LABEL)
+    layout, style = sized(width)
+    return W.Text(value=value, description=label, tooltip=tooltip, layout=layout, style=style)
 
 
 def button(label: str, act: Callable[[], None], tooltip: str = "", icon: str = "") -> W.Button:
@@ -97,5 +106,6 @@ class Filling:
 
 def set_options(choice: W.Dropdown, options: Sequence[Any], value: Any) -> None:
     """Give a choice other options, of which one is chosen."""
-    choice.options = tuple(options)
-    choice.value = value
+    with choice.hold_sync():
+        choice.options = tuple(options)
+        choice.value = value

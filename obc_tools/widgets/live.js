@@ -24,19 +24,30 @@ function click(model, event) {
 
 async function render({ model, el }) {
   const Plotly = await (globalThis[KEY] ??= load(model));
-  let drawn = Promise.resolve();
-  const draw = () => {
-    drawn = drawn.then(async () => {
-      const { data, layout } = JSON.parse(model.get("drawing"));
-      await Plotly.react(el, data, layout, { responsive: true, displaylogo: false });
-      el.dataset.drawn = model.get("number");
-    });
-    return drawn;
-  };
+  let busy = false, again = false, width = el.offsetWidth;
+  // What changes while a figure is drawn is drawn once, as it is then: a slow page must not fall behind.
+  async function draw() {
+    again = busy;
+    if (busy) return;
+    busy = true;
+    try {
+      do {
+        again = false;
+        const { data, layout } = JSON.parse(model.get("drawing"));
+        await Plotly.react(el, data, layout, { displaylogo: false });
+        if (width !== el.offsetWidth && el.offsetWidth) {
+          width = el.offsetWidth;
+          await Plotly.Plots.resize(el);
+        }
+      } while (again);
+    } finally {
+      busy = false;
+    }
+  }
+  model.on("change:drawing", draw);
   await draw();
   el.on("plotly_click", (event) => click(model, event));
-  model.on("change:drawing", draw);
-  const resized = new ResizeObserver(() => el.offsetWidth && Plotly.Plots.resize(el));
+  const resized = new ResizeObserver(() => width !== el.offsetWidth && draw());
   resized.observe(el);
   return () => {
     model.off("change:drawing", draw);

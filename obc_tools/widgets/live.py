@@ -46,7 +46,6 @@ class LiveFigure(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("live.js")
     library = traitlets.Instance(W.Widget).tag(sync=True, **W.widget_serialization)
     drawing = traitlets.Unicode().tag(sync=True)
-    number = traitlets.Int().tag(sync=True)
 
     def __init__(self, figure: go.Figure, clicked: Callable[[Click], None] | None = None):
         self.figure = figure
@@ -56,10 +55,7 @@ class LiveFigure(anywidget.AnyWidget):
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure, or the same one after a change."""
-        self.figure = figure
-        with self.hold_sync():
-            self.drawing = figure.to_json(validate=False)
-            self.number += 1
+        self.figure, self.drawing = figure, figure.to_json(validate=False)
 
 
 def _click(trace: int, place: Sequence[int], x: object, y: object) -> Click:

@@ -96,7 +96,10 @@ class RunMonitor(W.VBox):
     def refresh(self) -> None:
         """Look at the runs' folders and show what has changed."""
         with self._lock:
-            self.views = {name: look_at(run, self.views[name]) for name, run in self.runs.items()}
+            before = self.views
+            self.views = {name: look_at(run, before[name]) for name, run in self.runs.items()}
+            if self.views != before:
+                self.picture.show(watch_figure(self.views, look=self._look))
             self.show()
 
     def close(self) -> None:
@@ -108,7 +111,6 @@ class RunMonitor(W.VBox):
         """Show the last look."""
         with self._lock:
             self.lines.value = "<br>".join(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items())
-            self.picture.show(watch_figure(self.views, look=self._look))
             status = self.views[self.chosen.value].status
             self.stop_button.disabled = status != "running"
             self.resume_button.disabled = status in ("running", "finished")

@@ -124,9 +124,9 @@ class StudioControls:
                 description="measure", icon="tachometer", tooltip="latency, accuracy and loss", layout=FITTING
             ),
             cancel=W.Button(description="cancel", icon="times", tooltip="what is being computed", layout=FITTING),
-            name=text("name", "plan 1"),
+            name=text("name", "plan 1", width="210px"),
             remember=W.Button(description="remember", tooltip="to compare other plans with this one", layout=FITTING),
-            compared=dropdown("compare with", [NONE], NONE),
+            compared=dropdown("compare with", [NONE], NONE, width="270px"),
             path=text("write to", "runs/studio", "without the ending"),
             save_plan=W.Button(description="plan (JSON)", icon="download", layout=FITTING),
             save_model=W.Button(description="pruned model", icon="download", layout=FITTING),

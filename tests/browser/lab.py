@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -39,6 +40,7 @@ PLACES = {
     "JUPYTERLAB_SETTINGS_DIR": "settings",
     "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
 }
+FAILED = Path(tempfile.gettempdir()) / "browser_failed.png"
 SECONDS = 240
 """How long a notebook may run, and a page may take to show what is waited for, on a busy machine."""
 
@@ -93,6 +95,7 @@ class Notebook:
 
     def reload(self) -> None:
         """Load the page again, as who closes and opens it does, and wait until the notebook has its kernel."""
+        self.save()
         self.page.reload()
         self.page.wait_for_function(READY, timeout=1000 * SECONDS)
 
@@ -128,7 +131,7 @@ class View:
 
     def chosen(self, label: str) -> str:
         """Return what is chosen."""
-        return self.control(label, "select").evaluate("e => e.selectedOptions[0].textContent")
+        return self.control(label, "select").evaluate("e => e.selectedOptions[0].textContent").replace("\xa0", " ")
 
     def enter(self, label: str, value: str) -> None:
         """Write into a field."""
@@ -140,6 +143,7 @@ class View:
         """Drag a slider's handle with the mouse to a share of its length."""
         handle, bar = self.control(label, ".noUi-handle"), self.control(label, ".noUi-base")
         handle.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(300)
         start, length = handle.bounding_box(), bar.bounding_box()
         height = start["y"] + start["height"] / 2
         self.page.mouse.move(start["x"] + start["width"] / 2, height)
@@ -173,11 +177,32 @@ class View:
         """Return what a JavaScript expression says of the figure ``g`` that is visible."""
         return self.cell.locator(".js-plotly-plot:visible").first.evaluate(f"g => {expression}")
 
+    @property
+    def title(self) -> str:
+        """The title of the figure that is visible."""
+        return self.figure("g._fullLayout.title.text ?? ''")
+
+    def kept(self) -> int:
+        """Return how many channels the studio's upper bars show as kept."""
+        return round(self.figure("g.calcdata[0].reduce((sum, bar) => sum + bar.s, 0)"))
+
+    def click(self, share_x: float, share_y: float, axes: str = "xy") -> None:
+        """Click into a panel of the figure, at shares of its width and height from the upper left."""
+        panel = self.cell.locator(f".js-plotly-plot .draglayer .{axes} .nsewdrag")
+        panel.scroll_into_view_if_needed()
+        box = panel.bounding_box()
+        self.page.mouse.move(box["x"] + share_x * box["width"], box["y"] + share_y * box["height"], steps=3)
+        self.page.wait_for_timeout(200)
+        self.page.mouse.down()
+        self.page.mouse.up()
+
     def until(self, met: Callable[[], bool], what: str) -> None:
         """Wait until something is so; raise AssertionError that tells what was awaited."""
         end = time.monotonic() + 60
         while not met():
-            assert time.monotonic() < end, f"{what}; the view says:\n{self.words}"
+            if time.monotonic() > end:
+                self.cell.screenshot(path=FAILED)
+                raise AssertionError(f"{what} (see {FAILED}); the view says:\n{self.words}")
             self.page.wait_for_timeout(100)
 
 
