@@ -1,0 +1,178 @@
+"""Every control of every widget in a real browser: set as a person sets it, and what changed in the page."""
+
+import json
+
+import pytest
+from lab import opened
+from run_folders import write
+
+pytestmark = pytest.mark.slow
+
+NETWORK = """import torch, obc_tools as obc
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = obc.load_data("digits")
+model = obc.load_model("resnet8", 10, in_channels=1)"""
+STUDIO = "studio = obc.PruningStudio(model, data, batches=2, held_out=1, source={'name': 'resnet8', 'in_channels': 1})"
+
+
+@pytest.fixture(scope="module")
+def notebook(lab, browser):
+    """All widgets in one notebook; what a test leaves does not matter to the next."""
+    write(lab.folder / "run")
+    cells = [
+        NETWORK,
+        "explorer = obc.JTJExplorer(model, data, batches=2)\nexplorer",
+        "together = obc.InteractionExplorer(model, data, batches=2)\ntogether",
+        f"{STUDIO}\nstudio",
+        "monitor = obc.RunMonitor('run', every=0.3)\nmonitor",
+    ]
+    with opened(browser, lab, lab.write("widgets.ipynb", *cells)) as made:
+        made.run_all()
+        yield made
+        assert made.errors == [] and made.console == []
+
+
+def test_the_explorer_of_single_filters(lab, notebook):
+    view = notebook.view("obc.JTJExplorer(")
+    view.until(lambda: view.title.startswith("|JᵀJ| of conv1.out: 16 channels"), "the grid")
+    assert view.figure("g.data.length") == 16
+    view.choose("values", "correlation")
+    view.until(lambda: view.title.startswith("Correlation of JᵀJ of conv1.out: 16"), "another scale")
+    view.choose("view", "one channel")
+    view.choose("channel", "3")
+    view.until(lambda: "conv1.out, channel 3" in view.title, "one channel enlarged")
+    view.choose("view", "filter")
+    view.until(lambda: view.title == "Weights of conv1, channel 3", "the filter as an image")
+    view.choose("view", "spectrum")
+    view.until(lambda: view.figure("g.data[0].type") == "scatter", "the spectra")
+    view.choose("view", "group")
+    view.until(lambda: "group conv1.out, channel 3" in view.title, "the group")
+    view.choose("view", "grid")
+    view.enter("channels", "4")
+    view.until(lambda: view.figure("g.data.length") == 4, "four channels")
+    view.enter("first channel", "6")
+    view.until(lambda: "range(6, 10)" in view.code and view.chosen("channel") == "6", "other channels")
+    view.choose("layer", "layer1.0.conv1")
+    view.until(lambda: "layer1.0.conv1.out" in view.title, "another layer")
+    view.press("save")
+    view.until(lambda: "wrote 'jtj.npz'" in view.words, "the matrices are saved")
+    assert (lab.folder / "jtj.npz").is_file()
+
+
+def test_the_explorer_of_pairs(notebook):
+    view = notebook.view("obc.InteractionExplorer(")
+    view.until(lambda: view.title.startswith("Correlation of K of conv1.out"), "K")
+    assert "duplicate most" in view.words
+    view.choose("order", "score")
+    view.until(lambda: "ordered by score" in view.figure("g._fullLayout.xaxis.title.text"), "another order")
+    view.choose("values", "signed")
+    view.until(lambda: view.title.startswith("K of conv1.out"), "other values")
+    view.choose("layer", "layer2.0.conv1")
+    view.until(lambda: "layer2.0.conv1" in view.title, "another layer")
+    view.click(0.3, 0.7)
+    view.until(lambda: view.title == "JᵀJ of layer2.0.conv1.out, two channels", "both filters of a cell")
+    assert "removed together" in view.words and "obc.dense_jtj" in view.code
+    view.press("back to K")
+    view.until(lambda: view.title.startswith("K of layer2.0.conv1.out"), "K again")
+
+
+def test_the_studio_follows_its_sliders_and_choices(notebook):
+    view = notebook.view("obc.PruningStudio(")
+    view.until(lambda: view.kept() == 157, "the first plan removes 30 % of 224 channels")
+    view.drag("to", 0.5)
+    view.until(lambda: view.kept() < 157 and f"ratio={view.value('to'):g}" in view.code, "another target")
+    half = view.kept()
+    view.choose("target", "speed-up (times fewer MACs)")
+    view.until(lambda: "speedup=" in view.code, "another kind of target")
+    view.drag("to", 0.1)
+    view.until(lambda: view.kept() > half, "a smaller speed-up")
+    view.choose("scope", "local")
+    view.until(lambda: "scope='local'" in view.code, "another scope")
+    view.choose("criterion", "l1")
+    view.until(lambda: "'l1'" in view.code and "PruningPlan(" in view.words, "another criterion")
+    for label, value in (("reduction", "max"), ("normalizer", "mean")):
+        view.choose(label, value)
+        view.until(lambda value=value: f"='{value}'" in view.code, label)
+    view.enter("multiple of", "4")
+    view.until(lambda: "round_to=4" in view.code, "multiples")
+
+
+def test_the_studio_treats_single_groups_and_channels(notebook):
+    view = notebook.view("obc.PruningStudio(")
+    view.choose("target", "share of channels removed")
+    view.choose("group", "layer3.0.conv1.out")
+    view.until(lambda: "layer3.0.conv1.out by score" in view.words, "another group")
+    view.drag("at most goes", 0.0)
+    view.until(lambda: "max_ratio_of" in view.code, "a limit")
+    view.press("lock this group")
+    view.until(lambda: "fixed=" in view.code, "a lock")
+    view.press("lock this group")
+    view.click(0.02, 0.9, "x2y2")
+    view.until(lambda: "plan.choose(('layer3.0.conv1', 'out')" in view.code, "a channel by hand")
+    view.press("undo")
+    view.until(lambda: "plan.choose" not in view.code, "the plan before")
+    view.press("redo")
+    view.until(lambda: "plan.choose" in view.code, "the plan again")
+
+
+def test_the_studio_measures_compares_and_keeps(lab, notebook):
+    view = notebook.view("obc.PruningStudio(")
+    view.press("measure")
+    view.until(lambda: "measured" in view.words, "a measurement")
+    assert view.words.count("%") >= 2
+    view.press("remember")
+    view.until(lambda: view.chosen("compare with") == "plan 1", "a plan with a name")
+    view.drag("to", 0.8)
+    view.until(lambda: "Changed since plan 1" in view.words, "what differs from it")
+    assert view.figure("g.data[3].visible !== false && g.calcdata[3].length") > 1
+    view.enter("write to", "kept/plan")
+    for label, path in {"plan (JSON)": "plan.json", "pruned model": "plan/manifest.json", "Python": "plan.py"}.items():
+        view.press(label)
+        written = lab.folder / "kept" / path
+        view.until(lambda written=written: written.is_file(), f"{path} is written")
+    assert json.loads((lab.folder / "kept" / "plan.json").read_text())["groups"]
+    view.choose("criterion", "hessian")
+    view.press("cancel")
+    view.until(lambda: "cancelled" in view.words or "PruningPlan(" in view.words, "it is left")
+
+
+def test_the_monitor_follows_and_stops_a_run(lab, notebook):
+    view = notebook.view("obc.RunMonitor(")
+    view.until(lambda: "epoch 2 of 4, step 5 of 10" in view.words, "where the run is")
+    write(lab.folder / "run", done=2, epoch=3, step=8)
+    view.until(lambda: "epoch 3 of 4, step 8 of 10" in view.words, "where the run is now")
+    view.until(lambda: view.figure("g.calcdata[0].length") == 2, "a finished epoch more")
+    assert "line 39" in view.words and view.button("resume").is_disabled()
+    view.press("stop")
+    view.until(lambda: (lab.folder / "run" / "stop").is_file(), "the run is asked to stop")
+    view.until(lambda: "it will stop at its next step" in view.words, "that is said")
+    write(lab.folder / "run", running=False)
+    view.until(lambda: view.button("resume").is_enabled() and view.button("stop").is_disabled(), "it can be resumed")
+
+
+def test_everything_is_there_again_after_a_reload(lab, notebook):
+    studio, monitor = notebook.view("obc.PruningStudio("), notebook.view("obc.RunMonitor(")
+    before = studio.kept(), studio.value("to"), studio.code
+    notebook.reload()
+    studio.cell.locator(".js-plotly-plot .bars").first.wait_for()
+    assert (studio.kept(), studio.value("to"), studio.code) == before
+    studio.drag("to", 0.2)
+    studio.until(lambda: studio.kept() != before[0], "the slider still plans")
+    write(lab.folder / "run", done=3, epoch=4, step=9)
+    monitor.until(lambda: "epoch 4 of 4, step 9 of 10" in monitor.words, "the monitor still looks")
+    for words in ("obc.JTJExplorer(", "obc.InteractionExplorer("):
+        assert notebook.view(words).figure("g.data.length") > 0
+
+
+def test_another_notebook_attaches_to_the_same_run(lab, browser, notebook):
+    write(lab.folder / "run", done=3, epoch=4, step=9)
+    cells = [
+        "import obc_tools as obc\nrun = obc.Run.open('run')\nobc.RunMonitor({'a run': run}, every=0.3, look='dark')"
+    ]
+    with opened(browser, lab, lab.write("again.ipynb", *cells)) as other:
+        other.run_all()
+        view = other.view("obc.RunMonitor(")
+        view.until(lambda: "epoch 4 of 4, step 9 of 10" in view.words, "where the run is")
+        view.until(lambda: view.figure("g.calcdata[0].length") == 3, "its finished epochs")
+        assert other.errors == [] and other.console == []
