@@ -1,0 +1,156 @@
+"""Time how long the widgets take to answer, in a real browser, with ResNet-50 loaded.
+
+    python benchmarks/widgets.py                 # needs Chromium; minutes; writes results/widgets_latency.csv
+
+From the mouse or key event to the last change that it makes in the page: figure, tables and code. What needs forward
+passes is timed to its first sign (progress), since it goes on beside the kernel. The images are noise: only their size,
+64 x 64, matters here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "browser"))
+
+from lab import Notebook, View, chromium, jupyterlab, opened
+
+from obc_tools.environment import environment
+
+RESULT = Path(__file__).parents[1] / "results" / "widgets_latency.csv"
+NETWORK = """import torch, obc_tools as obc
+data = obc.load_data("folder", "images", image_size=64)
+model = obc.load_model("torchvision:resnet50", 10)
+few = {"batches": 1, "batch_size": 8}"""
+
+WATCH = """([cell, quiet]) => {
+  const seen = (window.seen = { start: 0, first: 0, last: 0 });
+  const now = () => { seen.start ||= performance.now(); };
+  for (const kind of ["mousedown", "keydown", "change", "click"]) cell.addEventListener(kind, now, true);
+  new MutationObserver(() => {
+    if (!seen.start) return;
+    seen.first ||= performance.now();
+    seen.last = performance.now();
+  }).observe(cell, { subtree: true, childList: true, attributes: true, characterData: true });
+}"""
+QUIET = "quiet => window.seen.last && performance.now() - window.seen.last > quiet"
+
+
+def answer(view: View, act: Callable[[], object], *, first: bool = False, quiet: int = 700) -> float:
+    """Return the milliseconds from an event to the last change in the page, or to the first."""
+    view.page.evaluate(WATCH, [view.cell.element_handle(), quiet])
+    act()
+    view.page.wait_for_function(QUIET, arg=quiet, polling=50)
+    seen = view.page.evaluate("() => window.seen")
+    return seen["first" if first else "last"] - seen["start"]
+
+
+def press_key(view: View, label: str, key: str = "ArrowRight") -> None:
+    """Move a slider by a key: one step, as one move of a drag does."""
+    view.control(label, ".noUi-handle").press(key)
+
+
+def studio_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], object], bool]]:
+    """Return what is done in the studio in repeat i, and whether its first sign counts."""
+    view = notebook.view("obc.PruningStudio(")
+    kinds = ["speed-up (times fewer MACs)", "share of channels removed"]
+    groups = ["layer1.0.conv2.out", "layer4.0.conv1.out"]
+    return {
+        "target slider, share of channels": (lambda i: press_key(view, "to"), False),
+        "kind of target": (lambda i: view.choose("target", kinds[i % 2]), False),
+        "scope": (lambda i: view.choose("scope", ["local", "global"][i % 2]), False),
+        "another group": (lambda i: view.choose("group", groups[i % 2]), False),
+        "limit slider of a group": (lambda i: press_key(view, "at most goes", "ArrowLeft"), False),
+        "lock": (lambda i: view.press("lock this group"), False),
+        "channel by a click": (lambda i: view.click(0.3 + 0.05 * i, 0.95, "x2y2"), False),
+        "undo": (lambda i: view.press("undo"), False),
+        "redo": (lambda i: view.press("redo"), False),
+        "remember": (lambda i: view.press("remember"), False),
+        "normaliser, first sign of scoring": (lambda i: view.choose("normalizer", ["mean", "max", "sum"][i % 3]), True),
+    }
+
+
+def explorer_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], object], bool]]:
+    """Return what is done in the explorer of single filters in repeat i."""
+    view = notebook.view("obc.JTJExplorer(")
+    views = ["one channel", "filter", "spectrum", "grid"]
+    return {
+        "view": (lambda i: view.choose("view", views[i % 4]), False),
+        "values": (lambda i: view.choose("values", ["correlation", "absolute"][i % 2]), False),
+        "layer, first sign of computing": (
+            lambda i: view.choose("layer", ["layer1.0.conv1", "conv1"][i % 2]),
+            True,
+        ),
+    }
+
+
+def pair_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], object], bool]]:
+    """Return what is done in the explorer of pairs in repeat i."""
+    view = notebook.view("obc.InteractionExplorer(")
+    return {
+        "order": (lambda i: view.choose("order", ["score", "cluster"][i % 2]), False),
+        "values": (lambda i: view.choose("values", ["signed", "correlation"][i % 2]), False),
+        "layer": (lambda i: view.choose("layer", ["layer2.0.conv1", "conv1"][i % 2]), False),
+    }
+
+
+def write_images(folder: Path) -> None:
+    """Write noise as class folders."""
+    generator = np.random.default_rng(0)
+    for name in (f"{split}/class{number}" for split in ("train", "val") for number in range(10)):
+        (folder / name).mkdir(parents=True)
+        pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name / "image.png")
+
+
+def main(repeats: int = 12, out: Path = RESULT) -> None:
+    """Time every reaction so often, after one that does not count; write a row each."""
+    rows = []
+    cells = [
+        NETWORK,
+        "studio = obc.PruningStudio(model, data, **few)\nstudio",
+        "explorer = obc.JTJExplorer(model, data, **few)\nexplorer",
+        "together = obc.InteractionExplorer(model, data, **few)\ntogether",
+    ]
+    with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab, chromium() as browser:
+        write_images(lab.folder / "images")
+        with opened(browser, lab, lab.write("latency.ipynb", *cells)) as notebook:
+            notebook.run_all()
+            for words, reactions in (
+                ("obc.PruningStudio(", studio_reactions),
+                ("obc.JTJExplorer(", explorer_reactions),
+                ("obc.InteractionExplorer(", pair_reactions),
+            ):
+                view = notebook.view(words)
+                view.until(
+                    lambda view=view: "(" in view.cell.locator(".widget-html").all_inner_texts()[0], "an outcome"
+                )
+                for name, (act, first) in reactions(notebook).items():
+                    took = [answer(view, partial(act, i), first=first) for i in range(repeats + 1)][1:]
+                    rows.append((words[4:-1], name, statistics.median(took), max(took), repeats))
+                    print(*rows[-1], flush=True)
+            assert notebook.errors == []
+        browser_version = browser.version
+    found = environment(torch.device("cpu"))
+    frame = pd.DataFrame(rows, columns=["widget", "reaction", "median (ms)", "worst (ms)", "n"]).round(0)
+    frame["hardware"] = f"{found['cpu']}, {found['cpus']} CPUs"
+    frame["versions"] = ", ".join(
+        [f"Chromium {browser_version}", *(f"{name} {version(name)}" for name in ("torch", "jupyterlab", "ipywidgets"))]
+    )
+    frame.to_csv(out, index=False)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
