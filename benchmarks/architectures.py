@@ -1,6 +1,6 @@
 """Seconds and memory of finding groups, scoring by one batch and pruning, beside torch_pruning's pruner with L2.
 
-    python benchmarks/architectures.py [--rounds 5 --batch-size 8 --out results/architectures.csv]
+    python benchmarks/architectures.py [--rounds 5 --batch-size 4 --out results/architectures.csv]
 
 Ours: `find_groups`, `score_groups` by the Jacobian Criterion on one batch, `make_plan`, `prune`. Theirs: a
 MagnitudePruner (its dependency graph), and its one step (L2 scores, removal). Half of the channels of every group go.
@@ -11,6 +11,8 @@ Memory: the most that a part adds to what the process holds when it begins (Linu
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -45,7 +47,7 @@ class Options:
 
     networks: tuple[str, ...] = NETWORKS
     rounds: int = 5
-    batch_size: int = 8
+    batch_size: int = 4
     size: int = 224
     out: Path = Path(__file__).parents[1] / "results" / "architectures.csv"
 
@@ -59,6 +61,8 @@ class Parts:
 
     def measure(self, name: str, work: Callable[[], Any]) -> Any:
         """Do some work, note what it takes, return what it returns."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         held, start = _held("VmRSS"), time.process_time()
         result = work()

@@ -62,7 +62,7 @@ class Shadows:
         found = self.known.get(tensor)
         if found is None:
             return None
-        return np.unique(np.concatenate([summand.reshape(-1).unique().numpy() for summand in found.summands]))
+        return np.unique(np.concatenate([_once(summand).reshape(-1).numpy() for summand in found.summands]))
 
     def note(self, function: Any, out: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Shadow the results of one operation."""
@@ -151,6 +151,11 @@ def _apply(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     if function.overloadpacket.__name__ in ("view", "_unsafe_view", "_reshape_alias"):
         return args[0].reshape(args[1])
     return function(*args, **kwargs)
+
+
+def _once(summand: Tensor) -> Tensor:
+    """Return a tensor without the copies of its values along dimensions that it was only expanded to."""
+    return summand[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in summand.stride())]
 
 
 def _spread(labels: Tensor, result: Tensor, dim: int) -> Tensor:
