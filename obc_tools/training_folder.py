@@ -23,6 +23,7 @@ from .files import write_text
 from .guard import Where
 from .history import Epoch, History
 from .logs import logging_to_file
+from .processes import processes
 from .recipe import Recipe
 
 FORMAT = 1
@@ -73,7 +74,7 @@ class TrainingFolder:
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / CONFIG, _config(recipe))
-            write_json(self.path / ENVIRONMENT, environment(device))
+            write_json(self.path / ENVIRONMENT, environment(device) | {"processes": processes().count})
             self.write_metrics(_history(checkpoint))
 
     def write_metrics(self, epochs: tuple[Epoch, ...]) -> None:

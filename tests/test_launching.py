@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,11 @@ def test_two_processes_are_launched_together(tmp_path):
     assert run.results["equivalence"]["merged_from_trained"] <= 1e-4
     config = json.loads((run.folder / "training_merged" / "config.json").read_text())
     assert config["recipe"]["batch_size"] == 32
+    assert processes_of(run) == 2
+
+
+def processes_of(run: Run) -> int:
+    return json.loads((run.folder / "training_merged" / "environment.json").read_text())["processes"]
 
 
 @pytest.mark.slow
@@ -236,3 +242,27 @@ def test_a_slurm_script(tmp_path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     with pytest.raises(ValueError, match="nodes=0, gpus=4, cpus=32: at least 1 each"):
         write_slurm_script("resnet50-imagenet", tmp_path / "other", nodes=0)
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("localhost", 0))
+        return chosen.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_slurm_script_trains_on_two_nodes(tmp_path, monkeypatch):
+    """The script as it is written; only SLURM's own commands are stood in for, by two nodes on this machine."""
+    stand_ins = {"scontrol": "echo localhost", "srun": '"$@" & first=$!; "$@" & wait $! && wait $first'}
+    for name, line in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    path = write_slurm_script(JOB, tmp_path / "run", nodes=2, gpus=1, port=free_port())
+    done = subprocess.run(["bash", path], capture_output=True, text=True, timeout=900)
+    run = Run.open(tmp_path / "run")
+    assert (done.returncode, run.status) == (0, "finished"), done.stderr[-5000:]
+    assert len(run.histories) == 4
+    assert processes_of(run) == 2
+    assert run.results["equivalence"]["merged_from_trained"] <= 1e-4
