@@ -44,8 +44,10 @@ class ExperimentOptions:
     """Epochs of fine-tuning instead of the paper's."""
     sparse_epochs: Whole = None
     """Epochs of sparse training instead of the paper's; 0: no sparse training."""
+    amp: Choice = None
+    """Precision of training instead of the paper's: no (float32), bf16 or fp16."""
     steps: Whole = None
-    """Pruning steps instead of the paper's."""
+    """Pruning steps instead of the paper's; the last one then ends at the target, not past it."""
     batches: Whole = None
     """Batches that score the channels in every pruning step, instead of the paper's 50."""
     train_images: Whole = None
@@ -62,7 +64,7 @@ class ExperimentOptions:
         return given | ({"train_from_val": True} if self.train_from_val else {})
 
     def adapted(self, job: PruningJob) -> PruningJob:
-        """Return a job with the epochs and the sparse weights that the options say."""
+        """Return a job with the epochs, the precision and the sparse weights that the options say."""
         from dataclasses import replace
 
         from .recipe import rescaled
@@ -73,7 +75,12 @@ class ExperimentOptions:
             job = replace(job, sparse=None)
         elif self.sparse_epochs is not None and job.sparse is not None:
             job = replace(job, sparse=rescaled(job.sparse, self.sparse_epochs))
-        return job if self.epochs is None else replace(job, finetune=rescaled(job.finetune, self.epochs))
+        if self.epochs is not None:
+            job = replace(job, finetune=rescaled(job.finetune, self.epochs))
+        if self.amp is None:
+            return job
+        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
+        return replace(job, **{name: recipe and replace(recipe, amp=self.amp) for name, recipe in recipes.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,11 +65,15 @@ class Experiment:
             weights: Of the unpruned network: a file, a name of `load_model`, or "scratch" to train it first. None: the
                 paper's.
             as_requested: Train by what the published scripts ask for, also where their code ignores it.
-            **changes: Other fields of the job, such as ``root`` or ``criterion``.
+            **changes: Other fields of the job, such as ``root`` or ``criterion``. Other ``steps`` than the paper's go
+                with ``last_step="exact"`` unless that is said too: the published rule stops after the whole step
+                that passes the target, so that fewer steps would go far beyond it.
 
         Raises:
             ValueError: for "scratch" without a baseline, and for fields that contradict each other.
         """
+        if changes.get("steps", self.base.steps) != self.base.steps:
+            changes.setdefault("last_step", "exact")
         other_data = changes.get("data", self.base.data)
         title = self.title if other_data == self.base.data else f"{self.title}, here on {other_data}"
         job = replace(self.base, target=target or self.targets[0], seed=seed, title=title)
@@ -94,7 +98,7 @@ class Experiment:
         batch = 4 if imagenet else 32
         little = {"epochs": SMALL_EPOCHS, "batch_size": batch, "warmup_epochs": 0, "amp": "no"}
         sizes = {"train_images": 8, "val_images": 8} if imagenet else {"train_images": 128, "val_images": 128}
-        sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch, "last_step": "exact"}
+        sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch}
         job = self.job(**(sizes | changes))
         recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
         shortened = {name: recipe and _shortened(recipe, little) for name, recipe in recipes.items()}

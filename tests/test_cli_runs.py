@@ -67,10 +67,12 @@ def test_options_change_the_job():
     options = {"experiment": "vgg19-cifar100", "out": Path("out"), "weights": "scratch", "seed": 2}
     job = RunExperiment(**options, speedup=6.0, epochs=10, sparse_epochs=5, steps=7, batches=9, root="data").job()
     assert (job.target.speedup, job.seed, job.pretrain.epochs, job.root) == (6.0, 2, 200, "data")
-    assert (job.steps, job.batches) == (7, 9)
+    assert (job.steps, job.last_step, job.batches) == (7, "exact", 9)
+    assert (job.pretrain.amp, job.sparse.amp, job.finetune.amp) == ("no", "no", "no")
     assert (job.finetune.epochs, job.finetune.milestones) == (10, (6, 8))
     assert (job.sparse.epochs, job.sparse.milestones) == (5, (3, 4))
-    assert RunExperiment(**options, sparse_epochs=0).job().sparse is None
+    unlike = RunExperiment(**options, sparse_epochs=0, amp="bf16").job()
+    assert (unlike.pretrain.amp, unlike.sparse, unlike.finetune.amp) == ("bf16", None, "bf16")
     skipping = RunExperiment(**options, sparse_weights="file.pth").job()
     assert (skipping.sparse, skipping.sparse_weights) == (None, "file.pth")
     vit = RunExperiment(experiment="vit-b16-imagenet", out=Path("out"), as_requested=True, train_from_val=True).job()

@@ -155,6 +155,13 @@ def test_a_seed_goes_everywhere_and_small_is_the_same_job_made_smaller():
         assert experiment.job(data="digits").title == f"{experiment.title}, here on digits"
 
 
+def test_fewer_pruning_steps_do_not_go_past_the_target():
+    experiment = EXPERIMENTS["resnet56-cifar10"]
+    assert [experiment.job().last_step, experiment.job(steps=400).last_step] == ["full", "full"]
+    assert [experiment.job(steps=20).last_step, experiment.small().last_step] == ["exact", "exact"]
+    assert experiment.job(steps=20, last_step="full").last_step == "full"
+
+
 def test_a_job_survives_json():
     for experiment in EXPERIMENTS.values():
         for job in (
