@@ -257,7 +257,7 @@ def _random_cut(group: ChannelGroup, random: np.random.Generator) -> tuple[int, 
 def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:
     """Return all axes of all layers, bare parameters and bare buffers that the table of layer types describes."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in ((name, module) for name, module in model.named_modules() if own_tensors(module)):
         try:
             found.update({LayerAxis(name, key): axis for key, axis in layer_axes(module, name).items()})
         except UnknownLayerError:

@@ -33,18 +33,17 @@ def shrink_model(
 ) -> nn.Module:
     """Return a copy of the model in which the given axes keep only these positions (ascending).
 
-    ``scaled`` maps a layer to original positions of its outputs and the number that these are multiplied by.
+    ``scaled`` maps a layer that is cut to original positions of its outputs and the number that multiplies these.
     """
     shrunk, borrowed = copy_borrowing(model)
-    for name, (positions, factor) in scaled.items():
-        layer = get_layer(shrunk, name)
-        _own(own_parameters(layer).values())
-        scale_outputs(layer, positions, factor)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     for axis, positions in kept.items():
         by_layer[axis.layer][axis.axis] = positions
     for name, axes in by_layer.items():
         layer = get_layer(shrunk, name)
+        if name in scaled:
+            _own(own_parameters(layer).values())
+            scale_outputs(layer, *scaled[name])
         if isinstance(layer, Tensor):
             _shrink_bare(shrunk, name, layer, {k: positions for k, positions in axes.items() if not is_attribute(k)})
             continue

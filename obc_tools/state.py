@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+TABLES = (dict, OrderedDict, set)
+
+
 def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     """Return a deep copy of a model and those of its parameters that lie in the memory of the model's.
 
@@ -88,7 +92,10 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     """
     plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
     borrowed = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in plain}
-    return copy.deepcopy(model, dict(borrowed)), list(borrowed.values())
+    # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
+    tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
+    empty = {id(table): type(table)() for table in tables if not table}
+    return copy.deepcopy(model, borrowed | empty), list(borrowed.values())
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

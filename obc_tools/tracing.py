@@ -241,8 +241,16 @@ class Tracer:
             if rows is None or not self._can_scale(rows):
                 self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
                 continue
+            if contraction.follows and self._multiplied_elsewhere(contraction):
+                self.flow.freeze(labels, "is a head of an attention whose queries meet more than its keys")
+                continue
             self.flow.temperatures.append((labels, rows))
             self._note_scales(contraction.module, labels)
+
+    def _multiplied_elsewhere(self, contraction: Contraction) -> bool:
+        """Say whether the queries are also multiplied with something that torch's scale does not scale."""
+        others = [other for other in self.contractions if other.module == contraction.module and not other.follows]
+        return any(other.rows is not None and np.intersect1d(other.rows, contraction.rows).size for other in others)
 
     def _can_scale(self, rows: np.ndarray) -> bool:
         """Say whether all these labels are outputs of layers whose outputs can be multiplied by a number."""

@@ -226,3 +226,22 @@ def test_matrices_of_weights_are_followed():
     plan = random_plan(model, x)
     assert plan.channels_removed
     torch.testing.assert_close(prune(model, plan)(x), masked(model, plan)(x))
+
+
+class BiasFromQueries(nn.Module):
+    """An attention whose queries also give its bias, by positions that are weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.positions = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(len(x), 5, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=q @ self.positions.T)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_queries_that_meet_more_than_keys_keep_their_channels():
+    groups = {str(group.root): group for group in find_groups(*seeded(BiasFromQueries, 2, 5, 8))}
+    assert groups["qkv.out"].kept_whole == "is a head of an attention whose queries meet more than its keys"
