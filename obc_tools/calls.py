@@ -74,6 +74,9 @@ def _reshape(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> 
         requested = [-1] * dim + list(sizes) + [-1] * (args[0].dim() - dim - 1)
     else:
         requested = _flat(args[1:]) if args[1:] else list(next(iter(kwargs.values())))
+    if not tracer.flow.of(args[0]).labelled:
+        for size in requested:
+            tracer.flow.require(size, None)
     before, tracer.flow.requested = tracer.flow.requested, requested
     try:
         return function(*args, **kwargs)

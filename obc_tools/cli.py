@@ -131,6 +131,10 @@ class Prune:
     """Keep a multiple of so many channels in every layer."""
     ignore: Names = ()
     """Layers that keep their width: names or patterns, such as conv1 'layer1.*'."""
+    whole_heads: Flag = False
+    """Let attentions lose whole heads; by default all heads lose the same positions."""
+    only: Choice = None
+    """Prune only this part: mlp (hidden channels), attention (its channels, or heads), bottleneck (both)."""
     steps: int = 20
     """Pruning steps; what is left is scored again in each."""
     batches: int = 50
@@ -159,7 +163,8 @@ class Prune:
             raise ValueError(f"epochs must be at least 0, not {self.epochs}")
         recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
         same = ("model", "weights", "data", "root", "num_classes", "normalize", "criterion", "scope", "group_reduction")
-        same += ("normalizer", "round_to", "ignore", "steps", "batches", "batch_size", "equivalent", "seed", "device")
+        same += ("normalizer", "round_to", "ignore", "whole_heads", "only", "steps", "batches", "batch_size")
+        same += ("equivalent", "seed", "device")
         return PruningJob(
             title=f"Pruning {self.model} on {self.data}",
             target=Target(self.speedup, self.macs, self.params, self.ratio),

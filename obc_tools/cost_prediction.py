@@ -109,8 +109,8 @@ def _occurrences(
             here[member.axis] = here.get(member.axis, 0) + np.bincount(member.channels, minlength=group.width)
     for follower in followers:
         if follower.root in found:
-            here = found[follower.root]
-            here[follower.call] = here.get(follower.call, 0) + np.array(follower.positions)
+            here, axis = found[follower.root], (*follower.call, follower.dim)
+            here[axis] = here.get(axis, 0) + np.array(follower.positions)
     return found
 
 
@@ -176,8 +176,10 @@ def cost_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fal
 
     axes = _axes(model)
     original = {axis: entry.width for axis, entry in axes.items()} | head_counts(model)
-    original |= _call_widths(calls, probes[0], trace.followers)
-    widths = Widths.learn(original, groups, [follower for follower in trace.followers if follower.call in original])
+    followers = _counted_followers(calls, groups, trace.followers)
+    shapes = {(call.layer, call.number): call.output for call in calls}
+    original |= {(*follower.call, follower.dim): shapes[follower.call][follower.dim] for follower in followers}
+    widths = Widths.learn(original, groups, followers)
     macs = Terms.stack([macs_terms(get_layer(model, call.layer), call, original) for call in calls], widths.rows)
     params = Terms.stack(parameter_terms(model, axes), widths.rows)
     for probe in probes:
@@ -255,7 +257,7 @@ def _random_cut(group: ChannelGroup, random: np.random.Generator) -> tuple[int, 
 def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:
     """Return all axes of all layers, bare parameters and bare buffers that the table of layer types describes."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in ((name, module) for name, module in model.named_modules() if own_tensors(module)):
         try:
             found.update({LayerAxis(name, key): axis for key, axis in layer_axes(module, name).items()})
         except UnknownLayerError:
@@ -265,15 +267,12 @@ def _axes(model: nn.Module) -> dict[LayerAxis, Axis]:
     return found
 
 
-def _call_widths(calls: Sequence[Call], probe: _Probe, followers: Iterable[Follower]) -> dict[Width, int]:
-    """Return how many channels the calls of unparametrised modules see: the size of the one dimension that shrinks."""
-    followed = {follower.call for follower in followers if follower.root in probe.kept}
-    found: dict[Width, int] = {}
-    for call, pruned in zip(calls, probe.calls, strict=False):
-        shrunk = [size for size, left in zip(call.output, pruned.output, strict=False) if size != left]
-        if (call.layer, call.number) in followed and len(shrunk) == 1:
-            found[call.layer, call.number] = shrunk[0]
-    return found
+def _counted_followers(
+    calls: Sequence[Call], groups: Iterable[ChannelGroup], followers: Iterable[Follower]
+) -> list[Follower]:
+    """Return the followers of groups that may shrink on the calls that count."""
+    counted, roots = {(call.layer, call.number) for call in calls}, {group.root for group in groups}
+    return [follower for follower in followers if follower.call in counted and follower.root in roots]
 
 
 def _compare(model: nn.Module, calls: Sequence[Call], probe: _Probe, macs: Sequence[int], sizes: Sequence[int]) -> None:

@@ -7,11 +7,12 @@ C_out stand for widths):
 convolution, k: size of the kernel    k·P · C_in · ⌊C_out / groups⌋  +  P · C_out if it has a bias
 depthwise convolution                 k·P · C_out  +  P · C_out if it has a bias
 linear                                P · C_in · C_out  +  C_out if it has a bias (once, whatever P is)
-norm, activation, pooling, upsampling proportional to the one width that it keeps
+norm, activation, pooling, upsampling proportional to the widths that it keeps
 LSTM, GRU, RNN                        D · L · C_in · (a + b · C_in): torch_pruning takes the features for a length
 attention                             scaling, projections, the products with all heads, and the output projection
 ====================================  ===================================================================
 
+Where positions are channels too (a linear layer over tokens), P is a product of their widths.
 The size of a parameter is a constant times the widths along which the table of layer types says it is laid out.
 """
 
@@ -28,11 +29,13 @@ from torch import nn
 from torch_pruning.utils import op_counter
 
 from .costs import Call, formula
-from .groups import ModuleCall
-from .layers import Axis, LayerAxis
+from .layers import CHANNELS_LAST, Axis, LayerAxis
 
-Width = LayerAxis | ModuleCall
-"""What has a width: an axis of a layer, what a call of a module without parameters sees, an attention's heads."""
+CallAxis = tuple[str, int, int]
+"""A dimension of what a call gave: the module's name, the call's number, the dimension."""
+
+Width = LayerAxis | CallAxis
+"""What has a width: an axis of a layer, an attention's heads, a dimension of what a call of a module gave."""
 
 Factor = tuple[Width, int]
 """x and d, standing for ⌊x / d⌋."""
@@ -89,7 +92,9 @@ def macs_terms(layer: nn.Module, call: Call, widths: Mapping[Width, int]) -> lis
     """
     count = formula(layer)
     if count in _PROPORTIONAL:
-        terms = _proportional(call, widths)
+        terms = _proportional(layer, call, widths)
+    elif count is op_counter.linear_flops_counter_hook:
+        terms = _linear(layer, call, widths)
     else:
         terms = _FORMULAS[count](layer, call) if count in _FORMULAS else []
     known = all(width in widths for _, factors in terms for width, _ in factors)
@@ -103,10 +108,20 @@ def _value(term: Term, widths: Mapping[Width, int]) -> int:
     return coefficient * math.prod(widths[width] // divisor for width, divisor in factors)
 
 
-def _proportional(call: Call, widths: Mapping[Width, int]) -> list[Term]:
+def _proportional(layer: nn.Module, call: Call, widths: Mapping[Width, int]) -> list[Term]:
     axis = LayerAxis(call.layer, "out")
-    width = axis if axis in widths else (call.layer, call.number)
-    return [(call.macs // widths.get(width, 1), ((width, 1),))]
+    if axis in widths:
+        own = len(call.output) - 1 if isinstance(layer, CHANNELS_LAST) else 1
+        factors = ((axis, 1), *_passing(call, widths, own))
+    else:
+        factors = _passing(call, widths)
+    return [(call.macs // math.prod(widths[width] for width, _ in factors), factors)]
+
+
+def _passing(call: Call, widths: Mapping[Width, int], own: int | None = None) -> tuple[Factor, ...]:
+    """Return the widths of the dimensions of what a call gave, but for the one of the layer's own channels."""
+    dims = (dim for dim in range(len(call.output)) if dim != own)
+    return tuple(((call.layer, call.number, dim), 1) for dim in dims if (call.layer, call.number, dim) in widths)
 
 
 def _convolution(layer: nn.modules.conv._ConvNd, call: Call) -> list[Term]:
@@ -117,9 +132,11 @@ def _convolution(layer: nn.modules.conv._ConvNd, call: Call) -> list[Term]:
     return [(taps, weight), *_bias(layer, positions, out)]
 
 
-def _linear(layer: nn.Linear, call: Call) -> list[Term]:
+def _linear(layer: nn.Linear, call: Call, widths: Mapping[Width, int]) -> list[Term]:
     out, into = LayerAxis(call.layer, "out"), LayerAxis(call.layer, "in")
-    return [(math.prod(call.inputs[0][:-1]), ((into, 1), (out, 1))), *_bias(layer, 1, out)]
+    passing = _passing(call, widths, len(call.output) - 1)
+    fixed = math.prod(call.inputs[0][:-1]) // math.prod(widths[width] for width, _ in passing)
+    return [(fixed, ((into, 1), (out, 1), *passing)), *_bias(layer, 1, out)]
 
 
 def _bias(layer: nn.Module, times: int, out: LayerAxis) -> list[Term]:
@@ -191,7 +208,6 @@ _PROPORTIONAL = (
 
 _FORMULAS: Mapping[Callable[..., None], Callable[[Any, Call], list[Term]]] = {
     op_counter.conv_flops_counter_hook: _convolution,
-    op_counter.linear_flops_counter_hook: _linear,
     op_counter.multihead_attention_counter_hook: _torch_attention,
     op_counter.timm_multihead_attention_counter_hook: _timm_attention,
     op_counter.rnn_flops_counter_hook: _recurrent,

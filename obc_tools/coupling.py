@@ -43,7 +43,7 @@ class Bundle:
     blocks: int
     places: Sequence[Place]
     attributes: Sequence[Place]
-    calls: Sequence[tuple[tuple[str, int], np.ndarray]]
+    calls: Sequence[tuple[tuple[str, int], int, np.ndarray]]
     reason: str | None
     attends: bool
 
@@ -109,8 +109,9 @@ class _Occurrences:
         return cls(axis, classes.size, classes[order], order)
 
     @cached_property
-    def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.unique(self.classes, return_counts=True)
+    def unique(self) -> np.ndarray:
+        """The classes, each once."""
+        return self.classes[np.flatnonzero(np.diff(self.classes, prepend=-2))]
 
     def of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions of some classes and, for each, the place of its class in `numbers` (sorted)."""
@@ -124,42 +125,55 @@ def bundles(traced: Traced, ignored: Mapping[str, str], is_producer: Callable[[L
     outputs = [(axis.layer, labels) for axis, labels in traced.axes.items() if axis.axis != "in"]
     classes = Classes(traced.flow, [(labels, ignored[layer]) for layer, labels in outputs if layer in ignored])
     axes = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in traced.axes.items()]
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, axis in enumerate(axes):
-        for number in axis.counts[0].tolist():
-            members[number].append(index)
-    alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, indices in members.items():
-        alike[tuple(indices)].append(number)
     near = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _attribute_axes(traced)]
     for axis, labels in _temperature_axes(traced):
         near.append(_Occurrences.on(axis, np.where(labels < 0, -1, classes.of(labels))))
-    attributes = _Index(near)
-    seen = [(call, labels) for call, dims in traced.calls for labels in dims if labels is not None]
-    attended = np.unique(classes.of(np.concatenate([NONE, *(part.ravel() for part in traced.flow.attended)])))
-    calls = _Index([_Occurrences.on(LayerAxis(*map(str, call)), classes.of(labels)) for call, labels in seen])
-    for indices, numbers in alike.items():
-        if any(is_producer(axes[index].axis) for index in indices):
-            numbers = np.sort(numbers)
+    calls = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _call_axes(traced)]
+    attended = np.zeros(classes.count, dtype=bool)
+    for part in traced.flow.attended:
+        attended[classes.of(part.ravel())] = True
+    parts = _alike(axes, classes.count)
+    members, attributes, passed = (_by_part(found, parts) for found in (axes, near, calls))
+    for part, numbers in _numbers_of(parts).items():
+        if any(is_producer(axis.axis) for axis in members[part]):
             reason = next((classes.reasons[n] for n in numbers.tolist() if n in classes.reasons), None)
-            near = attributes.of(numbers), calls.of(numbers)
-            attends = bool(np.isin(numbers, attended).any())
-            yield _bundle([axes[index] for index in indices], numbers, *near, reason, attends)
+            attends = bool(attended[numbers].any())
+            yield _bundle(members[part], numbers, attributes[part], passed[part], reason, attends)
 
 
-class _Index:
-    """Finds the axes on which classes occur."""
+def _alike(axes: Sequence[_Occurrences], count: int) -> np.ndarray:
+    """Part the classes: those that occur on the same axes have the same number, those on none 0; shape (count,)."""
+    parts, next_part = np.zeros(count, dtype=np.int64), 1
+    for axis in axes:
+        here, finer = np.unique(parts[axis.unique], return_inverse=True)
+        parts[axis.unique] = next_part + finer
+        next_part += here.size
+    return parts
 
-    def __init__(self, axes: Sequence[_Occurrences]):
-        self.axes = axes
-        self.where: dict[int, list[int]] = defaultdict(list)
-        for index, axis in enumerate(axes):
-            for number in axis.counts[0].tolist():
-                self.where[number].append(index)
 
-    def of(self, numbers: np.ndarray) -> list[_Occurrences]:
-        """Return the axes on which any of these classes occurs."""
-        return [self.axes[index] for index in sorted({i for n in numbers.tolist() for i in self.where.get(n, ())})]
+def _numbers_of(parts: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the classes of each part but 0, ascending."""
+    order = np.argsort(parts, kind="stable")
+    found, first = np.unique(parts[order], return_index=True)
+    split = zip(found.tolist(), np.split(order, first[1:]), strict=True)
+    return {part: numbers for part, numbers in split if part}
+
+
+def _by_part(axes: Iterable[_Occurrences], parts: np.ndarray) -> Mapping[int, list[_Occurrences]]:
+    """Return the axes on which classes of each part occur."""
+    found: dict[int, list[_Occurrences]] = defaultdict(list)
+    for axis in axes:
+        for part in np.unique(parts[axis.unique[axis.unique >= 0]]).tolist():
+            found[part].append(axis)
+    return found
+
+
+def _call_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
+    """Name what calls gave, by the call's number and the dimension: "0.1"."""
+    for (layer, number), dims in traced.calls:
+        for dim, labels in enumerate(dims):
+            if labels is not None:
+                yield LayerAxis(layer, f"{number}.{dim}"), labels
 
 
 def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
@@ -173,9 +187,11 @@ def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
 
 def _temperature_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
     """Name the outputs of layers that make queries whose temperature stays; −1 stands for outputs that make none."""
-    rows = np.unique(np.concatenate([NONE, *(rows for _, rows in traced.flow.temperatures)]))
+    queries = np.zeros(traced.flow.count, dtype=bool)
+    for _, rows in traced.flow.temperatures:
+        queries[rows] = True
     for axis, labels in traced.axes.items():
-        found = np.isin(labels, rows)
+        found = queries[labels]
         if axis.axis == "out" and found.any():
             yield LayerAxis(axis.layer, TEMPERATURE), np.where(found, labels, -1)
 
@@ -201,8 +217,9 @@ def _bundle(
 
     passed = []
     for place in places(calls):
-        call = (place.axis.layer, int(place.axis.axis))
-        passed.append((call, np.bincount(place.channels, minlength=numbers.size * blocks)))
+        number, dim = map(int, place.axis.axis.split("."))
+        counts = np.bincount(place.channels, minlength=numbers.size * blocks)
+        passed.append(((place.axis.layer, number), dim, counts))
     return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), passed, reason, attends)
 
 

@@ -121,12 +121,14 @@ def kept_positions(kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[LayerAxis
 class Follower:
     """Channels of a group on the axis of a module without parameters (an activation, a pooling), for one of its calls.
 
-    ``positions`` counts the positions that each of the group's channels takes there, shape (width of the group,).
+    ``positions`` counts the positions that each of the group's channels takes there, shape (width of the group,), along
+    the dimension ``dim`` of what the call gave.
     """
 
     call: ModuleCall
     root: LayerAxis
     positions: tuple[int, ...]
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def trace_groups(
             continue
         taken[root] = len(groups)
         groups.append(_group(model, bundle, root, traced.kinds))
-        followers += [Follower(call, root, tuple(counts.tolist())) for call, counts in bundle.calls]
+        followers += [Follower(call, root, tuple(counts.tolist()), dim) for call, dim, counts in bundle.calls]
     groups = [_kept_whole_unless(group, PARTS[only], only) for group in groups]
     groups.sort(key=lambda group: order[group.root.layer])
     return Trace(tuple(groups), tuple(followers))

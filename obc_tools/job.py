@@ -13,6 +13,7 @@ from .augment import Augmentation
 from .batches import Batches, take
 from .criteria import resolve_criterion
 from .data import Data, load_data
+from .groups import PARTS
 from .layers import UnknownNameError
 from .order import SCOPES, Limits
 from .processes import processes
@@ -40,7 +41,7 @@ class PruningJob:
         train_images, val_images: Use at most so many images of a split, for a small run.
         normalize: Normalisation of the data, by name; None: its default.
         criterion, scope, steps, group_reduction, normalizer, round_to, ignore: of :func:`obc_tools.pruning.prune_to`.
-        schedule_ratio, last_step: likewise.
+        schedule_ratio, last_step, whole_heads, only: likewise.
         batches: Calibration batches, drawn afresh from the training images for every pruning step.
         batch_size: Images in a calibration batch.
         augment: Whether calibration images are augmented, by crops and flips.
@@ -76,6 +77,8 @@ class PruningJob:
     normalizer: str | None = None
     round_to: int | None = None
     ignore: tuple[str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
     schedule_ratio: float = 1.0
     last_step: str = "exact"
     batches: int = 50
@@ -93,7 +96,8 @@ class PruningJob:
 
     def __post_init__(self) -> None:
         resolve_criterion(self.criterion)
-        for name, known in (("scope", SCOPES), ("group_reduction", REDUCTIONS), ("normalizer", NORMALIZERS)):
+        chosen = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": PARTS}
+        for name, known in chosen.items():
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
         for name, least in (("steps", 1), ("batches", 1), ("batch_size", 1), ("seed", 0)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from timm.layers import norm as timm_norms
@@ -18,6 +18,7 @@ from timm.layers import std_conv
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
+from .groups import Member
 from .layers import LayerAxis, all_axes, get_layer
 from .plan import PruningPlan
 
@@ -60,10 +61,23 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for axis, gone in removed.items():
         kept = sorted(set(range(widths[axis])).difference(gone))
         if norm := _channel_norm(copied, axis):
-            _see_only(norm, kept)
+            _see_only(norm, kept, widths[axis])
         elif axis.axis == "in" and isinstance(layer := get_layer(copied, axis.layer), STANDARDISED):
             _take_only(layer, kept)
+    for member, kept in _norms_without_weights(copied, plan):
+        _see_only(get_layer(copied, member.axis.layer), kept, member.width)
     return copied
+
+
+def _norms_without_weights(model: nn.Module, plan: PruningPlan) -> Iterator[tuple[Member, list[int]]]:
+    """Yield the norms over channels that own no parameters, by the attribute that holds their width, and what stays."""
+    for group, kept in zip(plan.groups, plan.kept, strict=True):
+        stay = set(kept)
+        for member in group.attributes if len(stay) < group.width else ():
+            layer = get_layer(model, member.axis.layer)
+            if isinstance(layer, CHANNEL_NORMS) and not any(True for _ in layer.parameters(recurse=False)):
+                pairs = zip(member.positions, member.channels, strict=True)
+                yield member, sorted(position for position, channel in pairs if channel in stay)
 
 
 def _removed(plan: PruningPlan) -> tuple[dict[LayerAxis, set[int]], dict[LayerAxis, int]]:
@@ -136,25 +150,24 @@ def _channel_norm(model: nn.Module, axis: LayerAxis) -> nn.Module | None:
     return norm if isinstance(norm, CHANNEL_NORMS) and leaf == first else None
 
 
-def _see_only(norm: nn.Module, kept: Sequence[int]) -> None:
+def _see_only(norm: nn.Module, kept: Sequence[int], width: int) -> None:
     """Narrow a norm to the kept channels; hooks pick its input's and put its output back among zeros."""
-    width = next(len(parameter) for parameter in norm.parameters(recurse=False))
     dim = 1 if _channels_first(norm, width) else -1
-    index = torch.tensor(kept, device=next(norm.parameters(recurse=False)).device)
+    index = torch.tensor(kept)
     for name, parameter in list(norm.named_parameters(recurse=False)):
-        setattr(norm, name, nn.Parameter(parameter[index]))
+        setattr(norm, name, nn.Parameter(parameter[index.to(parameter.device)]))
     if isinstance(norm, nn.GroupNorm):
         norm.num_channels = len(kept)
     elif not isinstance(norm, GlobalResponseNorm):
         norm.normalized_shape = (len(kept),)
 
     def pick(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].index_select(dim, index), *inputs[1:])
+        return (inputs[0].index_select(dim, index.to(inputs[0].device)), *inputs[1:])
 
     def put_back(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         shape = list(output.shape)
         shape[dim] = width
-        return output.new_zeros(shape).index_copy(dim, index, output)
+        return output.new_zeros(shape).index_copy(dim, index.to(output.device), output)
 
     norm.register_forward_pre_hook(pick)
     norm.register_forward_hook(put_back)
@@ -175,7 +188,8 @@ def _channels_first(norm: nn.Module, width: int) -> bool:
     """Say whether a norm takes its channels from dimension 1: one that takes the last refuses a pixel of such shape."""
     if isinstance(norm, nn.GroupNorm):
         return True
-    pixel = next(norm.parameters(recurse=False)).new_ones(1, width, 1, 1)
+    like = next(norm.parameters(recurse=False), torch.empty(0))
+    pixel = like.new_ones(1, width, 1, 1)
     try:
         return norm(pixel).shape == pixel.shape
     except RuntimeError:

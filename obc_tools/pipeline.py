@@ -229,6 +229,8 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
         schedule_ratio=job.schedule_ratio,
         last_step=job.last_step,
         ignore=job.ignore,
+        whole_heads=job.whole_heads,
+        only=job.only,
         round_to=job.round_to,
         group_reduction=job.group_reduction,
         normalizer=job.normalizer,

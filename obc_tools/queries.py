@@ -115,7 +115,7 @@ class Shadows:
             taken = [_spread(w.select(1, 0).flatten(1)[:, 0], result, 1) for w in weight.summands if not args[6]]
             bias = args[2]
         else:
-            taken = [_spread(w.select(-2, 0), result, result.dim() - 1) for w in weight.summands]
+            taken = [w.narrow(-2, 0, 1).expand(result.shape) for w in weight.summands]
             bias = args[0] if "add" in name else None
         if bias is not None and bias in self.known:
             axis = 1 if name == "convolution" else result.dim() - 1

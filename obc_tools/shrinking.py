@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, layer_axes, own_tensors, scale_outputs, select_channels
+from .layers import (
+    TEMPERATURE,
+    LayerAxis,
+    all_axes,
+    get_layer,
+    layer_axes,
+    own_parameters,
+    own_tensors,
+    scale_outputs,
+    select_channels,
+)
+from .state import copy_borrowing
 
 ROOT = "^-0.5"
 """What ends the axis of an attribute that holds a width to the power of −1/2."""
@@ -23,16 +33,17 @@ def shrink_model(
 ) -> nn.Module:
     """Return a copy of the model in which the given axes keep only these positions (ascending).
 
-    ``scaled`` maps a layer to original positions of its outputs and the number that these are multiplied by.
+    ``scaled`` maps a layer that is cut to original positions of its outputs and the number that multiplies these.
     """
-    shrunk = copy.deepcopy(model)
-    for name, (positions, factor) in scaled.items():
-        scale_outputs(get_layer(shrunk, name), positions, factor)
+    shrunk, borrowed = copy_borrowing(model)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     for axis, positions in kept.items():
         by_layer[axis.layer][axis.axis] = positions
     for name, axes in by_layer.items():
         layer = get_layer(shrunk, name)
+        if name in scaled:
+            _own(own_parameters(layer).values())
+            scale_outputs(layer, *scaled[name])
         if isinstance(layer, Tensor):
             _shrink_bare(shrunk, name, layer, {k: positions for k, positions in axes.items() if not is_attribute(k)})
             continue
@@ -40,7 +51,15 @@ def shrink_model(
         for key, positions in axes.items():
             if is_attribute(key) and key != TEMPERATURE:
                 _set_attribute(layer, key, len(positions))
+    left = set(shrunk.parameters())
+    _own(parameter for parameter in borrowed if parameter in left)
     return shrunk
+
+
+def _own(parameters: Iterable[nn.Parameter]) -> None:
+    """Give parameters memory of their own."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def is_attribute(axis: str) -> bool:

@@ -129,7 +129,9 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
 def track_attributes(model: nn.Module, rooted: Callable[[int], None]) -> None:
     """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
     for name, module in model.named_modules():
-        plain_torch = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.LayerNorm)
+        plain_torch = type(module).__module__.startswith("torch.nn") and not isinstance(
+            module, nn.LayerNorm | nn.RMSNorm
+        )
         for key, value in vars(module).items():
             if key.startswith("_"):
                 continue

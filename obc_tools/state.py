@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -78,6 +80,22 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+TABLES = (dict, OrderedDict, set)
+
+
+def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Return a deep copy of a model and those of its parameters that lie in the memory of the model's.
+
+    Whoever writes into one of them gives it memory of its own before.
+    """
+    plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
+    borrowed = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in plain}
+    # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
+    tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
+    empty = {id(table): type(table)() for table in tables if not table}
+    return copy.deepcopy(model, borrowed | empty), list(borrowed.values())
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -50,8 +50,9 @@ class StudioSession:
         self.model = copy.deepcopy(model).eval()
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
-        self.groups = find_groups(self.model, self.example, ignore=setup.ignore)
-        self.costs = cost_model(self.model, self.example)
+        heads = setup.whole_heads
+        self.groups = find_groups(self.model, self.example, ignore=setup.ignore, whole_heads=heads, only=setup.only)
+        self.costs = cost_model(self.model, self.example, whole_heads=heads)
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
         self._rankings: dict[Choices, Ranking] = {}

@@ -219,7 +219,7 @@ class Setup:
     Attributes:
         image_shape: of one image, (channels, height, width).
         batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
-        ignore: names of layers whose outputs keep their width.
+        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         device: where model and batches are.
     """
 
@@ -229,21 +229,25 @@ class Setup:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     device: str = "cpu"
+    whole_heads: bool = False
+    only: str | None = None
 
 
 def to_code(choices: Choices, setup: Setup) -> str:
     """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it."""
     on = "" if setup.device == "cpu" else f", device={setup.device!r}"
+    heads = ", whole_heads=True" if setup.whole_heads else ""
     ignored = f", ignore={list(setup.ignore)!r}" if setup.ignore else ""
+    part = f", only={setup.only!r}" if setup.only else ""
     lines = [
         "import torch",
         "",
         "import obc_tools as obc",
         "",
         f"example = torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})",
-        f"groups = obc.find_groups(model, example{ignored})",
+        f"groups = obc.find_groups(model, example{ignored}{heads}{part})",
         *_scoring_lines(choices.scoring, setup, on),
-        "costs = obc.cost_model(model, example)",
+        f"costs = obc.cost_model(model, example{heads})",
         *_call("plan = obc.one_shot_plan", ["scores", "costs", *_target_arguments(choices)]),
     ]
     for root, (keep, remove) in choices.hands.items():

@@ -7,12 +7,12 @@ paths through it than can be counted takes no longer than its forward pass.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from .flow import INPUT, Channels, Flow, follow, tensors_in
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
 from .queries import Contraction, Shadows
 from .sizes import track_attributes
-from .state import call_model, hooks
+from .state import call_model, copy_borrowing, hooks
 
 ModuleCall = tuple[str, int]
 """A module's name and which of its calls in one forward pass, counted from 0."""
@@ -53,10 +53,14 @@ class Traced:
 
 @dataclass
 class Tracer:
-    """A copy of a model whose parameters carry labels, and what its forward passes tell."""
+    """A copy of a model whose parameters carry labels, and what its forward passes tell.
+
+    ``borrowed`` are the addresses of parameters that lie in the memory of the model that was copied.
+    """
 
     model: nn.Module
     flow: Flow
+    borrowed: frozenset[int] = frozenset()
     axes: dict[LayerAxis, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -141,6 +145,12 @@ class Tracer:
             raise ValueError("the model's output holds no tensor that depends on its parameters")
         self.flow.freeze_all([self.flow.of(leaf) for leaf in leaves], "reaches the model's output")
         self.met = self.met or self.history.walk_back(leaves)
+
+    def protect(self, tensors: Sequence[Tensor]) -> None:
+        """Give memory of their own to tensors that an operation may write into."""
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() in self.borrowed:
+                tensor.data = tensor.data.clone()
 
     def saw(self, tensors: Sequence[Tensor]) -> None:
         """Note which layers ran."""
@@ -231,14 +241,32 @@ class Tracer:
             if rows is None or not self._can_scale(rows):
                 self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
                 continue
+            if contraction.follows and self._multiplied_elsewhere(contraction):
+                self.flow.freeze(labels, "is a head of an attention whose queries meet more than its keys")
+                continue
             self.flow.temperatures.append((labels, rows))
             self._note_scales(contraction.module, labels)
 
+    def _multiplied_elsewhere(self, contraction: Contraction) -> bool:
+        """Say whether the queries are also multiplied with something that torch's scale does not scale."""
+        others = [other for other in self.contractions if other.module == contraction.module and not other.follows]
+        return any(other.rows is not None and np.intersect1d(other.rows, contraction.rows).size for other in others)
+
     def _can_scale(self, rows: np.ndarray) -> bool:
         """Say whether all these labels are outputs of layers whose outputs can be multiplied by a number."""
-        found = {axis: np.isin(own, rows).sum() for axis, own in self.axes.items() if axis.axis == "out"}
-        layers = [get_layer(self.model, axis.layer) for axis, count in found.items() if count]
-        return sum(found.values()) == rows.size and all(scalable_slots(layer) for layer in layers)
+        axes = list(self.axes)
+        found = self._axis_of[rows]
+        made = [axes[index] for index in np.unique(found[found >= 0])]
+        outputs = (found >= 0).all() and all(axis.axis == "out" for axis in made)
+        return outputs and all(scalable_slots(get_layer(self.model, axis.layer)) for axis in made)
+
+    @cached_property
+    def _axis_of(self) -> np.ndarray:
+        """The place among the axes of the one to which each label belongs, or −1."""
+        axis_of = np.full(self.flow.count, -1)
+        for index, labels in enumerate(self.axes.values()):
+            axis_of[labels] = index
+        return axis_of
 
     def _note_scales(self, name: str, labels: np.ndarray) -> None:
         """Find numbers beside an attention that hold its head dimension to the power of −1/2."""
@@ -255,8 +283,10 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = function(*args, **kwargs)
         arguments = tensors_in((*args, *kwargs.values()))
+        if function._schema.is_mutable:
+            self.tracer.protect(arguments)
+        out = function(*args, **kwargs)
         self.tracer.history.note(function.overloadpacket.__name__, tensors_in((out,)), arguments)
         self.tracer.shadows.note(function, out, args, kwargs)
         if not self.tracer.paused:
@@ -313,7 +343,9 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
 
 
 def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
-    tracer = Tracer(copy.deepcopy(model).eval(), Flow(whole_heads=whole_heads))
+    copied, borrowed = copy_borrowing(model)
+    memory = frozenset(parameter.untyped_storage().data_ptr() for parameter in borrowed)
+    tracer = Tracer(copied.eval(), Flow(whole_heads=whole_heads), memory)
     tracer.register()
     if attributes:
         tracer.flow.rooted = tracer.note_root

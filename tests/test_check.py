@@ -46,12 +46,26 @@ def test_single_precision_is_an_option():
     assert check.ok and check.error_of("pruned = masked") > 1e-9
 
 
+class ChannelsLast(nn.Module):
+    """Calls a norm with the channels of an image last."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
 NORMS = {
     "LayerNorm2d of torchvision": lambda: torchvision.models.convnext.LayerNorm2d(8),
     "LayerNorm2d of timm": lambda: timm.layers.LayerNorm2d(8),
     "GroupNorm": lambda: nn.GroupNorm(2, 8),
     "GroupNorm1": lambda: timm.layers.GroupNorm1(8),
     "GroupNormAct": lambda: timm.layers.GroupNormAct(8, num_groups=2),
+    "LayerNorm2d without weights": lambda: timm.layers.LayerNorm2d(8, affine=False),
+    "LayerNorm without weights": lambda: ChannelsLast(nn.LayerNorm(8, elementwise_affine=False)),
+    "RMSNorm without weights": lambda: ChannelsLast(nn.RMSNorm(8, elementwise_affine=False)),
 }
 
 

@@ -147,11 +147,13 @@ def test_prune_without_epochs_only_prunes(weights, tmp_path, capsys):
     arguments = ["--model", "resnet8", "--weights", weights / "good.safetensors", "--data", "digits", "--out", out]
     arguments += ["--macs", "1e6", "--batches", 1, "--steps", 2, "--criterion", "l2", "--scope", "local"]
     arguments += ["--group-reduction", "mean", "--round-to", 4, "--ignore", "conv1", "--device", "cpu"]
+    arguments += ["--only", "mlp", "--whole-heads"]
     assert run("prune", *arguments) == 0
     results = json.loads((out / "results.json").read_text())
     assert list(results["models"]) == ["original", "pruned"]
     assert results["models"]["pruned"]["cost"]["macs"] <= 1e6
     assert results["equivalence"] is None and results["histories"] == {}
+    assert (results["job"]["only"], results["job"]["whole_heads"]) == ("mlp", True)
     capsys.readouterr()
     before = snapshot(out)
     assert run("prune", *arguments) == 2
@@ -187,6 +189,7 @@ BAD = {
     "unknown data": ({"data": "cifar"}, "unknown data set 'cifar'; known are digits, cifar10"),
     "unknown criterion": ({"criterion": "jacobain"}, "unknown criterion 'jacobain'; closest: jacobian"),
     "unknown reduction": ({"group-reduction": "median"}, "unknown group_reduction 'median'"),
+    "unknown part": ({"only": "heads"}, "unknown only 'heads'"),
     "unknown normalizer": ({"normalizer": "l7"}, "unknown normalizer 'l7'"),
     "unknown scope": ({"scope": "layer"}, "unknown scope 'layer'"),
     "unknown normalisation": ({"data": "cifar10", "normalize": "x"}, "unknown normalisation 'x' of cifar10; known are"),

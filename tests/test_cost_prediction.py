@@ -55,16 +55,35 @@ class Tied(nn.Module):
 
 
 class Squared(nn.Module):
-    """An activation on all products of two channels, whose number is no multiple of that of the channels."""
+    """An activation on all products of two channels, whose number is no multiple of that of the channels.
 
-    def __init__(self):
+    Where it is ``hidden``, the activation sees a tensor that was made from a plain number instead.
+    """
+
+    def __init__(self, hidden: bool = False):
         super().__init__()
         self.first, self.watch, self.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.hidden = hidden
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        self.watch(x[:, :, None] * x[:, None])
+        self.watch(torch.ones(2, int(x.shape[1]) ** 2) if self.hidden else x[:, :, None] * x[:, None])
         return self.fc(x)
+
+
+class TokenMixer(nn.Module):
+    """Linear layers, an activation and a norm over tokens, then over channels: two widths vary in what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+        self.tokens = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 4))
+        self.channels = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 10), nn.GELU(), nn.Linear(10, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        x = (x + self.tokens(x)).transpose(1, 2)
+        return self.fc((x + self.channels(x)).mean(1))
 
 
 class Strict(nn.Module):
@@ -141,6 +160,7 @@ MODELS = {
     "activations": (Activations, 12),
     "every activation": (every_activation, 8),
     "tied": (Tied, 8),
+    "token mixer": (TokenMixer, 8),
     "norm with activation": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), zoo_head(8)), 8),
     "mobilenet": (mobilenet, 16),
     "resnext": (resnext, 32),
@@ -214,14 +234,14 @@ def test_the_narrowest_plan_is_predicted_exactly():
 
 def test_widths_count_each_channel_where_it_occurs():
     """Six channels: the last three feed a narrower axis (as v does in attention), the first occurs twice in a call."""
-    root, narrow, call = LayerAxis("qkv", "out"), LayerAxis("proj", "in"), ("act", 1)
+    root, narrow, call = LayerAxis("qkv", "out"), LayerAxis("proj", "in"), ("act", 1, 2)
     members = (
         Member(root, tuple(range(6)), tuple(range(6)), 6, "Linear"),
         Member(narrow, (1, 2, 3), (3, 4, 5), 4, "Linear"),
     )
     group = ChannelGroup(root, 6, members)
     original = {root: 6, narrow: 4, call: 10}
-    widths = Widths.learn(original, [group], [Follower(call, root, (2, 1, 1, 1, 1, 1))])
+    widths = Widths.learn(original, [group], [Follower(call[:2], root, (2, 1, 1, 1, 1, 1), dim=2)])
 
     def at(*kept):
         return {width: widths.at({root: kept})[row] for width, row in widths.rows.items()}
@@ -267,10 +287,14 @@ def test_building_leaves_the_model_alone(capsys):
 
 def test_a_module_that_cannot_be_followed_is_named():
     message = (
-        r"module 'watch' \(ReLU\), call 0: .* MACs in a pruned copy, \d+ predicted; its output shrinks from \(2, 8, 8\)"
+        r"module 'watch' \(ReLU\), call 0: .* MACs in a pruned copy, \d+ predicted; its output shrinks from \(2, 64\)"
     )
     with pytest.raises(CostModelError, match=message):
-        cost_model(*seeded(Squared, 2, 6))
+        cost_model(*seeded(lambda: Squared(hidden=True), 2, 6))
+
+
+def test_two_dimensions_of_one_group_are_predicted_exactly():
+    assert_exact(*seeded(Squared, 2, 6))
 
 
 def test_a_formula_that_does_not_hold_is_noticed():

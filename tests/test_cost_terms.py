@@ -79,7 +79,7 @@ def test_terms_of_recurrent_layers_hold_at_other_widths(kind, options):
 def test_terms_of_a_module_without_parameters_take_the_width_of_that_call():
     model = nn.Sequential(nn.ReLU())
     (call,) = count_calls(model, torch.randn(IMAGES))
-    assert macs_terms(get_layer(model, "0"), call, {("0", 0): 8}) == [(2 * 36, ((("0", 0), 1),))]
+    assert macs_terms(get_layer(model, "0"), call, {("0", 0, 1): 8}) == [(2 * 36, ((("0", 0, 1), 1),))]
 
 
 @pytest.mark.parametrize(

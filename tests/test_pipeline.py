@@ -152,6 +152,7 @@ def test_a_repr_is_the_table(run):
         ({"pretrain": None}, "give either weights or a recipe"),
         ({"finetune": None}, "at least 1 epoch"),
         ({"round_to": 0}, "round_to=0"),
+        ({"only": "heads"}, "unknown only 'heads'"),
     ],
 )
 def test_a_job_is_checked_when_built(change, message):

@@ -17,10 +17,13 @@ def test_pruned_equals_masked(name):
     assert (pruned(images) - full).abs().max() > 1e-6, "the plan removed nothing that matters"
 
 
-def test_pruning_leaves_the_model_alone_and_shares_nothing():
-    model, images, plan = random_plan("residual")
+@pytest.mark.parametrize("name", ["residual", "shared"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_pruning_leaves_the_model_alone_and_shares_nothing(name, whole):
+    model, _, plan = random_plan(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    pruned = prune(model, plan)
+    pruned = prune(model, PruningPlan.whole(plan.groups) if whole else plan)
+    assert whole or plan.shrunk
     for tensor in pruned.state_dict().values():
         tensor.zero_()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+import timm
 import torch
 
 import obc_tools as obc
@@ -261,6 +262,21 @@ def test_the_model_is_left_alone(made):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="unknown theme 'loud'"):
         PruningStudio(model, data, look="loud")
+
+
+def test_only_a_part_of_a_transformer_goes_and_the_code_says_so():
+    data = obc.load_data("digits")
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 4}
+    model = timm.models.VisionTransformer(**options, num_classes=10)
+    studio = PruningStudio(model, data, batches=1, batch_size=32, whole_heads=True, only="attention").wait(60)
+    (group,) = (group for group in studio.plan.groups if group.prunable)
+    assert (str(group.root), group.width) == ("blocks.0.attn.qkv.out", 16)
+    namespace = {"model": model, "data": data}
+    exec(studio.code, namespace)
+    assert namespace["plan"] == studio.plan
+    assert namespace["pruned"].blocks[0].attn.num_heads < 4
+    with pytest.raises(ValueError, match="unknown only 'heads'"):
+        PruningStudio(model, data, only="heads")
 
 
 def test_the_top_level_resolves_it_lazily():

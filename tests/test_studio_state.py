@@ -218,4 +218,8 @@ def test_code_leaves_out_what_is_usual():
         "plan = obc.one_shot_plan(scores, costs, ratio=0.3)",
         "pruned = obc.prune(model, plan)",
     ]
+    heads = Setup((3, 32, 32), ignore=("conv1",), whole_heads=True, only="attention")
+    code = to_code(Choices(Scoring("l2")), heads).splitlines()
+    assert code[5] == "groups = obc.find_groups(model, example, ignore=['conv1'], whole_heads=True, only='attention')"
+    assert code[7] == "costs = obc.cost_model(model, example, whole_heads=True)"
     assert "device='cuda:1'" in to_code(Choices(), Setup((3, 32, 32), device="cuda:1"))

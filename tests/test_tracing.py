@@ -156,3 +156,92 @@ def test_more_paths_than_can_be_counted_take_no_time():
             return self.last(x)
 
     assert find_groups(Doubling(), torch.randn(1, 4))[0].prunable
+
+
+class WritingIntoItself(nn.Module):
+    """Changes its own parameters whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        self.first.weight.mul_(2.0)
+        self.second.weight.data.clamp_(0, 1)
+        self.last.weight.data = self.last.weight.data * 2
+        torch.add(self.first.bias, 1, out=self.first.bias.data)
+        return self.last(self.second(self.first(x)))
+
+
+def test_parameters_that_the_forward_pass_writes_into_are_left_alone():
+    model = WritingIntoItself()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    groups = find_groups(model, torch.randn(1, 4))
+    assert [group.prunable for group in groups] == [True, True, False]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_queries_are_scaled_in_the_pruned_model_only():
+    encoder = lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)  # noqa: E731
+    model, tokens = seeded(lambda: nn.Sequential(nn.Linear(3, 8), encoder(), nn.Linear(8, 2)), 2, 5, 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = random_plan(model, tokens)
+    pruned = prune(model, plan)
+    for tensor in pruned.state_dict().values():
+        tensor.zero_()
+    assert plan.scaled
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class AsWideAsTheInput(nn.Module):
+    """Lays its input out in the number of its first layer's channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        wide = self.first(x)
+        return self.last(wide) + x.reshape(len(x), 1, wide.shape[1]).mean(2)
+
+
+def test_a_fixed_tensor_that_takes_the_width_of_channels_keeps_them():
+    groups = find_groups(*seeded(AsWideAsTheInput, 3, 6))
+    assert groups[0].kept_whole == "a width that the model computes would not follow it"
+
+
+class Matrices(nn.Module):
+    """A matrix of weights for each of three positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices, self.last = nn.Parameter(torch.randn(3, 4, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(torch.bmm(x.transpose(0, 1), self.matrices).transpose(0, 1))
+
+
+def test_matrices_of_weights_are_followed():
+    model, x = seeded(Matrices, 2, 3, 4)
+    plan = random_plan(model, x)
+    assert plan.channels_removed
+    torch.testing.assert_close(prune(model, plan)(x), masked(model, plan)(x))
+
+
+class BiasFromQueries(nn.Module):
+    """An attention whose queries also give its bias, by positions that are weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.positions = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(len(x), 5, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=q @ self.positions.T)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_queries_that_meet_more_than_keys_keep_their_channels():
+    groups = {str(group.root): group for group in find_groups(*seeded(BiasFromQueries, 2, 5, 8))}
+    assert groups["qkv.out"].kept_whole == "is a head of an attention whose queries meet more than its keys"

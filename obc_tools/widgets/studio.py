@@ -59,7 +59,7 @@ class PruningStudio(W.VBox):
         batch_size: images in a batch, of both kinds.
         held_out: held-out batches to evaluate, at most.
         seed: of the calibration batches.
-        ignore: names of layers whose outputs keep their width.
+        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         source: how `load_model` builds the unpruned network, for models that are saved (see `save_pruned`).
         look: "light" or "dark".
 
@@ -86,11 +86,13 @@ class PruningStudio(W.VBox):
         held_out: int = 4,
         seed: int = 0,
         ignore: Iterable[str] = (),
+        whole_heads: bool = False,
+        only: str | None = None,
         source: str | dict | None = None,
         look: str = "light",
     ):
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device)
+        setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device, whole_heads, only)
         self.session = StudioSession(model, data, setup, held_out)
         self.state, self.plan = StudioState(), self.session.whole
         self._source, self._filling, self._moved = source, Filling(), 0.0
