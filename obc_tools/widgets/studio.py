@@ -18,7 +18,7 @@ from ..plan import PruningPlan
 from ..pruning import prune
 from ..scores import Scores
 from ..store import save_pruned
-from ..studio_plots import SCORES, studio_axes, studio_figure, studio_traces
+from ..studio_plots import GROUPS, SCORES, studio_axes, studio_figure, studio_traces
 from ..studio_session import Measurement, StudioSession
 from ..studio_state import (
     Choices,
@@ -225,8 +225,11 @@ class PruningStudio(W.VBox):
         self._show_outcome()
 
     def _clicked(self, click: Click) -> None:
+        c = self._controls
         if click.trace == SCORES:
-            self.toggle(self._controls.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
+            self.toggle(c.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
+        elif click.trace == GROUPS and self.plan.groups[click.place[0]].prunable:
+            c.group.value = self.plan.groups[click.place[0]].root
 
     def _cancel(self) -> None:
         self._worker.cancel()

@@ -196,9 +196,9 @@ class View:
         self.page.mouse.down()
         self.page.mouse.up()
 
-    def until(self, met: Callable[[], bool], what: str) -> None:
+    def until(self, met: Callable[[], bool], what: str, seconds: float = 60) -> None:
         """Wait until something is so; raise AssertionError that tells what was awaited."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + seconds
         while not met():
             if time.monotonic() > end:
                 self.cell.screenshot(path=FAILED)
@@ -242,9 +242,9 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, lab: Lab, name: str, *, height: int = 1400, scale: float = 1.0) -> Iterator[Notebook]:
+def opened(browser: Browser, lab: Lab, name: str, *, width: int = 1500, scale: float = 1.0) -> Iterator[Notebook]:
     """Open a notebook in a page of its own; shut its kernel down at the end."""
-    context = browser.new_context(viewport={"width": 1500, "height": height}, device_scale_factor=scale)
+    context = browser.new_context(viewport={"width": width, "height": 1400}, device_scale_factor=scale)
     page = context.new_page()
     page.set_default_timeout(1000 * SECONDS)
     notebook = Notebook(page, name)
