@@ -45,7 +45,8 @@ WATCH = """([cell, quiet]) => {
     if (!seen.start) return;
     seen.first ||= performance.now();
     seen.last = performance.now();
-  }).observe(cell, { subtree: true, childList: true, attributes: true, characterData: true });
+  }).observe(cell.querySelector(".jp-OutputArea"),
+    { subtree: true, childList: true, attributes: true, characterData: true });
 }"""
 QUIET = "quiet => window.seen.last && performance.now() - window.seen.last > quiet"
 
@@ -68,7 +69,7 @@ def studio_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], obje
     """Return what is done in the studio in repeat i, and whether its first sign counts."""
     view = notebook.view("obc.PruningStudio(")
     kinds = ["speed-up (times fewer MACs)", "share of channels removed"]
-    groups = ["layer1.0.conv2.out", "layer4.0.conv1.out"]
+    groups = ["layer4.0.conv1.out", "layer1.0.conv2.out"]
     return {
         "target slider, share of channels": (lambda i: press_key(view, "to", "ArrowRight"), False),
         "multiple of so many channels": (lambda i: view.enter("multiple of", str(2 + i)), False),

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from .layers import LayerAxis
-from .looks import COLORS, theme
+from .looks import COLORS, PALETTE, theme
 from .plan import PruningPlan
 from .plots import group_names
 
@@ -19,6 +19,8 @@ GROUPS, SCORES = 0, 6
 """Which trace of `studio_figure` holds the groups, and which the scores; its ``customdata`` are the channels."""
 MOST_BARS = 200
 """Channels up to which each is a bar of its own, with gaps between."""
+PANELS = 350
+"""Pixels of height of both panels together; names of groups stand between them."""
 SILENT = {"hoverinfo": "skip"}
 
 
@@ -36,7 +38,9 @@ def studio_figure(
     Raises:
         ValueError: an unknown group or look.
     """
-    figure = make_subplots(2, 1, vertical_spacing=0.3, row_heights=[0.55, 0.45])
+    gap = 40 + 5.4 * max(map(len, group_names(plan)))
+    height = PANELS + gap
+    figure = make_subplots(2, 1, vertical_spacing=gap / height, row_heights=[0.55, 0.45])
     traces = studio_traces(plan, root, score, compared=compared)
     for trace in traces[:3]:
         figure.add_bar(**trace, row=1, col=1)
@@ -47,7 +51,11 @@ def studio_figure(
     figure.update_xaxes(title=title, type="category", tickangle=-90, tickfont_size=9, row=1)
     figure.update_yaxes(title="channels", row=1, col=1)
     figure.update_yaxes(title="score", exponentformat="power", row=2, col=1)
-    figure.update_layout(template=theme(look), barmode="stack", bargap=0.15, height=560, margin_t=30, hovermode="x")
+    # Margins that plotly has to measure make every drawing slower.
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
+    figure.update_layout(template=theme(look), barmode="stack", bargap=0.15, hovermode="x", legend_traceorder="normal")
+    figure.update_layout(height=height + 78, margin={"t": 30, "l": 64, "b": 48})
     figure.update_layout(studio_axes(root, score))
     return figure
 
@@ -89,7 +97,7 @@ def studio_traces(
     ]
     traces = [traces[0] | told, *(trace | SILENT for trace in traces[1:])]
     marks = [] if compared is None else [len(channels) for channels in compared.kept]
-    marker = {"symbol": "diamond-open", "size": 8, "color": COLORS["ep"], "line_width": 1.5}
+    marker = {"symbol": "diamond-open", "size": 8, "color": PALETTE[1], "line_width": 2}
     marked = {"x": shared["x"] if marks else [], "y": marks, "name": "kept by the compared plan", "mode": "markers"}
     marked |= SILENT | {"marker": marker, "showlegend": bool(marks)}
     return [*traces, marked, *_score_bars(plan.kept_of(root), score)]

@@ -36,7 +36,7 @@ from ..studio_state import (
     undo,
     unlock,
 )
-from .controls import Filling, listed, note, set_options, table
+from .controls import COLUMN, REST, Filling, listed, note, set_options, table
 from .live import Click, LiveFigure
 from .studio_controls import NONE, StudioControls
 from .tasks import Task, Worker
@@ -102,9 +102,9 @@ class PruningStudio(W.VBox):
         first = studio_figure(self.plan, root, self._score(root), look=look)
         self.picture = LiveFigure(first, self._clicked)
         self._connect()
-        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout={"width": "350px", "flex": "0 0 auto"})
-        right = W.VBox([self.picture, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
-        super().__init__([c.action_box, W.HBox([left, right]), c.changes, c.keep_box, c.code])
+        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout=COLUMN)
+        right = W.VBox([self.picture, c.status_box], layout=REST)
+        super().__init__([c.action_box, W.HBox([left, right]), c.table, c.changes, c.keep_box, c.code])
         self._show()
 
     @property
