@@ -1,28 +1,55 @@
 # make demo   the main job on handwritten digits, start to finish (under two minutes once installed)
-# make test   the tests that CI runs
-# make browser  the teaching notebooks and widgets in a real JupyterLab (needs Chromium)
+# make test   the tests without the slow ones, the teaching notebooks, and one of them in a browser (under 15 minutes)
+# make test-all  all tests, all notebooks, and the widgets and teaching notebooks in a browser: what CI runs (under 40)
+# make browser  the browser's part of that: a real JupyterLab and Chromium (CHROMIUM=path if it is not found)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name) 2>/dev/null)))
+export CHROMIUM
+UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2
+NOTEBOOKS := $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax
+BROWSER := $(BIN)/python -m pytest tests/browser
 
-.PHONY: demo test test-all browser zoo lab lint clean
+# A notebook that the browser runs, checking the same outputs, is not run twice.
+ifeq ($(CHROMIUM),)
+SMOKE := $(MAKE) --no-print-directory no-browser
+ALL_IN_BROWSER := $(SMOKE)
+NOT_SMOKED := notebooks/0*.ipynb
+NOT_IN_BROWSER := notebooks
+else
+SMOKE := $(BROWSER) -m "not slow"
+ALL_IN_BROWSER := $(BROWSER)
+NOT_SMOKED := $(filter-out notebooks/05%,$(sort $(wildcard notebooks/0*.ipynb)))
+NOT_IN_BROWSER := $(sort $(wildcard notebooks/[12]*.ipynb))
+endif
+
+.PHONY: demo test test-all browser no-browser zoo lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2 -m "not slow"
-	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks/0*.ipynb
+	$(UNITS) -m "not slow"
+	$(NOTEBOOKS) $(NOT_SMOKED)
+	@$(SMOKE)
 
 test-all: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2
-	$(BIN)/python -m pytest -p no:cacheprovider --nbval-lax notebooks
+	$(UNITS)
+	$(NOTEBOOKS) $(NOT_IN_BROWSER)
+	@$(ALL_IN_BROWSER)
 
 browser: $(STAMP)
-	$(BIN)/python -m pytest tests/browser
+	@$(ALL_IN_BROWSER)
+
+no-browser:
+	@echo '*************************************************************************************'
+	@echo '*** No Chromium was found: the browser tests were NOT run.                        ***'
+	@echo '*** Install the package "chromium", or say where it is: make CHROMIUM=... browser ***'
+	@echo '*************************************************************************************'
 
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py

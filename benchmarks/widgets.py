@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,11 @@ import torch
 import tyro
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "browser"))
 
 from lab import Notebook, View, chromium, jupyterlab, opened
+from run_folders import write as write_run
 
 from obc_tools.environment import environment
 
@@ -43,22 +45,23 @@ WATCH = """([cell, quiet]) => {
     if (!seen.start) return;
     seen.first ||= performance.now();
     seen.last = performance.now();
-  }).observe(cell, { subtree: true, childList: true, attributes: true, characterData: true });
+  }).observe(cell.querySelector(".jp-OutputArea"),
+    { subtree: true, childList: true, attributes: true, characterData: true });
 }"""
 QUIET = "quiet => window.seen.last && performance.now() - window.seen.last > quiet"
 
 
-def answer(view: View, act: Callable[[], object], *, first: bool = False, quiet: int = 700) -> float:
+def answer(view: View, act: Callable[[], object], *, first: bool = False, quiet: int = 1500) -> float:
     """Return the milliseconds from an event to the last change in the page, or to the first."""
     view.page.evaluate(WATCH, [view.cell.element_handle(), quiet])
     act()
-    view.page.wait_for_function(QUIET, arg=quiet, polling=50)
+    view.page.wait_for_function(QUIET, arg=quiet, polling=100)
     seen = view.page.evaluate("() => window.seen")
     return seen["first" if first else "last"] - seen["start"]
 
 
-def press_key(view: View, label: str, key: str = "ArrowRight") -> None:
-    """Move a slider by a key: one step, as one move of a drag does."""
+def press_key(view: View, label: str, key: str) -> None:
+    """Move a slider by a key: a step by an arrow, as one move of a drag does, or to an end."""
     view.control(label, ".noUi-handle").press(key)
 
 
@@ -66,18 +69,20 @@ def studio_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], obje
     """Return what is done in the studio in repeat i, and whether its first sign counts."""
     view = notebook.view("obc.PruningStudio(")
     kinds = ["speed-up (times fewer MACs)", "share of channels removed"]
-    groups = ["layer1.0.conv2.out", "layer4.0.conv1.out"]
+    groups = ["layer4.0.conv1.out", "layer1.0.conv2.out"]
     return {
-        "target slider, share of channels": (lambda i: press_key(view, "to"), False),
+        "target slider, share of channels": (lambda i: press_key(view, "to", "ArrowRight"), False),
+        "multiple of so many channels": (lambda i: view.enter("multiple of", str(2 + i)), False),
         "kind of target": (lambda i: view.choose("target", kinds[i % 2]), False),
         "scope": (lambda i: view.choose("scope", ["local", "global"][i % 2]), False),
         "another group": (lambda i: view.choose("group", groups[i % 2]), False),
-        "limit slider of a group": (lambda i: press_key(view, "at most goes", "ArrowLeft"), False),
+        "limit slider of a group": (lambda i: press_key(view, "at most goes", ["Home", "End"][i % 2]), False),
         "lock": (lambda i: view.press("lock this group"), False),
         "channel by a click": (lambda i: view.click(0.3 + 0.05 * i, 0.95, "x2y2"), False),
         "undo": (lambda i: view.press("undo"), False),
         "redo": (lambda i: view.press("redo"), False),
         "remember": (lambda i: view.press("remember"), False),
+        "another plan to compare with": (lambda i: view.choose("compare with", f"plan {1 + i}"), False),
         "normaliser, first sign of scoring": (lambda i: view.choose("normalizer", ["mean", "max", "sum"][i % 3]), True),
     }
 
@@ -87,7 +92,7 @@ def explorer_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], ob
     view = notebook.view("obc.JTJExplorer(")
     views = ["one channel", "filter", "spectrum", "grid"]
     return {
-        "view": (lambda i: view.choose("view", views[i % 4]), False),
+        "view (one channel, filter, spectrum, grid)": (lambda i: view.choose("view", views[i % 4]), False),
         "values": (lambda i: view.choose("values", ["correlation", "absolute"][i % 2]), False),
         "layer, first sign of computing": (
             lambda i: view.choose("layer", ["layer1.0.conv1", "conv1"][i % 2]),
@@ -106,6 +111,12 @@ def pair_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], object
     }
 
 
+def monitor_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], object], bool]]:
+    """Return what is done in the monitor of two runs in repeat i."""
+    view = notebook.view("obc.RunMonitor(")
+    return {"another run's log": (lambda i: view.choose("run", ["EP", "naive"][i % 2]), False)}
+
+
 def write_images(folder: Path) -> None:
     """Write noise as class folders."""
     generator = np.random.default_rng(0)
@@ -115,37 +126,47 @@ def write_images(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / name / "image.png")
 
 
-def main(repeats: int = 12, out: Path = RESULT) -> None:
-    """Time every reaction so often, after one that does not count; write a row each."""
-    rows = []
-    cells = [
-        NETWORK,
-        "studio = obc.PruningStudio(model, data, **few)\nstudio",
-        "explorer = obc.JTJExplorer(model, data, **few)\nexplorer",
+VIEWS = {
+    "PruningStudio": ("studio = obc.PruningStudio(model, data, **few)\nstudio", "PruningPlan(", studio_reactions),
+    "JTJExplorer": ("explorer = obc.JTJExplorer(model, data, **few)\nexplorer", "DenseJTJ(", explorer_reactions),
+    "InteractionExplorer": (
         "together = obc.InteractionExplorer(model, data, **few)\ntogether",
-    ]
+        "FilterInteractions(",
+        pair_reactions,
+    ),
+    "RunMonitor": ("obc.RunMonitor({'naive': 'naive', 'EP': 'EP'}, every=None)", "epoch", monitor_reactions),
+}
+"""Each widget's cell, the words that it shows once it is there, and its reactions."""
+
+
+def time_all(notebook: Notebook, repeats: int) -> Iterator[tuple[str, str, float, float, int]]:
+    """Time every reaction so often, after one that does not count: widget, reaction, median, worst and n."""
+    for widget, (_, words, reactions) in VIEWS.items():
+        view = notebook.view(f"obc.{widget}(")
+        view.until(lambda view=view, words=words: words in view.words, "an outcome")
+        for name, (act, first) in reactions(notebook).items():
+            took = [answer(view, partial(act, i), first=first) for i in range(repeats + 1)][1:]
+            yield widget, name, statistics.median(took), max(took), repeats
+
+
+def main(repeats: int = 12, out: Path = RESULT) -> None:
+    """Write a row a reaction."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as lab, chromium() as browser:
         write_images(lab.folder / "images")
+        for name in ("naive", "EP"):
+            write_run(lab.folder / name)
+        cells = [NETWORK, *(cell for cell, _, _ in VIEWS.values())]
         with opened(browser, lab, lab.write("latency.ipynb", *cells)) as notebook:
             notebook.run_all()
-            for words, reactions in (
-                ("obc.PruningStudio(", studio_reactions),
-                ("obc.JTJExplorer(", explorer_reactions),
-                ("obc.InteractionExplorer(", pair_reactions),
-            ):
-                view = notebook.view(words)
-                view.until(
-                    lambda view=view: "(" in view.cell.locator(".widget-html").all_inner_texts()[0], "an outcome"
-                )
-                for name, (act, first) in reactions(notebook).items():
-                    took = [answer(view, partial(act, i), first=first) for i in range(repeats + 1)][1:]
-                    rows.append((words[4:-1], name, statistics.median(took), max(took), repeats))
-                    print(*rows[-1], flush=True)
+            for row in time_all(notebook, repeats):
+                rows.append(row)
+                print(*row, flush=True)
             assert notebook.errors == []
         browser_version = browser.version
     found = environment(torch.device("cpu"))
     frame = pd.DataFrame(rows, columns=["widget", "reaction", "median (ms)", "worst (ms)", "n"]).round(0)
-    frame["hardware"] = f"{found['cpu']}, {found['cpus']} CPUs"
+    frame["hardware"] = f"{found['cpu']}, {found['cpus']} CPUs, no GPU"
     frame["versions"] = ", ".join(
         [f"Chromium {browser_version}", *(f"{name} {version(name)}" for name in ("torch", "jupyterlab", "ipywidgets"))]
     )

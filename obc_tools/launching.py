@@ -6,6 +6,7 @@ anybody needs to know about it is in its folder.
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import os
@@ -171,6 +172,15 @@ class Run:
         lines = [f"Run('{self.folder}'): {self.job.title}, {self.status}"]
         lines += [f"  {TITLES[key]}: {history.last}" for key, history in self.histories.items()]
         return "\n".join([*lines, *([f"  {self.error}"] if self.status == "failed" else [])])
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(html.escape(line) for line in repr(self).splitlines())
+        if self.status != "finished":
+            return lines
+        digits = {"test loss": "{:.4f}", "MACs": "{:,.0f}", "speed-up": "{:.2f}x", "parameters": "{:,}"}
+        shown = {name: text.format for name, text in digits.items()}
+        table = self.table().to_html(index=False, float_format="{:.2%}".format, formatters=shown)
+        return f"{lines}{table}"
 
     def _show(self, bar: tqdm) -> None:
         found = self.progress()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,17 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from .layers import LayerAxis
-from .looks import COLORS, theme
+from .looks import COLORS, PALETTE, theme
 from .plan import PruningPlan
 from .plots import group_names
 
-SCORES = 4
-"""Which trace of `studio_figure` holds the scores; its ``customdata`` are the channels."""
+GROUPS, SCORES = 0, 6
+"""Which trace of `studio_figure` holds the groups, and which the scores; its ``customdata`` are the channels."""
+MOST_BARS = 200
+"""Channels up to which each is a bar of its own, with gaps between."""
+PANELS = 350
+"""Pixels of height of both panels together; names of groups stand between them."""
+SILENT = {"hoverinfo": "skip"}
 
 
 def studio_figure(
@@ -32,26 +38,37 @@ def studio_figure(
     Raises:
         ValueError: an unknown group or look.
     """
-    figure = make_subplots(2, 1, vertical_spacing=0.3, row_heights=[0.55, 0.45])
+    gap = 40 + 5.4 * max(map(len, group_names(plan)))
+    height = PANELS + gap
+    figure = make_subplots(2, 1, vertical_spacing=gap / height, row_heights=[0.55, 0.45])
     traces = studio_traces(plan, root, score, compared=compared)
     for trace in traces[:3]:
         figure.add_bar(**trace, row=1, col=1)
     figure.add_scatter(**traces[3], row=1, col=1)
-    figure.add_bar(**traces[SCORES], row=2, col=1)
-    figure.update_xaxes(title="group (its first layer)", type="category", tickangle=-90, tickfont_size=9, row=1)
+    for trace in traces[4:]:
+        figure.add_scatter(**trace, row=2, col=1)
+    title = "group (its first layer); click one to see its channels"
+    figure.update_xaxes(title=title, type="category", tickangle=-90, tickfont_size=9, row=1)
     figure.update_yaxes(title="channels", row=1, col=1)
     figure.update_yaxes(title="score", exponentformat="power", row=2, col=1)
-    figure.update_layout(template=theme(look), barmode="stack", bargap=0.15, height=560, margin_t=30)
+    # Margins that plotly has to measure make every drawing slower.
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
+    figure.update_layout(template=theme(look), barmode="stack", bargap=0.15, hovermode="x", legend_traceorder="normal")
+    figure.update_layout(height=height + 78, margin={"t": 30, "l": 64, "b": 48})
     figure.update_layout(studio_axes(root, score))
     return figure
 
 
 def studio_axes(root: LayerAxis, score: Tensor) -> dict[str, Any]:
     """Return what the layout of `studio_figure` says of the group that is shown."""
-    lowest, highest = float(score.min()), float(score.max())
-    wide = lowest > 0 and highest > 30 * lowest
     title = f"channels of {LayerAxis(*root)} by score; click one to keep or remove it"
-    return {"xaxis2": {"title": {"text": title}}, "yaxis2": {"type": "log" if wide else "linear"}}
+    return {"xaxis2": {"title": {"text": title}}, "yaxis2": {"type": "log" if _is_wide(score) else "linear"}}
+
+
+def _is_wide(score: Tensor) -> bool:
+    """Say whether scores are drawn on a logarithmic axis."""
+    return 0 < 30 * float(score.min()) < float(score.max())
 
 
 def studio_traces(
@@ -66,7 +83,8 @@ def studio_traces(
         + (f"<br>{group.kept_whole}" if group.kept_whole else "")
         for group, count in zip(plan.groups, kept, strict=True)
     ]
-    shared = {"x": group_names(plan), "customdata": notes, "hovertemplate": "%{customdata}<extra></extra>"}
+    shared = {"x": group_names(plan)}
+    told = {"customdata": notes, "hovertemplate": "%{customdata}<extra></extra>"}
     opacity = [1.0 if group.root == root else 0.7 for group in plan.groups]
     bars = (
         ("kept", kept * ~whole, "kept"),
@@ -77,21 +95,37 @@ def studio_traces(
         shared | {"y": heights, "name": name, "marker": {"color": COLORS[color], "opacity": opacity, "line_width": 0}}
         for name, heights, color in bars
     ]
+    traces = [traces[0] | told, *(trace | SILENT for trace in traces[1:])]
     marks = [] if compared is None else [len(channels) for channels in compared.kept]
-    marker = {"symbol": "diamond-open", "size": 8, "color": COLORS["ep"], "line_width": 1.5}
+    marker = {"symbol": "diamond-open", "size": 8, "color": PALETTE[1], "line_width": 2}
     marked = {"x": shared["x"] if marks else [], "y": marks, "name": "kept by the compared plan", "mode": "markers"}
-    return [*traces, marked | {"marker": marker, "showlegend": bool(marks)}, _score_bars(plan, root, score)]
+    marked |= SILENT | {"marker": marker, "showlegend": bool(marks)}
+    return [*traces, marked, *_score_bars(plan.kept_of(root), score)]
 
 
-def _score_bars(plan: PruningPlan, root: LayerAxis, score: Tensor) -> dict[str, Any]:
+def _score_bars(kept: Sequence[int], score: Tensor) -> list[dict[str, Any]]:
+    """Return all bars of one colour as one outline each, and a line without ink that tells and takes clicks.
+
+    A bar trace draws an element a channel: a second for the 2048 channels of ResNet-50's last group.
+    """
     order = score.argsort(descending=True, stable=True).numpy()
-    stays = np.isin(order, plan.kept_of(root))
-    scale = [(0, COLORS["removed"]), (1, COLORS["kept"])]
-    return {
-        "x": np.arange(1, len(order) + 1),
-        "y": score.numpy()[order],
-        "customdata": order,
-        "marker": {"color": stays.astype(int), "colorscale": scale, "cmin": 0, "cmax": 1, "line_width": 0},
-        "hovertemplate": "channel %{customdata}: %{y:.3e}<extra></extra>",
-        "showlegend": False,
-    }
+    heights, ranks = score.numpy()[order], np.arange(1, len(order) + 1)
+    lowest, highest = heights[-1], heights[0]
+    base = lowest * (lowest / highest) ** 0.05 if _is_wide(score) else 0.0
+    half = 0.5 if len(order) > MOST_BARS else 0.42
+    stays = np.isin(order, kept)
+    shared = {"mode": "lines", "showlegend": False}
+    bars = [
+        shared | SILENT | _outline(ranks[part], heights[part], base, half) | {"fillcolor": COLORS[color]}
+        for part, color in ((stays, "kept"), (~stays, "removed"))
+    ]
+    hover = {"customdata": order, "hovertemplate": "channel %{customdata}: %{y:.3e}<extra></extra>"}
+    return [*bars, shared | hover | {"x": ranks, "y": heights, "line": {"width": 0}}]
+
+
+def _outline(ranks: np.ndarray, heights: np.ndarray, base: float, half: float) -> dict[str, Any]:
+    """Return the outline of bars side by side as one filled path along their base."""
+    foot = np.full_like(heights, base)
+    x = np.stack([ranks - half, ranks - half, ranks + half, ranks + half], 1).ravel()
+    y = np.stack([foot, heights, heights, foot], 1).ravel()
+    return {"x": x, "y": y, "fill": "toself", "line": {"width": 0}}

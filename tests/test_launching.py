@@ -70,6 +70,8 @@ def assert_same(run: Run, expected: Run) -> None:
 def test_a_run_tells_what_came_out(whole):
     assert whole.status == "finished"
     assert repr(whole).startswith(f"Run('{whole.folder}'): tiny, finished\n  original: epoch 2")
+    shown = whole._repr_html_()
+    assert "tiny, finished<br>" in shown and "<th>test accuracy</th>" in shown and "1.00x</td>" in shown
     assert whole.results["equivalence"]["merged_from_trained"] <= 1e-4
     assert "measuring" in whole.log() and whole.error is None
     last, best = whole.table(), whole.table(select="best_on_test")
@@ -166,6 +168,7 @@ def test_a_failed_run_says_why(tmp_path):
     assert (code, run.status) == (1, "failed")
     assert run.error == "ValueError: digits come with scikit-learn: root must be None"
     assert "failed\n  ValueError: digits come" in repr(run)
+    assert "failed<br>  ValueError: digits come" in run._repr_html_()
 
 
 def test_commands_for_one_and_several_processes(tmp_path):

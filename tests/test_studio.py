@@ -10,7 +10,7 @@ import torch
 import obc_tools as obc
 from obc_tools.plan import PruningPlan
 from obc_tools.pruning import Target
-from obc_tools.studio_plots import SCORES
+from obc_tools.studio_plots import GROUPS, SCORES
 from obc_tools.widgets import studio as studio_module
 from obc_tools.widgets.live import Click
 from obc_tools.widgets.studio import PruningStudio
@@ -95,14 +95,25 @@ def test_a_drag_is_undone_at_once(studio):
 
 
 def test_a_click_in_the_score_bar_toggles_a_channel(studio):
-    root, bars = controls(studio).group.value, studio.figure.data[SCORES]
+    root, data = controls(studio).group.value, studio.figure.data
     before = studio.plan.kept_of(root)
     studio._clicked(Click(SCORES, (0,), 1, 0.5))
-    channel = int(bars.customdata[0])
+    channel = int(data[SCORES].customdata[0])
     assert set(before) ^ set(studio.plan.kept_of(root)) == {channel}
-    assert bars.marker.color[0] == (channel in studio.plan.kept_of(root))
+    kept, removed = data[SCORES - 2 : SCORES]
+    assert channel not in studio.plan.kept_of(root) and removed.x.min() < 1 < kept.x.min()
     studio.toggle(root, channel)
     assert studio.plan.kept_of(root) == before
+
+
+def test_a_click_on_a_group_shows_its_channels(studio):
+    c, groups = controls(studio), studio.plan.groups
+    free = [index for index, group in enumerate(groups) if group.prunable]
+    whole = next(index for index, group in enumerate(groups) if not group.prunable)
+    for index, shown in ((free[-1], free[-1]), (whole, free[-1]), (free[0], free[0])):
+        studio._clicked(Click(GROUPS, (index,), 1, 0.5))
+        assert c.group.value == groups[shown].root
+        assert f"channels of {groups[shown].root} by score" in studio.figure.layout.xaxis2.title.text
 
 
 def test_what_cannot_be_toggled_is_said(studio):

@@ -14,7 +14,10 @@ NARROW = {"width": "330px"}
 FITTING = {"width": "auto", "flex": "0 0 auto"}
 WRAPPING = {"flex_flow": "row wrap"}
 LABEL = {"description_width": "104px"}
-SHOWN = 8
+COLUMN = {"width": "350px", "flex": "0 0 auto"}
+"""Of controls, beside a figure that takes the rest."""
+REST = {"flex": "1 1 auto", "min_width": "0"}
+SHOWN = 6
 """Channels that a table names at most in one cell."""
 
 STYLE = (
@@ -67,9 +70,9 @@ def button(label: str, act: Callable[[], None], tooltip: str = "", icon: str = "
 
 def code_area() -> W.Textarea:
     """Return the field in which a view shows the call that it makes; its text is selected and copied there."""
-    return W.Textarea(
-        description="Python", disabled=True, rows=9, layout={"width": "98%"}, style={"description_width": "60px"}
-    )
+    made = W.Textarea(description="Python", disabled=True, layout={"width": "98%"}, style={"description_width": "60px"})
+    made.observe(lambda change: setattr(made, "rows", change["new"].count("\n") + 1), "value")
+    return made
 
 
 def note(words: str, *, bad: bool = False) -> str:
@@ -80,7 +83,8 @@ def note(words: str, *, bad: bool = False) -> str:
 
 def table(frame: pd.DataFrame) -> str:
     """Return a table as HTML, its text escaped: close rows, columns apart, all but the first to the right."""
-    return STYLE + frame.to_html(index=False, border=0, na_rep="", justify="right", classes="obc-table")
+    inner = frame.to_html(index=False, border=0, na_rep="", justify="right", classes="obc-table")
+    return f"{STYLE}<div style='overflow-x: auto'>{inner}</div>"
 
 
 def listed(channels: Sequence[int]) -> str:

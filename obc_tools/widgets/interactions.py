@@ -14,7 +14,7 @@ from ..explorer_plots import jtj_pair
 from ..interactions import FilterInteractions, filter_interactions
 from ..jacobian import JacobianProducts, jacobian_products
 from ..plots import interactions_heatmap
-from .controls import button, code_area, dropdown, note, table
+from .controls import COLUMN, REST, button, code_area, dropdown, note, table
 from .explorer import Explorer
 from .live import Click
 
@@ -63,8 +63,9 @@ class InteractionExplorer(Explorer):
         self.back_button = button("back to K", self._show, "from the JᵀJ of a pair", "arrow-left")
         self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
         self.table, self.code = W.HTML(), code_area()
-        left = W.VBox([self.layer, self.order, self.mode, W.HBox([self.back_button, self.cancel_button]), self.table])
-        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
+        buttons = W.HBox([self.back_button, self.cancel_button])
+        left = W.VBox([self.layer, self.order, self.mode, buttons, self.table], layout=COLUMN)
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
         self.children = (W.HBox([left, right]), self.code)
         for control in (self.layer, self.order, self.mode):
             control.observe(lambda _: self._show(), "value")

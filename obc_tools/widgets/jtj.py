@@ -17,7 +17,7 @@ from ..explorer_plots import filter_image
 from ..groups import find_groups
 from ..layers import LayerAxis, get_layer, layer_axes
 from ..plots import MODES, group_jtj_heatmap, jtj_grid, jtj_heatmap, spectrum
-from .controls import Filling, button, code_area, dropdown, integer, note, set_options, table, text
+from .controls import COLUMN, REST, Filling, button, code_area, dropdown, integer, note, set_options, table, text
 from .explorer import Explorer
 
 VIEWS = ("grid", "one channel", "filter", "spectrum", "group")
@@ -70,8 +70,8 @@ class JTJExplorer(Explorer):
         self.table, self.code = W.HTML(), code_area()
         left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path]
         left.append(W.HBox([self.save_button, self.cancel_button]))
-        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout={"flex": "1 1 auto"})
-        self.children = (W.HBox([W.VBox(left, layout={"width": "350px"}), right]), self.table, self.code)
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
+        self.children = (W.HBox([W.VBox(left, layout=COLUMN), right]), self.table, self.code)
         for control in (self.layer, self.first, self.count):
             control.observe(lambda _: self._filling.now or self._compute(), "value")
         for control in (self.view, self.mode, self.channel):

@@ -24,31 +24,30 @@ function click(model, event) {
 
 async function render({ model, el }) {
   const Plotly = await (globalThis[KEY] ??= load(model));
-  let busy = false, again = false, width = el.offsetWidth;
-  // What changes while a figure is drawn is drawn once, as it is then: a slow page must not fall behind.
+  let busy = false, again = false, width = 0;
+  // What changes while a figure is drawn is drawn once, as it is then: a slow page must not fall behind. Its width is
+  // given, since Plotly.Plots.resize takes a timer and may never answer.
   async function draw() {
     again = busy;
     if (busy) return;
     busy = true;
-    try {
-      do {
-        again = false;
-        const { data, layout } = JSON.parse(model.get("drawing"));
-        await Plotly.react(el, data, layout, { displaylogo: false });
-        if (width !== el.offsetWidth && el.offsetWidth) {
-          width = el.offsetWidth;
-          await Plotly.Plots.resize(el);
-        }
-      } while (again);
-    } finally {
-      busy = false;
-    }
+    do {
+      again = false;
+      width = el.offsetWidth;
+      const { data, layout } = JSON.parse(model.get("drawing"));
+      try {
+        await Plotly.react(el, data, width ? { ...layout, width } : layout, { displaylogo: false });
+      } catch (error) {
+        console.error(error);
+      }
+    } while (again);
+    busy = false;
   }
   model.on("change:drawing", draw);
+  const resized = new ResizeObserver(() => el.offsetWidth && width !== el.offsetWidth && draw());
+  resized.observe(el);
   await draw();
   el.on("plotly_click", (event) => click(model, event));
-  const resized = new ResizeObserver(() => width !== el.offsetWidth && draw());
-  resized.observe(el);
   return () => {
     model.off("change:drawing", draw);
     resized.disconnect();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import ipywidgets as W
 import plotly.graph_objects as go
@@ -117,7 +118,7 @@ class RunMonitor(W.VBox):
             tail = note(self.run.log(LOG_LINES))
             self.tail.value = f"<pre style='max-height:220px;overflow:auto'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
-            self.code.value = f"run = obc.Run.open({str(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+            self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
 
     def _watch(self, every: float) -> None:
         while not self._closed.wait(every):
@@ -126,3 +127,8 @@ class RunMonitor(W.VBox):
             # A line that is being written, or a folder that is gone: the next look tells.
             except (OSError, ValueError) as error:
                 self.said.value = note(str(error), bad=True)
+
+
+def _from_here(folder: Path) -> str:
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

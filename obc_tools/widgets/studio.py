@@ -18,7 +18,7 @@ from ..plan import PruningPlan
 from ..pruning import prune
 from ..scores import Scores
 from ..store import save_pruned
-from ..studio_plots import SCORES, studio_axes, studio_figure, studio_traces
+from ..studio_plots import GROUPS, SCORES, studio_axes, studio_figure, studio_traces
 from ..studio_session import Measurement, StudioSession
 from ..studio_state import (
     Choices,
@@ -36,7 +36,7 @@ from ..studio_state import (
     undo,
     unlock,
 )
-from .controls import Filling, listed, note, set_options, table
+from .controls import COLUMN, REST, Filling, listed, note, set_options, table
 from .live import Click, LiveFigure
 from .studio_controls import NONE, StudioControls
 from .tasks import Task, Worker
@@ -104,9 +104,9 @@ class PruningStudio(W.VBox):
         first = studio_figure(self.plan, root, self._score(root), look=look)
         self.picture = LiveFigure(first, self._clicked)
         self._connect()
-        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout={"width": "350px", "flex": "0 0 auto"})
-        right = W.VBox([self.picture, c.status_box, c.table], layout={"flex": "1 1 auto", "min_width": "0"})
-        super().__init__([c.action_box, W.HBox([left, right]), c.changes, c.keep_box, c.code])
+        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout=COLUMN)
+        right = W.VBox([self.picture, c.status_box], layout=REST)
+        super().__init__([c.action_box, W.HBox([left, right]), c.table, c.changes, c.keep_box, c.code])
         self._show()
 
     @property
@@ -227,8 +227,11 @@ class PruningStudio(W.VBox):
         self._show_outcome()
 
     def _clicked(self, click: Click) -> None:
+        c = self._controls
         if click.trace == SCORES:
-            self.toggle(self._controls.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
+            self.toggle(c.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
+        elif click.trace == GROUPS and self.plan.groups[click.place[0]].prunable:
+            c.group.value = self.plan.groups[click.place[0]].root
 
     def _cancel(self) -> None:
         self._worker.cancel()

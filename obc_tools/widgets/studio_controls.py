@@ -206,7 +206,7 @@ class StudioControls:
     def _set_target(self, target: Target, costs: CostModel) -> None:
         kind, value = shown_value(target)
         low, high, step = slider_range(kind, costs)
-        with self.target.hold_trait_notifications():
+        with self.target.hold_sync(), self.target.hold_trait_notifications():
             self.target.min, self.target.max = min(low, value), max(high, value)
             self.target.step, self.target.value = step, value
         self.kind.value = kind

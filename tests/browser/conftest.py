@@ -7,7 +7,7 @@ from lab import CHROMIUM, chromium, jupyterlab
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (install the package 'chromium'): the browser was not tested")
+        pytest.skip("no Chromium on this machine: the browser was not tested")
     with jupyterlab(tmp_path_factory.mktemp("lab")) as started:
         yield started
 

@@ -26,7 +26,8 @@ import nbformat
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, sync_playwright
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = (os.environ.get("CHROMIUM") or "chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = ("--no-sandbox", "--disable-dev-shm-usage")
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SETTINGS = {
@@ -196,9 +197,9 @@ class View:
         self.page.mouse.down()
         self.page.mouse.up()
 
-    def until(self, met: Callable[[], bool], what: str) -> None:
+    def until(self, met: Callable[[], bool], what: str, seconds: float = 60) -> None:
         """Wait until something is so; raise AssertionError that tells what was awaited."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + seconds
         while not met():
             if time.monotonic() > end:
                 self.cell.screenshot(path=FAILED)
@@ -234,7 +235,7 @@ def jupyterlab(folder: Path, look: str = "light") -> Iterator[Lab]:
 def chromium() -> Iterator[Browser]:
     """Start the machine's Chromium without a window; raise ValueError where there is none."""
     if CHROMIUM is None:
-        raise ValueError("no Chromium on this machine: install the package 'chromium'")
+        raise ValueError("no Chromium on this machine: install the package 'chromium', or say in CHROMIUM where it is")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser
@@ -242,9 +243,11 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, lab: Lab, name: str, *, height: int = 1400, scale: float = 1.0) -> Iterator[Notebook]:
+def opened(
+    browser: Browser, lab: Lab, name: str, *, width: int = 1500, height: int = 1400, scale: float = 1.0
+) -> Iterator[Notebook]:
     """Open a notebook in a page of its own; shut its kernel down at the end."""
-    context = browser.new_context(viewport={"width": 1500, "height": height}, device_scale_factor=scale)
+    context = browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale)
     page = context.new_page()
     page.set_default_timeout(1000 * SECONDS)
     notebook = Notebook(page, name)
