@@ -139,8 +139,34 @@ def test_attention_trains_as_inserted_maps_do():
     assert list(merged.state_dict()) == list(prune(model, plan).state_dict())
 
 
+class Tokens(nn.Module):
+    """Turns the first number of each example into one of ten tokens."""
+
+    def forward(self, x):
+        return (5 * x[:, 0]).long() % 10
+
+
+class Scale(nn.Module):
+    """Layer scale: a factor a channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def embedded():
+    return nn.Sequential(
+        Tokens(), nn.Embedding(10, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)
+    ).double()
+
+
 def one_kind(name):
     """Return a chain with one layer of a kind in the middle, and inputs for it."""
+    if name == "Embedding":
+        return embedded(), torch.randn(16, 3, dtype=torch.float64)
     d = {"Conv1d": 1, "Conv3d": 3}.get(name, 2)
     conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[d]
     middle = {
@@ -150,6 +176,7 @@ def one_kind(name):
         "depthwise, twice as wide": lambda: conv(8, 16, 3, groups=8),
         "GroupNorm": lambda: nn.Sequential(conv(8, 12, 1), nn.GroupNorm(2, 12)),
         "PReLU": lambda: nn.Sequential(conv(8, 12, 1), nn.PReLU(12)),
+        "layer scale": lambda: nn.Sequential(conv(8, 12, 1), Scale(12)),
         "InstanceNorm": lambda: nn.Sequential(conv(8, 12, 1), nn.InstanceNorm2d(12, affine=True)),
     }[name]()
     width = 16 if "twice" in name else 12
@@ -160,7 +187,7 @@ def one_kind(name):
 KINDS = ["Conv1d", "Conv3d", "ConvTranspose2d, grouped", "depthwise, twice as wide", "GroupNorm", "PReLU"]
 
 
-@pytest.mark.parametrize("name", [*KINDS, "InstanceNorm"])
+@pytest.mark.parametrize("name", [*KINDS, "InstanceNorm", "Embedding", "layer scale"])
 def test_every_layer_type_trains_as_inserted_maps_do(name):
     torch.manual_seed(0)
     model, images = one_kind(name)
