@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,6 @@ from .layers import (
     all_axes,
     get_layer,
     layer_axes,
-    own_parameters,
     own_tensors,
     scale_outputs,
     select_channels,
@@ -33,7 +33,7 @@ def shrink_model(
 ) -> nn.Module:
     """Return a copy of the model in which the given axes keep only these positions (ascending).
 
-    ``scaled`` maps a layer that is cut to original positions of its outputs and the number that multiplies these.
+    ``scaled`` maps a layer whose outputs are cut to original positions of them and the number that multiplies these.
     """
     shrunk, borrowed = copy_borrowing(model)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
@@ -41,9 +41,6 @@ def shrink_model(
         by_layer[axis.layer][axis.axis] = positions
     for name, axes in by_layer.items():
         layer = get_layer(shrunk, name)
-        if name in scaled:
-            _own(own_parameters(layer).values())
-            scale_outputs(layer, *scaled[name])
         if isinstance(layer, Tensor):
             _shrink_bare(shrunk, name, layer, {k: positions for k, positions in axes.items() if not is_attribute(k)})
             continue
@@ -51,6 +48,9 @@ def shrink_model(
         for key, positions in axes.items():
             if is_attribute(key) and key != TEMPERATURE:
                 _set_attribute(layer, key, len(positions))
+    for name, (positions, factor) in scaled.items():
+        outputs = by_layer[name]["out"]
+        scale_outputs(get_layer(shrunk, name), np.flatnonzero(np.isin(outputs, positions)), factor)
     left = set(shrunk.parameters())
     _own(parameter for parameter in borrowed if parameter in left)
     return shrunk
