@@ -188,10 +188,13 @@ def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
+    """Refuse what a diverged training leaves; an infinite limit that a fixed buffer holds is none of that."""
+    trained = {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise StoreError(f"'{name}' of the model's state is a {type(tensor).__name__}; only tensors are saved")
-        if not tensor.isfinite().all():
+        fixed = name not in trained and "running_" not in name
+        if tensor.isnan().any() or (tensor.isinf().any() and not fixed):
             raise StoreError(f"'{name}' holds NaN or infinity; the model was not saved")
 
 

@@ -166,6 +166,14 @@ def test_refuses_what_is_not_finite(tmp_path, model, plan, name, value):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_buffer_may_hold_an_infinite_limit(tmp_path, model, plan):
+    model.register_buffer("highest", torch.tensor(torch.inf))
+    save_pruned(tmp_path / "saved", model, plan)
+    fresh = load_model(**SOURCE)
+    fresh.register_buffer("highest", torch.zeros(()))
+    assert load_pruned(tmp_path / "saved", model=fresh).highest == torch.inf
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
