@@ -94,3 +94,15 @@ def test_items_are_watched_each_time():
     task.cancel()
     with pytest.raises(Cancelled):
         list(watched)
+
+
+def test_an_outcome_that_cannot_be_shown_is_an_error():
+    told = Told()
+
+    def refuse(outcome):
+        raise ValueError(f"cannot show {outcome}")
+
+    told.worker.start(lambda task: 3, refuse)
+    told.worker.wait(10)
+    with told.worker.lock:
+        assert [str(error) for error in told.errors] == ["cannot show 3"]

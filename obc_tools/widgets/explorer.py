@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import ipywidgets as W
@@ -14,7 +14,7 @@ from ..batches import take
 from ..data import Data
 from ..layers import scored_layers
 from ..looks import theme
-from .controls import dropdown, note
+from .controls import Filling, dropdown, note
 from .live import Click, LiveFigure
 from .tasks import Task, Worker
 
@@ -41,6 +41,7 @@ class Explorer(W.VBox):
         self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"})
         self.status = W.HTML()
         self._worker = Worker(self._report, self._failed)
+        self._filling = Filling()
 
     @property
     def batches(self) -> Collection[Any]:
@@ -75,6 +76,17 @@ class Explorer(W.VBox):
             return work(task.watch(self.batches, what))
 
         self._worker.start(watched, then)
+
+    def on_change(self, controls: Iterable[W.Widget], act: Callable[[], None]) -> None:
+        """Do something when somebody sets one of the controls, and not while an outcome is handed over."""
+
+        def by_hand(_: dict) -> None:
+            with self._worker.lock:
+                if not self._filling.now:
+                    act()
+
+        for control in controls:
+            control.observe(by_hand, "value")
 
     @property
     def figure(self) -> go.Figure:

@@ -67,8 +67,7 @@ class InteractionExplorer(Explorer):
         left = W.VBox([self.layer, self.order, self.mode, buttons, self.table], layout=COLUMN)
         right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
         self.children = (W.HBox([left, right]), self.code)
-        for control in (self.layer, self.order, self.mode):
-            control.observe(lambda _: self._show(), "value")
+        self.on_change((self.layer, self.order, self.mode), self._show)
         self.compute("computing J·w", lambda batches: jacobian_products(self.network, batches), self._take)
 
     def __repr__(self) -> str:

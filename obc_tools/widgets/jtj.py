@@ -17,7 +17,7 @@ from ..explorer_plots import filter_image
 from ..groups import find_groups
 from ..layers import LayerAxis, get_layer, layer_axes
 from ..plots import MODES, group_jtj_heatmap, jtj_grid, jtj_heatmap, spectrum
-from .controls import COLUMN, REST, Filling, button, code_area, dropdown, integer, note, set_options, table, text
+from .controls import COLUMN, REST, button, code_area, dropdown, integer, note, set_options, table, text
 from .explorer import Explorer
 
 VIEWS = ("grid", "one channel", "filter", "spectrum", "group")
@@ -56,7 +56,6 @@ class JTJExplorer(Explorer):
         super().__init__(model, data, batches, batch_size, seed, look)
         self.dense: DenseJTJ | None = None
         self.group: GroupJTJ | None = None
-        self._filling = Filling()
         self.groups = find_groups(self.network, torch.zeros(1, *data.image_shape, device=self._device))
         self.layer = self.choose_layer()
         self.first = integer("first channel", 0, 0, 10**6)
@@ -72,10 +71,8 @@ class JTJExplorer(Explorer):
         left.append(W.HBox([self.save_button, self.cancel_button]))
         right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
         self.children = (W.HBox([W.VBox(left, layout=COLUMN), right]), self.table, self.code)
-        for control in (self.layer, self.first, self.count):
-            control.observe(lambda _: self._filling.now or self._compute(), "value")
-        for control in (self.view, self.mode, self.channel):
-            control.observe(lambda _: self._filling.now or self._show(), "value")
+        self.on_change((self.layer, self.first, self.count), self._compute)
+        self.on_change((self.view, self.mode, self.channel), self._show)
         self._compute()
 
     def __repr__(self) -> str:

@@ -1,11 +1,15 @@
 // plotly.js comes once a page, from the kernel: loading it must not hold up the messages of each figure.
 const KEY = Symbol.for("obc_tools.plotly");
 
+function told(model, name) {
+  return model.widget_manager.get_model(model.get(name).replace("IPY_MODEL_", ""));
+}
+
 async function load(model) {
-  const source = await model.widget_manager.get_model(model.get("library").replace("IPY_MODEL_", ""));
+  const source = await told(model, "library");
   const parts = [
     "const before = globalThis.Plotly, module = {exports: {}}, exports = module.exports, define = undefined;\n",
-    source.get("code"),
+    source.get("text"),
     "\nglobalThis.Plotly = before;\nexport default module.exports;\n",
   ];
   const url = URL.createObjectURL(new Blob(parts, { type: "text/javascript" }));
@@ -23,6 +27,7 @@ function click(model, event) {
 }
 
 async function render({ model, el }) {
+  const drawing = await told(model, "drawing");
   const Plotly = await (globalThis[KEY] ??= load(model));
   let busy = false, again = false, width = 0;
   // What changes while a figure is drawn is drawn once, as it is then: a slow page must not fall behind. Its width is
@@ -34,7 +39,7 @@ async function render({ model, el }) {
     do {
       again = false;
       width = el.offsetWidth;
-      const { data, layout } = JSON.parse(model.get("drawing"));
+      const { data, layout } = JSON.parse(drawing.get("text"));
       try {
         await Plotly.react(el, data, width ? { ...layout, width } : layout, { displaylogo: false });
       } catch (error) {
@@ -43,13 +48,13 @@ async function render({ model, el }) {
     } while (again);
     busy = false;
   }
-  model.on("change:drawing", draw);
+  drawing.on("change:text", draw);
   const resized = new ResizeObserver(() => el.offsetWidth && width !== el.offsetWidth && draw());
   resized.observe(el);
   await draw();
   el.on("plotly_click", (event) => click(model, event));
   return () => {
-    model.off("change:drawing", draw);
+    drawing.off("change:text", draw);
     resized.disconnect();
     Plotly.purge(el);
   };

@@ -14,16 +14,16 @@ import traitlets
 from plotly.offline import get_plotlyjs
 
 
-class Library(W.Widget):
-    """The text of plotly.js, 5 MB, told to a page once."""
+class Text(W.Widget):
+    """A text that a page knows."""
 
-    code = traitlets.Unicode().tag(sync=True)
+    text = traitlets.Unicode().tag(sync=True)
 
 
 @cache
-def library() -> Library:
-    """Return the kernel's one copy of plotly.js."""
-    return Library(code=get_plotlyjs())
+def library() -> Text:
+    """Return the kernel's one copy of plotly.js, 5 MB, told to a page once."""
+    return Text(text=get_plotlyjs())
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,24 @@ class LiveFigure(anywidget.AnyWidget):
 
     plotly's FigureWidget was tried: each brings plotly.js along and is dead where a page takes more than two seconds to
     load it, a page that is loaded again shows the figure as it was made, and axes of other panels stay.
+
+    An anywidget that takes a busy page more than two seconds to make gets no message ever after. So the figure is told
+    to the page by a widget of ipywidgets' own.
     """
 
     _esm = Path(__file__).with_name("live.js")
     library = traitlets.Instance(W.Widget).tag(sync=True, **W.widget_serialization)
-    drawing = traitlets.Unicode().tag(sync=True)
+    drawing = traitlets.Instance(W.Widget).tag(sync=True, **W.widget_serialization)
 
     def __init__(self, figure: go.Figure, clicked: Callable[[Click], None] | None = None):
         self.figure = figure
-        super().__init__(library=library(), drawing=figure.to_json(validate=False))
+        super().__init__(library=library(), drawing=Text(text=figure.to_json(validate=False)))
         if clicked is not None:
             self.on_msg(lambda _, content, buffers: clicked(_click(**content)))
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure, or the same one after a change."""
-        self.figure, self.drawing = figure, figure.to_json(validate=False)
+        self.figure, self.drawing.text = figure, figure.to_json(validate=False)
 
 
 def _click(trace: int, place: Sequence[int], x: object, y: object) -> Click:

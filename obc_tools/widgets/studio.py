@@ -171,11 +171,10 @@ class PruningStudio(W.VBox):
     def _connect(self) -> None:
         c = self._controls
         for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, c.target):
-            control.observe(self._changed, "value")
-        c.group.observe(lambda _: self._filling.now or self._show_group(), "value")
-        c.limit.observe(lambda _: self._filling.now or self._set_limit(), "value")
-        c.locked.observe(lambda _: self._filling.now or self._set_lock(), "value")
-        c.compared.observe(lambda _: self._filling.now or self._show_outcome(), "value")
+            control.observe(lambda changed: self._by_hand(lambda: self._changed(changed["owner"])), "value")
+        shown = {c.group: self._show_group, c.limit: self._set_limit, c.locked: self._set_lock}
+        for control, act in (shown | {c.compared: self._show_outcome}).items():
+            control.observe(lambda _, act=act: self._by_hand(act), "value")
         actions: dict[W.Button, Callable[[], object]] = {
             c.undo: lambda: self._step(undo),
             c.redo: lambda: self._step(redo),
@@ -189,16 +188,20 @@ class PruningStudio(W.VBox):
         for made, act in actions.items():
             made.on_click(lambda _, act=act: self._try(act))
 
-    def _changed(self, changed: dict) -> None:
-        if self._filling.now:
-            return
-        c, dragged = self._controls, changed["owner"] is self._controls.target
-        if changed["owner"] is c.kind:
+    def _by_hand(self, act: Callable[[], object]) -> None:
+        """Do what a control asks for that somebody set, and not while an outcome is handed over."""
+        with self._worker.lock:
+            if not self._filling.now:
+                self._try(act)
+
+    def _changed(self, control: W.Widget) -> None:
+        c, dragged = self._controls, control is self._controls.target
+        if control is c.kind:
             with self._filling():
                 c.show_target(c.kind.value, self.plan, self.session.costs)
         merge = dragged and time.monotonic() - self._moved < SECONDS_OF_A_DRAG
         self._moved = time.monotonic() if dragged else 0.0
-        self._try(lambda: self.choose(c.read(self.state.choices), merge=merge))
+        self.choose(c.read(self.state.choices), merge=merge)
 
     def _step(self, walk: Callable[[StudioState], StudioState]) -> None:
         with self._worker.lock:
@@ -211,7 +214,7 @@ class PruningStudio(W.VBox):
 
     def _set_limit(self) -> None:
         root, share = self._controls.group.value, self._controls.limit.value
-        self._try(lambda: self.choose(set_limit(self.state.choices, root, None if share == 1 else round(share, 6))))
+        self.choose(set_limit(self.state.choices, root, None if share == 1 else round(share, 6)))
 
     def _set_lock(self) -> None:
         root, choices = self._controls.group.value, self.state.choices

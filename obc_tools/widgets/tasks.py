@@ -119,17 +119,22 @@ class Worker:
             try:
                 task.check()
                 outcome = work(task)
-                self._finish(task, lambda: then(outcome))
             except Cancelled:
                 logger.debug("work was cancelled")
             # Whatever it is, it is shown where the work was asked for; nobody looks at a thread's traceback.
             except Exception as error:
                 logger.debug("work failed", exc_info=True)
                 self._finish(task, lambda error=error: self._failed(error))
+            else:
+                self._finish(task, lambda: then(outcome))
 
     def _finish(self, task: Task, hand_over: Callable[[], None]) -> None:
         with self.lock:
             if task is not self._task:
                 return
             self._task = None
-            hand_over()
+            try:
+                hand_over()
+            except Exception as error:
+                logger.debug("an outcome could not be shown", exc_info=True)
+                self._failed(error)

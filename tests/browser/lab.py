@@ -43,10 +43,14 @@ PLACES = {
 }
 FAILED = Path(tempfile.gettempdir()) / "browser_failed.png"
 SECONDS = 240
-"""How long a notebook may run, and a page may take to show what is waited for, on a busy machine."""
+"""How long a page may take to show what is waited for, on a busy machine."""
+RUN_SECONDS = 900
+"""How long a notebook may run there."""
 
 OF_OTHERS = ("favicon", "/api/contents/", "/lsp/")
 """Addresses whose failed requests the console reports, and with which this library has nothing to do."""
+SLOW = "[anywidget] Failed to initialize model"
+"""What anywidget says of a busy page, and live figures do not mind."""
 
 ENDED = """() => {
   const panel = window.jupyterapp.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
@@ -92,7 +96,7 @@ class Notebook:
 
     def wait(self) -> None:
         """Wait until no cell runs."""
-        self.page.wait_for_function(ENDED, timeout=1000 * SECONDS)
+        self.page.wait_for_function(ENDED, timeout=1000 * RUN_SECONDS)
 
     def reload(self) -> None:
         """Load the page again, as who closes and opens it does, and wait until the notebook has its kernel."""
@@ -197,7 +201,7 @@ class View:
         self.page.mouse.down()
         self.page.mouse.up()
 
-    def until(self, met: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def until(self, met: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
         """Wait until something is so; raise AssertionError that tells what was awaited."""
         end = time.monotonic() + seconds
         while not met():
@@ -220,7 +224,7 @@ def jupyterlab(folder: Path, look: str = "light") -> Iterator[Lab]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += [f"--port={lab.port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={lab.token}"]
     command += [f"--ServerApp.root_dir={lab.folder}"]
-    own = {name: str(folder / place) for name, place in PLACES.items()}
+    own = {name: str(folder / place) for name, place in PLACES.items()} | {"OMP_NUM_THREADS": "1"}
     with (folder / "lab.log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -252,7 +256,7 @@ def opened(
     page.set_default_timeout(1000 * SECONDS)
     notebook = Notebook(page, name)
     page.on("console", lambda message: _note(notebook.console, message))
-    page.on("pageerror", lambda error: notebook.console.append(f"{error}\n{error.stack}"))
+    page.on("pageerror", lambda error: SLOW in str(error) or notebook.console.append(f"{error}\n{error.stack}"))
     address, token = lab.address.split("?")
     page.goto(f"{address}/workspaces/{Path(name).stem}/tree/{name}?{token}&reset")
     page.wait_for_function(READY, timeout=1000 * SECONDS)
