@@ -146,7 +146,7 @@ def _channel_norm(model: nn.Module, axis: LayerAxis) -> nn.Module | None:
         return layer if isinstance(layer, CHANNEL_NORMS) else None
     owner, _, leaf = axis.layer.rpartition(".")
     norm = model.get_submodule(owner)
-    first = next(name for name, _ in norm.named_parameters(recurse=False))
+    first = next((name for name, _ in norm.named_parameters(recurse=False)), None)
     return norm if isinstance(norm, CHANNEL_NORMS) and leaf == first else None
 
 
