@@ -82,6 +82,27 @@ def test_norms_over_channels_see_the_kept_ones_only(name):
     assert plan.channels_removed == 2 and check.ok, check
 
 
+class Shift(nn.Module):
+    """Adds what it holds in a buffer and has no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def test_channels_in_the_buffer_of_a_module_without_parameters_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Shift(), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    images = torch.randn(2, 3, 4, 4).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, tuple((0, 2, 3) if g.prunable else tuple(range(g.width)) for g in groups))
+    check = check_plan(model, plan, images)
+    assert "1.shift" in {member.axis.layer for group in groups for member in group.members} and check.ok, check
+
+
 @pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weights_are_standardised_over_the_kept_inputs_only(kind, groups):
