@@ -10,9 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name) 2>/dev/null)))
 export CHROMIUM
-UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -n 2
+UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -p no:rerunfailures -n 2
 NOTEBOOKS := $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax
-BROWSER := $(BIN)/python -m pytest tests/browser
+# A browser on a busy machine may miss a click: what fails is done again, and said to have been.
+BROWSER := $(BIN)/python -m pytest tests/browser --reruns 2 -rR
 
 # A notebook that the browser runs, checking the same outputs, is not run twice.
 ifeq ($(CHROMIUM),)
