@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, TimeoutError, sync_playwright
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = (os.environ.get("CHROMIUM") or "chromium", "chromium-browser", "google-chrome")
@@ -42,9 +42,9 @@ PLACES = {
     "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
 }
 FAILED = Path(tempfile.gettempdir()) / "browser_failed.png"
-SECONDS = 240
+SECONDS = 120
 """How long a page may take to show what is waited for, on a busy machine."""
-RUN_SECONDS = 900
+RUN_SECONDS = 600
 """How long a notebook may run there."""
 
 OF_OTHERS = ("favicon", "/api/contents/", "/lsp/")
@@ -52,11 +52,15 @@ OF_OTHERS = ("favicon", "/api/contents/", "/lsp/")
 SLOW = "[anywidget] Failed to initialize model"
 """What anywidget says of a busy page, and live figures do not mind."""
 
-ENDED = """() => {
-  const panel = window.jupyterapp.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
-  return kernel?.status === 'idle' && panel.content.widgets.every(cell => cell.promptNode?.textContent !== '[*]:');
-}"""
-READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+PANEL = "window.jupyterapp?.shell.currentWidget"
+IDLE = f"{PANEL}?.sessionContext?.session?.kernel?.status === 'idle'"
+ERRORS = f"""() => {PANEL}.content.model.toJSON().cells.flatMap(cell => cell.outputs ?? [])
+  .filter(output => output.output_type === 'error').map(output => `${{output.ename}}: ${{output.evalue}}`)"""
+STATE = f"""() => ({{
+  kernel: {PANEL}?.sessionContext?.session?.kernel?.status,
+  prompts: {PANEL}?.content.widgets.map(cell => cell.promptNode?.textContent),
+  dialogs: [...document.querySelectorAll('.jp-Dialog')].map(dialog => dialog.textContent),
+}})"""
 
 
 @dataclass(frozen=True)
@@ -90,23 +94,39 @@ class Notebook:
 
     def run_all(self) -> None:
         """Run all cells and wait until the last has ended."""
-        self.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
-        self.page.wait_for_timeout(500)
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait until no cell runs."""
-        self.page.wait_for_function(ENDED, timeout=1000 * RUN_SECONDS)
+        self.do("window.jupyterapp.commands.execute('notebook:run-all-cells')", RUN_SECONDS)
+        self.await_kernel()
 
     def reload(self) -> None:
         """Load the page again, as who closes and opens it does, and wait until the notebook has its kernel."""
         self.save()
         self.page.reload()
-        self.page.wait_for_function(READY, timeout=1000 * SECONDS)
+        self.await_kernel()
 
     def save(self) -> None:
         """Write the notebook's file."""
-        self.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        self.do("window.jupyterapp.commands.execute('docmanager:save')")
+
+    def shutdown(self) -> None:
+        """End the kernel."""
+        self.do(f"{PANEL}.sessionContext.shutdown()")
+
+    def await_kernel(self) -> None:
+        """Wait until there is a kernel that does nothing."""
+        self._await(IDLE, SECONDS, "the kernel is not idle")
+
+    def do(self, promise: str, seconds: float = SECONDS) -> None:
+        """Have the page do something in JavaScript, and wait for it; raise AssertionError after so many seconds."""
+        start = f"() => {{ window.done = false; Promise.resolve({promise}).finally(() => {{ window.done = true }}) }}"
+        self.page.evaluate(start)
+        self._await("window.done", seconds, f"not done after {seconds} s: {promise}")
+
+    def _await(self, condition: str, seconds: float, what: str) -> None:
+        try:
+            self.page.wait_for_function(f"() => {condition}", timeout=1000 * seconds)
+        except TimeoutError as error:
+            self.page.screenshot(path=FAILED)
+            raise AssertionError(f"{what} (see {FAILED}): {self.page.evaluate(STATE)}") from error
 
     def view(self, words: str) -> View:
         """Return what the cell shows whose code has these words."""
@@ -116,7 +136,7 @@ class Notebook:
     @property
     def errors(self) -> list[str]:
         """The error outputs of all cells."""
-        return self.page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        return self.page.evaluate(ERRORS)
 
 
 @dataclass(frozen=True)
@@ -192,12 +212,16 @@ class View:
         return round(self.figure("g.calcdata[0].reduce((sum, bar) => sum + bar.s, 0)"))
 
     def click(self, share_x: float, share_y: float, axes: str = "xy") -> None:
-        """Click into a panel of the figure, at shares of its width and height from the upper left."""
+        """Click into a panel of the figure, at shares of its width and height from the upper left.
+
+        plotly takes for clicked what it has shown as being under the mouse.
+        """
         panel = self.cell.locator(f".js-plotly-plot .draglayer .{axes} .nsewdrag")
         panel.scroll_into_view_if_needed()
         box = panel.bounding_box()
+        self.figure("delete g._hoverdata")
         self.page.mouse.move(box["x"] + share_x * box["width"], box["y"] + share_y * box["height"], steps=3)
-        self.page.wait_for_timeout(200)
+        self.until(lambda: self.figure("g._hoverdata?.length > 0"), "something is under the mouse")
         self.page.mouse.down()
         self.page.mouse.up()
 
@@ -215,6 +239,7 @@ class View:
 def jupyterlab(folder: Path, look: str = "light") -> Iterator[Lab]:
     """Start a JupyterLab on a copy of the notebooks, with settings of its own; stop it and its kernels at the end."""
     shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    (folder / "results").symlink_to(NOTEBOOKS.with_name("results"))
     settings = SETTINGS | {"apputils-extension/themes": {"theme": THEMES[look]}}
     for name, values in settings.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -259,10 +284,10 @@ def opened(
     page.on("pageerror", lambda error: SLOW in str(error) or notebook.console.append(f"{error}\n{error.stack}"))
     address, token = lab.address.split("?")
     page.goto(f"{address}/workspaces/{Path(name).stem}/tree/{name}?{token}&reset")
-    page.wait_for_function(READY, timeout=1000 * SECONDS)
     try:
+        notebook.await_kernel()
         yield notebook
-        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        notebook.shutdown()
     finally:
         context.close()
 

@@ -1,4 +1,4 @@
-"""An hour of watching a run, in two minutes: as many looks and changes, and nothing grows."""
+"""Watching runs: a real one from its launch to its end, and an hour in two minutes, in which nothing grows."""
 
 import time
 
@@ -12,6 +12,36 @@ LOOKS = 1800
 EVERY = 0.05
 WARM = 300
 MEBI = 2**20
+
+
+LAUNCH = """import obc_tools as obc
+few = obc.Recipe(epochs=20, lr=0.05, batch_size=64)
+job = obc.PruningJob(
+    title="tiny", model="resnet8", model_options={"width": 4}, data="digits", train_images=256, val_images=64,
+    target=obc.Target(speedup=1.3), batches=1, batch_size=64, steps=2, pretrain=few, finetune=few, equivalent=True,
+)
+monitor = obc.RunMonitor(obc.launch(job, "real", devices="cpu"), every=0.3)
+monitor"""
+
+FINISHED = "g.data.filter(({meta}) => meta[2] === 0 && meta[3] === 'epochs').map(({x}) => x.length)"
+"""The finished epochs of each training in the panel of losses."""
+
+
+@pytest.mark.slow
+def test_a_real_run_is_stopped_and_resumed_in_the_page(lab, browser):
+    with opened(browser, lab, lab.write("real.ipynb", LAUNCH)) as notebook:
+        notebook.run_all()
+        view = notebook.view("obc.RunMonitor(")
+        view.until(lambda: "running: original, epoch" in view.words, "it trains")
+        view.press("stop")
+        view.until(lambda: view.button("resume").is_enabled(), "it has stopped")
+        assert "stopped: original" in view.words and "20 of 20" not in view.words
+        view.press("resume")
+        view.until(lambda: "resumed" in view.words, "it goes on")
+        view.until(lambda: "finished" in view.words and view.button("stop").is_disabled(), "it ends")
+        assert view.button("resume").is_disabled()
+        assert view.figure(FINISHED) == [20, 20, 20]
+        assert notebook.errors == [] and notebook.console == []
 
 
 def heap(notebook):
