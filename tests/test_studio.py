@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import timm
@@ -92,6 +93,13 @@ def test_a_drag_is_undone_at_once(studio):
         controls(studio).target.value = value
     controls(studio).undo.click()
     assert studio.plan == first and controls(studio).target.value == 0.3
+
+
+def test_a_drag_is_one_step_where_plans_are_slow(studio, monkeypatch):
+    plan = studio.session.plan
+    monkeypatch.setattr("obc_tools.widgets.studio.SECONDS_OF_A_DRAG", 0.1)
+    monkeypatch.setattr(studio.session, "plan", lambda choices: time.sleep(0.15) or plan(choices))
+    test_a_drag_is_undone_at_once(studio)
 
 
 def test_a_click_in_the_score_bar_toggles_a_channel(studio):

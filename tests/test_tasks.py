@@ -71,6 +71,26 @@ def test_cancelled_work_ends_between_items():
     assert seen == [0] and told.outcomes == [] and told.errors == [] and not told.worker.busy
 
 
+def test_cancelled_work_tells_nothing_more():
+    told, looked, ended = Told(), threading.Event(), threading.Event()
+
+    def work(task):
+        try:
+            task.check()
+            looked.set()
+            task.at("too late", 0.5)
+        finally:
+            ended.set()
+
+    with told.worker.lock:
+        told.start(work)
+        assert looked.wait(10)
+        assert not ended.wait(0.05)
+        told.worker.cancel()
+    assert ended.wait(10)
+    assert told.reports == [] and told.errors == []
+
+
 def test_failures_are_handed_over():
     told = Told()
     told.start(lambda task: 1 / 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from ..run_watch import RunView, describe, look_at, watch_figure
 from ..runs import STOP
 from .controls import button, code_area, dropdown, note
 from .live import LiveFigure
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
 LOG_LINES = 12
@@ -124,8 +127,9 @@ class RunMonitor(W.VBox):
         while not self._closed.wait(every):
             try:
                 self.refresh()
-            # A line that is being written, or a folder that is gone: the next look tells.
-            except (OSError, ValueError) as error:
+            # A line that is being written, a folder that is gone: the next look tells, whatever it was.
+            except Exception as error:
+                logger.debug("a look failed", exc_info=True)
                 self.said.value = note(str(error), bad=True)
 
 

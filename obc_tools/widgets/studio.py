@@ -200,8 +200,9 @@ class PruningStudio(W.VBox):
             with self._filling():
                 c.show_target(c.kind.value, self.plan, self.session.costs)
         merge = dragged and time.monotonic() - self._moved < SECONDS_OF_A_DRAG
-        self._moved = time.monotonic() if dragged else 0.0
         self.choose(c.read(self.state.choices), merge=merge)
+        # Not before the plan is made: a slow one must not break a drag into two.
+        self._moved = time.monotonic() if dragged else 0.0
 
     def _step(self, walk: Callable[[StudioState], StudioState]) -> None:
         with self._worker.lock:
@@ -239,6 +240,7 @@ class PruningStudio(W.VBox):
     def _cancel(self) -> None:
         self._worker.cancel()
         self._scoring = None
+        self._controls.progress.value = 0
         self._controls.say("cancelled")
 
     def _export(self, write: Callable[[str], Path], ending: str) -> None:

@@ -91,7 +91,7 @@ class Worker:
         """Begin a piece of work; ``then`` takes its outcome, in the thread, unless the work was cancelled meanwhile."""
         with self.lock:
             self.cancel()
-            task = self._task = Task(self._tell)
+            task = self._task = Task(lambda what, share: self._tell(task, what, share))
         threading.Thread(target=self._run, args=(task, work, then), daemon=True).start()
         return task
 
@@ -110,8 +110,9 @@ class Worker:
                 raise TimeoutError(f"work is still under way after {timeout:g} s")
             time.sleep(0.005)
 
-    def _tell(self, what: str, share: float) -> None:
+    def _tell(self, task: Task, what: str, share: float) -> None:
         with self.lock:
+            task.check()
             self._report(what, share)
 
     def _run(self, task: Task, work: Callable[[Task], T], then: Callable[[T], None]) -> None:

@@ -305,7 +305,7 @@ def _free_port() -> int:
 
 
 def _await_answer(lab: Lab, process: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + RUN_SECONDS
     while time.monotonic() < end and process.poll() is None:
         try:
             urllib.request.urlopen(lab.address.replace("/lab", "/api/status"), timeout=5).close()

@@ -10,7 +10,7 @@ def test_the_notebook_of_the_widgets(lab, browser):
         studio = notebook.view("obc.PruningStudio(")
         studio.until(lambda: "measured" in studio.words, "the notebook's measurement")
         before = studio.kept()
-        studio.drag("to", 0.7)
+        studio.drag("to", 0.7, steps=1)
         studio.until(lambda: studio.kept() < before, "fewer channels are kept")
         assert f"ratio={studio.value('to'):g}" in studio.code
         studio.press("undo")
