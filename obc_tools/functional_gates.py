@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .gates import Gates
 from .layers import LayerAxis, layer_axes
+from .state import no_fused_attention
 
 BROADCASTING = {
     getattr(owner, name)
@@ -32,23 +33,12 @@ BROADCASTING = {
 def gated_functions(gates: Gates, model: nn.Module) -> Iterator[None]:
     """Gate the wanted attentions and bare parameters of a model; everything is itself again on the way out."""
     with ExitStack() as stack:
-        stack.enter_context(_no_fused_attention())
+        stack.enter_context(no_fused_attention())
         if names := _attention_weights(gates, model):
             stack.enter_context(_linear_replaced(_Projection(gates, names)))
         if bare := {id(layer): name for name, layer in gates.layers.items() if isinstance(layer, nn.Parameter)}:
             stack.enter_context(_BareParameters(gates, bare))
         yield
-
-
-@contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    """Keep torch from its fused inference kernel, which has no backward: frozen weights would invite it."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

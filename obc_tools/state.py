@@ -49,6 +49,17 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None
         yield
 
 
+@contextmanager
+def no_fused_attention() -> Iterator[None]:
+    """Keep torch from its fused transformer kernels: they have no backward, and their parts cannot be seen."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 @dataclass(frozen=True)
 class Forward:
     """Example inputs of a model that is not simply called: `run(model, inputs)` runs it and returns what counts.

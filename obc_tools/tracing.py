@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +28,7 @@ from .flow import INPUT, Channels, Flow, follow, tensors_in
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
 from .queries import Contraction, Shadows
 from .sizes import track_attributes
-from .state import call_model, copy_borrowing, hooks
+from .state import call_model, copy_borrowing, hooks, no_fused_attention
 
 ModuleCall = tuple[str, int]
 """A module's name and which of its calls in one forward pass, counted from 0."""
@@ -138,7 +137,7 @@ class Tracer:
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
                 self.shadows.move([leaf])
         self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
-        with torch.no_grad(), hooks(self._hooks()), _no_fast_path(), _Calls(self), _Operations(self):
+        with torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self):
             output = call_model(self.model, example_inputs)
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in leaves):
@@ -310,17 +309,6 @@ class _Calls(TorchFunctionMode):
         if name not in FUNCTIONS:
             return function(*args, **kwargs)
         return FUNCTIONS[name](self.tracer, function, args, kwargs)
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Keep torch from its fused transformer layer, whose parts could not be seen."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = False) -> Traced:
