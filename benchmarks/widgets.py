@@ -75,6 +75,7 @@ def studio_reactions(notebook: Notebook) -> dict[str, tuple[Callable[[int], obje
         "multiple of so many channels": (lambda i: view.enter("multiple of", str(2 + i)), False),
         "kind of target": (lambda i: view.choose("target", kinds[i % 2]), False),
         "scope": (lambda i: view.choose("scope", ["local", "global"][i % 2]), False),
+        "bars": (lambda i: view.choose("bars", ["MACs", "parameters", "channels"][i % 3]), False),
         "another group": (lambda i: view.choose("group", groups[i % 2]), False),
         "limit slider of a group": (lambda i: press_key(view, "at most goes", ["Home", "End"][i % 2]), False),
         "lock": (lambda i: view.press("lock this group"), False),

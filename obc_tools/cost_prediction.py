@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from .cost_terms import Terms, Width, head_counts, macs_terms, parameter_terms
@@ -127,6 +128,8 @@ class CostModel:
     widths: Widths
     macs: Terms
     params: Terms
+    callers: tuple[str, ...]
+    owners: tuple[str, ...]
 
     def of(self, plan: Plan) -> Cost:
         """Return exactly what ``cost(prune(model, plan), example_inputs)`` returns.
@@ -134,6 +137,24 @@ class CostModel:
         Raises:
             CostModelError: the plan has a group that the model lacks, or prunes one that cannot shrink.
         """
+        widths = self._widths(plan)
+        return Cost(self.macs.total(widths) / self.examples, self.params.total(widths))
+
+    def by_layer(self, plan: Plan) -> pd.DataFrame:
+        """Return what each layer costs where a plan is carried out; raise as `of` does.
+
+        Columns "layer", "MACs" (of one example) and "parameters", which add up to what `of` returns. Layers with MACs
+        come in the order in which they run, then those that have parameters alone.
+        """
+        widths = self._widths(plan)
+        macs = pd.Series(self.macs.by_item(widths), self.callers, dtype=float) / self.examples
+        params = pd.Series(self.params.by_item(widths), self.owners, dtype=int)
+        layers = pd.Index(dict.fromkeys((*self.callers, *self.owners)), name="layer")
+        sums = {"MACs": macs.groupby(level=0).sum(), "parameters": params.groupby(level=0).sum()}
+        found = {name: numbers.reindex(layers, fill_value=0) for name, numbers in sums.items()}
+        return pd.DataFrame(found).reset_index()
+
+    def _widths(self, plan: Plan) -> np.ndarray:
         kept = {}
         for group, channels in zip(plan.groups, plan.kept, strict=True):
             known = self.widths.channels.get(group.root)
@@ -145,8 +166,7 @@ class CostModel:
                 way_out = f"keep it whole with ignore=['{group.root.layer}']"
                 raise CostModelError(f"the plan prunes group {group.root}, but {reason}; {way_out}")
             kept[group.root] = channels
-        widths = self.widths.at(kept)
-        return Cost(self.macs.total(widths) / self.examples, self.params.total(widths))
+        return self.widths.at(kept)
 
     def __repr__(self) -> str:
         return f"CostModel({self.original!r}; {len(self.widths.channels)} groups may shrink, {len(self.fixed)} may not)"
@@ -188,7 +208,8 @@ def cost_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fal
     whole = {group.root: (group.width, fixed[group.root]) for group in trace.groups if group.root in fixed}
     examples = example_count(example_inputs)
     cost = Cost(sum(call.macs for call in calls) / examples, parameter_count(model))
-    return CostModel(cost, whole, examples, widths, macs, params)
+    owners = tuple(name if (name, "out") in axes else name.rpartition(".")[0] for name, _ in model.named_parameters())
+    return CostModel(cost, whole, examples, widths, macs, params, tuple(call.layer for call in calls), owners)
 
 
 def _why_whole(group: ChannelGroup) -> str:

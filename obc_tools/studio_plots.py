@@ -1,8 +1,9 @@
-"""The figure of interactive pruning: what each group keeps, and the scores of one group's channels."""
+"""The figure of interactive pruning: what each group or layer keeps, and the scores of one group's channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,20 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from .cost_prediction import CostModel
+from .groups import ChannelGroup
 from .layers import LayerAxis
 from .looks import COLORS, PALETTE, theme
 from .plan import PruningPlan
 from .plots import group_names
 
-GROUPS, SCORES = 0, 6
-"""Which trace of `studio_figure` holds the groups, and which the scores; its ``customdata`` are the channels."""
+UPPER, SCORES = 0, 6
+"""Which trace of `studio_figure` holds the upper bars, and which the scores; its ``customdata`` are the channels."""
+CHANNELS = "channels"
+BARS = (CHANNELS, "MACs", "parameters")
+"""What the upper bars may show: the channels of groups, or what layers cost."""
+LEAST_SHARE = 1e-3
+MILLION = 1e6
 MOST_BARS = 200
 """Channels up to which each is a bar of its own, with gaps between."""
 PANELS = 350
@@ -24,32 +32,133 @@ PANELS = 350
 SILENT = {"hoverinfo": "skip"}
 
 
-def studio_figure(
-    plan: PruningPlan, root: LayerAxis, score: Tensor, *, compared: PruningPlan | None = None, look: str = "light"
-) -> go.Figure:
-    """Draw the channels that each group keeps and loses, and below the scores of one group's channels, falling.
+@dataclass(frozen=True)
+class Bars:
+    """What stands in the upper panel: for each bar its name, its heights, what it tells and the group it leads to.
+
+    Attributes:
+        names, title: of the bars, and of all of them.
+        now, whole: heights of what a plan leaves and of what there was, shape (bars,).
+        fixed: which bars cannot become lower, shape (bars,).
+        notes: what is shown under the mouse.
+        roots: the group whose channels a click shows; None where there is no single one that can be pruned.
+        chosen: which bars belong to the group that is shown.
+        marks: heights of another plan, or None.
+        unit: of all heights.
+    """
+
+    names: list[str]
+    title: str
+    now: np.ndarray
+    whole: np.ndarray
+    fixed: np.ndarray
+    notes: list[str]
+    roots: list[LayerAxis | None]
+    chosen: list[bool]
+    marks: np.ndarray | None
+    unit: str
+
+
+def studio_bars(
+    plan: PruningPlan,
+    root: LayerAxis,
+    *,
+    bars: str = CHANNELS,
+    costs: CostModel | None = None,
+    compared: PruningPlan | None = None,
+) -> Bars:
+    """Return the bars of the upper panel: channels of groups, or MACs or parameters of layers.
 
     Args:
+        root: of the group whose channels are shown below.
+        bars: one of `BARS`.
+        costs: what MACs and parameters are taken from; layers with less than a thousandth of all are left out.
+        compared: another plan for the same groups.
+
+    Raises:
+        ValueError: unknown ``bars``, or ones that need ``costs``.
+    """
+    if bars == CHANNELS:
+        return _channel_bars(plan, root, compared)
+    if bars not in BARS or costs is None:
+        raise ValueError(
+            f"bars of {bars!r}; expected one of {', '.join(map(repr, BARS))}, all but the first with costs"
+        )
+    return _layer_bars(plan, root, bars, costs, compared)
+
+
+def _channel_bars(plan: PruningPlan, root: LayerAxis, compared: PruningPlan | None) -> Bars:
+    kept = np.array([len(channels) for channels in plan.kept])
+    notes = [
+        f"{group.root}: {count} of {group.width} channels kept"
+        + (f"<br>{group.kept_whole}" if group.kept_whole else "")
+        for group, count in zip(plan.groups, kept, strict=True)
+    ]
+    return Bars(
+        names=group_names(plan),
+        title="group (its first layer); click one to see its channels",
+        now=kept,
+        whole=np.array([group.width for group in plan.groups]),
+        fixed=np.array([not group.prunable for group in plan.groups]),
+        notes=notes,
+        roots=[group.root if group.prunable else None for group in plan.groups],
+        chosen=[group.root == root for group in plan.groups],
+        marks=None if compared is None else np.array([len(channels) for channels in compared.kept]),
+        unit=CHANNELS,
+    )
+
+
+def _layer_bars(
+    plan: PruningPlan, root: LayerAxis, quantity: str, costs: CostModel, compared: PruningPlan | None
+) -> Bars:
+    whole, now = (costs.by_layer(of) for of in (PruningPlan.whole(plan.groups), plan))
+    shown = whole[quantity] >= LEAST_SHARE * whole[quantity].sum()
+    names, before, after = whole["layer"][shown], whole[quantity][shown], now[quantity][shown]
+    groups = [_made_by(name, plan.groups) for name in names]
+    return Bars(
+        names=list(names),
+        title="layer; click one to see the channels of its group",
+        now=after.to_numpy() / MILLION,
+        whole=before.to_numpy() / MILLION,
+        fixed=np.zeros(len(names), dtype=bool),
+        notes=[f"{n}: {a:,.0f} of {b:,.0f} {quantity}" for n, a, b in zip(names, after, before, strict=True)],
+        roots=[group.root if group is not None and group.prunable else None for group in groups],
+        chosen=[group is not None and group.root == root for group in groups],
+        marks=None if compared is None else costs.by_layer(compared)[quantity][shown].to_numpy() / MILLION,
+        unit=f"{quantity} (millions)",
+    )
+
+
+def _made_by(layer: str, groups: Sequence[ChannelGroup]) -> ChannelGroup | None:
+    """Return the group of a layer's output channels, or the first one within a layer that counts as a whole."""
+    out = LayerAxis(layer, "out")
+    within = (group for group in groups if group.root.layer.startswith(f"{layer}."))
+    return next((group for group in groups if any(m.axis == out for m in group.members)), next(within, None))
+
+
+def studio_figure(shown: Bars, plan: PruningPlan, root: LayerAxis, score: Tensor, *, look: str = "light") -> go.Figure:
+    """Draw what each group or layer keeps and loses, and below the scores of one group's channels, falling.
+
+    Args:
+        shown: the bars of the upper panel; another plan's are marked by diamonds.
         root: of the group whose channels are shown.
         score: of that group, shape (width,).
-        compared: another plan for the same groups; what it keeps is marked by diamonds.
         look: "light" or "dark".
 
     Raises:
         ValueError: an unknown group or look.
     """
-    gap = 40 + 5.4 * max(map(len, group_names(plan)))
+    gap = 40 + 5.4 * max(map(len, shown.names))
     height = PANELS + gap
     figure = make_subplots(2, 1, vertical_spacing=gap / height, row_heights=[0.55, 0.45])
-    traces = studio_traces(plan, root, score, compared=compared)
+    traces = studio_traces(shown, plan, root, score)
     for trace in traces[:3]:
         figure.add_bar(**trace, row=1, col=1)
     figure.add_scatter(**traces[3], row=1, col=1)
     for trace in traces[4:]:
         figure.add_scatter(**trace, row=2, col=1)
-    title = "group (its first layer); click one to see its channels"
-    figure.update_xaxes(title=title, type="category", tickangle=-90, tickfont_size=9, row=1)
-    figure.update_yaxes(title="channels", row=1, col=1)
+    figure.update_xaxes(title=shown.title, type="category", tickangle=-90, tickfont_size=9, row=1)
+    figure.update_yaxes(title=shown.unit, row=1, col=1)
     figure.update_yaxes(title="score", exponentformat="power", row=2, col=1)
     # Margins that plotly has to measure make every drawing slower.
     figure.update_xaxes(automargin=False)
@@ -71,35 +180,26 @@ def _is_wide(score: Tensor) -> bool:
     return 0 < 30 * float(score.min()) < float(score.max())
 
 
-def studio_traces(
-    plan: PruningPlan, root: LayerAxis, score: Tensor, *, compared: PruningPlan | None = None
-) -> list[dict[str, Any]]:
+def studio_traces(shown: Bars, plan: PruningPlan, root: LayerAxis, score: Tensor) -> list[dict[str, Any]]:
     """Return the properties of each trace of `studio_figure`, for a figure that is there already."""
-    widths = np.array([group.width for group in plan.groups])
-    kept = np.array([len(channels) for channels in plan.kept])
-    whole = np.array([not group.prunable for group in plan.groups])
-    notes = [
-        f"{group.root}: {count} of {group.width} channels kept"
-        + (f"<br>{group.kept_whole}" if group.kept_whole else "")
-        for group, count in zip(plan.groups, kept, strict=True)
-    ]
-    shared = {"x": group_names(plan)}
-    told = {"customdata": notes, "hovertemplate": "%{customdata}<extra></extra>"}
-    opacity = [1.0 if group.root == root else 0.7 for group in plan.groups]
+    shared = {"x": shown.names}
+    told = {"customdata": shown.notes, "hovertemplate": "%{customdata}<extra></extra>"}
+    opacity = [1.0 if chosen else 0.7 for chosen in shown.chosen]
     bars = (
-        ("kept", kept * ~whole, "kept"),
-        ("removed", widths - kept, "removed"),
-        ("kept whole", kept * whole, "whole"),
+        ("kept", shown.now * ~shown.fixed, "kept"),
+        ("removed", shown.whole - shown.now, "removed"),
+        ("kept whole", shown.now * shown.fixed, "whole"),
     )
     traces = [
         shared | {"y": heights, "name": name, "marker": {"color": COLORS[color], "opacity": opacity, "line_width": 0}}
         for name, heights, color in bars
     ]
     traces = [traces[0] | told, *(trace | SILENT for trace in traces[1:])]
-    marks = [] if compared is None else [len(channels) for channels in compared.kept]
+    traces[2]["showlegend"] = bool(shown.fixed.any())
+    marks = [] if shown.marks is None else shown.marks
     marker = {"symbol": "diamond-open", "size": 8, "color": PALETTE[1], "line_width": 2}
-    marked = {"x": shared["x"] if marks else [], "y": marks, "name": "kept by the compared plan", "mode": "markers"}
-    marked |= SILENT | {"marker": marker, "showlegend": bool(marks)}
+    marked = {"x": shared["x"] if len(marks) else [], "y": marks, "name": "kept by the compared plan"}
+    marked |= SILENT | {"mode": "markers", "marker": marker, "showlegend": bool(len(marks))}
     return [*traces, marked, *_score_bars(plan.kept_of(root), score)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .batches import take
 from .criteria import resolve_criterion
 from .data import Data
 from .groups import find_groups
-from .measure import Latency, Metrics, cost_model, evaluate, latency
+from .measure import Latency, Metrics, cost_model, evaluate, latencies
 from .one_shot import Ranking
 from .plan import PruningPlan
 from .pruning import prune
@@ -23,6 +23,8 @@ from .scores import Scores, score_groups
 from .studio_state import Choices, Scoring, Setup
 
 KEPT_RANKINGS = 8
+Watch = Callable[[Collection[Any], str], Iterable[Any]]
+"""Takes batches and what is done with them, and returns them to be iterated over."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,22 @@ class StudioSession:
             self._rankings[key] = choices.rank(self._scores[choices.scoring])
         return choices.plan(self._rankings[key], self.costs)
 
-    def measure(self, plan: PruningPlan, batches: Iterable[Any]) -> Measurement:
-        """Measure latency, loss and accuracy of the network that a plan leaves, and keep them."""
-        pruned = prune(self.model, plan)
-        found = Measurement(latency(pruned, self.example, repeats=10, warmup=2), evaluate(pruned, batches))
-        self._measured[plan.kept] = found
-        return found
+    def measure(self, plans: Sequence[PruningPlan], watch: Watch = lambda batches, what: batches) -> None:
+        """Measure loss and accuracy of the networks that plans leave, once each, and their latencies in turns.
+
+        Latencies are measured anew each time: only those of one occasion can be compared.
+        """
+        networks = {plan.kept: prune(self.model, plan) for plan in plans}
+        metrics = {kept: found.metrics for kept, found in self._measured.items() if kept in networks}
+        missing = [kept for kept in networks if kept not in metrics]
+        for number, kept in enumerate(missing, start=1):
+            batches = watch(self.held_out_batches(), f"measuring plan {number} of {len(missing)}")
+            metrics[kept] = evaluate(networks[kept], batches)
+        named = {str(number): network for number, network in enumerate(networks.values())}
+        took = latencies(named, self.example, repeats=10, warmup=2)
+        self._measured |= {
+            kept: Measurement(took[name], metrics[kept]) for name, kept in zip(named, networks, strict=True)
+        }
 
     def measured(self, plan: PruningPlan) -> Measurement | None:
         """Return what was measured of a plan before."""

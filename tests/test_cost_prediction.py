@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import Bottleneck
 
 from obc_tools.cost_prediction import CostModelError, Widths, cost_model
-from obc_tools.costs import cost
+from obc_tools.costs import cost, count_calls
 from obc_tools.groups import ChannelGroup, Follower, Member, trace_groups
 from obc_tools.layers import LayerAxis
 from obc_tools.plan import PruningPlan
@@ -199,6 +200,25 @@ def assert_exact(model: nn.Module, inputs: Tensor, seeds: int = 4) -> None:
     pruned = [cost(prune(model, plan), inputs) for plan in plans]
     assert [predicted.of(plan) for plan in plans] == pruned
     assert min(found.macs for found in pruned) < predicted.original.macs
+    for plan, found in zip(plans, pruned, strict=True):
+        by_layer = predicted.by_layer(plan)
+        assert by_layer["MACs"].sum() == pytest.approx(found.macs, rel=1e-12)
+        assert by_layer["parameters"].sum() == found.params
+
+
+def test_each_layer_costs_what_it_costs_in_the_pruned_network():
+    model, inputs = seeded(resnext, 3, 3, 32, 32)
+    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
+    plan = random_plan(groups, predicted.fixed, 0)
+    pruned, found = prune(model, plan), predicted.by_layer(plan).set_index("layer")
+    macs = Counter()
+    for call in count_calls(pruned, inputs):
+        macs[call.layer] += call.macs / len(inputs)
+    assert list(found.index[: len(macs)]) == list(macs)
+    assert found["MACs"].to_dict() == pytest.approx({name: macs[name] for name in found.index}, rel=1e-12)
+    modules = {name: sum(p.numel() for p in pruned.get_submodule(name).parameters()) for name in found.index}
+    assert dict(found["parameters"]) == modules
+    assert found["MACs"].sum() < predicted.by_layer(PruningPlan.whole(groups))["MACs"].sum()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

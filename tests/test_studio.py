@@ -11,7 +11,7 @@ import torch
 import obc_tools as obc
 from obc_tools.plan import PruningPlan
 from obc_tools.pruning import Target
-from obc_tools.studio_plots import GROUPS, SCORES
+from obc_tools.studio_plots import SCORES, UPPER
 from obc_tools.widgets import studio as studio_module
 from obc_tools.widgets.live import Click
 from obc_tools.widgets.studio import PruningStudio
@@ -119,9 +119,24 @@ def test_a_click_on_a_group_shows_its_channels(studio):
     free = [index for index, group in enumerate(groups) if group.prunable]
     whole = next(index for index, group in enumerate(groups) if not group.prunable)
     for index, shown in ((free[-1], free[-1]), (whole, free[-1]), (free[0], free[0])):
-        studio._clicked(Click(GROUPS, (index,), 1, 0.5))
+        studio._clicked(Click(UPPER, (index,), 1, 0.5))
         assert c.group.value == groups[shown].root
         assert f"channels of {groups[shown].root} by score" in studio.figure.layout.xaxis2.title.text
+
+
+def test_other_bars_are_those_of_layers(studio):
+    c = controls(studio)
+    c.bars.value = "parameters"
+    assert studio.figure.layout.yaxis.title.text == "parameters (millions)"
+    assert 1e6 * studio.figure.data[0].y.sum() <= studio.session.costs.of(studio.plan).params
+    before = studio.figure.data[0].y.sum()
+    c.target.value = 0.5
+    assert studio.figure.data[0].y.sum() < before
+    place = list(studio.figure.data[0].x).index("layer2.0.conv2")
+    studio._clicked(Click(UPPER, (place,), 1, 0.5))
+    assert c.group.value == ("layer2.0.downsample.0", "out")
+    c.bars.value = "channels"
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
 
 
 def test_what_cannot_be_toggled_is_said(studio):
@@ -203,12 +218,34 @@ def test_cancel_leaves_the_plan_and_goes_on_at_the_next_choice(studio, monkeypat
     go_on.set()
     assert not studio._worker.busy and studio.plan == first
     assert "cancelled" in controls(studio).status.value
+    assert controls(studio).criterion.value == "jacobian" and "'jacobian'" in studio.code
     controls(studio).target.value = 0.5
     studio.wait(60)
-    assert studio.plan != first
+    assert studio.plan != first and studio.state.choices.scoring.criterion == "jacobian"
 
 
-def test_measuring_fills_the_table(studio):
+def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_path):
+    go_on, score = threading.Event(), studio.session.score
+    monkeypatch.setattr(studio.session, "score", lambda *given: go_on.wait(20) and score(*given))
+    controls(studio).criterion.value = "l1"
+    controls(studio).save_code.click()
+    assert "being scored" in controls(studio).status.value and not (tmp_path / "out.py").exists()
+    go_on.set()
+    studio.wait(60)
+    controls(studio).save_code.click()
+    assert "'l1'" in (tmp_path / "out.py").read_text()
+
+
+def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr("obc_tools.studio_session.StudioSession.score", lambda *_: go_on.wait(20))
+    studio = PruningStudio(*made, batches=1, batch_size=8)
+    controls(studio).cancel.click()
+    go_on.set()
+    assert studio.plan == studio.session.whole and "cancelled" in controls(studio).status.value
+
+
+def test_measuring_fills_the_table(studio, monkeypatch):
     controls(studio).target.value = 0.5
     controls(studio).measure.click()
     studio.wait(60)
@@ -216,7 +253,13 @@ def test_measuring_fills_the_table(studio):
     expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
     assert studio.session.measured(studio.plan).metrics == expected
     assert controls(studio).table.value.count("%") == 3
-    assert studio.session.measured(studio.plan).latency.median_ms > 0
+    latency = studio.session.measured(studio.plan).latency
+    assert latency.median_ms > 0 and "measured 3 plans" in controls(studio).status.value
+    monkeypatch.setattr("obc_tools.studio_session.evaluate", lambda *_: pytest.fail("evaluated again"))
+    controls(studio).measure.click()
+    studio.wait(60)
+    assert studio.session.measured(studio.plan).metrics == expected
+    assert studio.session.measured(studio.plan).latency != latency
 
 
 def test_an_unreachable_target_is_said_and_the_plan_stays(studio):

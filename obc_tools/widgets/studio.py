@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as W
@@ -18,8 +19,8 @@ from ..plan import PruningPlan
 from ..pruning import prune
 from ..scores import Scores
 from ..store import save_pruned
-from ..studio_plots import GROUPS, SCORES, studio_axes, studio_figure, studio_traces
-from ..studio_session import Measurement, StudioSession
+from ..studio_plots import SCORES, UPPER, Bars, studio_axes, studio_bars, studio_figure, studio_traces
+from ..studio_session import StudioSession
 from ..studio_state import (
     Choices,
     Scoring,
@@ -100,9 +101,8 @@ class PruningStudio(W.VBox):
         self._scoring: Scoring | None = None
         self._worker = Worker(self._report, self._failed)
         self._controls = c = StudioControls.build(self.session, self.state.choices)
-        root = c.group.value
-        first = studio_figure(self.plan, root, self._score(root), look=look)
-        self.picture = LiveFigure(first, self._clicked)
+        self._look = look
+        self.picture = LiveFigure(self._drawn(), self._clicked)
         self._connect()
         left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout=COLUMN)
         right = W.VBox([self.picture, c.status_box], layout=REST)
@@ -138,25 +138,16 @@ class PruningStudio(W.VBox):
         self._try(lambda: self.choose(toggle_channel(self.state.choices, self.plan, LayerAxis(*root), channel)))
 
     def measure(self) -> None:
-        """Measure latency, loss and accuracy of the original, the plan before and this one, beside the kernel.
+        """Measure latency, loss and accuracy of the plans that are shown and of the original, beside the kernel.
 
         Raises:
             ValueError: while scores are computed, which a measurement would hold up.
         """
-        if self._scoring is not None:
-            raise ValueError("channels are being scored: wait for it, or cancel it")
-        plans = [plan for plan in (self.session.whole, self._before, self.plan) if plan is not None]
-        missing = [plan for plan in dict.fromkeys(plans) if self.session.measured(plan) is None]
-
-        def work(task: Task) -> list[Measurement]:
-            held_out = self.session.held_out_batches()
-            titles = [f"measuring plan {number} of {len(missing)}" for number in range(1, len(missing) + 1)]
-            return [
-                self.session.measure(plan, task.watch(held_out, title))
-                for plan, title in zip(missing, titles, strict=True)
-            ]
-
-        self._worker.start(work, lambda found: self._measured(len(missing)))
+        self._refuse_while_scoring()
+        shown = (self.session.whole, self._compared(), self._before, self.plan)
+        plans = list(dict.fromkeys(plan for plan in shown if plan is not None))
+        work = partial(self.session.measure, plans)
+        self._worker.start(lambda task: work(task.watch), lambda _: self._measured(len(plans)))
 
     def export_plan(self, path: str | Path) -> Path:
         """Write the plan as JSON, which `PruningPlan.from_json` reads."""
@@ -175,6 +166,7 @@ class PruningStudio(W.VBox):
         shown = {c.group: self._show_group, c.limit: self._set_limit, c.locked: self._set_lock}
         for control, act in (shown | {c.compared: self._show_outcome}).items():
             control.observe(lambda _, act=act: self._by_hand(act), "value")
+        c.bars.observe(lambda _: self._try(lambda: self.picture.show(self._drawn())), "value")
         actions: dict[W.Button, Callable[[], object]] = {
             c.undo: lambda: self._step(undo),
             c.redo: lambda: self._step(redo),
@@ -234,12 +226,23 @@ class PruningStudio(W.VBox):
         c = self._controls
         if click.trace == SCORES:
             self.toggle(c.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
-        elif click.trace == GROUPS and self.plan.groups[click.place[0]].prunable:
-            c.group.value = self.plan.groups[click.place[0]].root
+        elif click.trace == UPPER and (root := self._bars(None).roots[click.place[0]]) is not None:
+            c.group.value = root
+
+    def _refuse_while_scoring(self) -> None:
+        if self._scoring is not None:
+            raise ValueError("channels are being scored: wait for it, or cancel it")
 
     def _cancel(self) -> None:
+        """Leave what is being computed, and go back to the last choices that were carried out."""
         self._worker.cancel()
-        self._scoring = None
+        if self._scoring is not None:
+            self._scoring = None
+            scored = self.state
+            while scored.past and self.session.scores(scored.choices.scoring) is None:
+                scored = undo(scored)
+            if self.session.scores(scored.choices.scoring) is not None:
+                self._step(lambda _: scored)
         self._controls.progress.value = 0
         self._controls.say("cancelled")
 
@@ -248,6 +251,7 @@ class PruningStudio(W.VBox):
         self._controls.say(f"wrote '{write(path)}'")
 
     def _write_code(self, path: str) -> Path:
+        self._refuse_while_scoring()
         write_text(Path(path), self.code)
         return Path(path)
 
@@ -316,10 +320,8 @@ class PruningStudio(W.VBox):
     def _show_outcome(self) -> None:
         """Bring figure, tables and code up to the plan."""
         c, root = self._controls, self._controls.group.value
-        compared = self._compared()
-        score = self._score(root)
-        figure = self.figure
-        for old, new in zip(figure.data, studio_traces(self.plan, root, score, compared=compared), strict=True):
+        compared, score, figure = self._compared(), self._score(root), self.figure
+        for old, new in zip(figure.data, studio_traces(self._bars(compared), self.plan, root, score), strict=True):
             old.update(new)
         self.picture.show(figure.update_layout(studio_axes(root, score)))
         plans = {c.compared.value: compared} if compared else {}
@@ -328,6 +330,14 @@ class PruningStudio(W.VBox):
         name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
         c.changes.value = "" if other is None else self._changes(name, other)
         c.progress.value = 0
+
+    def _bars(self, compared: PruningPlan | None) -> Bars:
+        c = self._controls
+        return studio_bars(self.plan, c.group.value, bars=c.bars.value, costs=self.session.costs, compared=compared)
+
+    def _drawn(self) -> go.Figure:
+        root = self._controls.group.value
+        return studio_figure(self._bars(self._compared()), self.plan, root, self._score(root), look=self._look)
 
     def _changes(self, name: str, other: PruningPlan) -> str:
         frame = plan_changes(other, self.plan)

@@ -12,11 +12,11 @@ from ..order import SCOPES
 from ..plan import PruningPlan
 from ..pruning import Target
 from ..scores import NORMALIZERS, REDUCTIONS
+from ..studio_plots import BARS, MILLION
 from ..studio_session import StudioSession
 from ..studio_state import Choices, Scoring, StudioState
 from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, slider, text
 
-MILLION = 1e6
 NONE = "none"
 """Stands for None, which a choice of a widget cannot have."""
 
@@ -78,6 +78,7 @@ class StudioControls:
     kind: W.Dropdown
     target: W.FloatSlider
     round_to: W.BoundedIntText
+    bars: W.Dropdown
     group: W.Dropdown
     limit: W.FloatSlider
     locked: W.ToggleButton
@@ -115,6 +116,7 @@ class StudioControls:
             kind=dropdown("target", KINDS.items(), kind),
             target=slider("to", low, high, step, value),
             round_to=integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps"),
+            bars=dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers"),
             group=dropdown("group", roots, roots[0][1], "whose channels are shown below"),
             limit=slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels"),
             locked=W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now"),
@@ -150,8 +152,8 @@ class StudioControls:
 
     @property
     def group_box(self) -> W.VBox:
-        """What is said of a single group."""
-        return W.VBox([self.group, self.limit, self.locked])
+        """What is shown, and what is said of a single group."""
+        return W.VBox([self.bars, self.group, self.limit, self.locked])
 
     @property
     def action_box(self) -> W.HBox:
