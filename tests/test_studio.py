@@ -95,6 +95,16 @@ def test_a_drag_is_undone_at_once(studio):
     assert studio.plan == first and controls(studio).target.value == 0.3
 
 
+@pytest.mark.parametrize("name", ["target", "limit"])
+def test_a_slider_is_not_set_while_it_is_dragged(studio, name):
+    slider, told = getattr(controls(studio), name), []
+    slider.value = 0.29000000000000004
+    slider.observe(told.append, "value")
+    studio._show()
+    assert told == [] and slider.value == 0.29000000000000004
+    assert "0.29" in studio.code and "0000000" not in studio.code
+
+
 def test_a_drag_is_one_step_where_plans_are_slow(studio, monkeypatch):
     plan = studio.session.plan
     monkeypatch.setattr("obc_tools.widgets.studio.SECONDS_OF_A_DRAG", 0.1)

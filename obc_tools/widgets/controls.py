@@ -48,6 +48,12 @@ def slider(label: str, low: float, high: float, step: float, value: float, toolt
     )
 
 
+def set_slider(slider: W.FloatSlider, value: float) -> None:
+    """Set a slider, but not to what it shows already but for rounding: told back, that tears it from the mouse."""
+    if abs(slider.value - value) > slider.step / 100:
+        slider.value = value
+
+
 def integer(label: str, value: int, low: int, high: int, tooltip: str = "") -> W.BoundedIntText:
     """Return a field for a whole number."""
     return W.BoundedIntText(

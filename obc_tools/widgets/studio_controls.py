@@ -15,7 +15,7 @@ from ..scores import NORMALIZERS, REDUCTIONS
 from ..studio_plots import BARS, MILLION
 from ..studio_session import StudioSession
 from ..studio_state import Choices, Scoring, StudioState
-from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, slider, text
+from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, set_slider, slider, text
 
 NONE = "none"
 """Stands for None, which a choice of a widget cannot have."""
@@ -202,13 +202,13 @@ class StudioControls:
     def show_group(self, choices: Choices) -> None:
         """Set limit and lock to those of the group that is shown."""
         root = self.group.value
-        self.limit.value = dict(choices.limits).get(root, choices.max_ratio)
+        set_slider(self.limit, dict(choices.limits).get(root, choices.max_ratio))
         self.locked.value = root in dict(choices.locked)
 
     def _set_target(self, target: Target, costs: CostModel) -> None:
         kind, value = shown_value(target)
         low, high, step = slider_range(kind, costs)
         with self.target.hold_sync(), self.target.hold_trait_notifications():
-            self.target.min, self.target.max = min(low, value), max(high, value)
-            self.target.step, self.target.value = step, value
+            self.target.min, self.target.max, self.target.step = min(low, value), max(high, value), step
+            set_slider(self.target, value)
         self.kind.value = kind

@@ -82,6 +82,7 @@ def test_the_studio_follows_its_sliders_and_choices(notebook):
     view.until(lambda: view.kept() == 157, "the first plan removes 30 % of 224 channels")
     view.drag("to", 0.5)
     view.until(lambda: view.kept() < 157 and f"ratio={view.value('to'):g}" in view.code, "another target")
+    assert abs(view.value("to") - 0.5) < 0.06
     half = view.kept()
     view.choose("target", "speed-up (times fewer MACs)")
     view.until(lambda: "speedup=" in view.code, "another kind of target")
