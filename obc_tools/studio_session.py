@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .batches import take
 from .criteria import resolve_criterion
@@ -45,13 +45,14 @@ class StudioSession:
         held_out: how many held-out batches are evaluated, at most.
 
     Raises:
-        ValueError: what `find_groups` and `cost_model` raise.
+        ValueError: a model that does not run on the data's images; what `find_groups` and `cost_model` raise.
     """
 
     def __init__(self, model: nn.Module, data: Data, setup: Setup, held_out: int = 4):
         self.model = copy.deepcopy(model).eval()
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
+        _check_runs(self.model, self.example)
         heads = setup.whole_heads
         self.groups = find_groups(self.model, self.example, ignore=setup.ignore, whole_heads=heads, only=setup.only)
         self.costs = cost_model(self.model, self.example, whole_heads=heads)
@@ -130,3 +131,14 @@ class StudioSession:
     def table(self, plans: dict[str, PruningPlan]) -> pd.DataFrame:
         """Return one row a plan, the whole network's first."""
         return pd.DataFrame([self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()])
+
+
+def _check_runs(model: nn.Module, example: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            model(example)
+    except RuntimeError as error:
+        shape = tuple(example.shape[1:])
+        raise ValueError(
+            f"{type(model).__name__} does not run on the data's images, of shape {shape}: {error}"
+        ) from error

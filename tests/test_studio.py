@@ -246,6 +246,14 @@ def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_p
     assert "'l1'" in (tmp_path / "out.py").read_text()
 
 
+def test_images_that_the_network_does_not_take_are_named(made):
+    colour = obc.load_model("resnet8", 10, in_channels=3, width=8)
+    with pytest.raises(
+        ValueError, match=r"CifarResNet does not run on the data's images, of shape \(1, 8, 8\): .*3 channels"
+    ):
+        PruningStudio(colour, made[1])
+
+
 def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr("obc_tools.studio_session.StudioSession.score", lambda *_: go_on.wait(20))
