@@ -302,10 +302,10 @@ class PruningStudio(W.VBox):
         except ValueError as error:
             self._failed(error)
             return
+        self._controls.say(f"{plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
         if plan != self.plan:
             self._before, self.plan = self.plan, plan
         self._show_outcome()
-        self._controls.say(f"{self.plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
 
     def _score(self, root: LayerAxis) -> Tensor:
         scores = self.session.scores(self.state.choices.scoring)
@@ -321,15 +321,16 @@ class PruningStudio(W.VBox):
         """Bring figure, tables and code up to the plan."""
         c, root = self._controls, self._controls.group.value
         compared, score, figure = self._compared(), self._score(root), self.figure
-        for old, new in zip(figure.data, studio_traces(self._bars(compared), self.plan, root, score), strict=True):
-            old.update(new)
-        self.picture.show(figure.update_layout(studio_axes(root, score)))
         plans = {c.compared.value: compared} if compared else {}
         plans |= {"before": self._before} if self._before else {}
         c.table.value = table(self.session.table(plans | {"now": self.plan}))
         name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
         c.changes.value = "" if other is None else self._changes(name, other)
         c.progress.value = 0
+        # Last, since a page that draws takes nothing else meanwhile.
+        for old, new in zip(figure.data, studio_traces(self._bars(compared), self.plan, root, score), strict=True):
+            old.update(new)
+        self.picture.show(figure.update_layout(studio_axes(root, score)))
 
     def _bars(self, compared: PruningPlan | None) -> Bars:
         c = self._controls
