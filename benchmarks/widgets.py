@@ -34,29 +34,34 @@ from obc_tools.environment import environment
 RESULT = Path(__file__).parents[1] / "results" / "widgets_latency.csv"
 NETWORK = """import torch, obc_tools as obc
 data = obc.load_data("folder", "images", image_size=64)
+torch.manual_seed(0)
 model = obc.load_model("torchvision:resnet50", 10)
 few = {"batches": 1, "batch_size": 8}"""
 
-WATCH = """([cell, quiet]) => {
-  const seen = (window.seen = { start: 0, first: 0, last: 0 });
+WATCH = """cell => {
+  const seen = (window.seen = { start: 0, first: 0, last: 0 }), ended = new AbortController();
   const now = () => { seen.start ||= performance.now(); };
-  for (const kind of ["mousedown", "keydown", "change", "click"]) cell.addEventListener(kind, now, true);
-  new MutationObserver(() => {
+  const options = { capture: true, signal: ended.signal };
+  for (const kind of ["mousedown", "keydown", "change", "click"]) cell.addEventListener(kind, now, options);
+  const observer = new MutationObserver(() => {
     if (!seen.start) return;
     seen.first ||= performance.now();
     seen.last = performance.now();
-  }).observe(cell.querySelector(".jp-OutputArea"),
+  });
+  observer.observe(cell.querySelector(".jp-OutputArea"),
     { subtree: true, childList: true, attributes: true, characterData: true });
+  // Observers that stay would slow down whatever is timed after.
+  window.unwatch = () => { observer.disconnect(); ended.abort(); };
 }"""
 QUIET = "quiet => window.seen.last && performance.now() - window.seen.last > quiet"
 
 
 def answer(view: View, act: Callable[[], object], *, first: bool = False, quiet: int = 1500) -> float:
     """Return the milliseconds from an event to the last change in the page, or to the first."""
-    view.page.evaluate(WATCH, [view.cell.element_handle(), quiet])
+    view.page.evaluate(WATCH, view.cell.element_handle())
     act()
     view.page.wait_for_function(QUIET, arg=quiet, polling=100)
-    seen = view.page.evaluate("() => window.seen")
+    seen = view.page.evaluate("() => { window.unwatch(); return window.seen; }")
     return seen["first" if first else "last"] - seen["start"]
 
 
