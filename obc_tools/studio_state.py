@@ -151,6 +151,11 @@ def recall(state: StudioState, name: str) -> StudioState:
     return change(state, named[name])
 
 
+def limit_of(choices: Choices, root: LayerAxis) -> float:
+    """Return the share of a group's channels that may go at most: its own limit, or that of all groups."""
+    return dict(choices.limits).get(root, choices.max_ratio)
+
+
 def set_limit(choices: Choices, root: LayerAxis, max_ratio: float | None) -> Choices:
     """Let at most this share of one group's channels go; None takes the limit away."""
     limits = {key: value for key, value in choices.limits if key != root}

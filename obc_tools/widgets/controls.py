@@ -48,9 +48,14 @@ def slider(label: str, low: float, high: float, step: float, value: float, toolt
     )
 
 
+def stands_at(slider: W.FloatSlider, value: float) -> bool:
+    """Say whether a slider shows a number: a page rounds what it is told to the slider's steps, and tells it back."""
+    return abs(slider.value - value) < 0.501 * slider.step
+
+
 def set_slider(slider: W.FloatSlider, value: float) -> None:
-    """Set a slider, but not to what it shows already but for rounding: told back, that tears it from the mouse."""
-    if abs(slider.value - value) > slider.step / 100:
+    """Set a slider, but not to what it shows already: told back, that tears it from the mouse."""
+    if not stands_at(slider, value):
         slider.value = value
 
 

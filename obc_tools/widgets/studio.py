@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from ..studio_state import (
     plan_changes,
     redo,
     remember,
-    set_limit,
     to_code,
     toggle_channel,
     undo,
@@ -39,7 +39,7 @@ from ..studio_state import (
 )
 from .controls import COLUMN, REST, Filling, listed, note, set_options, table
 from .live import Click, LiveFigure
-from .studio_controls import NONE, StudioControls
+from .studio_controls import NONE, StudioControls, target_near
 from .tasks import Task, Worker
 
 SECONDS_OF_A_DRAG = 1.0
@@ -187,12 +187,16 @@ class PruningStudio(W.VBox):
                 self._try(act)
 
     def _changed(self, control: W.Widget) -> None:
-        c, dragged = self._controls, control is self._controls.target
+        c, dragged, choices = self._controls, control is self._controls.target, self.state.choices
         if control is c.kind:
+            choices = replace(choices, target=target_near(c.kind.value, self.plan, self.session.costs))
             with self._filling():
-                c.show_target(c.kind.value, self.plan, self.session.costs)
+                c.show_target(choices.target, self.session.costs)
+        choices = c.read(choices)
+        if choices == self.state.choices:
+            return
         merge = dragged and time.monotonic() - self._moved < SECONDS_OF_A_DRAG
-        self.choose(c.read(self.state.choices), merge=merge)
+        self.choose(choices, merge=merge)
         # Not before the plan is made: a slow one must not break a drag into two.
         self._moved = time.monotonic() if dragged else 0.0
 
@@ -206,8 +210,9 @@ class PruningStudio(W.VBox):
         self._controls.say(f"measured {count} plans")
 
     def _set_limit(self) -> None:
-        root, share = self._controls.group.value, self._controls.limit.value
-        self.choose(set_limit(self.state.choices, root, None if share == 1 else round(share, 6)))
+        choices = self._controls.read_limit(self.state.choices)
+        if choices != self.state.choices:
+            self.choose(choices)
 
     def _set_lock(self) -> None:
         root, choices = self._controls.group.value, self.state.choices

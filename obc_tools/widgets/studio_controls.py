@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import ipywidgets as W
@@ -14,8 +15,8 @@ from ..pruning import Target
 from ..scores import NORMALIZERS, REDUCTIONS
 from ..studio_plots import BARS, MILLION
 from ..studio_session import StudioSession
-from ..studio_state import Choices, Scoring, StudioState
-from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, set_slider, slider, text
+from ..studio_state import Choices, Scoring, StudioState, limit_of, set_limit
+from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, set_slider, slider, stands_at, text
 
 NONE = "none"
 """Stands for None, which a choice of a widget cannot have."""
@@ -57,14 +58,15 @@ def slider_range(kind: str, costs: CostModel) -> tuple[float, float, float]:
 def target_near(kind: str, plan: PruningPlan, costs: CostModel) -> Target:
     """Return the target of a kind that a plan just meets, within what the slider can say."""
     cost, whole = costs.of(plan), costs.original
+    # Rounded to the side on which the plan still meets it.
     here = {
-        "ratio": plan.channels_removed / plan.channels,
-        "speedup": whole.macs / cost.macs,
-        "macs": cost.macs / MILLION,
-        "params": cost.params / MILLION,
+        "ratio": math.ceil(MILLION * plan.channels_removed / plan.channels) / MILLION,
+        "speedup": math.floor(MILLION * whole.macs / cost.macs) / MILLION,
+        "macs": float(cost.macs),
+        "params": float(cost.params),
     }[kind]
-    low, high, _ = slider_range(kind, costs)
-    return target_of(kind, round(min(max(here, low), high), 6))
+    low, high = (target_of(kind, end) for end in slider_range(kind, costs)[:2])
+    return Target(**{kind: min(max(here, getattr(low, kind)), getattr(high, kind))})
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,22 @@ class StudioControls:
         return replace(
             choices,
             scoring=Scoring(self.criterion.value, self.reduction.value, none_or(self.normalizer.value)),
-            target=target_of(self.kind.value, round(self.target.value, 6)),
+            target=self._read_target(choices.target),
             scope=self.scope.value,
             round_to=None if self.round_to.value == 1 else self.round_to.value,
         )
+
+    def _read_target(self, target: Target) -> Target:
+        kind, value = shown_value(target)
+        stays = kind == self.kind.value and stands_at(self.target, value)
+        return target if stays else target_of(self.kind.value, round(self.target.value, 6))
+
+    def read_limit(self, choices: Choices) -> Choices:
+        """Return choices with the limit of the group that is shown in their place."""
+        root, share = self.group.value, self.limit.value
+        if stands_at(self.limit, limit_of(choices, root)):
+            return choices
+        return set_limit(choices, root, None if share == 1 else round(share, 6))
 
     def show(self, state: StudioState, costs: CostModel) -> None:
         """Set every control to the choices of a state."""
@@ -191,21 +205,18 @@ class StudioControls:
         for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
             control.value = getattr(choices.scoring, scoring.name) or NONE
         self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
-        self._set_target(choices.target, costs)
+        self.show_target(choices.target, costs)
         self.show_group(choices)
         self.undo.disabled, self.redo.disabled = not state.past, not state.future
-
-    def show_target(self, kind: str, plan: PruningPlan, costs: CostModel) -> None:
-        """Turn the slider to another kind of target, where the present plan stands in its terms."""
-        self._set_target(target_near(kind, plan, costs), costs)
 
     def show_group(self, choices: Choices) -> None:
         """Set limit and lock to those of the group that is shown."""
         root = self.group.value
-        set_slider(self.limit, dict(choices.limits).get(root, choices.max_ratio))
+        set_slider(self.limit, limit_of(choices, root))
         self.locked.value = root in dict(choices.locked)
 
-    def _set_target(self, target: Target, costs: CostModel) -> None:
+    def show_target(self, target: Target, costs: CostModel) -> None:
+        """Set kind, range and place of the slider to those of a target."""
         kind, value = shown_value(target)
         low, high, step = slider_range(kind, costs)
         with self.target.hold_sync(), self.target.hold_trait_notifications():
