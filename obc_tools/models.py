@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from .weights import load_weights, read_weights
+from .weights import load_weights, other_classes, read_weights
 
 OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
 
@@ -142,7 +142,7 @@ def load_model(
         name: One of ours ("resnet20", 32, 44, 56, 110 or any other 6k + 2 but 50 and 152, which mean ImageNet's to
             everybody; "vgg11", 13, 16, 19), or a library's with its prefix: "torchvision:resnet50",
             "timm:vit_base_patch16_224".
-        num_classes: Number of outputs. None: what the weights file has (our own networks), else the network's default.
+        num_classes: Number of outputs. None: what the weights file has, else the network's default.
         weights: None, a fresh network, drawn from torch's global generator; "pretrained", what torchvision or timm
             downloads; "published", the paper's baselines, or "published-sparse", those after its sparse training, from
             the folder that the environment variable OBC_TOOLS_WEIGHTS names or else downloaded once; or a file:
@@ -169,9 +169,9 @@ def load_model(
         return _build_pretrained(name, num_classes, options)
     path = _weights_file(name, weights)
     state = read_weights(path)
-    if num_classes is None:
-        num_classes = _classes_in(state, name)
     model = _build(name, num_classes, options)
+    if num_classes is None and (found := other_classes(model, state)):
+        model = _build(name, found, options)
     load_weights(model, state, origin=str(path))
     return model
 
@@ -304,9 +304,3 @@ def _download(address: str, path: Path) -> None:
             f"{address} could not be downloaded ({error}); fetch it elsewhere, then pass the file as weights= or put "
             f"'{path.name}' into a folder and name that folder in the environment variable OBC_TOOLS_WEIGHTS"
         ) from error
-
-
-def _classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
-    """The rows of the output layer in a state dict of one of our own networks."""
-    output = None if ":" in name else state.get("fc.weight" if name.startswith("resnet") else "classifier.weight")
-    return None if output is None or output.ndim != 2 else len(output)

@@ -56,6 +56,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
     model.load_state_dict(own)
 
 
+def other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes of a state dict that differs from a network in that alone, else None."""
+    rows = _output_rows(model.state_dict(), state)
+    return rows and rows[1]
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
@@ -93,11 +99,10 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: str) -> None:
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if reshaped and not missing and not unexpected:
-        _check_classes(own, state, reshaped, origin)
+    if rows := _output_rows(own, state):
+        layer, found, asked = rows
+        raise ValueError(f"{origin}: file has {found} classes, model asked for {asked} (layer '{layer}')")
+    missing, unexpected, reshaped = _differences(own, state)
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in reshaped]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     parts = [f"{len(entries)} {kind} ({_first(entries)})" for kind, entries in kinds.items() if entries]
@@ -105,14 +110,21 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], origin: s
         raise ValueError(f"{origin}: these are weights of another architecture: {'; '.join(parts)}")
 
 
-def _check_classes(own: Mapping[str, Tensor], state: Mapping[str, Tensor], reshaped: list[str], origin: str) -> None:
-    """Name the class counts where only one layer differs, and only in its rows: no other than the output layer can."""
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Return the names that are missing, that are unexpected, and those of entries of another shape."""
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    return missing, unexpected, [key for key in own if key in state and own[key].shape != state[key].shape]
+
+
+def _output_rows(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, int, int] | None:
+    """Where only one layer differs, and only in its rows (no other than the output can): its name, theirs, ours."""
+    missing, unexpected, reshaped = _differences(own, state)
     layers = {key.rpartition(".")[0] for key in reshaped}
     rows = {(*state[key].shape[:1], *own[key].shape[:1]) for key in reshaped}
     rest = all(state[key].shape[1:] == own[key].shape[1:] for key in reshaped)
-    if len(layers) == 1 and len(rows) == 1 and rest:
-        found, asked = rows.pop()
-        raise ValueError(f"{origin}: file has {found} classes, model asked for {asked} (layer '{layers.pop()}')")
+    single = not missing and not unexpected and len(layers) == len(rows) == 1 and rest
+    return (layers.pop(), *rows.pop()) if single else None
 
 
 def _first(entries: Iterable[str], count: int = 3) -> str:

@@ -177,8 +177,10 @@ def test_weights_of_a_library_network_from_a_file(tmp_path: Path) -> None:
     torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
     model = load_model("timm:test_resnet", 5, tmp_path / "weights.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+    model = load_model("timm:test_resnet", weights=tmp_path / "weights.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
     with pytest.raises(ValueError, match="file has 5 classes, model asked for 1000"):
-        load_model("timm:test_resnet", weights=tmp_path / "weights.pth")
+        load_model("timm:test_resnet", 1000, tmp_path / "weights.pth")
 
 
 def test_a_missing_weights_file_lists_the_weights_by_name() -> None:
