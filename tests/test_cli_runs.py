@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 from obc_tools.cli_runs import RunExperiment
 from obc_tools.data import load_data
@@ -111,14 +112,12 @@ def imagenet(tmp_path_factory) -> dict[str, str]:
     """The ImageNet sample where it is beside the repository, digits as image files elsewhere."""
     if (SHARED / "imagenet_sample").exists():
         return {"--root": str(SHARED / "imagenet_sample")}
-    from torchvision.io import write_png
-
     root = tmp_path_factory.mktemp("digits")
     images = load_data("digits").val
     for number in range(60):
         folder = root / "val" / str(int(images.labels[number]))
         folder.mkdir(parents=True, exist_ok=True)
-        write_png(images.pixels[number].expand(3, -1, -1).contiguous(), str(folder / f"{number}.png"))
+        to_pil_image(images.pixels[number]).convert("RGB").save(folder / f"{number}.png")
     return {"--data": "folder", "--root": str(root)}
 
 
