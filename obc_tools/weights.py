@@ -122,7 +122,7 @@ def _output_rows(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tupl
     missing, unexpected, reshaped = _differences(own, state)
     layers = {key.rpartition(".")[0] for key in reshaped}
     rows = {(*state[key].shape[:1], *own[key].shape[:1]) for key in reshaped}
-    rest = all(state[key].shape[1:] == own[key].shape[1:] for key in reshaped)
+    rest = all(own[key].ndim == state[key].ndim and own[key].shape[1:] == state[key].shape[1:] for key in reshaped)
     single = not missing and not unexpected and len(layers) == len(rows) == 1 and rest
     return (layers.pop(), *rows.pop()) if single else None
 

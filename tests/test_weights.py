@@ -170,6 +170,10 @@ def _without(state: dict, *keys: str) -> dict:
             "another architecture: 1 of another shape (0.weight (4, 1, 3, 3) for (4, 2, 3, 3))",
         ),
         (
+            lambda state: state | {"1.num_batches_tracked": torch.ones(1)},
+            "another architecture: 1 of another shape (1.num_batches_tracked (1,) for ())",
+        ),
+        (
             lambda state: state | {"3.weight": torch.zeros(7, 4), "3.bias": torch.zeros(7)},
             "file: file has 7 classes, model asked for 3 (layer '3')",
         ),
@@ -178,7 +182,7 @@ def _without(state: dict, *keys: str) -> dict:
             "file: '3.weight' holds NaN or infinity in 6 of 12 numbers",
         ),
     ],
-    ids=["missing", "unexpected", "all three", "shape", "classes", "not finite"],
+    ids=["missing", "unexpected", "all three", "shape", "rank", "classes", "not finite"],
 )
 def test_weights_that_do_not_fit_are_described_and_nothing_changes(change, message: str) -> None:
     model = network()
