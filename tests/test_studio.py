@@ -111,6 +111,42 @@ def test_what_a_page_rounds_to_the_steps_of_a_slider_is_not_a_choice(studio):
     assert studio.state.choices.target == Target(speedup=1.9) and dict(studio.state.choices.limits) == {root: 0.34}
 
 
+def test_a_slider_keeps_its_range(studio):
+    """A page that is told another range and value may clip either, and tell it back."""
+    c, told = controls(studio), []
+    for each in (*c.targets.values(), c.limit):
+        each.observe(lambda change: told.append(change["name"]), ["min", "max", "step"])
+    for kind in (*c.targets, "ratio"):
+        c.kind.value = kind
+        assert c.place.children == (c.target,) == (c.targets[kind],)
+    c.undo.click()
+    assert c.kind.value == "params" and c.place.children == (c.targets["params"],)
+    assert told == []
+
+
+def test_what_the_slider_of_another_kind_tells_late_is_not_a_choice(studio):
+    c = controls(studio)
+    c.kind.value = "speedup"
+    before = studio.state
+    c.targets["ratio"].value = 0.99
+    assert studio.state == before
+    c.undo.click()
+    c.targets["speedup"].value = 5.0
+    assert studio.state.choices.target == Target(ratio=0.3) and c.target.value == 0.3
+
+
+def test_a_target_beyond_the_slider_stays(studio):
+    c = controls(studio)
+    studio.choose(Choices(target=Target(speedup=12.5)))
+    assert c.target.value == 10.0 and Target(speedup=12.5).met(
+        studio.session.costs.of(studio.plan), studio.session.costs.original
+    )
+    c.scope.value = "local"
+    assert studio.state.choices.target == Target(speedup=12.5)
+    c.target.value = 9.0
+    assert studio.state.choices.target == Target(speedup=9.0)
+
+
 @pytest.mark.parametrize("name", ["target", "limit"])
 def test_a_slider_is_not_set_while_it_is_dragged(studio, name):
     slider, told = getattr(controls(studio), name), []

@@ -41,16 +41,22 @@ def dropdown(
     )
 
 
-def slider(label: str, low: float, high: float, step: float, value: float, tooltip: str = "") -> W.FloatSlider:
-    """Return a slider over numbers that reacts while it is dragged."""
+def slider(
+    label: str, low: float, high: float, step: float, value: float | None = None, tooltip: str = ""
+) -> W.FloatSlider:
+    """Return a slider over numbers that reacts while it is dragged; it stands at its lower end if nothing is said."""
+    value = low if value is None else value
     return W.FloatSlider(
         value=value, min=low, max=high, step=step, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
     )
 
 
 def stands_at(slider: W.FloatSlider, value: float) -> bool:
-    """Say whether a slider shows a number: a page rounds what it is told to the slider's steps, and tells it back."""
-    return abs(slider.value - value) < 0.501 * slider.step
+    """Say whether a slider shows a number as well as it can.
+
+    It ends somewhere, and a page rounds what it is told to the slider's steps and tells that back.
+    """
+    return abs(slider.value - min(max(value, slider.min), slider.max)) < 0.501 * slider.step
 
 
 def set_slider(slider: W.FloatSlider, value: float) -> None:

@@ -161,7 +161,7 @@ class PruningStudio(W.VBox):
 
     def _connect(self) -> None:
         c = self._controls
-        for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, c.target):
+        for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, *c.targets.values()):
             control.observe(lambda changed: self._by_hand(lambda: self._changed(changed["owner"])), "value")
         shown = {c.group: self._show_group, c.limit: self._set_limit, c.locked: self._set_lock}
         for control, act in (shown | {c.compared: self._show_outcome}).items():
@@ -187,11 +187,12 @@ class PruningStudio(W.VBox):
                 self._try(act)
 
     def _changed(self, control: W.Widget) -> None:
-        c, dragged, choices = self._controls, control is self._controls.target, self.state.choices
+        c, choices = self._controls, self.state.choices
+        dragged = control is c.target
         if control is c.kind:
             choices = replace(choices, target=target_near(c.kind.value, self.plan, self.session.costs))
             with self._filling():
-                c.show_target(choices.target, self.session.costs)
+                c.show_target(choices.target)
         choices = c.read(choices)
         if choices == self.state.choices:
             return
@@ -282,7 +283,7 @@ class PruningStudio(W.VBox):
         """Show the present choices: at once where their scores are there, else when they have been computed."""
         choices = self.state.choices
         with self._filling():
-            self._controls.show(self.state, self.session.costs)
+            self._controls.show(self.state)
         self._controls.code.value = self.code
         if self.session.scores(choices.scoring) is not None:
             self._worker.cancel()

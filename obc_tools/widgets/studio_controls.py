@@ -78,7 +78,8 @@ class StudioControls:
     normalizer: W.Dropdown
     scope: W.Dropdown
     kind: W.Dropdown
-    target: W.FloatSlider
+    targets: dict[str, W.FloatSlider]
+    place: W.Box
     round_to: W.BoundedIntText
     bars: W.Dropdown
     group: W.Dropdown
@@ -108,7 +109,8 @@ class StudioControls:
         if not roots:
             raise ValueError("nothing can be pruned: every group of this network is kept whole")
         kind, value = shown_value(choices.target)
-        low, high, step = slider_range(kind, session.costs)
+        targets = {each: slider("to", *slider_range(each, session.costs)) for each in KINDS.values()}
+        targets[kind].value = value
         normalizers = [name or NONE for name in NORMALIZERS]
         return cls(
             criterion=dropdown("criterion", CRITERIA, choices.scoring.criterion, "what a channel is scored by"),
@@ -116,7 +118,8 @@ class StudioControls:
             normalizer=dropdown("normalizer", normalizers, choices.scoring.normalizer or NONE, "within each group"),
             scope=dropdown("scope", SCOPES, choices.scope, "which channels are ranked together"),
             kind=dropdown("target", KINDS.items(), kind),
-            target=slider("to", low, high, step, value),
+            targets=targets,
+            place=W.Box([targets[kind]]),
             round_to=integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps"),
             bars=dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers"),
             group=dropdown("group", roots, roots[0][1], "whose channels are shown below"),
@@ -143,6 +146,15 @@ class StudioControls:
         )
 
     @property
+    def target(self) -> W.FloatSlider:
+        """The slider of the kind of target that is chosen.
+
+        Each kind has its own: told another range and another value, a page may take the value first, clip it to the
+        range that it still has, and tell that back as if it were somebody's choice.
+        """
+        return self.targets[self.kind.value]
+
+    @property
     def scoring_box(self) -> W.VBox:
         """What scores depend on."""
         return W.VBox([self.criterion, self.reduction, self.normalizer])
@@ -150,7 +162,7 @@ class StudioControls:
     @property
     def target_box(self) -> W.VBox:
         """What a plan is to meet."""
-        return W.VBox([self.scope, self.kind, self.target, self.round_to])
+        return W.VBox([self.scope, self.kind, self.place, self.round_to])
 
     @property
     def group_box(self) -> W.VBox:
@@ -199,13 +211,13 @@ class StudioControls:
             return choices
         return set_limit(choices, root, None if share == 1 else round(share, 6))
 
-    def show(self, state: StudioState, costs: CostModel) -> None:
+    def show(self, state: StudioState) -> None:
         """Set every control to the choices of a state."""
         choices = state.choices
         for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
             control.value = getattr(choices.scoring, scoring.name) or NONE
         self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
-        self.show_target(choices.target, costs)
+        self.show_target(choices.target)
         self.show_group(choices)
         self.undo.disabled, self.redo.disabled = not state.past, not state.future
 
@@ -215,11 +227,8 @@ class StudioControls:
         set_slider(self.limit, limit_of(choices, root))
         self.locked.value = root in dict(choices.locked)
 
-    def show_target(self, target: Target, costs: CostModel) -> None:
-        """Set kind, range and place of the slider to those of a target."""
+    def show_target(self, target: Target) -> None:
+        """Show the slider of a target's kind, and on it the target."""
         kind, value = shown_value(target)
-        low, high, step = slider_range(kind, costs)
-        with self.target.hold_sync(), self.target.hold_trait_notifications():
-            self.target.min, self.target.max, self.target.step = min(low, value), max(high, value), step
-            set_slider(self.target, value)
-        self.kind.value = kind
+        set_slider(self.targets[kind], value)
+        self.place.children, self.kind.value = (self.targets[kind],), kind
