@@ -124,7 +124,7 @@ def main(out: Path = PICTURES, names: tuple[str, ...] = tuple(CELLS), looks: tup
         with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder), look) as lab, chromium() as browser:
             runs = [RUNS] if "monitor" in names else []
             cells = [NETWORK, *runs, f"LOOK = {look!r}", *(CELLS[name] for name in names)]
-            name = lab.write("pictures.ipynb", *cells)
+            name = lab.write(lab.folder / "pictures.ipynb", *cells)
             with opened(browser, lab, name, width=WIDTH, height=HEIGHT, scale=SCALE) as notebook:
                 notebook.page.evaluate(ALONE)
                 notebook.run_all()

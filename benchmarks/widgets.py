@@ -163,7 +163,7 @@ def main(repeats: int = 12, out: Path = RESULT) -> None:
         for name in ("naive", "EP"):
             write_run(lab.folder / name)
         cells = [NETWORK, *(cell for cell, _, _ in VIEWS.values())]
-        with opened(browser, lab, lab.write("latency.ipynb", *cells)) as notebook:
+        with opened(browser, lab, lab.write(lab.folder / "latency.ipynb", *cells)) as notebook:
             notebook.run_all()
             for row in time_all(notebook, repeats):
                 rows.append(row)

@@ -17,13 +17,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, TimeoutError, sync_playwright
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = (os.environ.get("CHROMIUM") or "chromium", "chromium-browser", "google-chrome")
@@ -76,12 +76,12 @@ class Lab:
         """The address of its interface."""
         return f"http://127.0.0.1:{self.port}/lab?token={self.token}"
 
-    def write(self, name: str, *cells: str) -> str:
-        """Write a notebook of code cells; return its name."""
+    def write(self, path: Path, *cells: str) -> str:
+        """Write a notebook of code cells into a folder of the lab's; return its name there."""
         made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(made, self.folder / name)
-        return name
+        nbformat.write(made, path)
+        return path.relative_to(self.folder).as_posix()
 
 
 @dataclass
@@ -168,13 +168,25 @@ class View:
         """Drag a slider's handle with the mouse to a share of its length."""
         handle, bar = self.control(label, ".noUi-handle"), self.control(label, ".noUi-base")
         handle.scroll_into_view_if_needed()
-        self.page.wait_for_timeout(300)
-        start, length = handle.bounding_box(), bar.bounding_box()
-        height = start["y"] + start["height"] / 2
-        self.page.mouse.move(start["x"] + start["width"] / 2, height)
-        self.page.mouse.down()
+        self.until(lambda: self._grasped(handle), f"the mouse has the handle of {label!r}")
+        length = bar.bounding_box()
+        height = length["y"] + length["height"] / 2
         self.page.mouse.move(length["x"] + share * length["width"], height, steps=steps)
         self.page.mouse.up()
+
+    def _grasped(self, handle: Locator) -> bool:
+        """Press the mouse on a handle that stands still; let go, and say so, if the page moved it away meanwhile."""
+        before = handle.bounding_box()
+        self.page.wait_for_timeout(300)
+        box = handle.bounding_box()
+        if box != before:
+            return False
+        self.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        self.page.mouse.down()
+        if handle.evaluate("e => e.classList.contains('noUi-active')"):
+            return True
+        self.page.mouse.up()
+        return False
 
     def value(self, label: str) -> float:
         """Return the number beside a slider."""
@@ -283,11 +295,15 @@ def opened(
     page.on("console", lambda message: _note(notebook.console, message))
     page.on("pageerror", lambda error: SLOW in str(error) or notebook.console.append(f"{error}\n{error.stack}"))
     address, token = lab.address.split("?")
-    page.goto(f"{address}/workspaces/{Path(name).stem}/tree/{name}?{token}&reset")
+    page.goto(f"{address}/workspaces/{name.removesuffix('.ipynb').replace('/', '-')}/tree/{name}?{token}&reset")
     try:
         notebook.await_kernel()
         yield notebook
         notebook.shutdown()
+    except Exception as error:
+        with suppress(Error):
+            error.add_note(f"errors of cells: {notebook.errors}\nof the page: {notebook.console}")
+        raise
     finally:
         context.close()
 

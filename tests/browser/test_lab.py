@@ -4,10 +4,10 @@ import pytest
 from lab import FAILED, opened
 
 
-def test_errors_of_cells_and_of_the_page_are_seen(lab, browser):
+def test_errors_of_cells_and_of_the_page_are_seen(lab, browser, folder):
     script = "from IPython.display import Javascript\nJavascript('console.error(\"of the page\")')"
     with opened(
-        browser, lab, lab.write("wrong.ipynb", "print('fine')", script, "1 / 0", "print('not reached')")
+        browser, lab, lab.write(folder / "wrong.ipynb", "print('fine')", script, "1 / 0", "print('not reached')")
     ) as made:
         made.run_all()
         assert made.errors == ["ZeroDivisionError: division by zero"]
@@ -15,8 +15,8 @@ def test_errors_of_cells_and_of_the_page_are_seen(lab, browser):
         assert len(made.console) == 1 and "of the page" in made.console[0]
 
 
-def test_what_never_ends_is_told_with_the_state_of_the_page(lab, browser):
-    with opened(browser, lab, lab.write("endless.ipynb", "import time\ntime.sleep(5)")) as made:
+def test_what_never_ends_is_told_with_the_state_of_the_page(lab, browser, folder):
+    with opened(browser, lab, lab.write(folder / "endless.ipynb", "import time\ntime.sleep(5)")) as made:
         made.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         with pytest.raises(AssertionError, match=r"not done after 0.2 s: new Promise.*prompts': \['\[\*\]:'\]"):
             made.do("new Promise(() => {})", 0.2)

@@ -1,6 +1,7 @@
 """Every control of every widget in a real browser: set as a person sets it, and what changed in the page."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 from lab import opened
@@ -13,28 +14,45 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 data = obc.load_data("digits")
 model = obc.load_model("resnet8", 10, in_channels=1)"""
-STUDIO = "studio = obc.PruningStudio(model, data, batches=2, held_out=1, source={'name': 'resnet8', 'in_channels': 1})"
+EXPLORER = "explorer = obc.JTJExplorer(model, data, batches=2)\nexplorer"
+PAIRS = "together = obc.InteractionExplorer(model, data, batches=2)\ntogether"
+STUDIO = """studio = obc.PruningStudio(model, data, batches=2, held_out=1, source={'name': 'resnet8', 'in_channels': 1})
+studio"""
+CHANNELS = 224
+MONITOR = "import obc_tools as obc\nmonitor = obc.RunMonitor('run', every=0.3)\nmonitor"
 
 
-@pytest.fixture(scope="module")
-def notebook(lab, browser):
-    """All widgets in one notebook; what a test leaves does not matter to the next."""
-    write(lab.folder / "run")
-    cells = [
-        NETWORK,
-        "explorer = obc.JTJExplorer(model, data, batches=2)\nexplorer",
-        "together = obc.InteractionExplorer(model, data, batches=2)\ntogether",
-        f"{STUDIO}\nstudio",
-        "monitor = obc.RunMonitor('run', every=0.3)\nmonitor",
-    ]
-    with opened(browser, lab, lab.write("widgets.ipynb", *cells)) as made:
-        made.run_all()
-        yield made
-        assert made.errors == [] and made.console == []
+@pytest.fixture
+def show(lab, browser, folder):
+    """Runs cells in a notebook of their own; nothing may have gone wrong there at the end."""
+    with ExitStack() as stack:
+        made = []
+
+        def run(*cells):
+            name = lab.write(folder / f"{len(made)}.ipynb", *cells)
+            made.append(stack.enter_context(opened(browser, lab, name)))
+            made[-1].run_all()
+            return made[-1]
+
+        yield run
+        assert [(notebook.errors, notebook.console) for notebook in made] == len(made) * [([], [])]
 
 
-def test_the_explorer_of_single_filters(lab, notebook):
-    view = notebook.view("obc.JTJExplorer(")
+def follows(view):
+    """Say whether code and figure are those of the share of channels to which the slider is set."""
+    share = view.value("to")
+    return f"ratio={share:g}" in view.code and view.kept() == CHANNELS - int(share * CHANNELS)
+
+
+def planned(show):
+    """Return a studio's view after its first plan."""
+    view = show(NETWORK, STUDIO).view("obc.PruningStudio(")
+    view.until(lambda: view.kept() == 157 and follows(view), "the first plan removes 30 % of 224 channels")
+    return view
+
+
+def test_the_explorer_of_single_filters(show, folder):
+    view = show(NETWORK, EXPLORER).view("obc.JTJExplorer(")
     view.until(lambda: view.title.startswith("|JᵀJ| of conv1.out: 16 channels"), "the grid")
     assert view.figure("g.data.length") == 16
     view.choose("values", "correlation")
@@ -57,11 +75,11 @@ def test_the_explorer_of_single_filters(lab, notebook):
     view.until(lambda: "layer1.0.conv1.out" in view.title, "another layer")
     view.press("save")
     view.until(lambda: "wrote 'jtj.npz'" in view.words, "the matrices are saved")
-    assert (lab.folder / "jtj.npz").is_file()
+    assert (folder / "jtj.npz").is_file()
 
 
-def test_the_explorer_of_pairs(notebook):
-    view = notebook.view("obc.InteractionExplorer(")
+def test_the_explorer_of_pairs(show):
+    view = show(NETWORK, PAIRS).view("obc.InteractionExplorer(")
     view.until(lambda: view.title.startswith("Correlation of K of conv1.out"), "K")
     assert "duplicate most" in view.words
     view.choose("order", "score")
@@ -77,11 +95,10 @@ def test_the_explorer_of_pairs(notebook):
     view.until(lambda: view.title.startswith("K of layer2.0.conv1.out"), "K again")
 
 
-def test_the_studio_follows_its_sliders_and_choices(notebook):
-    view = notebook.view("obc.PruningStudio(")
-    view.until(lambda: view.kept() == 157, "the first plan removes 30 % of 224 channels")
+def test_the_studio_follows_its_sliders_and_choices(show):
+    view = planned(show)
     view.drag("to", 0.5)
-    view.until(lambda: view.kept() < 157 and f"ratio={view.value('to'):g}" in view.code, "another target")
+    view.until(lambda: view.kept() < 157 and follows(view), "another target")
     assert abs(view.value("to") - 0.5) < 0.06
     half = view.kept()
     view.choose("target", "speed-up (times fewer MACs)")
@@ -108,9 +125,8 @@ def test_the_studio_follows_its_sliders_and_choices(notebook):
     view.until(lambda: view.figure("g._fullLayout.yaxis.title.text") == "channels", "channels of groups")
 
 
-def test_the_studio_treats_single_groups_and_channels(notebook):
-    view = notebook.view("obc.PruningStudio(")
-    view.choose("target", "share of channels removed")
+def test_the_studio_treats_single_groups_and_channels(show):
+    view = planned(show)
     view.choose("group", "layer3.0.conv1.out")
     view.until(lambda: "layer3.0.conv1.out by score" in view.words, "another group")
     view.drag("at most goes", 0.0)
@@ -126,8 +142,8 @@ def test_the_studio_treats_single_groups_and_channels(notebook):
     view.until(lambda: "plan.choose" in view.code, "the plan again")
 
 
-def test_the_studio_measures_compares_and_keeps(lab, notebook):
-    view = notebook.view("obc.PruningStudio(")
+def test_the_studio_measures_compares_and_keeps(show, folder):
+    view = planned(show)
     view.press("measure")
     view.until(lambda: "measured" in view.words, "a measurement")
     assert view.words.count("%") >= 2
@@ -139,50 +155,54 @@ def test_the_studio_measures_compares_and_keeps(lab, notebook):
     view.enter("write to", "kept/plan")
     for label, path in {"plan (JSON)": "plan.json", "pruned model": "plan/manifest.json", "Python": "plan.py"}.items():
         view.press(label)
-        written = lab.folder / "kept" / path
+        written = folder / "kept" / path
         view.until(lambda written=written: written.is_file(), f"{path} is written")
-    assert json.loads((lab.folder / "kept" / "plan.json").read_text())["groups"]
+    assert json.loads((folder / "kept" / "plan.json").read_text())["groups"]
     view.choose("criterion", "hessian")
     view.press("cancel")
     view.until(lambda: "cancelled" in view.words or "PruningPlan(" in view.words, "it is left")
 
 
-def test_the_monitor_follows_and_stops_a_run(lab, notebook):
-    view = notebook.view("obc.RunMonitor(")
+def test_the_monitor_follows_and_stops_a_run(show, folder):
+    write(folder / "run")
+    view = show(MONITOR).view("obc.RunMonitor(")
     view.until(lambda: "epoch 2 of 4, step 5 of 10" in view.words, "where the run is")
-    write(lab.folder / "run", done=2, epoch=3, step=8)
+    write(folder / "run", done=2, epoch=3, step=8)
     view.until(lambda: "epoch 3 of 4, step 8 of 10" in view.words, "where the run is now")
     view.until(lambda: view.figure("g.calcdata[0].length") == 2, "a finished epoch more")
     assert "line 39" in view.words and view.button("resume").is_disabled()
     view.press("stop")
-    view.until(lambda: (lab.folder / "run" / "stop").is_file(), "the run is asked to stop")
+    view.until(lambda: (folder / "run" / "stop").is_file(), "the run is asked to stop")
     view.until(lambda: "it will stop at its next step" in view.words, "that is said")
-    write(lab.folder / "run", running=False)
+    write(folder / "run", running=False)
     view.until(lambda: view.button("resume").is_enabled() and view.button("stop").is_disabled(), "it can be resumed")
 
 
-def test_everything_is_there_again_after_a_reload(lab, notebook):
+def test_everything_is_there_again_after_a_reload(show, folder):
+    write(folder / "run")
+    notebook = show(NETWORK, EXPLORER, PAIRS, STUDIO, MONITOR)
     studio, monitor = notebook.view("obc.PruningStudio("), notebook.view("obc.RunMonitor(")
+    studio.until(lambda: studio.kept() == 157, "the first plan")
+    studio.drag("to", 0.6)
+    studio.until(lambda: studio.kept() < 157 and follows(studio), "another target")
     before = studio.kept(), studio.value("to"), studio.code
     notebook.reload()
     studio.cell.locator(".js-plotly-plot .bars").first.wait_for()
     assert (studio.kept(), studio.value("to"), studio.code) == before
     studio.drag("to", 0.2)
-    studio.until(lambda: studio.kept() != before[0], "the slider still plans")
-    write(lab.folder / "run", done=3, epoch=4, step=9)
+    studio.until(lambda: studio.kept() > before[0], "the slider still plans")
+    write(folder / "run", done=3, epoch=4, step=9)
     monitor.until(lambda: "epoch 4 of 4, step 9 of 10" in monitor.words, "the monitor still looks")
     for words in ("obc.JTJExplorer(", "obc.InteractionExplorer("):
         assert notebook.view(words).figure("g.data.length") > 0
 
 
-def test_another_notebook_attaches_to_the_same_run(lab, browser, notebook):
-    write(lab.folder / "run", done=3, epoch=4, step=9)
-    cells = [
-        "import obc_tools as obc\nrun = obc.Run.open('run')\nobc.RunMonitor({'a run': run}, every=0.3, look='dark')"
-    ]
-    with opened(browser, lab, lab.write("again.ipynb", *cells)) as other:
-        other.run_all()
-        view = other.view("obc.RunMonitor(")
-        view.until(lambda: "epoch 4 of 4, step 9 of 10" in view.words, "where the run is")
-        view.until(lambda: view.figure("g.calcdata[0].length") == 3, "its finished epochs")
-        assert other.errors == [] and other.console == []
+def test_another_notebook_attaches_to_the_same_run(show, folder):
+    write(folder / "run")
+    first = show(MONITOR).view("obc.RunMonitor(")
+    cell = "import obc_tools as obc\nrun = obc.Run.open('run')\nobc.RunMonitor({'a run': run}, every=0.3, look='dark')"
+    second = show(cell).view("obc.RunMonitor(")
+    write(folder / "run", done=3, epoch=4, step=9)
+    for view in (first, second):
+        view.until(lambda view=view: "epoch 4 of 4, step 9 of 10" in view.words, "where the run is")
+        view.until(lambda view=view: view.figure("g.calcdata[0].length") == 3, "its finished epochs")
