@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from obc_tools import find_groups, load_model, make_plan, prune, score_groups
-from obc_tools.environment import environment
+from obc_tools.files import environment
 
 NETWORKS = ("resnet50", "vit_b_16", "densenet121", "efficientnet_b0")
 RATIO = 0.5

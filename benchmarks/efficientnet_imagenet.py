@@ -21,8 +21,9 @@ import tyro
 from torch import Tensor, nn
 
 from obc_tools import EquivalentModel, check_plan, cost, evaluate, load_data, load_model, prune, prune_to, take
-from obc_tools.data import Data, ImageFiles
-from obc_tools.runs import environment
+from obc_tools.data.data import Data
+from obc_tools.data.images import ImageFiles
+from obc_tools.files import environment
 
 NAME = "timm:tf_efficientnet_lite0"
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from obc_tools.jacobian import LayerAxis, model_axes, stream_products
-from obc_tools.models import load_model
+from obc_tools.models.networks import load_model
+from obc_tools.scoring.jacobian import model_axes, stream_products
+from obc_tools.structure.layers import LayerAxis
 
 RESULTS = Path(__file__).parents[1] / "results" / "jacobian_cpu.csv"
 NETWORKS = {

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from obc_tools import ChannelGroup, evaluate, find_groups, load_data, load_model, make_plan, prune
-from obc_tools.evidence import sum_squares
-from obc_tools.jacobian import model_axes, stream_products
-from obc_tools.scores import reduce_members
+from obc_tools.scoring.jacobian import model_axes, stream_products
+from obc_tools.scoring.scores import reduce_members, sum_squares
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from obc_tools import find_groups, load_data, load_model, score_groups, take
-from obc_tools.environment import environment
+from obc_tools.files import environment
 
 
 @dataclass(frozen=True)

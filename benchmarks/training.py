@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import obc_tools as obc
-from obc_tools.data import Data
-from obc_tools.environment import environment
+from obc_tools.data.data import Data
+from obc_tools.files import environment
 
 
 @dataclass(frozen=True)

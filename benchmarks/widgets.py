@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "browser"))
 from lab import Notebook, View, chromium, jupyterlab, opened
 from run_folders import write as write_run
 
-from obc_tools.environment import environment
+from obc_tools.files import environment
 
 RESULT = Path(__file__).parents[1] / "results" / "widgets_latency.csv"
 NETWORK = """import torch, obc_tools as obc

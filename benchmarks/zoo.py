@@ -30,7 +30,7 @@ from zoo_models import Case, cases
 from zoo_row import COLUMNS, Row
 from zoo_table import markdown
 
-from obc_tools.layers import UnknownNameError
+from obc_tools.errors import UnknownNameError
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from zoo_models import Case, build, example, randomize
 
 from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
-from obc_tools.check import Check, CheckError, Finding, check_plan
-from obc_tools.export import export_onnx
-from obc_tools.plan import PruningPlan
+from obc_tools.models.export import export_onnx
+from obc_tools.pruning.check import Check, CheckError, Finding, check_plan
+from obc_tools.pruning.plan import PruningPlan
 from obc_tools.state import call_model
 
 RATIO, SPEEDUP = 0.3, 1.5

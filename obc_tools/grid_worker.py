@@ -1,11 +1,9 @@
-"""The process that works on a launched grid: python -m obc_tools.grid_worker FOLDER."""
-
-from __future__ import annotations
+"""python -m obc_tools.grid_worker FOLDER works on a launched grid."""
 
 import sys
 from pathlib import Path
 
-from .grid import Grid
+from .runs.grid import Grid
 
 if __name__ == "__main__":
     Grid(Path(sys.argv[1])).work()

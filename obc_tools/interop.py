@@ -19,20 +19,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .criteria import Criterion, Evidence, resolve_criterion
-from .evidence import sum_squares
-from .jacobian import Objective, Rows, classification, model_axes, parameter_slots, stream_products
-from .layers import (
-    LayerAxis,
-    UnknownNameError,
-    channel_sum,
-    find_axis,
-    get_layer,
-    layer_axes,
-    own_parameters,
-    scored_layers,
-)
-from .scores import NORMALIZERS, REDUCTIONS, combine, normalize
+from .errors import UnknownNameError
+from .scoring.criteria import Criterion, Evidence, resolve_criterion
+from .scoring.jacobian import model_axes, stream_products
+from .scoring.objectives import Objective, classification
+from .scoring.rows import Rows, parameter_slots
+from .scoring.scores import NORMALIZERS, REDUCTIONS, combine, normalize, sum_squares
+from .structure.layers import LayerAxis, channel_sum, find_axis, get_layer, layer_axes, own_parameters, scored_layers
 
 Axes = dict[tuple[nn.Module | nn.Parameter, str], Tensor]
 """(layer, "out" | "in") -> Σ_n (J_n w)² of its channels."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc_tools.jacobian import Objective, classification
+from obc_tools.scoring.objectives import Objective, classification
 
 EXAMPLES = 6
 CLASSES = 3
@@ -289,3 +289,28 @@ SCALAR = Case("detection", Residual, (3, 4, 4), objective=detection)
 def case(name: str) -> Case:
     """Return the case of a name."""
     return next(case for case in CASES if case.name == name)
+
+
+def curve(label, repeat, left, accuracy, at_chance=False):
+    full = 1000
+    return [
+        {
+            "criterion": label,
+            "repeat": repeat,
+            "step": step,
+            "pruned_channels": round(10 * (1 - share)),
+            "channels": 10,
+            "macs": full * share**2,
+            "params": full * share,
+            "accuracy": value,
+            "top5": None,
+            "loss": 1 - value,
+            "train_accuracy": value,
+            "train_top5": None,
+            "train_loss": None,
+            "seconds": None if step == 0 else 1.5 + repeat,
+            "images": 0,
+            "at_chance": at_chance and step == len(left) - 1,
+        }
+        for step, (share, value) in enumerate(zip(left, accuracy, strict=True))
+    ]

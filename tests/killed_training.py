@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from obc_tools import training_folder
-from obc_tools.batches import Batches
-from obc_tools.data import load_data
-from obc_tools.models import load_model
-from obc_tools.recipe import Recipe
-from obc_tools.training import fit
+from obc_tools.data.batches import Batches
+from obc_tools.data.data import load_data
+from obc_tools.models.networks import load_model
+from obc_tools.training import folder as training_folder
+from obc_tools.training.fit import fit
+from obc_tools.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=128, lr=0.05, mixup=0.3, erase=0.2, momentum=0.9, seed=3)
 

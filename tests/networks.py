@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc_tools import find_groups, make_plan
 
 
 def small_vgg() -> nn.Sequential:
@@ -177,3 +180,40 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
     return model.eval(), images
+
+
+def random_plan(name, ratio=0.4, seed=0):
+    model, images = network(name)
+    generator = torch.Generator().manual_seed(seed)
+    groups = find_groups(model, images)
+    return model, images, make_plan({g: torch.rand(g.width, generator=generator) for g in groups}, ratio=ratio)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 8)
+        self.third = nn.Linear(8, 8)
+        self.third.weight = self.second.weight
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.head((x + self.second(x).relu()) + self.third(x).relu())
+
+
+class Attention(nn.Module):
+    """Three heads of eight from fused q, k, v; what becomes of q and k is up to subclasses."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = 3, 8, 8**-0.5
+        self.qkv, self.proj = nn.Linear(7, 72), nn.Linear(24, 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.nn import functional as F
 
-from obc_tools.layers import LayerAxis, get_layer
+from obc_tools.structure.layers import LayerAxis, get_layer
 
 Indices = list[tuple[str, tuple]]
 
@@ -97,3 +98,29 @@ def _input_of_convolution(layer: nn.modules.conv._ConvNd, channel: int) -> Indic
     outs, ins = layer.out_channels // layer.groups, layer.in_channels // layer.groups
     group = channel // ins
     return [("weight", (slice(group * outs, (group + 1) * outs), channel % ins))]
+
+
+# What is borrowed
+
+
+def state_of(model: nn.Module) -> dict:
+    """Everything that scoring could leave behind on a model."""
+    hook_kinds = [name for name in nn.Module().__dict__ if "hooks" in name]
+    modules = dict(model.named_modules())
+    return {
+        "modes": {name: module.training for name, module in modules.items()},
+        "hooks": {name: [dict(getattr(module, kind)) for kind in hook_kinds] for name, module in modules.items()},
+        "attributes": {name: sorted(module.__dict__) for name, module in modules.items()},
+        "flags": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "values": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+        "torch": (F.linear, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()),
+    }
+
+
+def interrupted(objective):
+    def fail(model, batch):
+        objective(model, batch)
+        raise KeyError("stop")
+
+    return fail

@@ -3,10 +3,11 @@
 import copy
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from obc_tools import PruningPlan, prune
-from obc_tools.equivalent import EquivalentModel, MixedLayer
+from obc_tools.pruning.equivalent import EquivalentModel, MixedLayer
 
 
 def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -70,3 +71,8 @@ def inserted(model: nn.Module, plan: PruningPlan, equivalent: EquivalentModel) -
         stride = mixed.weight.shape[2] if isinstance(layer, nn.Linear) else 1
         setattr(skeleton.get_submodule(owner), leaf, Inserted(layer, mixed, stride))
     return skeleton
+
+
+def graph_groups(model, images):
+    graph = tp.DependencyGraph().build_dependency(model, images, verbose=False)
+    return {group[0].dep.target.name.split(" ")[0]: group for group in graph.get_all_groups(ignored_layers=[])}

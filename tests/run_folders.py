@@ -5,11 +5,11 @@ import os
 import time
 from dataclasses import asdict
 
-from obc_tools.background import process_identity
-from obc_tools.history import Epoch
-from obc_tools.job import PruningJob
-from obc_tools.pruning import Target
-from obc_tools.recipe import Recipe
+from obc_tools.pruning.order import Target
+from obc_tools.runs.job import PruningJob
+from obc_tools.runs.run import process_identity
+from obc_tools.training.folder import Epoch
+from obc_tools.training.recipe import Recipe
 
 TRAINED = Recipe(epochs=4)
 JOB = PruningJob(

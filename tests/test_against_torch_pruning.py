@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from networks import network
-from test_interop import graph_groups
+from oracles_pruning import graph_groups
 from torch import nn
 from torch.nn import functional as F
 

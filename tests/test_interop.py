@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from networks import NETWORKS, network
+from oracles_pruning import graph_groups
 from torch import nn
 
 from obc_tools import find_groups, score_groups
@@ -15,11 +16,6 @@ def batches_for(images, classes=5):
 def loss_of(model, images, labels):
     out = model(images)
     return nn.functional.cross_entropy(out, labels) if out.dim() == 2 else out.square().mean()
-
-
-def graph_groups(model, images):
-    graph = tp.DependencyGraph().build_dependency(model, images, verbose=False)
-    return {group[0].dep.target.name.split(" ")[0]: group for group in graph.get_all_groups(ignored_layers=[])}
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "upsampling"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from networks import network
-from test_jacobian import interrupted, state_of
+from oracles import interrupted, state_of
 from torch import nn
 
 from obc_tools import (
@@ -23,7 +23,7 @@ from obc_tools import (
     score_groups,
 )
 from obc_tools.interop import JacobianImportance
-from obc_tools.jacobian import classification
+from obc_tools.scoring.objectives import classification
 
 
 def group_of(model, images):

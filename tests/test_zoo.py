@@ -12,7 +12,7 @@ from torch import nn
 from zoo_models import Case, build, cases, example, randomize
 from zoo_row import COLUMNS, Row
 
-from obc_tools.check import Check, CheckError, Finding
+from obc_tools.pruning.check import Check, CheckError, Finding
 
 BY_ID = {case.id: case for case in cases()}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from obc_tools.jacobian import all_reduce_scores, jacobian_products
+from obc_tools.scoring.jacobian import all_reduce_scores, jacobian_products
 from tests.cases import case
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from obc_tools import stepper
-from obc_tools.batches import Batch
-from obc_tools.data import Data, Images, Normalization
-from obc_tools.processes import processes
-from obc_tools.recipe import Recipe
-from obc_tools.training import fit
+from obc_tools.data.batches import Batch
+from obc_tools.data.data import Data
+from obc_tools.data.images import Images, Normalization
+from obc_tools.training import stepper
+from obc_tools.training.fit import fit
+from obc_tools.training.processes import processes
+from obc_tools.training.recipe import Recipe
 
 EACH = 4
 RECIPES = {

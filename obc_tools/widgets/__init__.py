@@ -4,8 +4,7 @@ Long work runs beside the kernel (see `tasks`); every view shows the call that i
 ipywidgets and anywidget: ``pip install 'obc_tools[notebook]'``.
 """
 
-from .interactions import InteractionExplorer
-from .jtj import JTJExplorer
+from .explorers import InteractionExplorer, JTJExplorer
 from .monitor import RunMonitor
 from .studio import PruningStudio
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import ipywidgets as W
 import plotly.graph_objects as go
 
-from ..launching import Run
-from ..run_watch import RunView, describe, look_at, watch_figure
-from ..runs import STOP
-from .controls import button, code_area, dropdown, note
-from .live import LiveFigure
+from ..plots.training import watch_figure
+from ..runs.folder import STOP
+from ..runs.run import Run
+from ..runs.watch import RunView, describe, look_at, watch_traces
+from .controls import LiveFigure, button, code_area, dropdown, note
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class RunMonitor(W.VBox):
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
         self._look = look
-        self.picture = LiveFigure(watch_figure(self.views, look=look))
+        self.picture = LiveFigure(watch_figure(watch_traces(self.views), look=look))
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
@@ -103,7 +103,7 @@ class RunMonitor(W.VBox):
             before = self.views
             self.views = {name: look_at(run, before[name]) for name, run in self.runs.items()}
             if self.views != before:
-                self.picture.show(watch_figure(self.views, look=self._look))
+                self.picture.show(watch_figure(watch_traces(self.views), look=self._look))
             self.show()
 
     def close(self) -> None:

@@ -13,16 +13,17 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
-from ..data import Data
+from ..data.data import Data
 from ..files import write_text
-from ..layers import LayerAxis
-from ..plan import PruningPlan
-from ..pruning import prune
-from ..scores import Scores
-from ..store import save_pruned
-from ..studio_plots import SCORES, UPPER, Bars, studio_axes, studio_bars, studio_figure, studio_traces
-from ..studio_session import StudioSession
-from ..studio_state import (
+from ..models.store import save_pruned
+from ..plots.studio import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..pruning.plan import PruningPlan
+from ..pruning.prune import prune
+from ..scoring.scores import Scores
+from ..structure.layers import LayerAxis
+from ..studio.bars import Bars, studio_bars
+from ..studio.session import StudioSession
+from ..studio.state import (
     Choices,
     Scoring,
     Setup,
@@ -37,8 +38,7 @@ from ..studio_state import (
     undo,
     unlock,
 )
-from .controls import COLUMN, REST, Filling, listed, note, set_options, table
-from .live import Click, LiveFigure
+from .controls import COLUMN, REST, Click, Filling, LiveFigure, listed, note, set_options, table
 from .studio_controls import NONE, StudioControls, target_near
 from .tasks import Task, Worker
 
@@ -334,9 +334,10 @@ class PruningStudio(W.VBox):
         c.changes.value = "" if other is None else self._changes(name, other)
         c.progress.value = 0
         # Last, since a page that draws takes nothing else meanwhile.
-        for old, new in zip(figure.data, studio_traces(self._bars(compared), self.plan, root, score), strict=True):
+        traces = studio_traces(self._bars(compared), self.plan.kept_of(root), score)
+        for old, new in zip(figure.data, traces, strict=True):
             old.update(new)
-        self.picture.show(figure.update_layout(studio_axes(root, score)))
+        self.picture.show(figure.update_layout(studio_axes(str(LayerAxis(*root)), score)))
 
     def _bars(self, compared: PruningPlan | None) -> Bars:
         c = self._controls
@@ -344,7 +345,8 @@ class PruningStudio(W.VBox):
 
     def _drawn(self) -> go.Figure:
         root = self._controls.group.value
-        return studio_figure(self._bars(self._compared()), self.plan, root, self._score(root), look=self._look)
+        bars, kept = self._bars(self._compared()), self.plan.kept_of(root)
+        return studio_figure(bars, kept, str(LayerAxis(*root)), self._score(root), look=self._look)
 
     def _changes(self, name: str, other: PruningPlan) -> str:
         frame = plan_changes(other, self.plan)

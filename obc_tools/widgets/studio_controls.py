@@ -7,15 +7,14 @@ from dataclasses import dataclass, fields, replace
 
 import ipywidgets as W
 
-from ..criteria import CRITERIA
-from ..measure import CostModel
-from ..order import SCOPES
-from ..plan import PruningPlan
-from ..pruning import Target
-from ..scores import NORMALIZERS, REDUCTIONS
-from ..studio_plots import BARS, MILLION
-from ..studio_session import StudioSession
-from ..studio_state import Choices, Scoring, StudioState, limit_of, set_limit
+from ..measure.cost_model import CostModel
+from ..pruning.order import SCOPES, Target
+from ..pruning.plan import PruningPlan
+from ..scoring.criteria import CRITERIA
+from ..scoring.scores import NORMALIZERS, REDUCTIONS
+from ..studio.bars import BARS, MILLION
+from ..studio.session import StudioSession
+from ..studio.state import Choices, Scoring, StudioState, limit_of, set_limit
 from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, set_slider, slider, stands_at, text
 
 NONE = "none"

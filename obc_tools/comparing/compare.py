@@ -1,0 +1,310 @@
+"""Criteria against each other without fine-tuning: prune step by step, score what is left again, measure each step.
+
+The paper's Fig. 5–7 (Chen et al. 2025): accuracy and loss against pruned channels, MACs and parameters. Calibration
+images are plain training images, drawn afresh for every step and the same for all criteria of a repeat.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data.batches import Batch, Pass, take
+from ..data.data import Data, check_classes
+from ..errors import UnknownNameError
+from ..files import environment
+from ..measure.cost_model import CostModel, cost_model
+from ..measure.metrics import Metrics, evaluate
+from ..pruning.order import SCOPES, Limits, Target, removal_order
+from ..pruning.plan import PruningPlan
+from ..pruning.prune import fewest_units, prune
+from ..scoring.criteria import Criterion
+from ..scoring.objectives import Objective, classification
+from ..scoring.scores import NORMALIZERS, REDUCTIONS, score_groups
+from ..structure.groups import PARTS, find_groups
+from .comparison import (
+    METRICS,
+    Comparison,
+    Contender,
+    Curve,
+    CurveFolder,
+    as_frame,
+    described,
+    marked,
+    resolve_contenders,
+)
+
+EVALUATION_BATCH = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """How criteria are compared; plain values, checked when built. See `compare_criteria`."""
+
+    steps: int = 18
+    ratio: float | None = 0.9
+    macs: float | None = None
+    scope: str = "global"
+    batches: int = 50
+    batch_size: int = 128
+    repeats: int = 5
+    held_out: int | None = None
+    training: int | None = None
+    until_chance: bool = False
+    group_reduction: str = "sum"
+    normalizer: str | None = None
+    round_to: int | None = None
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    ignore: tuple[str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batches", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if (self.ratio is None) == (self.macs is None):
+            raise ValueError("give one end: ratio= (share of channels removed) or macs= (share of the MACs left)")
+        for name, value, high in (("ratio", self.ratio, 1.0), ("macs", self.macs, 1.0)):
+            if value is not None and not 0 < value < high:
+                raise ValueError(f"{name}={value}: expected a share in (0, 1)")
+        choices = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": tuple(PARTS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
+        Limits(self.min_channels, self.max_ratio, self.round_to)
+        for name, least in (("held_out", 1), ("training", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least} images, or None for all")
+
+    @property
+    def limits(self) -> Limits:
+        """What every group keeps."""
+        return Limits(self.min_channels, self.max_ratio, self.round_to)
+
+
+def compare_criteria(
+    factory: nn.Module | Callable[[], nn.Module],
+    data: Data,
+    criteria: Iterable[Any] | Mapping[str, Any],
+    *,
+    objective: Objective = classification,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Prune a trained network step by step by each criterion, without fine-tuning, and measure it after every step.
+
+    Args:
+        factory: the trained network, which stays as it is, or what returns it afresh for every criterion and repeat.
+        data: calibration images are drawn from its training images, without augmentation: the same for all criteria in
+            a repeat, others in every step and repeat. Measured on its held-out images and on training images.
+        criteria: names, (name, options) pairs, Criterion values or functions of weights; or a mapping from labels to
+            those. ("jacobian", {"batches": 500}) has a data budget of its own.
+        objective: what is differentiated.
+        folder: keep what is finished here, step by step, and go on from there if it is called again.
+        steps, ratio: step k of ``steps`` removes channels until the share ratio·k/steps is gone; default 18 to 0.9.
+        macs: instead of a ratio (``ratio=None``): the share of the MACs left at the end, reached in equal steps.
+        scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
+            only: as in `prune_to`.
+        batches, batch_size: the calibration batches of a step.
+        repeats: how often each criterion is repeated; once for those in which neither data nor chance has a say.
+        held_out, training: images to measure on, a fixed random choice; None: all, and ``training=0``: none.
+        until_chance: end a curve once both accuracies are within three standard errors of a guess.
+        seed: fixes all that is drawn.
+
+    Raises:
+        ValueError: settings out of range, more calibration batches than there are images, equal labels, a model that
+            does not go with the data; ComparisonError if ``folder`` holds a comparison of something else.
+
+    Example:
+        >>> compare_criteria(lambda: load_model("resnet56", num_classes=10, weights=FILE), load_data("cifar10", ROOT),
+        ...                  ["jacobian", "taylor", "l1"], batches=10, repeats=3).plot()
+    """
+    chosen = CompareSettings(**_one_end(settings))
+    factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
+    contenders = resolve_contenders(criteria)
+    bench = _Bench.build(factory, data, chosen, contenders, objective)
+    store = CurveFolder.open(folder, bench.describe())
+    curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
+    rows: list[Mapping[str, Any]] = []
+    with tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar:
+        for contender, repeat in curves:
+            curve = store.read(contender, repeat, bench.whole)
+            bar.set_postfix_str(f"{contender.label}, repeat {repeat}")
+            bar.update(max(len(curve.rows) - 1, 0))
+            for longer in bench.continued(curve):
+                store.write(longer)
+                bar.update(longer.rows[-1]["step"] > 0)
+                curve = longer
+            bar.update(chosen.steps + 1 - len(curve.rows))
+            rows += marked(curve.rows, curve.at_chance)
+    return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
+
+
+def _one_end(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Let a share of the MACs take the place of the default ratio."""
+    given = dict(settings)
+    if given.get("macs") is not None:
+        given.setdefault("ratio", None)
+    if "ignore" in given:
+        given["ignore"] = tuple(given["ignore"])
+    unknown = sorted(set(given) - set(CompareSettings.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(CompareSettings.__dataclass_fields__)}")
+    return given
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """Everything that curves share: the network's groups and costs, the data and the settings."""
+
+    factory: Callable[[], nn.Module]
+    data: Data
+    settings: CompareSettings
+    objective: Objective
+    contenders: tuple[Contender, ...]
+    whole: PruningPlan
+    costs: CostModel
+    checksum: int
+    device: torch.device
+
+    @classmethod
+    def build(cls, factory: Callable, data: Data, settings: CompareSettings, contenders: tuple, objective: Objective):
+        model = factory()
+        device = next(model.parameters()).device
+        example, _ = next(iter(data.batches("val", 1, device=device).at(0)))
+        with torch.no_grad():
+            check_classes(model.eval()(example).shape[-1], data)
+        heads = settings.whole_heads
+        groups = find_groups(model, example, ignore=settings.ignore, whole_heads=heads, only=settings.only)
+        whole, costs = PruningPlan.whole(groups), cost_model(model, example, whole_heads=heads)
+        bench = cls(factory, data, settings, objective, contenders, whole, costs, _checksum(model), device)
+        for contender in contenders:
+            bench.calibration(contender.criterion, 0, 1)
+        return bench
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the numbers depend on, as JSON holds it."""
+        counts = {"train_images": len(self.data.train), "val_images": len(self.data.val)}
+        criteria = {c.label: described(c.criterion) for c in self.contenders}
+        about = {"data": self.data.name, "checksum_of_weights": self.checksum, "criteria": criteria, **counts}
+        return json.loads(json.dumps(asdict(self.settings) | about))
+
+    def calibration(self, criterion: Criterion, repeat: int, step: int) -> Iterable[Batch]:
+        """Return the calibration batches of a step, by the criterion's own budget if it has one."""
+        s = self.settings
+        drawn = self.data.batches("train", s.batch_size, seed=s.seed + repeat, device=self.device)
+        return take(drawn.at(step), criterion.batches or s.batches)
+
+    def continued(self, curve: Curve) -> Iterator[Curve]:
+        """Go on with a curve; yield it after every step."""
+        if curve.at_chance or len(curve.rows) > self.settings.steps:
+            return
+        model = self.factory().eval()
+        pruned = prune(model, curve.plan)
+        for step in range(len(curve.rows), self.settings.steps + 1):
+            plan, seconds = (curve.plan, None) if step == 0 else self._next_plan(curve, pruned, step)
+            pruned = prune(model, plan) if step else pruned
+            row = self._row(curve, step, plan, seconds, pruned)
+            curve = replace(curve, rows=(*curve.rows, row), plan=plan, at_chance=self._at_chance(row))
+            yield curve
+            if curve.at_chance:
+                return
+
+    def _next_plan(self, curve: Curve, pruned: nn.Module, step: int) -> tuple[PruningPlan, float]:
+        """Score what is left and remove the lowest-scored channels; return the plan and the seconds of scoring."""
+        s, criterion = self.settings, curve.contender.criterion
+        start = time.perf_counter()
+        scores = score_groups(
+            pruned,
+            curve.plan.pruned_groups(),
+            criterion,
+            None if criterion.needs == "weights" else self.calibration(criterion, curve.repeat, step),
+            group_reduction=s.group_reduction,
+            normalizer=s.normalizer,
+            objective=self.objective,
+            seed=int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0]),
+        )
+        seconds = time.perf_counter() - start
+        initial = {group.root: group.width for group in self.whole.groups}
+        order = removal_order(scores, scope=s.scope, limits=s.limits, initial=initial)
+        if s.ratio is not None:
+            return curve.plan.then(order.plan(order.up_to(s.ratio * step / s.steps))), seconds
+        original = self.costs.of(self.whole)
+        target = Target(macs=original.macs * (1 - (1 - s.macs) * step / s.steps))
+        units = fewest_units(curve.plan, order, len(order), target, self.costs, original)
+        return curve.plan.then(order.plan(units)), seconds
+
+    def _row(
+        self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
+    ) -> dict[str, Any]:
+        s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
+        held_out = evaluate(pruned, self._images("val", s.held_out))
+        training = evaluate(pruned, self._images("train", s.training)) if s.training != 0 else None
+        data_free = criterion.needs == "weights"
+        return {
+            "criterion": curve.contender.label,
+            "repeat": curve.repeat,
+            "step": step,
+            "pruned_channels": plan.channels_removed,
+            "channels": plan.channels,
+            "macs": cost.macs,
+            "params": cost.params,
+            **_metrics(held_out, ""),
+            **_metrics(training, "train_"),
+            "seconds": seconds,
+            "images": 0 if data_free or not step else (criterion.batches or s.batches) * s.batch_size,
+        }
+
+    def _images(self, split: str, count: int | None) -> Iterable[Batch]:
+        """Return the images to measure on: all, or a fixed random choice of so many."""
+        if count is None:
+            return self.data.batches(split, EVALUATION_BATCH, shuffle=False, device=self.device).at(0)
+        drawn = self.data.batches(split, EVALUATION_BATCH, seed=self.settings.seed, shuffle=True, device=self.device)
+        return _first_images(drawn.at(0), count)
+
+    def _at_chance(self, row: Mapping[str, Any]) -> bool:
+        if not self.settings.until_chance:
+            return False
+        chance = 1 / len(self.data.classes)
+        counts = {"accuracy": self.settings.held_out or len(self.data.val)}
+        if row["train_accuracy"] is not None:
+            counts["train_accuracy"] = self.settings.training or len(self.data.train)
+        return all(row[key] <= chance + 3 * (chance * (1 - chance) / n) ** 0.5 for key, n in counts.items())
+
+
+def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
+    """Yield the first `count` images of a pass."""
+    for images, labels in batches:
+        yield images[:count], labels[:count]
+        count -= len(labels)
+        if count <= 0:
+            return
+
+
+def _metrics(metrics: Metrics | None, prefix: str) -> dict[str, float | None]:
+    values = {"accuracy": None, "top5": None, "loss": None} if metrics is None else vars(metrics)
+    return {prefix + name: values[name] for name in METRICS[:3]}
+
+
+def _checksum(model: nn.Module) -> int:
+    """Return the CRC-32 of a model's parameters and buffers."""
+    total = 0
+    for value in model.state_dict().values():
+        total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+    return total

@@ -1,0 +1,314 @@
+"""Data sets by name: digits (built in), CIFAR-10 and -100, ImageNet, and any folder of images.
+
+    data = load_data("cifar10", root="~/data", download=True)
+    for images, labels in data.batches("train", 128, seed=0, augment=True, device="cuda"):
+        ...
+
+``data.train`` and ``data.val`` are the two splits; held-out images are ``val`` also where a data set says "test".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .batches import Augmentation, Batches, Sampling, augment_batches, take
+from .cifar import CLASSES, read_cifar
+from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
+
+__all__ = [
+    "Augmentation",
+    "Batches",
+    "Data",
+    "ImageFiles",
+    "Images",
+    "Normalization",
+    "check_classes",
+    "load_data",
+    "take",
+]
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+
+_LARGE = {
+    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# The published curves of criteria use these for both CIFARs; trainings use each set's own statistics.
+_BENCHMARK = Normalization((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+
+NORMALIZATIONS: Mapping[str, Mapping[str, Normalization]] = {
+    "cifar10": {
+        "training": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        "benchmark": _BENCHMARK,
+    },
+    "cifar100": {
+        "training": Normalization((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        "benchmark": _BENCHMARK,
+    },
+    "imagenet": _LARGE,
+    "folder": _LARGE,
+}
+"""By data set, the default first."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Data:
+    """A data set: two splits, the names of the classes, and how images are normalised.
+
+    Attributes:
+        train: Images to learn from; None where only held-out images are there.
+        val: Held-out images; the test images of a data set that has no others.
+        classes: Names, in the order in which labels count them.
+        normalization: Of every batch.
+        name: As given to ``load_data``.
+    """
+
+    train: Images | ImageFiles | None
+    val: Images | ImageFiles | None
+    classes: tuple[str, ...]
+    normalization: Normalization
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        splits = {name: split for name, split in (("train", self.train), ("val", self.val)) if split is not None}
+        if not splits:
+            raise ValueError(f"{self.name}: there are neither train nor val images")
+        for name, split in splits.items():
+            if (label := int(split.labels.max())) >= len(self.classes):
+                raise ValueError(f"{self.name}: {name} label {label} is out of range for {len(self.classes)} classes")
+            if len(self.normalization.mean) != split.image_shape[0]:
+                raise ValueError(
+                    f"{self.name}: images have {split.image_shape[0]} channels, the normalisation is for "
+                    f"{len(self.normalization.mean)}"
+                )
+
+    def __repr__(self) -> str:
+        return f"Data('{self.name}', train={self.train}, val={self.val}, {len(self.classes)} classes)"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image, as a network needs to know them."""
+        return (self.train or self.val).image_shape
+
+    def batches(
+        self,
+        split: str,
+        size: int,
+        *,
+        seed: int = 0,
+        augment: bool | Augmentation = False,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> Batches:
+        """Return the batches of a split: each iteration is the next pass, fixed by the seed and its number.
+
+        Args:
+            split: "train" or "val".
+            size: Images in a batch.
+            seed: Fixes the order and the augmentation of every pass, the same on every device.
+            augment: Random crops and flips, as in training, or all that an `Augmentation` says. Off by default, also
+                for "train".
+            shuffle: A new order each pass. None: for "train" only.
+            drop_last: Leave out a last batch that is smaller than ``size``.
+            device: Where batches are made, normalised and returned; the model's.
+            workers: Processes that decode images from disk. None: one a CPU, at most 8. Images in memory need none.
+            share: (rank, processes) where several train together: this process gets every so-manieth image of each
+                batch of ``size``. Shares of "train" are equally large.
+
+        Raises:
+            ValueError: For a split that is unknown or not there, a size below 1, or a pass without any batch.
+        """
+        images = self._split(split)
+        shuffle = split == "train" if shuffle is None else shuffle
+        chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
+        sampling = Sampling(size, seed, shuffle, chosen.crop, drop_last, chosen.repeats, share, split == "train")
+        if isinstance(images, ImageFiles):
+            drawn = images.batches(sampling, self.normalization, device, workers, chosen.rand_augment)
+        elif chosen.rand_augment:
+            raise ValueError(f"{self.name}: RandAugment works on image files, not on images in memory")
+        else:
+            drawn = images.batches(sampling, self.normalization, device)
+        return augment_batches(drawn, chosen, len(self.classes), seed, share[0])
+
+    def with_train_from_val(self, seed: int = 0) -> Data:
+        """Return the data with the held-out images cut in two halves, by chance: one to train on, one held out.
+
+        For a folder that has held-out images only; what is measured then says little.
+
+        Raises:
+            ValueError: where there are training images.
+        """
+        if self.train is not None:
+            raise ValueError(f"{self.name} has training images: leave the held-out ones alone")
+        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(seed))
+        train, val = (self.val.subset(half.sort().values) for half in order.tensor_split(2))
+        return replace(self, train=train, val=val)
+
+    def limited(self, train: int | None = None, val: int | None = None, *, seed: int = 0) -> Data:
+        """Return the data with at most so many images of each split, drawn by chance; None keeps a split whole."""
+        splits = {"train": (self.train, train), "val": (self.val, val)}
+        return replace(self, **{name: _drawn(images, count, seed) for name, (images, count) in splits.items()})
+
+    def _split(self, split: str) -> Images | ImageFiles:
+        if split not in ("train", "val"):
+            raise ValueError(f"unknown split '{split}'; there are 'train' and 'val'")
+        images = self.train if split == "train" else self.val
+        if images is None:
+            raise ValueError(
+                f"{self.name} was loaded from a folder without {split} images; there is only the other split"
+            )
+        return images
+
+
+def _drawn(images: Images | ImageFiles | None, count: int | None, seed: int) -> Images | ImageFiles | None:
+    if images is None or count is None or count >= len(images):
+        return images
+    if count < 1:
+        raise ValueError(f"at least 1 image of a split is needed, not {count}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.subset(order[:count].sort().values)
+
+
+def load_data(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    normalize: str | tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    image_size: int = 224,
+) -> Data:
+    """Load a data set by name.
+
+    - "digits": 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn; nothing is downloaded. Split
+      once and for all into 1,438 train and 359 val images.
+    - "cifar10", "cifar100": from torchvision's files, class folders ``train`` and ``test`` or ``val``, or one .npz.
+    - "imagenet": class folders ``train`` and ``val``, 1,000 each, in the order of their names; ``val`` alone is enough.
+    - "folder": any class folders ``train`` and ``val`` or ``test``, one of them at least; read as ImageNet is.
+
+    Args:
+        name: One of the above.
+        root: Where the data lies. None: nowhere for digits; for CIFAR the user's cache folder.
+        download: Fetch CIFAR into ``root`` if it is not there.
+        normalize: For CIFAR "training" (default; each set's own statistics) or "benchmark" (the published curves'); for
+            digits "training"; for the others "imagenet" (default) or "inception" (0.5, 0.5); or mean and std, one
+            number a channel each, for pixels from 0 to 1.
+        image_size: Height and width, in pixels, of the images cut from files.
+
+    Raises:
+        ValueError: For an unknown data set or normalisation, for data that is not there, not complete or damaged.
+
+    Example:
+        >>> load_data("digits").train
+        Images(1438 of shape (1, 8, 8))
+    """
+    if name not in DATA_SETS:
+        raise ValueError(f"unknown data set '{name}'; known are {', '.join(DATA_SETS)}")
+    _check_normalization(name, normalize)
+    if download and name not in CLASSES:
+        raise ValueError(f"{name} cannot be downloaded; only cifar10 and cifar100 can")
+    root = None if root is None else Path(root).expanduser()
+    if name == "digits":
+        train, val, classes = _read_digits(root)
+    elif name in CLASSES:
+        train, val, classes = read_cifar(name, root, download)
+    else:
+        train, val, classes = _read_folders(name, root, image_size)
+    return Data(train, val, classes, _normalization(name, normalize, train), name)
+
+
+def check_classes(outputs: int, data: Data) -> None:
+    """Raise ValueError unless a model with so many outputs can tell the classes of a data set apart."""
+    if outputs != len(data.classes):
+        raise ValueError(f"model has {outputs} outputs, data has {len(data.classes)} classes")
+
+
+def _check_normalization(name: str, normalize: object) -> None:
+    known = NORMALIZATIONS.get(name, ("training",))
+    if isinstance(normalize, str) and normalize not in known:
+        raise ValueError(
+            f"unknown normalisation '{normalize}' of {name}; known are {', '.join(known)}, or pass (mean, std)"
+        )
+
+
+def _normalization(name: str, normalize: str | tuple | None, train: Images | ImageFiles | None) -> Normalization:
+    if normalize is not None and not isinstance(normalize, str):
+        mean, std = normalize
+        return Normalization(tuple(mean), tuple(std))
+    if name in NORMALIZATIONS:
+        known = NORMALIZATIONS[name]
+        return known[normalize or next(iter(known))]
+    std, mean = torch.std_mean(train.pixels / 255, dim=(0, 2, 3), correction=0)
+    return Normalization(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _read_digits(root: Path | None) -> tuple[Images, Images, tuple[str, ...]]:
+    if root is not None:
+        raise ValueError("digits come with scikit-learn: root must be None")
+    # Here, since no other data set needs scikit-learn, which takes its time to import.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 17 grey levels, 0 to 16, spread over a byte.
+    pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    held_out = _hold_out(digits.target)
+    train, val = (Images(pixels[chosen], labels[chosen], padding=2, flip=False) for chosen in (~held_out, held_out))
+    return train, val, tuple(str(label) for label in digits.target_names)
+
+
+def _hold_out(labels: np.ndarray) -> torch.Tensor:
+    """Choose a fifth of each class, always the same: numpy keeps the stream of RandomState for ever."""
+    random = np.random.RandomState(0)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        chosen[members[: round(len(members) / 5)]] = True
+    return chosen
+
+
+def _read_folders(
+    name: str, root: Path | None, size: int
+) -> tuple[ImageFiles | None, ImageFiles | None, tuple[str, ...]]:
+    if root is None or not root.is_dir():
+        found = "no root was given" if root is None else f"'{root}' is not a folder"
+        raise ValueError(f"{name}: {found}; pass root=, a folder with class folders in 'train' and 'val'")
+    folders = {"train": root / "train", "val": held_out_folder(root)}
+    found = {split: find_images(folder) for split, folder in folders.items() if folder.is_dir()}
+    if not found:
+        raise ValueError(f"{name}: '{root}' has neither a folder 'train' nor one 'val'")
+    classes = same_classes(root, *(files.classes for files in found.values()))
+    if name == "imagenet" and len(classes) != 1000:
+        raise ValueError(
+            f"imagenet has 1000 classes, '{root}' has {len(classes)}: labels would not be ImageNet's; complete it, or "
+            "load it as 'folder'"
+        )
+    splits = {split: ImageFiles(files.paths, files.labels, size) for split, files in found.items()}
+    return splits.get("train"), splits.get("val"), classes
+
+
+def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Data:
+    """Divide one split into train images and held-out images, at random: for sets of which only one split is there.
+
+    Args:
+        split: "train" or "val"; the other one is left out.
+        share: of its images to hold out, in (0, 1).
+
+    Raises:
+        ValueError: a split that is not there, a share that leaves one side without images.
+    """
+    images = data._split(split)
+    held_out = round(share * len(images))
+    if not 0 < held_out < len(images):
+        raise ValueError(f"share={share} holds out {held_out} of {len(images)} images; leave some on each side")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    val, train = (images.at(part.sort().values) for part in (order[:held_out], order[held_out:]))
+    return replace(data, train=train, val=val)

@@ -1,0 +1,133 @@
+"""How good a network is on batches: loss and accuracies, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import length_hint
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..state import evaluating, numbered
+from .latency import TOP, _device
+
+
+@dataclass(frozen=True, repr=False)
+class Metrics:
+    """How well a classifier does.
+
+    Attributes:
+        loss: Mean cross entropy over the examples, in nats.
+        accuracy: Share of examples whose label has the largest output, in [0, 1].
+        top5: Share of examples whose label is among the five largest outputs; None for fewer than 6 classes.
+        examples: How many there were.
+    """
+
+    loss: float
+    accuracy: float
+    top5: float | None
+    examples: int
+
+    def __post_init__(self):
+        if self.examples < 1:
+            raise ValueError(f"metrics of {self.examples} examples; expected at least 1")
+        if not all(0 <= share <= 1 for share in (self.accuracy, self.top5 or 0.0)):
+            raise ValueError(f"accuracy {self.accuracy}, top-5 {self.top5}: expected shares in [0, 1]")
+
+    def __repr__(self) -> str:
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.2%}, "
+        return f"accuracy {self.accuracy:.2%}, {top5}loss {self.loss:.4f} ({self.examples:,} examples)"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row; the shares in [0, 1]."""
+        return pd.DataFrame([vars(self)])
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>"
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What the batches add up to: counts of examples, and the sum of their losses."""
+
+    loss: float = 0.0
+    correct: int = 0
+    in_top: int | None = None
+    examples: int = 0
+
+    def __add__(self, other: _Tally) -> _Tally:
+        in_top = None if other.in_top is None else (self.in_top or 0) + other.in_top
+        return _Tally(self.loss + other.loss, self.correct + other.correct, in_top, self.examples + other.examples)
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Metrics:
+    """Evaluate a classifier on all of some batches, in eval mode and without gradients.
+
+    Args:
+        model: returns outputs (logits) of shape (examples, classes); its train/eval mode is restored.
+        batches: pairs (images, labels), labels integers of shape (examples,); moved to the model's device. A one-shot
+            iterator will do.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no data, a batch that is not such a pair, a label that the model has no output for, outputs that are
+            not (examples, classes), a loss that is NaN or infinite. All but the first name the batch, counted from 1.
+    """
+    tally = _Tally()
+    bar = tqdm(batches, desc="evaluate", total=length_hint(batches) or None, disable=not progress, leave=False)
+    with evaluating(model), torch.no_grad():
+        for number, batch in numbered(bar):
+            tally += _tally(model, batch, number)
+    if not tally.examples:
+        raise ValueError("the batches yield no data: all of them are empty")
+    share = None if tally.in_top is None else tally.in_top / tally.examples
+    return Metrics(tally.loss / tally.examples, tally.correct / tally.examples, share, tally.examples)
+
+
+def _tally(model: nn.Module, batch: Any, number: int) -> _Tally:
+    images, labels = _pair(batch, number)
+    device = _device(model)
+    labels = labels.to(device)
+    outputs = _outputs(model(images.to(device)), labels, number)
+    losses = F.cross_entropy(outputs, labels, reduction="none")
+    bad = int((~losses.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"batch {number}: the loss of {bad} of {len(labels)} examples is not finite; look for NaN or infinity in "
+            "the model's weights, its running statistics or the images"
+        )
+    ranks = _ranks(outputs, labels)
+    in_top = int((ranks < TOP).sum()) if outputs.shape[1] > TOP else None
+    return _Tally(losses.cpu().double().sum().item(), int((ranks == 0).sum()), in_top, len(labels))
+
+
+def _ranks(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Count the outputs ahead of each label's, shape (examples,); of equal ones the first is ahead, as in argmax."""
+    own = outputs.gather(1, labels[:, None])
+    earlier = torch.arange(outputs.shape[1], device=outputs.device) < labels[:, None]
+    return ((outputs > own) | ((outputs == own) & earlier)).sum(1)
+
+
+def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    if not pair or batch[1].dim() != 1 or batch[1].is_floating_point():
+        raise ValueError(f"batch {number}: expected a pair (images, labels), labels integers of shape (examples,)")
+    return batch[0], batch[1].long()
+
+
+def _outputs(outputs: Any, labels: Tensor, number: int) -> Tensor:
+    """Return the outputs in float32 or better; raise ValueError where they are no logits for the labels."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(labels):
+        got = f"of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"of type {type(outputs).__name__}"
+        raise ValueError(f"batch {number}: outputs {got} for {len(labels)} labels; expected (examples, classes)")
+    low, high = (int(label) for label in labels.aminmax()) if labels.numel() else (0, 0)
+    classes = outputs.shape[1]
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"batch {number}: label {wrong} for a model with {classes} outputs (0 to {classes - 1})")
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -1,0 +1,36 @@
+"""Figures: numbers, names and labels in, a plotly figure out."""
+
+from .criteria import criteria_curves, criteria_panels, scoring_seconds
+from .jtj import (
+    filter_image,
+    group_jtj_heatmap,
+    interactions_heatmap,
+    jtj_grid,
+    jtj_heatmap,
+    jtj_pair,
+    save_html,
+    save_png,
+    spectrum,
+)
+from .plans import mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
+from .training import plot_histories
+
+__all__ = [
+    "criteria_curves",
+    "criteria_panels",
+    "filter_image",
+    "group_jtj_heatmap",
+    "interactions_heatmap",
+    "jtj_grid",
+    "jtj_heatmap",
+    "jtj_pair",
+    "mixing_heatmaps",
+    "plot_groups",
+    "plot_histories",
+    "plot_plan",
+    "plot_removed_shares",
+    "save_html",
+    "save_png",
+    "scoring_seconds",
+    "spectrum",
+]

@@ -1,0 +1,360 @@
+"""Figures of JᵀJ, of interactions between filters, of spectra, and of filters themselves.
+
+All share one look (see `looks`), "light" or "dark". Heatmaps and lines name no background, so that a figure changes its
+look with its template.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from ..errors import UnknownNameError
+from .looks import theme
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+MODES = ("absolute", "signed", "correlation")
+
+CELLS = 64
+"""Cells a side of a small heatmap; a larger JᵀJ is pooled to as many."""
+LARGE_CELLS = 384
+"""The same of a large heatmap; it takes about 0.8 MB then."""
+
+
+def jtj_grid(
+    dense: Any,
+    columns: int = 4,
+    mode: str = "absolute",
+    *,
+    shared_scale: bool = False,
+    look: str = "light",
+) -> go.Figure:
+    """Draw the JᵀJ of each channel as a small heatmap, with the channel and its score above it.
+
+    Args:
+        columns: heatmaps side by side.
+        mode: "absolute", |JᵀJ|; "signed", JᵀJ; or "correlation", (JᵀJ)_ij / √((JᵀJ)_ii (JᵀJ)_jj).
+        shared_scale: colour all channels by one scale; by default each by its own largest entry, which shows the
+            pattern of weak channels too. Correlations always share the scale from −1 to 1.
+        look: "light" or "dark".
+
+    Raises:
+        ValueError: an unknown mode or look, or no column.
+    """
+    if columns < 1:
+        raise ValueError(f"columns={columns}: expected at least 1")
+    count = len(dense.channels)
+    columns = min(columns, count)
+    grid_rows = math.ceil(count / columns)
+    values, names = _display(dense.values, dense.labels, mode, CELLS)
+    relative = mode != "correlation" and not shared_scale
+    colors = _relative(values) if relative else values
+    titles = [f"{c}: {s:.2e}" if s else f"{c}: 0" for c, s in zip(dense.channels, dense.score.tolist(), strict=True)]
+    gap = {"horizontal_spacing": 0.1 / columns, "vertical_spacing": 0.14 / grid_rows}
+    figure = make_subplots(grid_rows, columns, subplot_titles=titles, **gap)
+    for index, (color, value) in enumerate(zip(colors, values, strict=True)):
+        heatmap = _heatmap(color, value if relative else color, names, f"channel {dense.channels[index]}")
+        figure.add_trace(heatmap, index // columns + 1, index % columns + 1)
+    bare = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": True, "mirror": True}
+    figure.update_xaxes(constrain="domain", type="category", **bare)
+    figure.update_yaxes(constrain="domain", constraintoward="top", type="category", autorange="reversed", **bare)
+    for number in range(1, count + 1):
+        suffix = "" if number == 1 else str(number)
+        figure.layout[f"yaxis{suffix}"].update(scaleanchor=f"x{suffix}")
+    unit = "share of the channel's largest" if relative else _unit(mode)
+    d = len(dense.labels)
+    title = f"{_matrix(dense, mode)} of {dense.axis}: {count} channels, {d} × {d}"
+    title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
+    figure.update_layout(
+        template=theme(look), height=110 + 210 * grid_rows, margin_t=88, title=title, coloraxis=_coloraxis(mode, unit)
+    )
+    figure.update_annotations(font_size=11)
+    return figure
+
+
+def jtj_heatmap(dense: Any, channel: int, mode: str = "absolute", *, look: str = "light") -> go.Figure:
+    """Draw the JᵀJ of one channel; see `jtj_grid` for the modes. More than 384 parameters a side are pooled.
+
+    Raises:
+        ValueError: a channel that `dense` does not hold, an unknown mode or look.
+    """
+    index = dense.index_of(channel)
+    values, names = _display(dense.values[index][None], dense.labels, mode, LARGE_CELLS)
+    figure = go.Figure(_heatmap(values[0], values[0], names, f"channel {channel}"))
+    ticks = names[:: math.ceil(len(names) / 27)]
+    _square(figure, {"tickvals": ticks, "title": "parameter"})
+    facts = f"score {dense.score[index]:.3e}, off-diagonal share {dense.offdiagonal_share[index]:.0%}"
+    title = f"{_matrix(dense, mode)} of {dense.axis}, channel {channel}<br><sub>{facts}, "
+    title += f"effective rank {dense.effective_rank[index]:.1f}</sub>"
+    figure.update_layout(template=theme(look), height=620, title=title, coloraxis=_coloraxis(mode, _unit(mode)))
+    return figure
+
+
+def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light") -> go.Figure:
+    """Draw JᵀJ over all members of one channel of a group, the members' borders drawn and labelled.
+
+    More than 384 parameters a side are pooled, each member by itself. Raises ValueError for an unknown mode or look.
+    """
+    cells = _cells_of_blocks(group.members, LARGE_CELLS)
+    values = pool_cells(_in_mode(group.values[None], mode), cells)[0].float().numpy(force=True)
+    names = _names(group.labels, cells)
+    starts = [int(cells[block.start]) for block in group.members] + [len(names)]
+    figure = go.Figure(_heatmap(values, values, names, str(group.group.root)))
+    _square(figure, _member_ticks(group, starts, names))
+    lines = [{"type": "line", "xref": "x", "yref": "y", "opacity": 0.35} for _ in range(2 * (len(starts) - 2))]
+    for (start, end), border in zip(itertools.product(starts[1:-1], "xy"), lines, strict=True):
+        other = "y" if end == "x" else "x"
+        border |= {f"{end}0": start - 0.5, f"{end}1": start - 0.5, f"{other}0": -0.5, f"{other}1": len(names) - 0.5}
+    facts = f"score {group.score:.3e} over the members, {group.coupled_score:.3e} with their cross terms"
+    title = f"{_NAMES[mode]} of group {group.group.root}, channel {group.channel}<br><sub>{facts}</sub>"
+    coloraxis = _coloraxis(mode, _unit(mode))
+    figure.update_layout(template=theme(look), height=760, title=title, coloraxis=coloraxis, shapes=lines)
+    return figure
+
+
+def interactions_heatmap(
+    interactions: Any, order: str = "cluster", mode: str = "correlation", *, look: str = "light"
+) -> go.Figure:
+    """Draw the interactions K of a layer's channels.
+
+    Args:
+        order: "cluster", "score" (falling) or "channel".
+        mode: "correlation", "signed" or "absolute".
+
+    Raises:
+        ValueError: an unknown order, mode or look.
+    """
+    chosen = range(len(interactions.values)) if order == "channel" else interactions.order(order)
+    shown = interactions.correlation if mode == "correlation" else _in_mode(interactions.values[None], mode)[0]
+    values = shown[list(chosen)][:, list(chosen)].numpy()
+    figure = go.Figure(_heatmap(values, values, [str(channel) for channel in chosen], str(interactions.axis)))
+    _square(figure, {"title": f"channel, ordered by {order}"})
+    name = {"absolute": "|K|", "signed": "K", "correlation": "Correlation of K"}[mode]
+    unit = {"correlation": "correlation"}.get(mode, "loss²")
+    title = f"{name} of {interactions.axis}<br><sub>K_ij = Σ (J w_i)(J w_j): below 0 the two cancel</sub>"
+    figure.update_layout(template=theme(look), height=620, title=title, coloraxis=_coloraxis(mode, unit))
+    return figure
+
+
+def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
+    """Draw the eigenvalues of each channel's JᵀJ as shares of their sum, largest first, on a logarithmic axis."""
+    values = dense.eigenvalues
+    shares = values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    figure = go.Figure()
+    ranks = dense.effective_rank.tolist()
+    for channel, share, rank in zip(dense.channels, shares, ranks, strict=True):
+        name = f"channel {channel}, effective rank {rank:.1f}"
+        hover = f"{name}<br>eigenvalue %{{x}}: %{{y:.2e}} of the sum<extra></extra>"
+        seen = share[share > 1e-12].numpy()
+        x = np.arange(1, len(seen) + 1)
+        figure.add_scatter(x=x, y=seen, name=name, mode="lines", line_width=1.4, opacity=0.8, hovertemplate=hover)
+    figure.update_xaxes(title="eigenvalue, largest first")
+    figure.update_yaxes(title="share of the sum of eigenvalues", type="log", exponentformat="power", dtick=2)
+    title = f"Spectra of JᵀJ of {dense.axis}: {len(dense.channels)} channels"
+    figure.update_layout(template=theme(look), height=420, title=title, showlegend=False)
+    return figure
+
+
+def save_html(figure: go.Figure, path: str | Path) -> Path:
+    """Write a figure as one HTML file that needs no network, plotly.js included (about 5 MB); return its path."""
+    path = Path(path)
+    page = figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False})
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def save_png(figure: go.Figure, path: str | Path, width: int = 1000, height: int | None = None) -> Path:
+    """Write a figure as a PNG of `width` pixels, twice as fine; return its path. Needs the package kaleido.
+
+    Raises:
+        ValueError: kaleido is not installed.
+    """
+    if importlib.util.find_spec("kaleido") is None:
+        raise ValueError("a PNG needs the package kaleido (pip install kaleido); save_html does without")
+    figure.write_image(path, format="png", width=width, height=height or figure.layout.height, scale=2)
+    return Path(path)
+
+
+_NAMES = {"absolute": "|JᵀJ|", "signed": "JᵀJ", "correlation": "Correlation of JᵀJ"}
+
+
+def _matrix(dense: Any, mode: str) -> str:
+    return _NAMES[mode] if dense.pool is None else f"{_NAMES[mode]} by {dense.pool}"
+
+
+def _unit(mode: str) -> str:
+    return "correlation" if mode == "correlation" else "loss² per weight²"
+
+
+def _in_mode(values: Tensor, mode: str) -> Tensor:
+    """Return matrices (n, d, d) as a mode shows them."""
+    if mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    if mode == "absolute":
+        return values.abs()
+    if mode == "signed":
+        return values
+    scale = values.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return (values * inverse[:, :, None] * inverse[:, None]).clamp(-1, 1)
+
+
+def _display(values: Tensor, labels: Sequence[str], mode: str, most: int) -> tuple[np.ndarray, list[str]]:
+    """Return matrices in a mode, pooled to at most `most` cells a side, and the name of each cell."""
+    values, d = _in_mode(values, mode), len(labels)
+    cells = torch.arange(d) * min(most, d) // d
+    if d > most:
+        values = pool_cells(values, cells)
+    return values.float().numpy(force=True), _names(labels, cells)
+
+
+def _names(labels: Sequence[str], cells: Tensor) -> list[str]:
+    """Name each cell by its first parameter, and say how many it holds when they are several."""
+    counts = torch.bincount(cells).tolist()
+    starts = itertools.accumulate(counts[:-1], initial=0)
+    named = ((labels[start], count) for start, count in zip(starts, counts, strict=True))
+    return [label if count == 1 else f"{label} + {count - 1}" for label, count in named]
+
+
+def _cells_of_blocks(blocks: Sequence[Any], most: int) -> Tensor:
+    """Cut each block into cells of equal size, about `most` in all, none across a border."""
+    factor = max(1, math.ceil(blocks[-1].stop / most))
+    cells, first = [], 0
+    for block in blocks:
+        inside = torch.arange(block.stop - block.start) // factor
+        cells.append(first + inside)
+        first += int(inside[-1]) + 1
+    return torch.cat(cells)
+
+
+def _short(block: Any, group: Any) -> str:
+    several = sum(other.axis == block.axis for other in group.members) > 1
+    return str(block) if several else str(block.axis)
+
+
+def _member_ticks(group: Any, starts: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
+    """Name the members at their centres, but those too close to the name before."""
+    ticks, last = {}, -math.inf
+    for block, (start, stop) in zip(group.members, itertools.pairwise(starts), strict=True):
+        centre = (start + stop) // 2
+        if centre - last >= len(names) / 55:
+            ticks[names[centre]], last = _short(block, group), centre
+    return {"tickvals": list(ticks), "ticktext": list(ticks.values())}
+
+
+def _relative(values: np.ndarray) -> np.ndarray:
+    largest = np.abs(values).max(axis=(1, 2), keepdims=True)
+    return values / np.where(largest > 0, largest, 1)
+
+
+def _heatmap(colors: np.ndarray, values: np.ndarray, names: Sequence[str], title: str) -> go.Heatmap:
+    """Return a heatmap coloured by one matrix whose hover tells the values of another, where they differ."""
+    extra, shown = ({}, "z") if colors is values else ({"customdata": values}, "customdata")
+    hover = f"{title}<br>%{{y}}<br>%{{x}}<br>%{{{shown}:.3e}}<extra></extra>"
+    return go.Heatmap(z=colors, x=names, y=names, coloraxis="coloraxis", hovertemplate=hover, **extra)
+
+
+def _coloraxis(mode: str, unit: str) -> dict:
+    title = {"text": unit, "side": "right"}
+    limits = {"absolute": {"cmin": 0}, "signed": {"cmid": 0}, "correlation": {"cmin": -1, "cmax": 1}}[mode]
+    return limits | {"colorbar": {"title": title, "exponentformat": "power"}}
+
+
+def _square(figure: go.Figure, axis: Mapping) -> None:
+    """Make the plot square, its first row on top."""
+    figure.update_xaxes(type="category", showgrid=False, constrain="domain", **axis)
+    figure.update_yaxes(type="category", showgrid=False, constrain="domain", **axis)
+    figure.update_xaxes(tickangle=-90)
+    figure.update_yaxes(autorange="reversed", scaleanchor="x")
+
+
+POOLS = (None, "kernel")
+
+
+def _sum_cells(values: Tensor, cells: Tensor) -> Tensor:
+    """Sum the last axis over cells: ``cells[i]`` is the cell of position i, from 0."""
+    sums = values.new_zeros(*values.shape[:-1], int(cells.max()) + 1)
+    return sums.index_add_(-1, cells.to(values.device), values)
+
+
+def pool_cells(matrices: Tensor, cells: Tensor) -> Tensor:
+    """Return the means of square matrices (…, d, d) over cells of both axes; ``cells[i]`` is the cell of position i."""
+    sums = _sum_cells(_sum_cells(matrices, cells).mT, cells).mT
+    counts = torch.bincount(cells).to(matrices)
+    return sums / torch.outer(counts, counts)
+
+
+MOST_KERNELS = 64
+
+
+def filter_image(weight: Tensor, layer: str, channel: int, *, look: str = "light") -> go.Figure:
+    """Draw one filter of a layer's weight (out, in, height, width): its kernels as tiles, at most 64 of them.
+
+    The weights of a linear layer, (out, in), are tiles of one cell. Raises ValueError for an unknown look, or no such
+    channel.
+    """
+    tiles, shown, count = filter_tiles(weight, layer, channel)
+    figure = go.Figure(go.Heatmap(z=tiles, coloraxis="coloraxis", hovertemplate="weight %{z:.3e}<extra></extra>"))
+    bare = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False, "constrain": "domain"}
+    figure.update_xaxes(**bare)
+    figure.update_yaxes(autorange="reversed", scaleanchor="x", **bare)
+    part = "" if shown == count else f", the first {shown} of {count} kernels"
+    title = f"Weights of {layer}, channel {channel}{part}"
+    coloraxis = {"cmid": 0, "colorbar": {"title": {"text": "weight", "side": "right"}}}
+    figure.update_layout(template=theme(look), height=320, title=title, coloraxis=coloraxis)
+    return figure
+
+
+def filter_tiles(weight: Tensor, layer: str, channel: int) -> tuple[np.ndarray, int, int]:
+    """Return a filter's kernels side by side with gaps between, how many these are, and how many there are.
+
+    Raises ValueError as `filter_image` does.
+    """
+    if weight.ndim not in (2, 4):
+        raise ValueError(f"layer {layer!r} has no filters to show: choose a Conv2d or Linear")
+    if not 0 <= channel < len(weight):
+        raise ValueError(f"layer {layer!r}: no channel {channel}; the channels are 0 to {len(weight) - 1}")
+    kernels = weight[channel].detach().float().cpu().numpy()
+    kernels = kernels if kernels.ndim == 3 else kernels[:, None, None]
+    shown = kernels[:MOST_KERNELS]
+    columns = math.ceil(math.sqrt(len(shown)))
+    rows, (height, width) = math.ceil(len(shown) / columns), shown.shape[1:]
+    tiles = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
+    for index, kernel in enumerate(shown):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        tiles[top : top + height, left : left + width] = kernel
+    return tiles, len(shown), len(kernels)
+
+
+def jtj_pair(dense: Any, mode: str = "correlation", *, look: str = "light") -> go.Figure:
+    """Draw the JᵀJ of the two channels of `dense` side by side, on one scale; see `plots.jtj_grid` for the modes.
+
+    Raises:
+        ValueError: not two channels, an unknown mode or look.
+    """
+    if len(dense.channels) != 2:
+        raise ValueError(f"{dense.axis}: JᵀJ of {len(dense.channels)} channels; two are drawn side by side")
+    figure = make_subplots(1, 2, subplot_titles=[f"channel {channel}" for channel in dense.channels])
+    for column, channel in enumerate(dense.channels, start=1):
+        single = jtj_heatmap(dense, channel, mode, look=look)
+        figure.add_trace(single.data[0], 1, column)
+    bare = {"showticklabels": False, "type": "category", "constrain": "domain", "showgrid": False}
+    figure.update_xaxes(**bare)
+    figure.update_yaxes(autorange="reversed", **bare)
+    figure.layout.yaxis.scaleanchor, figure.layout.yaxis2.scaleanchor = "x", "x2"
+    title = f"JᵀJ of {dense.axis}, two channels"
+    figure.update_layout(template=theme(look), height=420, title=title, coloraxis=single.layout.coloraxis)
+    return figure

@@ -1,0 +1,93 @@
+"""The one look of all figures: fonts, colours and colour scales, light and dark.
+
+Colours are safe for colour-blind readers (lines after Okabe and Ito 2008; maps from white to blue, or from navy to
+yellow on dark; blue to orange where there are signs) and fixed by name: EP has the same colour in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from ..errors import UnknownNameError
+
+LOOKS = ("light", "dark")
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#8C6BB1")
+COLORS: Mapping[str, str] = {
+    "original": "#8A8A8A",
+    "pruned": "#B59F00",
+    "naive": "#D55E00",
+    "ep": "#0079C1",
+    "kept": "#0079C1",
+    "removed": "rgba(138, 148, 158, 0.42)",
+    "whole": "#7FA8C9",
+    "jacobian": "#0079C1",
+    "taylor": "#E69F00",
+    "hessian": "#009E73",
+    "obdc": "#CC79A7",
+    "l1": "#56B4E9",
+    "l2": "#D55E00",
+    "fpgm": "#B59F00",
+    "whc": "#8C510A",
+    "bn_scale": "#8C6BB1",
+    "lamp": "#4D9A8C",
+    "random": "#9A9A9A",
+}
+"""The colour of each criterion, and of the original, the pruned, the naively trained and the EP-trained network."""
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_INK = {"light": "#24292F", "dark": "#D7DCE2"}
+_PAPER = {"light": "#FFFFFF", "dark": "#16191D"}
+_LINE = {"light": "#C4CAD1", "dark": "#454C54"}
+_GRID = {"light": "#E7EAEE", "dark": "#2B3036"}
+_SEQUENTIAL = {
+    "light": ("#FFFFFF", "#E3EDF6", "#A9CCE5", "#4F9BCB", "#14609F", "#0A2F5C"),
+    "dark": ("#16191D", "#1E3A5F", "#2B6CA3", "#4FA9C9", "#A5D9B5", "#FBF3A5"),
+}
+_DIVERGING = {
+    "light": ("#0B4F8A", "#5FA3D0", "#C9DFEE", "#FFFFFF", "#F8DDB8", "#E59A3C", "#9A4A00"),
+    "dark": ("#8CC8F0", "#3E8EC4", "#1F4A70", "#16191D", "#6B4310", "#CF8424", "#FFD08A"),
+}
+
+
+def theme(look: str = "light") -> go.layout.Template:
+    """Return the template of all figures, "light" or "dark"."""
+    if look not in LOOKS:
+        raise UnknownNameError("theme", look, LOOKS)
+    axis = {
+        "gridcolor": _GRID[look],
+        "linecolor": _LINE[look],
+        "zerolinecolor": _GRID[look],
+        "tickfont": {"size": 10},
+        "title": {"font": {"size": 11}, "standoff": 6},
+        "automargin": True,
+    }
+    layout = {
+        "font": {"family": _FONT, "size": 11, "color": _INK[look]},
+        "title": {"font": {"size": 14}, "x": 0.01, "xanchor": "left"},
+        "paper_bgcolor": _PAPER[look],
+        "plot_bgcolor": _PAPER[look],
+        "colorway": PALETTE,
+        "colorscale": {"sequential": _scale(_SEQUENTIAL[look]), "diverging": _scale(_DIVERGING[look])},
+        "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 10, "tickfont": {"size": 10}}},
+        "annotationdefaults": {"font": {"size": 11}},
+        "shapedefaults": {"line": {"color": _INK[look], "width": 1}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
+        "hoverlabel": {"font": {"family": _FONT, "size": 11}},
+        "margin": {"l": 56, "r": 16, "t": 68, "b": 40},
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+    return go.layout.Template(layout=layout)
+
+
+def _scale(colors: Sequence[str]) -> list[tuple[float, str]]:
+    return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
+
+
+def color_of(name: str, index: int = 0) -> str:
+    """Return the fixed colour of a name (by its first word, in any case), else the colour of a place in the palette."""
+    words = name.lower().replace(",", " ").split()
+    return COLORS.get(words[0] if words else "", PALETTE[index % len(PALETTE)])

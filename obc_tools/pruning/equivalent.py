@@ -1,0 +1,273 @@
+"""Equivalent Pruning: fine-tune with every original connection still contributing, then merge exactly.
+
+After Chen et al. 2025 (arXiv 2508.05521, section on Equivalent Pruning). A compressor C (kept x full) stands right
+after a pruned layer, a decompressor D (full x kept) right before each consumer; both start as the selection of the
+kept channels and are trained with the full weights W. All three maps are linear and pointwise, so the network *is* the
+pruned one with effective weights C·W·D and bias C·b. That is how it is computed here: the pruned skeleton runs on
+effective weights, one small matrix product a layer and step, and merging stores them.
+
+Grouped convolutions have one block of C and D a convolution group, torch's attention one each for q, k and v. Depthwise
+weights, norms and bare parameters cannot be mixed; they are plainly selected.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..structure.layers import LayerAxis, from_mixing, get_layer, layer_axes, mixing_tensors, own_parameters, to_mixing
+from ..structure.shrinking import is_attribute
+from .plan import PruningPlan
+from .prune import prune
+
+
+class MixedLayer(nn.Module):
+    """The full weights of one layer with its compressor and decompressor, in mixing form (see `layers.to_mixing`).
+
+    Shapes: weight (groups, outputs, rest, inputs), bias (groups, outputs), compressor (groups, kept, outputs),
+    decompressor (groups, inputs, kept). A compressor or decompressor is None where its axis lost nothing.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, compressor: Tensor | None, decompressor: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.compressor = None if compressor is None else nn.Parameter(compressor)
+        self.decompressor = None if decompressor is None else nn.Parameter(decompressor)
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """Return C·W·D, shape (groups, kept outputs, rest, kept inputs), and C·b, shape (kept channels,)."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            bias = None if self.bias is None else (self.compressor @ self.bias[..., None]).flatten()
+            if self._compress_first():
+                return self._decompress(self._compress(self.weight)), bias
+            return self._compress(self._decompress(self.weight)), bias
+
+    def _compress_first(self) -> bool:
+        """Say which product first costs fewer multiplications."""
+        if self.compressor is None or self.decompressor is None:
+            return True
+        kept_out, outputs = self.compressor.shape[1:]
+        inputs, kept_in = self.decompressor.shape[1:]
+        return kept_out * inputs * (outputs + kept_in) <= kept_in * outputs * (inputs + kept_out)
+
+    def _compress(self, weight: Tensor) -> Tensor:
+        if self.compressor is None:
+            return weight
+        return (self.compressor @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+
+    def _decompress(self, weight: Tensor) -> Tensor:
+        if self.decompressor is None:
+            return weight
+        return (weight.flatten(1, 2) @ self.decompressor).unflatten(1, weight.shape[1:3])
+
+
+class EquivalentModel(nn.Module):
+    """The pruned network with every original connection still contributing; call and train it like the model.
+
+    Args:
+        model: the unpruned model; left unchanged.
+        plan: which channels stay.
+
+    Before training it computes what `prune(model, plan)` computes. `merge` returns the plain pruned network.
+
+    Raises:
+        PlanMismatchError: the plan does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan):
+        super().__init__()
+        self.skeleton = prune(model, plan)
+        self.mixed = nn.ModuleDict()
+        tied = _tied_parameters(model)
+        kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for axis, positions in plan.shrunk.items():
+            if not is_attribute(axis.axis) and isinstance(get_layer(model, axis.layer), nn.Module):
+                kept[axis.layer][axis.axis] = positions
+        for name, positions in kept.items():
+            mixed = _mix(model, plan, name, positions)
+            if mixed is not None:
+                _refuse_tied(model, name, tied)
+                self.mixed[_key(name)] = mixed
+                _detach(self.skeleton.get_submodule(name), mixed)
+        self.train(model.training)
+
+    @property
+    def mixed_layers(self) -> dict[str, MixedLayer]:
+        """The layers that have a compressor or a decompressor, by name."""
+        return {_name(key): mixed for key, mixed in self.mixed.items()}
+
+    def effective_parameters(self) -> dict[str, Tensor]:
+        """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D."""
+        effective = {}
+        for name, mixed in self.mixed_layers.items():
+            layer = self.skeleton.get_submodule(name)
+            prefix = f"{name}." if name else ""
+            names = mixing_tensors(layer)
+            weight, bias = mixed.effective()
+            effective[f"{prefix}{names[0]}"] = from_mixing(layer, weight)
+            if bias is not None:
+                effective[f"{prefix}{names[1]}"] = bias
+        return effective
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.skeleton, self.effective_parameters(), args, kwargs)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Return the plain pruned network: the keys and shapes of `prune(model, plan)`, the function of this model.
+
+        Raises:
+            ValueError: an effective weight is not finite (says the layer); nothing is built then.
+        """
+        effective = self.effective_parameters()
+        for name, value in effective.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"cannot merge: the effective {name!r} is not finite; training diverged")
+        merged = copy.deepcopy(self.skeleton)
+        for name, value in effective.items():
+            owner, _, leaf = name.rpartition(".")
+            layer = merged.get_submodule(owner)
+            delattr(layer, leaf)
+            # In the order in which a saved weight comes back, or convolutions round differently after loading.
+            value = value.clone(memory_format=torch.contiguous_format)
+            layer.register_parameter(leaf, nn.Parameter(value))
+        for name in self.mixed_layers:
+            _restore_order(merged.get_submodule(name))
+        return merged
+
+    def extra_repr(self) -> str:
+        mixed = self.mixed.values()
+        compressors = sum(layer.compressor is not None for layer in mixed)
+        decompressors = sum(layer.decompressor is not None for layer in mixed)
+        return f"{compressors} compressors, {decompressors} decompressors"
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/") or "/"
+
+
+def _name(key: str) -> str:
+    return key.strip("/").replace("/", ".")
+
+
+def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]) -> MixedLayer | None:
+    """Return the mixed form of a layer of the unpruned model, or None where nothing that it lost can be mixed."""
+    layer = get_layer(model, name)
+    axes = layer_axes(layer, name)
+    mixable = {key: positions for key, positions in kept.items() if axes[key].mixable}
+    if not mixable:
+        return None
+    stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in mixable else 1
+    held = own_parameters(layer)
+    whole, added = (held.get(leaf) for leaf in mixing_tensors(layer))
+    weight = to_mixing(layer, whole.detach(), stride)
+    groups, outputs, _, inputs = weight.shape
+    if isinstance(layer, nn.MultiheadAttention):
+        parts = {"out": outputs, "in": inputs}
+        mixable = {k: tuple(part * parts[k] + p for part in range(3) for p in kept) for k, kept in mixable.items()}
+    compressor = decompressor = bias = None
+    if "out" in mixable:
+        selection = selection_matrix(mixable["out"], groups, outputs)
+        compressor = (selection * _factors(plan, name, mixable["out"], groups)).to(weight)
+        bias = None if added is None else added.detach().view(groups, outputs)
+    if "in" in mixable:
+        units = tuple(position // stride for position in mixable["in"][::stride])
+        decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
+    return MixedLayer(weight, bias, compressor, decompressor)
+
+
+def _factors(plan: PruningPlan, name: str, kept: tuple[int, ...], groups: int) -> Tensor:
+    """Return what a layer's kept outputs are multiplied by so that attentions keep their temperature, as a column."""
+    positions, factor = plan.scaled.get(name, ((), 1.0))
+    queries = frozenset(positions)
+    found = [factor if position in queries else 1.0 for position in kept]
+    return torch.tensor(found, dtype=torch.float64).view(groups, -1, 1)
+
+
+def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
+    """Return the matrices that select the kept channels, one block a group: shape (groups, kept a group, width)."""
+    inside = torch.tensor(kept).view(groups, -1) - width * torch.arange(groups)[:, None]
+    return nn.functional.one_hot(inside, width)
+
+
+def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that more than one layer holds."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in owners.items() if count > 1}
+
+
+def _refuse_tied(model: nn.Module, name: str, tied: set[nn.Parameter]) -> None:
+    for leaf, parameter in own_parameters(get_layer(model, name)).items():
+        if parameter in tied:
+            raise ValueError(f"layer {name!r}: its {leaf} is shared with another layer and cannot be mixed; ignore it")
+
+
+def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:
+    """Return how many neighbouring positions of an input axis are mixed as one channel.
+
+    Above 1 only behind a flattening, where equal runs of positions belong to one channel each.
+    """
+    members = [member for group in plan.groups for member in group.members if member.axis == axis]
+    strides = {len(member.positions) // len(set(member.channels)) for member in members}
+    stride = strides.pop()
+    regular = not strides and all(
+        len({c for p, c in zip(m.positions, m.channels, strict=True) if p // stride == unit}) == 1
+        for m in members
+        for unit in {p // stride for p in m.positions}
+    )
+    return stride if regular and isinstance(layer, nn.Linear) else 1
+
+
+def _detach(layer: nn.Module, mixed: MixedLayer) -> None:
+    """Take the parameters that are mixed out of a skeleton's layer; empty buffers hold their place."""
+    names = mixing_tensors(layer)
+    for name in names if mixed.bias is not None else names[:1]:
+        parameter = own_parameters(layer)[name]
+        delattr(layer, name)
+        layer.register_buffer(name, parameter.new_empty(0), persistent=False)
+
+
+def _restore_order(layer: nn.Module) -> None:
+    """Put weight before bias again, so that parameters come in the same order as in the pruned model."""
+    for name in mixing_tensors(layer):
+        if name in layer._parameters:
+            layer._parameters[name] = layer._parameters.pop(name)
+
+
+def removed_shares(start: EquivalentModel, trained: EquivalentModel) -> pd.DataFrame:
+    """Return, layer by layer, which share of C and of D lies on channels that were removed.
+
+    Columns: layer, compressor, decompressor; each the share of the squared entries, in [0, 1], None where a layer has
+    none. All 0 before training.
+
+    Args:
+        start: as built, before any training: it says which channels were kept.
+        trained: built of the same model by the same plan, then trained.
+
+    Raises:
+        ValueError: the two mix different layers.
+    """
+    if list(start.mixed_layers) != list(trained.mixed_layers):
+        raise ValueError("the two models mix different layers: build both of one model by one plan")
+    rows = []
+    for name, before in start.mixed_layers.items():
+        after = trained.mixed_layers[name]
+        shares = (_share(before.compressor, after.compressor, 1), _share(before.decompressor, after.decompressor, 2))
+        rows.append((name, *shares))
+    return pd.DataFrame(rows, columns=["layer", "compressor", "decompressor"])
+
+
+def _share(before: Tensor | None, after: Tensor | None, kept_dim: int) -> float | None:
+    """Return the share of a matrix outside the channels that its start selects; ``kept_dim`` runs over kept ones."""
+    if before is None or after is None:
+        return None
+    selected = before.detach().abs().sum(kept_dim, keepdim=True) > 0
+    squares = after.detach().double().square()
+    return (squares * ~selected).sum().item() / squares.sum().item()

@@ -1,0 +1,281 @@
+"""Which channels of which group stay, as data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+from torch import nn
+
+from ..errors import UnknownNameError
+from ..structure.groups import ChannelGroup, Member, kept_positions
+from ..structure.layers import TEMPERATURE, LayerAxis, all_axes, get_layer
+
+FORMAT = 1
+
+
+class PlanMismatchError(ValueError):
+    """A plan that does not fit a model or another plan."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The channels that stay, group by group, in the numbering of the original model.
+
+    ``kept[i]`` are the kept channels of ``groups[i]``, ascending. Checked when built: nothing unknown, no group empty,
+    groups that are kept whole are whole, and blocks (attention heads, convolution groups) keep the same positions.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    kept: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        if len(self.groups) != len(self.kept):
+            raise PlanMismatchError(f"{len(self.groups)} groups, but kept channels for {len(self.kept)}")
+        roots = [group.root for group in self.groups]
+        if len(set(roots)) < len(roots):
+            raise PlanMismatchError(f"group {max(roots, key=roots.count)} is there twice")
+        for group, kept in zip(self.groups, self.kept, strict=True):
+            _check_kept(group, kept)
+
+    @classmethod
+    def whole(cls, groups: Iterable[ChannelGroup]) -> PruningPlan:
+        """Return the plan that keeps everything."""
+        groups = tuple(groups)
+        return cls(groups, tuple(tuple(range(group.width)) for group in groups))
+
+    @cached_property
+    def shrunk(self) -> Mapping[LayerAxis, tuple[int, ...]]:
+        """The kept positions of every axis that loses any, in the original numbering."""
+        return kept_positions(dict(zip(self.groups, self.kept, strict=True)))
+
+    @cached_property
+    def axes(self) -> Mapping[LayerAxis, int]:
+        """The original width of every axis that belongs to a group."""
+        return {member.axis: member.width for group in self.groups for member in group.members}
+
+    @cached_property
+    def scaled(self) -> Mapping[str, tuple[tuple[int, ...], float]]:
+        """Layers that make the queries of attentions with narrower heads: their original positions, and the factor.
+
+        The factor √(kept / all) makes up for a scale of 1/√(width of a head), which the pruned attention takes anew.
+        """
+        rows: dict[str, list[int]] = defaultdict(list)
+        for member in (member for group in self.groups for member in group.attributes):
+            if member.axis.axis == TEMPERATURE and member.axis in self.shrunk:
+                rows[member.axis.layer] += member.positions
+        stay = {layer: set(self.shrunk[LayerAxis(layer, TEMPERATURE)]).intersection(rows[layer]) for layer in rows}
+        return {layer: (tuple(own), math.sqrt(len(stay[layer]) / len(own))) for layer, own in rows.items()}
+
+    def selection(self, axis: LayerAxis) -> tuple[int, ...]:
+        """Return the kept positions of an axis, ascending, in the original numbering."""
+        axis = LayerAxis(*axis)
+        if axis not in self.axes:
+            raise UnknownNameError("layer axis of this plan", str(axis), [str(known) for known in self.axes])
+        return self.shrunk.get(axis, tuple(range(self.axes[axis])))
+
+    def kept_of(self, root: LayerAxis | ChannelGroup) -> tuple[int, ...]:
+        """Return the kept channels of one group, given the group or its root."""
+        root = root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)
+        index = self._index.get(root)
+        if index is None:
+            raise UnknownNameError("group of this plan", str(root), [str(known) for known in self._index])
+        return self.kept[index]
+
+    @cached_property
+    def _index(self) -> dict[LayerAxis, int]:
+        return {group.root: index for index, group in enumerate(self.groups)}
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of all prunable groups before pruning, each group's counted once."""
+        return sum(group.width for group in self.groups if group.prunable)
+
+    @property
+    def channels_removed(self) -> int:
+        """The number of channels that go, each group's counted once."""
+        return sum(group.width - len(kept) for group, kept in zip(self.groups, self.kept, strict=True))
+
+    def pruned_groups(self) -> tuple[ChannelGroup, ...]:
+        """Return the groups of the pruned model, renumbered: what `find_groups` finds there, without tracing it."""
+        rank = {axis: {p: i for i, p in enumerate(kept)} for axis, kept in self.shrunk.items()}
+        return tuple(_renumber(group, kept, rank) for group, kept in zip(self.groups, self.kept, strict=True))
+
+    def then(self, other: PruningPlan) -> PruningPlan:
+        """Compose: first this plan, then `other`, a plan for the model that this one leaves."""
+        kept = list(self.kept)
+        for group, more in zip(other.groups, other.kept, strict=True):
+            index = self._index.get(group.root)
+            if index is None or len(self.kept[index]) != group.width:
+                here = "no such group" if index is None else f"{len(self.kept[index])} channels left"
+                raise PlanMismatchError(f"group {group.root} of width {group.width} in the second plan; here {here}")
+            kept[index] = tuple(self.kept[index][channel] for channel in more)
+        return PruningPlan(self.groups, tuple(kept))
+
+    def choose(
+        self, root: LayerAxis | ChannelGroup, *, keep: Iterable[int] = (), remove: Iterable[int] = ()
+    ) -> PruningPlan:
+        """Return the plan in which some channels of one group are kept or removed by hand, whatever it did with them.
+
+        In a group of blocks (attention heads, convolution groups) the same position of every block goes along.
+        Raises PlanMismatchError for a channel that is not there or named for both, and where no channel is left.
+        """
+        kept = set(self.kept_of(root))
+        index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
+        group = self.groups[index]
+        back, gone = (_with_blocks(group, channels) for channels in (keep, remove))
+        if back & gone:
+            raise PlanMismatchError(f"group {group.root}: channel {min(back & gone)} is to be kept and to be removed")
+        chosen = tuple(sorted((kept | back) - gone))
+        return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
+
+    def validate(self, model: nn.Module) -> None:
+        """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
+        for axis, width in self.axes.items():
+            if axis not in self.shrunk:
+                continue
+            try:
+                found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+            except (ValueError, KeyError) as error:
+                raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
+            if found != width:
+                raise PlanMismatchError(f"layer {axis.layer!r}: the plan's axis {axis} is {width} wide, here {found}")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text that `from_json` reads back."""
+        groups = [_group_to_data(group, kept) for group, kept in zip(self.groups, self.kept, strict=True)]
+        return json.dumps({"format": FORMAT, "groups": groups}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan from JSON text; raise ValueError when it is no plan or not a valid one."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise PlanMismatchError(f"plan format {data['format']}; this version reads format {FORMAT}")
+            read = [_group_from_data(entry) for entry in data["groups"]]
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            raise PlanMismatchError(f"not a pruning plan: {type(error).__name__} {error}") from error
+        return cls(tuple(group for group, _ in read), tuple(kept for _, kept in read))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a group: its root, channels before and after, the share that stays, and why it is whole."""
+        rows = [
+            (
+                str(group.root),
+                group.width,
+                len(kept),
+                len(kept) / group.width,
+                len(group.members),
+                group.kept_whole or "",
+            )
+            for group, kept in zip(self.groups, self.kept, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["group", "channels", "kept", "share", "members", "kept whole because"])
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self.groups)} groups, {self.channels_removed} of {self.channels} channels removed)"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"
+
+    def plot(self):
+        """Draw the kept and removed channels of each group (a plotly figure)."""
+        from ..plots.plans import plot_plan
+
+        return plot_plan(self)
+
+
+def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
+    if not kept:
+        raise PlanMismatchError(f"group {group.root}: no channel is kept")
+    if any(b <= a for a, b in itertools.pairwise(kept)):
+        raise PlanMismatchError(f"group {group.root}: kept channels must ascend without repetition")
+    if kept[0] < 0 or kept[-1] >= group.width:
+        bad = kept[-1] if kept[-1] >= group.width else kept[0]
+        raise PlanMismatchError(f"group {group.root}: kept channel {bad} in a group of width {group.width}")
+    if not group.prunable and len(kept) < group.width:
+        raise PlanMismatchError(f"group {group.root} is kept whole ({group.kept_whole}), yet the plan prunes it")
+    size = group.width // group.blocks
+    if len(kept) != group.blocks * len({channel % size for channel in kept}):
+        raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
+
+
+def _with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
+    """Return the channels, and those at the same positions of the group's other blocks."""
+    size = group.width // group.blocks
+    found = set()
+    for channel in channels:
+        if not 0 <= channel < group.width:
+            raise PlanMismatchError(f"group {group.root}: no channel {channel} in a group of width {group.width}")
+        found.update(range(channel % size, group.width, size))
+    return found
+
+
+def _renumber(group: ChannelGroup, kept: Sequence[int], rank: Mapping[LayerAxis, Mapping[int, int]]) -> ChannelGroup:
+    channel_rank = {channel: index for index, channel in enumerate(kept)}
+
+    def renumbered(members: Iterable[Member]) -> Iterator[Member]:
+        for member in members:
+            if member.axis not in rank:
+                yield member
+                continue
+            place = rank[member.axis]
+            stay = [(p, c) for p, c in zip(member.positions, member.channels, strict=True) if c in channel_rank]
+            positions, channels = tuple(place[p] for p, _ in stay), tuple(channel_rank[c] for _, c in stay)
+            yield replace(member, positions=positions, channels=channels, width=len(place))
+
+    members, attributes = tuple(renumbered(group.members)), tuple(renumbered(group.attributes))
+    return replace(group, width=len(kept), members=members, attributes=attributes)
+
+
+def _group_to_data(group: ChannelGroup, kept: Sequence[int]) -> dict:
+    data = {
+        "root": list(group.root),
+        "width": group.width,
+        "blocks": group.blocks,
+        "kept_whole": group.kept_whole,
+        "kept": list(kept),
+        "members": list(map(_member_to_data, group.members)),
+    }
+    data |= {"attends": True} if group.attends else {}
+    return data | ({"attributes": list(map(_member_to_data, group.attributes))} if group.attributes else {})
+
+
+def _member_to_data(member: Member) -> dict:
+    data = {"layer": member.axis.layer, "axis": member.axis.axis, "type": member.kind, "width": member.width}
+    return data | ({} if _is_identity(member) else {"positions": member.positions, "channels": member.channels})
+
+
+def _is_identity(member: Member) -> bool:
+    return member.positions == member.channels == tuple(range(member.width))
+
+
+def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
+    members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in ("members", "attributes"))
+    width, blocks, attends = _integer(data["width"]), _integer(data["blocks"]), data.get("attends", False) is True
+    group = ChannelGroup(
+        LayerAxis(*map(str, data["root"])), width, members, data["kept_whole"], blocks, attributes, attends
+    )
+    return group, tuple(map(_integer, data["kept"]))
+
+
+def _member_from_data(data: Mapping) -> Member:
+    full = range(_integer(data["width"]))
+    positions, channels = (tuple(map(_integer, data.get(key, full))) for key in ("positions", "channels"))
+    return Member(LayerAxis(str(data["layer"]), str(data["axis"])), positions, channels, len(full), str(data["type"]))
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected an integer, found {value!r}")
+    return value

@@ -1,0 +1,306 @@
+"""A pruning job as plain data, and what it works on: the model, the data and the device, loaded and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Augmentation, Batches, take
+from ..data.data import Data, load_data
+from ..errors import UnknownNameError
+from ..measure.costs import Cost
+from ..measure.latency import Latency
+from ..measure.metrics import Metrics
+from ..pruning.order import SCOPES, Limits, Target
+from ..pruning.plan import PruningPlan
+from ..scoring.criteria import resolve_criterion
+from ..scoring.jtj import DenseJTJ
+from ..scoring.scores import NORMALIZERS, REDUCTIONS
+from ..structure.groups import PARTS
+from ..training.folder import History
+from ..training.processes import processes
+from ..training.recipe import Recipe
+
+ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
+TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        ORIGINAL: "original",
+        SPARSE: "after sparse training",
+        PRUNED: "pruned, no fine-tuning",
+        NAIVE: "naive fine-tuning",
+        MERGED: "Equivalent Pruning, merged",
+    }
+)
+"""The models of a job, in the order of its table."""
+
+PLAN = "plan.json"
+WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
+"""Files of the weights of unpruned networks that a job trained."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model: metrics on all held-out images, MACs and CPU latency of one image."""
+
+    metrics: Metrics
+    cost: Cost
+    latency: Latency
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far Equivalent Pruning kept its promises: largest differences of logits on a batch of held-out images.
+
+    Differences are over the largest logit where that is above 1, for float32 rounds relative to it.
+
+    Attributes:
+        start_from_naive: EP before training against the naively pruned network; at most `TOLERANCE`.
+        merged_from_trained: The merged network against the trained EP; at most `TOLERANCE`.
+        merged_from_naive: The merged network against the naively fine-tuned one; above 0, or EP did nothing.
+        merged_loads_into_naive: The merged state dict was loaded, strictly, into the naively pruned network.
+    """
+
+    start_from_naive: float
+    merged_from_trained: float
+    merged_from_naive: float
+    merged_loads_into_naive: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class JobResult:
+    """What a job led to.
+
+    Attributes:
+        job: What was asked for.
+        plan: Which channels stay.
+        models: Key -> model, in the order of `TITLES`; those that the job asked for.
+        measured: Key -> what was measured of that model.
+        histories: Key -> its training.
+        equivalence: None without Equivalent Pruning.
+        filters: JᵀJ of some channels of the first layer of the original; None where a channel is too large to show.
+        seconds: Stage -> duration.
+    """
+
+    job: PruningJob
+    plan: PruningPlan
+    models: Mapping[str, nn.Module]
+    measured: Mapping[str, Measured]
+    histories: Mapping[str, History]
+    equivalence: Equivalence | None
+    filters: DenseJTJ | None
+    seconds: Mapping[str, float]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a model: accuracy, loss, MACs, MACs of the original over its own, parameters, CPU latency."""
+        whole = self.measured[ORIGINAL].cost.macs
+        rows = [
+            {
+                "model": TITLES[key],
+                "test accuracy": measured.metrics.accuracy,
+                "test loss": measured.metrics.loss,
+                "MACs": round(measured.cost.macs),
+                "speed-up": whole / measured.cost.macs,
+                "parameters": measured.cost.params,
+                "CPU latency (ms)": measured.latency.median_ms,
+            }
+            for key, measured in self.measured.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """Return `to_frame` as text, each number with as many digits as a reader wants."""
+        digits = {
+            "test accuracy": "{:.2%}",
+            "test loss": "{:.4f}",
+            "MACs": "{:,}",
+            "speed-up": "{:.2f}x",
+            "parameters": "{:,}",
+            "CPU latency (ms)": "{:.2f}",
+        }
+        frame = self.to_frame()
+        return frame.assign(**{name: frame[name].map(text.format) for name, text in digits.items()})
+
+    def __repr__(self) -> str:
+        return self.table().to_string(index=False)
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(index=False)
+
+
+VALIDATION_BATCH = 256
+RECIPES = ("pretrain", "sparse", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningJob:
+    """What to prune, to which target, and how to fine-tune it; plain values, checked when built.
+
+    Attributes:
+        model: Name of a network for `load_model`.
+        data: Name of a data set for `load_data`.
+        target: What the pruned network must reach.
+        weights: What fills the network: a file or a name of `load_model`; None: it is trained first, by ``pretrain``.
+        num_classes: Outputs of the network; None: what the weights have, or else the classes of the data.
+        model_options: For the network's constructor, such as ``{"width": 8}``.
+        root: Where the data lies.
+        train_from_val: Cut the held-out images in two, to train on one half: for folders without training images.
+        train_images, val_images: Use at most so many images of a split, for a small run.
+        normalize: Normalisation of the data, by name; None: its default.
+        criterion, scope, steps, group_reduction, normalizer, round_to, ignore: of `prune_to`.
+        schedule_ratio, last_step, whole_heads, only: likewise.
+        batches: Calibration batches, drawn afresh from the training images for every pruning step.
+        batch_size: Images in a calibration batch.
+        augment: Whether calibration images are augmented, by crops and flips.
+        calibrate_as_trained: Augment calibration images by all that ``finetune`` says, mixed labels included.
+        pretrain: How to train the network from scratch; None where there are weights.
+        sparse: How to train it sparsely before pruning; None: not at all.
+        sparse_weights: A file of weights that a sparse training left, instead of one.
+        finetune: How to fine-tune the pruned network; None: not at all.
+        equivalent: Fine-tune with Equivalent Pruning too, by the same recipe, and merge.
+        seed: Fixes fresh weights, calibration batches and random scores; recipes have their own.
+        device: "auto" (a CUDA GPU where there is one), "cpu", "cuda", "cuda:1", …
+        title: What the report calls the job.
+
+    Raises:
+        ValueError: if a value is unknown, out of range or contradicts another.
+    """
+
+    model: str
+    data: str
+    target: Target
+    weights: str | None = None
+    num_classes: int | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    root: str | None = None
+    train_from_val: bool = False
+    train_images: int | None = None
+    val_images: int | None = None
+    normalize: str | None = None
+    criterion: str = "jacobian"
+    scope: str = "global"
+    steps: int = 20
+    group_reduction: str = "sum"
+    normalizer: str | None = None
+    round_to: int | None = None
+    ignore: tuple[str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
+    schedule_ratio: float = 1.0
+    last_step: str = "exact"
+    batches: int = 50
+    batch_size: int = 128
+    augment: bool = True
+    calibrate_as_trained: bool = False
+    pretrain: Recipe | None = None
+    sparse: Recipe | None = None
+    sparse_weights: str | None = None
+    finetune: Recipe | None = None
+    equivalent: bool = False
+    seed: int = 0
+    device: str = "auto"
+    title: str = "pruning job"
+
+    def __post_init__(self) -> None:
+        resolve_criterion(self.criterion)
+        chosen = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": PARTS}
+        for name, known in chosen.items():
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
+        for name, least in (("steps", 1), ("batches", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        Limits(round_to=self.round_to)
+        if (self.weights is None) == (self.pretrain is None):
+            raise ValueError("give either weights or a recipe to train the network with (pretrain)")
+        if self.equivalent and self.finetune is None:
+            raise ValueError("Equivalent Pruning is a way of fine-tuning: give it at least 1 epoch")
+        if self.sparse is not None and not self.sparse.group_penalty:
+            raise ValueError("sparse training needs a recipe with group_penalty above 0")
+        if self.calibrate_as_trained and self.finetune is None:
+            raise ValueError("calibrate_as_trained asks for the augmentation of finetune, and there is none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as plain data that JSON can hold."""
+        recipes = {name: getattr(self, name) for name in RECIPES}
+        plain = asdict(self) | {"ignore": list(self.ignore), "model_options": dict(self.model_options)}
+        return plain | {name: recipe and recipe.to_dict() for name, recipe in recipes.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningJob:
+        """Build a job from what :meth:`to_dict` returned.
+
+        Raises:
+            ValueError: for keys that are no fields, and values out of range.
+        """
+        if unknown := sorted(set(data) - {entry.name for entry in fields(cls)}):
+            raise ValueError(f"a job has no {', '.join(unknown)}")
+        recipes = {name: data[name] and Recipe.from_dict(data[name]) for name in RECIPES if name in data}
+        return cls(**{**data, **recipes, "target": Target(**data["target"]), "ignore": tuple(data.get("ignore", ()))})
+
+    def load(self) -> Data:
+        """Load the data that the job names, as much of it as it asks for."""
+        data = load_data(self.data, self.root, normalize=self.normalize)
+        if self.train_from_val:
+            data = data.with_train_from_val()
+        return data.limited(self.train_images, self.val_images)
+
+
+@dataclass(frozen=True, eq=False)
+class JobInputs:
+    """What a job works on, loaded and checked.
+
+    ``source`` are the arguments of `load_model` for the unpruned network; ``example`` is one image, (1, …).
+    """
+
+    job: PruningJob
+    data: Data
+    model: nn.Module
+    source: Mapping[str, Any]
+    device: torch.device
+    example: Tensor
+
+    def training_batches(self, recipe: Recipe) -> Batches:
+        """Return the batches of a training: the same images in the same order for every training by one recipe."""
+        own = processes()
+        return self.data.batches(
+            "train",
+            recipe.batch_size * own.count,
+            seed=recipe.seed,
+            augment=recipe.augmentation,
+            device=self.device,
+            share=own.share,
+        )
+
+    def calibration_batches(self) -> Batches:
+        """Return the calibration batches, other ones each time they are iterated over."""
+        job = self.job
+        augment = job.finetune.augmentation if job.calibrate_as_trained else Augmentation(crop=job.augment)
+        train = self.data.batches("train", job.batch_size, seed=job.seed, augment=augment, device=self.device)
+        return take(train, job.batches)
+
+    def held_out_batches(self, share: tuple[int, int] = (0, 1)) -> Batches:
+        """Return the held-out images, which are for reporting alone; or one process's share of them."""
+        size = max(1, min(VALIDATION_BATCH, len(self.data.val))) // share[1] * share[1]
+        return self.data.batches("val", size, device=self.device, share=share)
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device by name, "auto" being this process's GPU if there is one.
+
+    Raises:
+        ValueError: if it is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device(f"cuda:{processes().local_rank}" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"unknown device '{name}'; known are auto, cpu, cuda, cuda:1, ...")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)

@@ -1,0 +1,322 @@
+"""One pruning job from end to end: original → sparse → plan → pruned → fine-tuned naively and with EP → merged.
+
+A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
+done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from ..data.batches import Batches
+from ..data.data import Data, check_classes
+from ..files import write_text
+from ..measure.costs import cost
+from ..measure.latency import latencies
+from ..measure.metrics import evaluate
+from ..models.networks import load_model
+from ..models.weights import load_weights, read_weights
+from ..pruning.equivalent import EquivalentModel
+from ..pruning.plan import PruningPlan
+from ..pruning.prune import prune, prune_to
+from ..scoring.jtj import DenseJTJ, dense_jtj
+from ..state import evaluating
+from ..structure.layers import layer_axes
+from ..training.fit import fit
+from ..training.folder import History
+from ..training.processes import processes
+from ..training.recipe import Recipe
+from ..training.sparse import sparse_train
+from .job import (
+    MERGED,
+    NAIVE,
+    ORIGINAL,
+    PLAN,
+    PRUNED,
+    SPARSE,
+    WEIGHTS,
+    Equivalence,
+    JobInputs,
+    JobResult,
+    Measured,
+    PruningJob,
+    find_device,
+)
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""The largest difference of logits between models that compute the same function, over the largest logit above 1."""
+
+SHOWN_FILTERS = 16
+LARGEST_SHOWN_FILTER = 1024
+
+
+class EquivalenceError(ValueError):
+    """Two models of a job that should compute the same function and do not."""
+
+
+def prepare(job: PruningJob) -> JobInputs:
+    """Load what a job names, and raise whatever would go wrong with it later.
+
+    Raises:
+        ValueError: for data, weights or a device that are not there, a network that does not suit the data, and a
+            target that cannot be met.
+    """
+    device = find_device(job.device)
+    data = job.load()
+    options = dict(job.model_options)
+    if ":" not in job.model:
+        options.setdefault("in_channels", data.image_shape[0])
+    classes = len(data.classes) if job.weights is None else None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(job.seed)
+        model = load_model(job.model, job.num_classes or classes, job.weights, **options)
+    inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
+    check_classes(_count_outputs(model, inputs.example), data)
+    inputs.calibration_batches()
+    for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
+        inputs.training_batches(recipe)
+    # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.
+    if processes().is_main:
+        find_plan(inputs, model, criterion="random", steps=1, progress=False)
+    return inputs
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where a job keeps its trainings and its plan while it runs, and who may stop it; by default nowhere and nobody.
+
+    Attributes:
+        folder: Gets a folder for each training and the plan, from which a job that was interrupted goes on.
+        stop: Asked before every step; once it says True, what there is is kept and `Stopped` raised.
+    """
+
+    folder: Path | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Return the options of `fit` for one training."""
+        place = {} if self.folder is None else {"run": self.folder / f"{TRAINING}{name}", "resume": True}
+        return {**place, "stop": self.stop}
+
+
+TRAINING = "training_"
+"""What the names of trainings' folders begin with."""
+
+
+def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None = None) -> JobResult:
+    """Do a job: train the original if need be, sparsely too if asked, find the plan, fine-tune, merge, measure.
+
+    Held-out images are evaluated for the report and never decide anything. Launched in several processes, all train
+    together; the first one finds the plan and measures.
+
+    Args:
+        inputs: What :func:`prepare` returned.
+        progress: Show bars.
+        keeping: Where to keep what is done, and go on from.
+
+    Raises:
+        EquivalenceError: if Equivalent Pruning starts from, or merges into, another function than it should.
+        ValueError: for training that diverges and scores that are not finite.
+        Stopped: when ``keeping.stop`` said so.
+    """
+    work = _Work(inputs, progress and processes().is_main, keeping or Keeping())
+    job, seconds = inputs.job, {}
+    models: dict[str, nn.Module] = {ORIGINAL: inputs.model}
+    if job.pretrain:
+        with _stage(f"training {job.model} from scratch on {job.data}", seconds):
+            work.train(ORIGINAL, inputs.model, job.pretrain)
+    base = inputs.model
+    if job.sparse or job.sparse_weights:
+        with _stage("sparse training", seconds):
+            base = models[SPARSE] = work.sparse()
+    with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
+        plan = work.plan(base)
+        models[PRUNED] = prune(base, plan)
+    if job.finetune:
+        with _stage("fine-tuning the pruned network (naive)", seconds):
+            models[NAIVE] = copy.deepcopy(models[PRUNED])
+            work.train(NAIVE, models[NAIVE], job.finetune)
+    equivalence = None
+    if job.equivalent:
+        with _stage("fine-tuning with Equivalent Pruning", seconds):
+            models[MERGED], equivalence = _equivalent(work, base, plan, models)
+    with _stage("measuring", seconds):
+        measured = _measure(inputs, models, work.progress)
+        filters = _first_filters(inputs)
+    return JobResult(job, plan, models, measured, work.histories, equivalence, filters, seconds)
+
+
+class _Work:
+    """What the stages of a job share: its inputs, where they keep things, the histories so far."""
+
+    def __init__(self, inputs: JobInputs, progress: bool, keeping: Keeping):
+        self.inputs, self.progress, self._keeping = inputs, progress, keeping
+        self.histories: dict[str, History] = {}
+        # The unpruned network teaches, as it was before sparse training.
+        self._teacher = inputs.model
+
+    def train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
+        """Train a model, keep its history."""
+        history = fit(model, *self._batches(recipe), recipe, **self._options(key, recipe))
+        self._keep(key, model, history)
+
+    def sparse(self) -> nn.Module:
+        """Return the network after sparse training, or with the weights that one left before."""
+        job, model = self.inputs.job, copy.deepcopy(self.inputs.model)
+        if job.sparse_weights:
+            load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
+            return model
+        recipe, options = job.sparse, self._options(SPARSE, job.sparse)
+        history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, **options)
+        self._keep(SPARSE, model, history)
+        return model
+
+    def plan(self, model: nn.Module) -> PruningPlan:
+        """Return the plan: the kept one, else a new one, which of several processes the first finds."""
+        path = None if self._keeping.folder is None else self._keeping.folder / PLAN
+        if not processes().is_main:
+            return _wait_for_plan(path)
+        if path is not None and path.is_file():
+            return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+        job = self.inputs.job
+        plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, progress=self.progress)
+        if path is not None:
+            write_text(path, plan.to_json())
+        return plan
+
+    def _keep(self, key: str, model: nn.Module, history: History) -> None:
+        """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
+        self.histories[key] = history
+        logger.info("%s", history.last)
+        if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
+            path = self._keeping.folder / WEIGHTS[key]
+            fresh = path.with_name(f".{path.name}.new")
+            save_model(model, str(fresh))
+            fresh.replace(path)
+
+    def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
+        return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)
+
+    def _options(self, key: str, recipe: Recipe) -> dict[str, Any]:
+        teacher = self._teacher if recipe.distill_weight else None
+        return {"teacher": teacher, "progress": self.progress, **self._keeping.options(key)}
+
+
+def _wait_for_plan(path: Path | None) -> PruningPlan:
+    """Wait for the plan of the first process; a launcher ends the others with one that fails."""
+    if path is None:
+        raise ValueError("a job in several processes needs a folder to keep its plan in")
+    while not path.is_file():
+        time.sleep(0.5)
+    return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
+    logger.info("%s", title)
+    start = time.perf_counter()
+    yield
+    seconds[title] = time.perf_counter() - start
+
+
+def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
+    """Return the plan of a job for a network, by its own criterion and steps or by others."""
+    job = inputs.job
+    return prune_to(
+        model,
+        inputs.example,
+        inputs.calibration_batches(),
+        criterion=criterion,
+        **asdict(job.target),
+        scope=job.scope,
+        steps=steps,
+        schedule_ratio=job.schedule_ratio,
+        last_step=job.last_step,
+        ignore=job.ignore,
+        whole_heads=job.whole_heads,
+        only=job.only,
+        round_to=job.round_to,
+        group_reduction=job.group_reduction,
+        normalizer=job.normalizer,
+        seed=job.seed,
+        progress=progress,
+    )
+
+
+def _equivalent(
+    work: _Work, base: nn.Module, plan: PruningPlan, models: Mapping[str, nn.Module]
+) -> tuple[nn.Module, Equivalence]:
+    """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network."""
+    images, _ = next(iter(work.inputs.held_out_batches()))
+    model = EquivalentModel(base, plan)
+    start = _logit_difference(model, models[PRUNED], images)
+    _check_equal(start, "Equivalent Pruning before training and the pruned network")
+    work.train(MERGED, model, work.inputs.job.finetune)
+    merged = model.merge()
+    difference = _logit_difference(merged, model, images)
+    _check_equal(difference, "the merged network and the trained Equivalent Pruning")
+    try:
+        copy.deepcopy(models[PRUNED]).load_state_dict(merged.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise EquivalenceError(f"the merged network does not load into the pruned one: {error}") from error
+    against_naive = _logit_difference(merged, models[NAIVE], images)
+    return merged, Equivalence(start, difference, against_naive, True)
+
+
+def _logit_difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
+    with torch.no_grad(), evaluating(one), evaluating(other):
+        first, second = one(images), other(images)
+    return ((first - second).abs().max() / first.abs().max().clamp_min(1)).item()
+
+
+def _check_equal(difference: float, models: str) -> None:
+    if not difference <= TOLERANCE:
+        raise EquivalenceError(f"{models}: logits differ by up to {difference:.3g}; at most {TOLERANCE:g} is rounding")
+
+
+def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
+    batches = inputs.held_out_batches()
+    metrics = {key: evaluate(model, batches, progress=progress) for key, model in models.items()}
+    costs = {key: cost(model, inputs.example) for key, model in models.items()}
+    on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
+    timed = latencies(on_cpu, inputs.example.cpu())
+    return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}
+
+
+def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
+    """Return JᵀJ of the first filters of the first convolution, over one set of calibration batches."""
+    found = [(name, layer) for name, layer in inputs.model.named_modules() if isinstance(layer, nn.Conv2d)]
+    if not found or found[0][1].weight[0].numel() > LARGEST_SHOWN_FILTER:
+        return None
+    name, layer = found[0]
+    channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
+    return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels)
+
+
+def _example(data: Data, device: torch.device) -> Tensor:
+    images, _ = next(iter(data.batches("val", 1, device=device)))
+    return images
+
+
+def _count_outputs(model: nn.Module, example: Tensor) -> int:
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(example)
+    except RuntimeError as error:
+        raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError(f"{type(model).__name__} returns no logits (batch, classes): only classifiers are pruned here")
+    return logits.shape[1]

@@ -1,0 +1,318 @@
+"""Reports as one offline HTML page, and the report of a finished job."""
+
+from __future__ import annotations
+
+import html
+import math
+import numbers
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from ..errors import UnknownNameError
+from ..files import environment
+from ..plots.jtj import jtj_grid
+from ..plots.looks import LOOKS, theme
+from ..plots.plans import plot_plan
+from ..plots.training import plot_histories
+from .job import MERGED, NAIVE, ORIGINAL, JobResult
+
+SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, parted by empty lines, under an optional heading. Plain text: nothing in it is taken for HTML."""
+
+    text: str
+    heading: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, numbers right-aligned and formatted, under an optional heading.
+
+    Attributes:
+        frame: the columns in order; its index is not shown.
+        formats: column -> a format specification (".2%", ",d", ".3f") or "si" (126.8 M). By default whole numbers have
+            thousands apart and others four significant digits.
+        units: column -> its unit, shown in the head.
+        caption: what the table says, and how it was measured.
+
+    Raises:
+        ValueError: a format or unit of a column that the frame lacks.
+    """
+
+    frame: pd.DataFrame
+    heading: str | None = None
+    caption: str | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for column in [*self.formats, *self.units]:
+            if column not in self.frame.columns:
+                raise UnknownNameError("column of the table", column, [str(name) for name in self.frame.columns])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plotly figure under an optional heading; on the page it follows the reader's light or dark setting."""
+
+    figure: go.Figure
+    heading: str | None = None
+    caption: str | None = None
+
+
+Section = Text | Table | Figure
+
+
+def write_report(path: str | os.PathLike[str], title: str, sections: Iterable[Section]) -> Path:
+    """Write one self-contained page (about 5 MB, plotly.js included once) that needs no network; return its path.
+
+    The file appears whole or not at all.
+
+    Raises:
+        ValueError: something else than a Text, Table or Figure among the sections, or a cell that its format does not
+            suit (says the column).
+    """
+    path = Path(path)
+    page = render_report(title, sections)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder, path.name)
+        draft.write_text(page, encoding="utf-8")
+        os.replace(draft, path)
+    return path
+
+
+def render_report(title: str, sections: Iterable[Section]) -> str:
+    """Return the page that `write_report` writes."""
+    sections = list(sections)
+    body = "\n".join(_render(section, number) for number, section in enumerate(sections))
+    has_figures = any(isinstance(section, Figure) for section in sections)
+    scripts = _scripts() if has_figures else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{html.escape(title)}</h1>
+{body}
+</main>
+{scripts}
+</body>
+</html>
+"""
+
+
+def _render(section: Section, number: int) -> str:
+    heading = f"<h2>{html.escape(section.heading)}</h2>\n" if getattr(section, "heading", None) else ""
+    match section:
+        case Text():
+            paragraphs = [part.strip() for part in section.text.split("\n\n") if part.strip()]
+            content = "\n".join(f"<p>{html.escape(part)}</p>" for part in paragraphs)
+        case Table():
+            content = _table(section)
+        case Figure():
+            content = _figure(section, number)
+        case _:
+            raise ValueError(f"section {number + 1} is a {type(section).__name__}; expected Text, Table or Figure")
+    return f"<section>\n{heading}{content}\n</section>"
+
+
+def _table(table: Table) -> str:
+    frame, caption = table.frame, f"<p class='caption'>{html.escape(table.caption)}</p>" if table.caption else ""
+    right = {name: pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns}
+    align = {name: " class='number'" if numeric else "" for name, numeric in right.items()}
+    head = "".join(f"<th{align[name]}>{_head(name, table.units.get(name))}</th>" for name in frame.columns)
+    rows = []
+    for _, row in frame.astype(object).iterrows():
+        cells = [_cell(name, row[name], table.formats.get(name)) for name in frame.columns]
+        rows.append("".join(f"<td{align[name]}>{cell}</td>" for name, cell in zip(frame.columns, cells, strict=True)))
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    content = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+    return f"<div class='table'><table>\n{content}\n</table></div>{caption}"
+
+
+def _head(name: Any, unit: str | None) -> str:
+    return html.escape(str(name)) + (f" <span class='unit'>({html.escape(unit)})</span>" if unit else "")
+
+
+def _cell(column: Any, value: Any, specification: str | None) -> str:
+    try:
+        return html.escape(format_number(value, specification))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"column {column!r}: {value!r} does not suit the format {specification!r}") from error
+
+
+def format_number(value: Any, specification: str | None = None) -> str:
+    """Format one cell: numbers by a format specification, "si" or the default; missing ones as "–"; the rest as text.
+
+    Example:
+        >>> format_number(126837386, "si"), format_number(0.93341, ".2%"), format_number(855770)
+        ('126.8 M', '93.34%', '855,770')
+    """
+    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, str | bool) or not isinstance(value, numbers.Number):
+        return str(value)
+    if specification == "si":
+        scale, prefix = next(((s, p) for s, p in SI if abs(value) >= s), (1, ""))
+        return f"{value / scale:.4g} {prefix}".strip()
+    if specification is None:
+        specification = ",d" if isinstance(value, numbers.Integral) else ",.4g"
+    return format(value, specification)
+
+
+def _figure(section: Figure, number: int) -> str:
+    bare = go.Figure(section.figure).update_layout(template=None)
+    height = section.figure.layout.height or 450
+    caption = f"<p class='caption'>{html.escape(section.caption)}</p>" if section.caption else ""
+    return (
+        f"<div class='figure' id='figure-{number}' style='height:{height}px'></div>"
+        f"<script type='application/json' data-figure='figure-{number}'>{_json(bare)}</script>{caption}"
+    )
+
+
+def _json(figure: go.Figure) -> str:
+    return figure.to_json().replace("<", "\\u003c")
+
+
+def _scripts() -> str:
+    templates = ",".join(f"{look}:{_json(go.Figure(layout={'template': theme(look)}))}" for look in LOOKS)
+    return f"<script>{get_plotlyjs()}</script>\n<script>const LOOKS = {{{templates}}};\n{SCRIPT}</script>"
+
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+)
+
+STYLE = """
+:root { --paper: #ffffff; --ground: #f4f6f8; --ink: #24292f; --soft: #5b6570; --line: #dfe4e9; --stripe: #f8fafb;
+  --accent: #0079c1; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16191d; --ground: #0e1013; --ink: #d7dce2; --soft: #98a2ad; --line: #2b3036; --stripe: #1b1f24;
+    --accent: #4fa9e0; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.55; font-size: 15px;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 64px; }
+h1 { font-size: 26px; line-height: 1.25; margin: 8px 0 22px; letter-spacing: -0.01em; }
+h2 { font-size: 17px; margin: 0 0 10px; padding-left: 10px; border-left: 3px solid var(--accent); line-height: 1.3; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px;
+  margin: 0 0 16px; }
+p { margin: 0 0 10px; max-width: 75ch; }
+section > p:last-child { margin-bottom: 0; }
+.caption { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th { text-align: left; font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line);
+  padding: 6px 12px; }
+td { border-bottom: 1px solid var(--line); padding: 6px 12px; white-space: nowrap; }
+tbody tr:nth-child(even) { background: var(--stripe); }
+tbody tr:last-child td { border-bottom: 0; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+.unit { color: var(--soft); font-weight: 400; }
+.figure { width: 100%; }
+@media (max-width: 760px) { main { padding: 16px 10px 40px; } section { padding: 14px 12px; }
+  table { font-size: 13px; } th, td { padding: 5px 7px; } }
+@media print { body { background: none; } section { break-inside: avoid; } }
+"""
+
+SCRIPT = """
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+function draw() {
+  for (const source of document.querySelectorAll("script[data-figure]")) {
+    const figure = JSON.parse(source.textContent);
+    figure.layout.template = LOOKS[dark.matches ? "dark" : "light"].layout.template;
+    Plotly.react(source.dataset.figure, figure.data, figure.layout, {responsive: true, displaylogo: false});
+  }
+}
+draw();
+dark.addEventListener("change", draw);
+"""
+
+
+CURVES = {ORIGINAL: "original, from scratch", NAIVE: "naive", MERGED: "EP"}
+
+
+def write_job_report(result: JobResult, path: str | os.PathLike[str]) -> Path:
+    """Write the report of a job as one offline HTML page; return its path."""
+    return write_report(path, result.job.title, job_sections(result))
+
+
+def job_sections(result: JobResult) -> Iterator[Section]:
+    """Yield the sections of a job's report, those that the job has."""
+    yield Text(_summary(result))
+    yield _job_table(result)
+    caption = (
+        "Grey: removed. Layers that must keep the same channels, such as those of a residual stage, are one group."
+    )
+    yield Figure(plot_plan(result.plan), "Kept channels", caption)
+    if result.filters is not None:
+        yield Figure(jtj_grid(result.filters), f"JᵀJ of the filters of {result.filters.axis.layer}", _filters(result))
+    tuned = {CURVES[key]: history for key, history in result.histories.items() if key != ORIGINAL}
+    if tuned:
+        yield Figure(plot_histories(tuned), "Fine-tuning", "The same images in the same order, the same recipe.")
+    if ORIGINAL in result.histories:
+        trained = {CURVES[ORIGINAL]: result.histories[ORIGINAL]}
+        yield Figure(plot_histories(trained), "Training the original")
+    yield Text(_how(result), "How this was measured")
+
+
+def _summary(result: JobResult) -> str:
+    job, plan = result.job, result.plan
+    kept = f"{plan.channels - plan.channels_removed:,} of {plan.channels:,} channels stay"
+    text = f"{job.model} on {job.data}, pruned to {job.target} by the {job.criterion} criterion: {kept}."
+    if result.equivalence is None:
+        return text
+    found = result.equivalence
+    return (
+        f"{text}\n\nEquivalent Pruning starts where the pruned network starts (logits differ by at most "
+        f"{found.start_from_naive:.1g}), and merging changes nothing (at most {found.merged_from_trained:.1g}). The "
+        "merged network has the layers, shapes and cost of the naively pruned one; its logits differ from those of the "
+        f"naively fine-tuned one by up to {found.merged_from_naive:.3g}."
+    )
+
+
+def _job_table(result: JobResult) -> Table:
+    images = next(iter(result.measured.values())).metrics.examples
+    formats = {"test accuracy": ".2%", "test loss": ".4f", "MACs": "si", "speed-up": ".2f", "parameters": ",d"}
+    caption = (
+        f"Accuracy and mean cross entropy on {images:,} held-out images, which decided nothing. MACs of one image, "
+        "counted as torch_pruning counts them. Latency of one image at a time: median on the CPU, the models in turns; "
+        "small networks wait for memory and calls more than for MACs."
+    )
+    return Table(result.to_frame(), "Results", caption, formats | {"CPU latency (ms)": ".2f"})
+
+
+def _filters(result: JobResult) -> str:
+    job = result.job
+    return (
+        f"Rows of J: {job.batches} batches of {job.batch_size} training images, in the original network. The score of "
+        "a filter w, above its map, is wᵀ(JᵀJ)w; what is off the diagonal is how its weights act together."
+    )
+
+
+def _how(result: JobResult) -> str:
+    found = environment(next(result.models[ORIGINAL].parameters()).device)
+    libraries = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
+    where = f"{found['cpu']}, CPUs: {found['cpus']}, threads: {found['threads']}, GPU: {found['gpu'] or 'none'}"
+    stages = "; ".join(f"{stage}: {seconds:.0f} s" for stage, seconds in result.seconds.items())
+    return f"{where}. Python {found['python']}, {libraries}. Seed {result.job.seed}.\n\n{stages}."

@@ -1,0 +1,347 @@
+"""Run an experiment here, or launch it in the background and watch, stop and resume it from anywhere.
+
+A launched run is a process of its own that lives on when a notebook's kernel ends or its browser closes. All that
+anybody needs to know about it is in its folder.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+from tqdm.auto import tqdm
+
+from ..training.folder import PROGRESS, History, read_history, write_json
+from .experiments import Experiment, get_experiment
+from .folder import (
+    ERROR,
+    JOB,
+    OUTPUT,
+    PROCESS,
+    RESULTS,
+    RUN_LOG,
+    STOP,
+    STOPPED,
+    TRAINED,
+    RunFolderError,
+    check_run_folder,
+    read_job,
+    read_results,
+    work_on,
+)
+from .job import TITLES, PruningJob
+from .pipeline import TRAINING
+
+logger = logging.getLogger(__name__)
+
+
+STILL_RUNNING = 600.0
+"""Seconds after its last sign of life in which a run on another machine counts as running."""
+BETWEEN_LOOKS = 0.2
+
+SELECTIONS = {"last": "test accuracy", "best_on_test": "test accuracy (best epoch, picked on test)"}
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run and its folder: what it does, how far it is, what came out."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Run:
+        """Attach to a run by its folder, from any process; raise RunFolderError where there is none."""
+        read_job(folder)
+        return cls(Path(folder).resolve())
+
+    @property
+    def job(self) -> PruningJob:
+        """What the run does."""
+        return read_job(self.folder)
+
+    @property
+    def status(self) -> str:
+        """ "finished", "running", "failed", "stopped" (with a checkpoint), or "interrupted" (killed)."""
+        if (self.folder / RESULTS).is_file():
+            return "finished"
+        if self._is_running():
+            return "running"
+        if (self.folder / ERROR).is_file():
+            return "failed"
+        return "stopped" if (self.folder / STOPPED).is_file() else "interrupted"
+
+    @property
+    def histories(self) -> dict[str, History]:
+        """The trainings so far, by the models of `TITLES`."""
+        found = {key: read_history(self.folder / f"{TRAINING}{key}") for key in TRAINED}
+        return {key: history for key, history in found.items() if history is not None}
+
+    @property
+    def error(self) -> str | None:
+        """What a failed run failed of."""
+        path = self.folder / ERROR
+        return json.loads(path.read_text(encoding="utf-8"))["error"] if path.is_file() else None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """All figures of a finished run; raises RunFolderError before."""
+        return read_results(self.folder)
+
+    def log(self, lines: int = 20) -> str:
+        """Return the last lines of the log."""
+        path = self.folder / RUN_LOG
+        return "\n".join(path.read_text(encoding="utf-8").splitlines()[-lines:]) if path.is_file() else ""
+
+    def table(self, select: str = "last") -> pd.DataFrame:
+        """Return one row a model of a finished run.
+
+        Args:
+            select: Which epoch's accuracy: "last", or "best_on_test", as published: the epoch was then picked by the
+                very images it is reported on, which overstates it, and the column says so.
+        """
+        if select not in SELECTIONS:
+            raise ValueError(f"unknown select {select!r}; known are {', '.join(map(repr, SELECTIONS))}")
+        results = self.results
+        whole = results["models"]["original"]["cost"]["macs"]
+        rows = []
+        for key, found in results["models"].items():
+            accuracy = found["metrics"]["accuracy"]
+            if select == "best_on_test" and key in results["histories"]:
+                accuracy = max(row["val_accuracy"] for row in results["histories"][key])
+            cost = found["cost"]
+            row = {"model": TITLES[key], SELECTIONS[select]: accuracy, "test loss": found["metrics"]["loss"]}
+            rows.append(row | {"MACs": cost["macs"], "speed-up": whole / cost["macs"], "parameters": cost["params"]})
+        return pd.DataFrame(rows)
+
+    def stop(self, timeout: float = 120.0) -> str:
+        """Ask the run to end with a checkpoint, wait until it has, and return its status.
+
+        Raises:
+            TimeoutError: if it still runs then; it will stop at its next step.
+        """
+        if self.status == "running":
+            (self.folder / STOP).touch()
+        return self.wait(timeout)
+
+    def resume(self, **options: Any) -> Run:
+        """Launch the run again, to go on from its last checkpoint. Options are those of :func:`launch`."""
+        return launch(self.job, self.folder, resume=True, **options)
+
+    def wait(self, timeout: float | None = None) -> str:
+        """Wait until the run has ended; return its status. Raises TimeoutError if it still runs after ``timeout`` s."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.status == "running":
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(f"'{self.folder}' still runs after {timeout:g} s")
+            time.sleep(BETWEEN_LOOKS)
+        return self.status
+
+    def follow(self) -> str:
+        """Show the run's progress until it has ended; return its status. Interrupting this leaves the run alone."""
+        with tqdm(unit="step", desc=self.job.title) as bar:
+            while self.status == "running":
+                self._show(bar)
+                time.sleep(BETWEEN_LOOKS)
+            self._show(bar)
+        return self.status
+
+    def progress(self) -> tuple[str, dict[str, Any]] | None:
+        """Return the training under way and where it is; None before any.
+
+        That is epoch, step, steps (of an epoch), epochs, lr and time, and of the epoch so far: loss, accuracy,
+        images_per_second and gpu_memory (the most bytes on a GPU), null where there are none.
+        """
+        notes = {key: self.folder / f"{TRAINING}{key}" / PROGRESS for key in TRAINED}
+        there = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in notes.items() if path.is_file()}
+        return max(there.items(), key=lambda entry: entry[1]["time"], default=None)
+
+    def __repr__(self) -> str:
+        lines = [f"Run('{self.folder}'): {self.job.title}, {self.status}"]
+        lines += [f"  {TITLES[key]}: {history.last}" for key, history in self.histories.items()]
+        return "\n".join([*lines, *([f"  {self.error}"] if self.status == "failed" else [])])
+
+    def _repr_html_(self) -> str:
+        lines = "<br>".join(html.escape(line) for line in repr(self).splitlines())
+        if self.status != "finished":
+            return lines
+        digits = {"test loss": "{:.4f}", "MACs": "{:,.0f}", "speed-up": "{:.2f}x", "parameters": "{:,}"}
+        shown = {name: text.format for name, text in digits.items()}
+        table = self.table().to_html(index=False, float_format="{:.2%}".format, formatters=shown)
+        return f"{lines}{table}"
+
+    def _show(self, bar: tqdm) -> None:
+        found = self.progress()
+        if found is None:
+            return
+        key, place = found
+        bar.total = place["steps"] * place["epochs"]
+        bar.n = place["steps"] * (place["epoch"] - 1) + place["step"]
+        bar.set_description(f"{TITLES[key]}, epoch {place['epoch']} of {place['epochs']}")
+
+    def _is_running(self) -> bool:
+        path = self.folder / PROCESS
+        if not path.is_file():
+            return False
+        identity = json.loads(path.read_text(encoding="utf-8"))
+        if identity["host"] == platform.node():
+            return is_alive(identity)
+        ended = (self.folder / ERROR).is_file() or (self.folder / STOPPED).is_file()
+        signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*")]
+        return not ended and time.time() - max(signs) < STILL_RUNNING
+
+
+def run_experiment(
+    experiment: str | Experiment | PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    small: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Run:
+    """Do an experiment in this process, and go on with what its folder already holds.
+
+    Args:
+        experiment: One of `EXPERIMENTS`, its name, or a job.
+        folder: The run's folder.
+        small: The small size, which says that everything runs and nothing more.
+        progress: Show bars.
+        **options: Of `Experiment.job`, such as ``target``, ``seed``, ``weights``, ``root``.
+
+    Raises:
+        ValueError: for an unknown experiment, and what `work_on` raises.
+    """
+    work_on(job_of(experiment, small=small, **options), folder, progress=progress)
+    return Run(Path(folder).resolve())
+
+
+def launch(
+    experiment: str | Experiment | PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    processes: int | None = None,
+    devices: Sequence[int] | str | None = None,
+    resume: bool = False,
+    small: bool = False,
+    **options: Any,
+) -> Run:
+    """Start an experiment in the background and return at once.
+
+    Args:
+        experiment: One of `EXPERIMENTS`, its name, or a job.
+        folder: The run's folder; made if need be.
+        processes: How many train together, on this machine. None: one a device.
+        devices: Numbers of the GPUs to use, or "cpu". None: whatever torch finds, one of them.
+        resume: Go on with what the folder holds; without it, a folder in use is refused.
+        small: The small size.
+        **options: Of `Experiment.job`.
+
+    Raises:
+        ValueError: for a folder in use, a run that is under way, and processes that devices do not suffice for.
+    """
+    job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    count = processes or (len(devices) if devices and devices != "cpu" else 1)
+    if devices is not None and devices != "cpu" and count > len(devices):
+        raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
+    if (path / JOB).is_file():
+        _check_free(path, job, resume)
+    else:
+        check_run_folder(path, overwrite=False)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in (STOP, STOPPED, ERROR):
+        (path / name).unlink(missing_ok=True)
+    write_json(path / JOB, job.to_dict())
+    work = command(path, count, on_cpu=devices == "cpu" or job.device == "cpu")
+    identity = start(work, path / OUTPUT, os.environ | _visible(devices))
+    write_json(path / PROCESS, identity | {"devices": devices})
+    logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
+    return Run(path)
+
+
+def command(folder: Path, processes: int, *, on_cpu: bool) -> list[str]:
+    """Return the command that works on a run folder in so many processes of this machine."""
+    worker = ["-m", "obc_tools.worker", str(folder)]
+    if processes == 1:
+        return [sys.executable, *worker]
+    if on_cpu:
+        # accelerate launch starts several processes on CPUs through MPI only.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return [sys.executable, *torchrun, *worker]
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, *accelerate, "--main_process_port", "0", *worker]
+
+
+def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **options: Any) -> PruningJob:
+    """Return the job that an experiment, its name, or a job stands for."""
+    if isinstance(experiment, PruningJob):
+        if small or options:
+            raise ValueError(f"a job is complete: {', '.join(['small', *options])} belong to an experiment")
+        return experiment
+    found = get_experiment(experiment) if isinstance(experiment, str) else experiment
+    return found.small(**options) if small else found.job(**options)
+
+
+def _check_free(folder: Path, job: PruningJob, resume: bool) -> None:
+    run = Run(folder)
+    if run.status == "running":
+        raise RunFolderError(f"'{folder}' is being worked on: stop that run first, or choose another folder")
+    if not resume:
+        raise RunFolderError(f"'{folder}' holds a run ({run.status}): pass resume=True or choose another folder")
+    if run.job != job:
+        raise RunFolderError(f"'{folder}' holds another job: choose another folder")
+
+
+def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
+    if devices is None:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
+
+
+# Held on to, so that those that have ended can be asked for their status and vanish.
+_CHILDREN: list[subprocess.Popen] = []
+
+
+def start(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Start a command in a session of its own, what it prints appended to a file; return the process's identity."""
+    with output.open("ab") as file:
+        child = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    _CHILDREN.append(child)
+    return process_identity(child.pid)
+
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process of this machine from all others, also from later ones of the same number."""
+    return {"pid": pid, "created": psutil.Process(pid).create_time(), "host": platform.node()}
+
+
+def is_alive(identity: Mapping[str, Any]) -> bool:
+    """Say whether the process of an identity runs on this machine."""
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+    if identity["host"] != platform.node():
+        return False
+    try:
+        process = psutil.Process(identity["pid"])
+        # Clocks that are set while a process runs move its time of creation a little.
+        same = abs(process.create_time() - identity["created"]) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,135 @@
+"""Products of the Jacobian with the weights, J·w: one number a channel and row, exact, without storing J.
+
+Row n of J is the gradient of a loss L_n with respect to the parameters w of one channel of one layer axis. The
+Jacobian Criterion (Chen et al. 2025, arXiv 2508.05521) scores the channel by wᵀ(JᵀJ)w = Σ_n (J_n w)², so only the
+products J_n w are needed. After one backward pass of a batch's mean loss, W ⊙ ∂L/∂W summed over everything but the
+channels is J_n w of every channel of the layer at once; finer rows come from gates (see `gates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownNameError
+from ..state import numbered
+from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
+from .objectives import Objective, classification
+from .rows import BatchRows, FinerRows, Rows, examples_per_row, parameter_slots, uncompiled
+
+
+@dataclass(frozen=True)
+class JacobianProducts(Mapping[LayerAxis, Tensor]):
+    """J·w of every channel of the scored layer axes: a mapping LayerAxis -> tensor of shape (rows, channels)."""
+
+    values_: Mapping[LayerAxis, Tensor]
+    rows: Rows
+
+    def __getitem__(self, axis: LayerAxis) -> Tensor:
+        axis = LayerAxis(*axis)
+        if axis not in self.values_:
+            raise UnknownNameError("layer axis", str(axis), [str(known) for known in self.values_])
+        return self.values_[axis]
+
+    def __iter__(self) -> Iterator[LayerAxis]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def scores(self) -> dict[LayerAxis, Tensor]:
+        """Return Σ_n (J_n w)² of each channel: LayerAxis -> (channels,)."""
+        return {axis: product.square().sum(0) for axis, product in self.items()}
+
+    def __repr__(self) -> str:
+        rows = next(iter(self.values_.values())).shape[0] if self.values_ else 0
+        return f"JacobianProducts({rows} rows, one a {self.rows}, {len(self)} layer axes)"
+
+
+def jacobian_products(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rows: Rows = "batch",
+    layers: Iterable[str] | None = None,
+    objective: Objective = classification,
+    max_bytes: int = 4 * 2**30,
+) -> JacobianProducts:
+    """Compute J·w for every channel of the given layers, all rows kept.
+
+    Args:
+        model: run in eval mode; its mode, gradients, hooks and flags are given back unchanged.
+        batches: the calibration batches, whatever `objective` takes; (images, labels) for the default.
+        rows: see `Rows`. A row's loss is the mean loss of its examples.
+        layers: names of modules or bare parameters; by default every layer that the table of layer types knows.
+        objective: (model, batch) -> the losses of its examples, shape (examples,), or one scalar.
+        max_bytes: refuse to keep more rows than fit in this many bytes.
+
+    Raises:
+        ValueError: no batches, an unknown layer, a layer that never ran, a loss that is not finite, or rows that would
+            take more than `max_bytes`.
+    """
+    axes = model_axes(model, layers)
+    kept: dict[LayerAxis, list[Tensor]] = {axis: [] for axis in axes}
+    used = 0
+    for products in stream_products(model, batches, axes, rows=rows, objective=objective):
+        used += sum(product.nbytes for product in products.values())
+        if used > max_bytes:
+            raise ValueError(f"the products need more than max_bytes={max_bytes}: score with streaming or fewer layers")
+        for axis, product in products.items():
+            kept[axis].append(product)
+    return JacobianProducts({axis: torch.cat(parts) for axis, parts in kept.items()}, rows)
+
+
+def model_axes(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[LayerAxis, ...]:
+    """Return the scorable axes of the named layers, or of all layers that the table knows."""
+    model = uncompiled(model)
+    names = [name for name, _ in scored_layers(model)] if layers is None else list(layers)
+    axes = []
+    for name in names:
+        layer = get_layer(model, name)
+        found = {key: axis for key, axis in layer_axes(layer, name).items() if parameter_slots(layer, axis)}
+        if not found:
+            raise UnknownLayerError(f"layer {name!r} ({type(layer).__name__}) has no channels with parameters")
+        axes += [LayerAxis(name, key) for key in found]
+    return tuple(axes)
+
+
+def stream_products(
+    model: nn.Module,
+    batches: Iterable[Any],
+    axes: Sequence[LayerAxis],
+    *,
+    rows: Rows = "batch",
+    objective: Objective = classification,
+) -> Iterator[dict[LayerAxis, Tensor]]:
+    """Yield, batch by batch, J·w of the given axes: LayerAxis -> (rows of this batch, channels).
+
+    Nothing is kept between batches, and the model is itself again whenever a batch's products are handed out. Sums are
+    at least float32. Raises as `jacobian_products` does.
+    """
+    per_row = examples_per_row(rows)
+    read = BatchRows(model, axes, objective) if per_row is None else FinerRows(model, axes, objective, per_row)
+    for number, batch in numbered(batches):
+        yield read(batch, number)
+
+
+def all_reduce_scores(totals: Mapping[LayerAxis, Tensor], group: Any = None) -> dict[LayerAxis, Tensor]:
+    """Add up Σ_n (J_n w)² over the processes of a torch.distributed group, each of which saw its own batches.
+
+    Every process must call it with the same axes in the same order; afterwards all have the scores that one process
+    gets from all batches.
+
+    Raises:
+        ValueError: torch.distributed is not initialized.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError("scores can be reduced only after torch.distributed.init_process_group")
+    flat = torch.cat([total.flatten() for total in totals.values()])
+    torch.distributed.all_reduce(flat, group=group)
+    parts = flat.split([total.numel() for total in totals.values()])
+    return {axis: part.view_as(total) for (axis, total), part in zip(totals.items(), parts, strict=True)}

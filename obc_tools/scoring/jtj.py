@@ -1,0 +1,376 @@
+"""Dense views of the Jacobian: JᵀJ of single channels and of whole groups.
+
+The Jacobian Criterion needs only the products J·w (see `jacobian`); these views show what they are made of. For one
+channel with d parameters w, JᵀJ of shape (d, d) says how any two of its parameters act on the losses together, and
+wᵀ(JᵀJ)w is the channel's score (Chen et al. 2025, arXiv 2508.05521).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownNameError
+from ..plots.jtj import POOLS, _sum_cells, pool_cells
+from ..structure.groups import ChannelGroup, Member
+from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, own_parameters
+from .objectives import Objective, classification
+from .row_gradients import ChannelParameters, check_channels, stream_gradients
+from .rows import Rows, parameter_slots, uncompiled
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+MAX_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DenseJTJ:
+    """JᵀJ of some channels of one layer axis.
+
+    Attributes:
+        axis: the layer and its axis.
+        channels: which channels, in the order of ``values``.
+        values: JᵀJ, shape (channels, d, d), d the number of parameters of one channel, its bias included.
+        weights: w, shape (channels, d); ones when pooled.
+        labels: the place of each of the d parameters in its tensor, ":" where the channel stands.
+        rows: what one row of J is.
+        pool: None, or "kernel" (see `dense_jtj`).
+    """
+
+    axis: LayerAxis
+    channels: tuple[int, ...]
+    values: Tensor
+    weights: Tensor
+    labels: tuple[str, ...]
+    rows: Rows = "batch"
+    pool: str | None = None
+
+    def __post_init__(self):
+        count, d = len(self.channels), len(self.labels)
+        if self.values.shape != (count, d, d) or self.weights.shape != (count, d):
+            shapes = f"{tuple(self.values.shape)} and {tuple(self.weights.shape)}"
+            raise ValueError(
+                f"{self.axis}: values and weights of shapes {shapes} for {count} channels of {d} parameters"
+            )
+
+    @cached_property
+    def score(self) -> Tensor:
+        """The Jacobian Criterion wᵀ(JᵀJ)w of each channel, shape (channels,), in float64."""
+        w, values = self.weights.double(), self.values.double()
+        return torch.einsum("ci,cij,cj->c", w, values, w)
+
+    @cached_property
+    def diagonal_score(self) -> Tensor:
+        """Σ_i w_i²(JᵀJ)_ii: the score as it were if no two parameters interacted, shape (channels,), in float64."""
+        return (self.weights.double().square() * self.values.double().diagonal(dim1=1, dim2=2)).sum(1)
+
+    @property
+    def offdiagonal_share(self) -> Tensor:
+        """The share of each score that comes from off-diagonal terms, shape (channels,).
+
+        1 − diagonal_score / score, NaN where the score is 0. Below 0 where the parameters cancel: at −9 the diagonal
+        is ten times the score.
+        """
+        return 1 - self.diagonal_score / self.score
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of each JᵀJ, largest first, shape (channels, d), in float64 on the CPU."""
+        return _eigenvalues(self.values)
+
+    @property
+    def effective_rank(self) -> Tensor:
+        """The effective rank of each JᵀJ (Roy and Vetterli 2007), shape (channels,); see `effective_rank`."""
+        return effective_rank(self.eigenvalues)
+
+    def pooled(self, size: int) -> Tensor:
+        """Return the mean |JᵀJ| over size x size cells, for display, shape (channels, size, size)."""
+        d = len(self.labels)
+        if not 1 <= size <= d:
+            raise ValueError(f"size={size}: a JᵀJ of {d} parameters has from 1 to {d} cells a side")
+        return pool_cells(self.values.abs(), torch.arange(d) * size // d)
+
+    def index_of(self, channel: int) -> int:
+        """Return where a channel lies in ``values``; raise ValueError when it is not there."""
+        if channel not in self.channels:
+            raise ValueError(f"{self.axis}: no JᵀJ of channel {channel}; it holds {len(self.channels)} others")
+        return self.channels.index(channel)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a channel: score, diagonal score, off-diagonal share and effective rank."""
+        columns = {
+            "channel": self.channels,
+            "score": self.score.tolist(),
+            "diagonal score": self.diagonal_score.tolist(),
+            "off-diagonal share": self.offdiagonal_share.tolist(),
+            "effective rank": self.effective_rank.tolist(),
+        }
+        return pd.DataFrame(columns)
+
+    def plot(self, mode: str = "absolute") -> go.Figure:
+        """Draw the channels' JᵀJ as a grid of heatmaps; `obc_tools.plots` has more views."""
+        from ..plots.jtj import jtj_grid
+
+        return jtj_grid(self, mode=mode)
+
+    def __repr__(self) -> str:
+        pooled = f", pooled by {self.pool}" if self.pool else ""
+        d = len(self.labels)
+        return f"DenseJTJ({self.axis}, {len(self.channels)} channels, {d} x {d}, rows={self.rows!r}{pooled})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def dense_jtj(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layer: str,
+    channels: int | Iterable[int] | None = None,
+    *,
+    rows: Rows = "batch",
+    objective: Objective = classification,
+    axis: str = "out",
+    pool: str | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> DenseJTJ:
+    """Compute JᵀJ over the parameters of single channels of a layer, streaming over the batches.
+
+    With ``pool="kernel"`` the parameters of one kernel (an input channel's taps, or on the input axis an output
+    filter's) make one block, and P_ab = Σ_n (Σ_{i∈a} J_ni w_i)(Σ_{i∈b} J_ni w_i) takes the place of JᵀJ: how the
+    blocks' removals interact. Its entries add up to the same score; its ``weights`` are ones.
+
+    Args:
+        model: run in eval mode; its mode, gradients and flags are given back unchanged.
+        batches: the calibration batches, whatever `objective` takes.
+        layer: the name of a module or bare parameter.
+        channels: which channels; all by default.
+        rows, objective: as in `jacobian.jacobian_products`.
+        axis: "out" or "in".
+        max_bytes: refuse to build more than this.
+
+    Raises:
+        ValueError: an unknown layer, axis or channel, a request above `max_bytes` (says what it would cost), or what
+            the batches and their losses may raise.
+    """
+    if pool not in POOLS:
+        raise UnknownNameError("pool", str(pool), [str(name) for name in POOLS])
+    part = channel_parameters(model, LayerAxis(layer, axis), channels)
+    labels = part.labels(taps=pool is None)
+    blocks = list(dict.fromkeys(labels))
+    _check_size(part, len(blocks), max_bytes)
+    cells = torch.tensor([blocks.index(label) for label in labels]) if pool else None
+    weights, values = part.weights(), None
+    with closing(stream_gradients(model, batches, [layer], rows=rows, objective=objective)) as stream:
+        for gradients in stream:
+            jacobian = part.jacobian(gradients)
+            if cells is not None:
+                jacobian = _sum_cells(jacobian * weights[:, None], cells)
+            values = _add_gram(values, jacobian)
+    weights = torch.ones_like(weights[:, : len(blocks)]) if pool else weights
+    return DenseJTJ(part.axis, part.channels, values, weights, tuple(blocks), rows, pool)
+
+
+def channel_parameters(
+    model: nn.Module, axis: LayerAxis, channels: int | Iterable[int] | None = None
+) -> ChannelParameters:
+    """Return the parameters of some channels of a layer axis; raise ValueError for unknown ones."""
+    layer = get_layer(uncompiled(model), axis.layer)
+    axes = layer_axes(layer, axis.layer)
+    if axis.axis not in axes:
+        raise UnknownNameError(f"axis of layer {axis.layer!r}", axis.axis, list(axes))
+    slots = tuple(parameter_slots(layer, axes[axis.axis]))
+    if not slots:
+        raise UnknownLayerError(f"layer {axis.layer!r} ({type(layer).__name__}) has no channels with parameters")
+    width = axes[axis.axis].width
+    chosen = range(width) if channels is None else [channels] if isinstance(channels, int) else channels
+    return ChannelParameters(axis, own_parameters(layer), slots, check_channels(str(axis), chosen, width))
+
+
+def _check_size(part: ChannelParameters, d: int, max_bytes: int) -> None:
+    one = d * d * part.weights().element_size()
+    needed = one * len(part.channels)
+    if needed <= max_bytes:
+        return
+    kernels = len(set(part.labels(taps=False)))
+    ways = [f"fewer channels (up to {max_bytes // one})"] if one <= max_bytes else []
+    if kernels < d:
+        ways.append(f"pool='kernel' ({_gigabytes(needed * kernels**2 // d**2)})")
+    raise ValueError(
+        f"{part.axis}: JᵀJ of {len(part.channels)} channels of {d:,} parameters takes {_gigabytes(needed)}, "
+        f"more than max_bytes ({_gigabytes(max_bytes)}); ask for {', '.join([*ways, 'a larger max_bytes'])}"
+    )
+
+
+def _gigabytes(number: int) -> str:
+    return f"{number / 1e9:.3g} GB"
+
+
+def _add_gram(total: Tensor | None, jacobian: Tensor) -> Tensor:
+    """Add JᵀJ of some rows, J of shape (channels, rows, d), to the sum over the rows before."""
+    return jacobian.mT @ jacobian if total is None else total.baddbmm_(jacobian.mT, jacobian)
+
+
+def _eigenvalues(values: Tensor) -> Tensor:
+    """Return the eigenvalues of positive semi-definite matrices, largest first, clear of rounding below zero."""
+    return torch.linalg.eigvalsh(values.double().cpu()).flip(-1).clamp_min(0)
+
+
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """Return exp(−Σ p_i ln p_i) with p the eigenvalues over their sum (Roy and Vetterli 2007); 0 where all are zero.
+
+    Between 1 and the rank: how many directions the losses see.
+
+    Example:
+        >>> effective_rank(torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+        tensor([2., 1.])
+    """
+    total = eigenvalues.sum(-1, keepdim=True)
+    shares = eigenvalues / total.where(total > 0, 1)
+    rank = torch.special.entr(shares).sum(-1).exp()
+    return rank.where(total.squeeze(-1) > 0, 0)
+
+
+@dataclass(frozen=True)
+class GroupBlock:
+    """The parameters of one member of a group at one position: ``start`` to ``stop`` of a group's JᵀJ."""
+
+    axis: LayerAxis
+    position: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.axis}[{self.position}]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupJTJ:
+    """JᵀJ over all parameters that go when one channel of a group goes.
+
+    Attributes:
+        group, channel: which channel of which group.
+        values: JᵀJ, shape (d, d), the members' parameters one after the other.
+        weights: w, shape (d,).
+        members: where each member lies; one block a position where a channel has several (a flattened axis).
+        labels: the place of each of the d parameters.
+    """
+
+    group: ChannelGroup
+    channel: int
+    values: Tensor
+    weights: Tensor
+    members: tuple[GroupBlock, ...]
+    labels: tuple[str, ...]
+    rows: Rows = "batch"
+
+    @cached_property
+    def interactions(self) -> Tensor:
+        """w_aᵀ(JᵀJ)_ab w_b of the members a and b, shape (members, members), in float64."""
+        weighted = torch.outer(self.weights, self.weights).double() * self.values.double()
+        cells = torch.tensor([i for i, block in enumerate(self.members) for _ in range(block.start, block.stop)])
+        return _sum_cells(_sum_cells(weighted, cells).mT, cells).mT
+
+    @property
+    def score(self) -> float:
+        """The group's Jacobian Criterion: the sum of the members' scores, as `score_groups` gives it."""
+        return self.interactions.trace().item()
+
+    @property
+    def coupled_score(self) -> float:
+        """wᵀ(JᵀJ)w over all members together, their cross terms kept: the score with ``coupling="group"``."""
+        return self.interactions.sum().item()
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of JᵀJ, largest first, shape (d,), in float64 on the CPU."""
+        return _eigenvalues(self.values)
+
+    @property
+    def effective_rank(self) -> float:
+        """The effective rank of JᵀJ; see `effective_rank`."""
+        return effective_rank(self.eigenvalues).item()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a member: its number of parameters, score and share of the group's score."""
+        scores = self.interactions.diagonal()
+        columns = {
+            "member": [str(block) for block in self.members],
+            "parameters": [block.stop - block.start for block in self.members],
+            "score": scores.tolist(),
+            "share": (scores / scores.sum()).tolist(),
+        }
+        return pd.DataFrame(columns)
+
+    def plot(self, mode: str = "absolute") -> go.Figure:
+        """Draw JᵀJ as a heatmap with the members' borders."""
+        from ..plots.jtj import group_jtj_heatmap
+
+        return group_jtj_heatmap(self, mode=mode)
+
+    def __repr__(self) -> str:
+        d = len(self.labels)
+        return f"GroupJTJ({self.group.root}, channel {self.channel}, {len(self.members)} members, {d} x {d})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
+
+
+def group_jtj(
+    model: nn.Module,
+    batches: Iterable[Any],
+    group: ChannelGroup,
+    channel: int,
+    *,
+    rows: Rows = "batch",
+    objective: Objective = classification,
+    max_bytes: int = MAX_BYTES,
+) -> GroupJTJ:
+    """Compute JᵀJ over the concatenated parameters of all members of a group that belong to one of its channels.
+
+    Members without parameters (a norm without scale) are left out. For the arguments and errors see `dense_jtj`.
+    """
+    check_channels(f"group {group.root}", [channel], group.width)
+    parts = [part for member in group.members if (part := _part_of_channel(model, member, channel)) is not None]
+    members, labels = _blocks(parts)
+    needed = len(labels) ** 2 * parts[0].weights().element_size()
+    if needed > max_bytes:
+        raise ValueError(
+            f"group {group.root}: JᵀJ of {len(labels):,} parameters takes {_gigabytes(needed)}, more than max_bytes "
+            f"({_gigabytes(max_bytes)}); look at single layers with dense_jtj, or give a larger max_bytes"
+        )
+    values, layers = None, [part.axis.layer for part in parts]
+    with closing(stream_gradients(model, batches, layers, rows=rows, objective=objective)) as stream:
+        for gradients in stream:
+            jacobians = [part.jacobian(gradients).transpose(0, 1).flatten(1) for part in parts]
+            values = _add_gram(values, torch.cat(jacobians, dim=1)[None])
+    weights = torch.cat([part.weights().flatten() for part in parts])
+    return GroupJTJ(group, channel, values[0], weights, members, labels, rows)
+
+
+def _part_of_channel(model: nn.Module, member: Member, channel: int) -> ChannelParameters | None:
+    """Return a member's parameters of one channel, at all its positions; None when it has none."""
+    positions = [p for p, c in zip(member.positions, member.channels, strict=True) if c == channel]
+    layer = get_layer(uncompiled(model), member.axis.layer)
+    axis = layer_axes(layer, member.axis.layer)[member.axis.axis]
+    return channel_parameters(model, member.axis, positions) if positions and parameter_slots(layer, axis) else None
+
+
+def _blocks(parts: Sequence[ChannelParameters]) -> tuple[tuple[GroupBlock, ...], tuple[str, ...]]:
+    blocks, labels = [], []
+    for part in parts:
+        places = part.labels()
+        for position in part.channels:
+            start = len(labels)
+            labels += [f"{part.axis.layer}.{place} of {part.axis.axis} {position}" for place in places]
+            blocks.append(GroupBlock(part.axis, position, start, len(labels)))
+    return tuple(blocks), tuple(labels)

@@ -1,0 +1,334 @@
+"""Scores of groups: the saliencies of a group's members, combined over the members and scaled within the group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownNameError
+from ..state import differentiable, evaluating, numbered
+from ..structure.groups import ChannelGroup, Member
+from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parameters
+from .criteria import Criterion, Evidence, resolve_criterion
+from .jacobian import stream_products
+from .objectives import Objective, batch_loss, classification, sampled_classification
+from .row_gradients import stream_gradients
+from .rows import parameter_slots
+
+Products = Mapping[LayerAxis, Tensor]
+"""J·w of the channels of layer axes for some rows: LayerAxis -> (rows, channels)."""
+
+
+def sum_squares(stream: Iterable[Products]) -> dict[LayerAxis, Tensor]:
+    """Add up the squares of streamed products over all rows, in float64: LayerAxis -> (channels,)."""
+    totals: dict[LayerAxis, Tensor] = {}
+    for products in stream:
+        for axis, product in products.items():
+            squares = product.double().square().sum(0)
+            totals[axis] = totals[axis] + squares if axis in totals else squares
+    return totals
+
+
+def sum_group_squares(groups: Sequence[ChannelGroup], stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+    """Add up Σ_n (Σ_m Σ_p J_{m,p} w_{m,p})² of each channel over all rows, in float64: group -> (width,).
+
+    The cross terms between a group's members m and positions p are kept: this is wᵀ(JᵀJ)w over the concatenated
+    parameters of all that goes with a channel.
+    """
+    totals = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups}
+    for products in stream:
+        for group, total in totals.items():
+            total += _joined(group, products).square().sum(0)
+    return totals
+
+
+def _product_by_channel(width: int, positions: Sequence[int], channels: Sequence[int], product: Tensor) -> Tensor:
+    """Sum a member's products, (rows, positions of the axis), over the positions of each channel: (rows, width)."""
+    at = product.double().cpu()[:, torch.tensor(positions)]
+    return at.new_zeros(len(at), width).index_add_(1, torch.tensor(channels), at)
+
+
+def removal_ranks(groups: Sequence[ChannelGroup], stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+    """Rank all channels of all groups in the order of a greedy removal together: group -> (width,), 0 goes first.
+
+    Next goes the channel c that leaves the least 1ᵀK1 = Σ_n (Σ_{i ∈ S ∪ {c}} J_n w_i)² of the removed set S: the
+    first-order squared loss change of removing the set, a group's members joined as in `sum_group_squares`. All rows
+    are kept, rows x channels numbers, and the time grows with rows x channels².
+    """
+    rows = torch.cat([torch.cat([_joined(group, products) for group in groups], 1) for products in stream])
+    squares = rows.square().sum(0)
+    removed = rows.new_zeros(len(rows))
+    ranks = torch.full_like(squares, torch.inf)
+    for rank in range(rows.shape[1]):
+        change = squares + 2 * (removed @ rows)
+        change[ranks < torch.inf] = torch.inf
+        channel = int(change.argmin())
+        ranks[channel] = rank
+        removed += rows[:, channel]
+    return dict(zip(groups, ranks.split([group.width for group in groups]), strict=True))
+
+
+def _joined(group: ChannelGroup, products: Products) -> Tensor:
+    """Return Σ_m Σ_p J_{m,p} w_{m,p} of each channel of a group, (rows, width), in float64 on the CPU."""
+    members = [member for member in group.members if member.axis in products]
+    return sum(_product_by_channel(group.width, m.positions, m.channels, products[m.axis]) for m in members)
+
+
+def sum_square_gradients(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[str], *, objective: Objective = classification
+) -> dict[str, dict[str, Tensor]]:
+    """Return Σ_n g_n², the squared gradients of the examples' own losses: layer -> parameter name -> (*its shape,).
+
+    One backward pass a batch where examples do not see each other. Raises ValueError as `stream_gradients` does.
+    """
+    totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    layers = list(dict.fromkeys(layers))
+    for rows in stream_gradients(model, batches, layers, rows="sample", objective=objective):
+        for (layer, name), gradients in rows.items():
+            squares = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square().sum(0)
+            totals[layer][name] = totals[layer][name] + squares if name in totals[layer] else squares
+    return dict(totals)
+
+
+def mean_gradients(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[str], *, objective: Objective = classification
+) -> dict[str, dict[str, Tensor]]:
+    """Return the gradient of the mean loss over all batches: layer -> parameter name -> gradient.
+
+    Batches weigh equally. Raises ValueError as `stream_products` does.
+    """
+    owners = {name: own_parameters(get_layer(model, name)) for name in layers}
+    named = {(name, key): p for name, own in owners.items() for key, p in own.items()}
+    parameters = list(dict.fromkeys(named.values()))
+    totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    with evaluating(model), differentiable(model, parameters):
+        for count, batch in numbered(batches):
+            loss = batch_loss(model, batch, objective, count)
+            for total, gradient in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+                if gradient is not None:
+                    total += gradient
+    gradients = dict(zip(parameters, totals, strict=True))
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for (name, key), parameter in named.items():
+        found[name][key] = gradients[parameter] / count
+    return dict(found)
+
+
+JOINED = {"group": sum_group_squares, "set": removal_ranks}
+"""How the couplings that join a group's members turn streamed products into scores."""
+
+REDUCTIONS = ("sum", "mean", "max", "prod", "first")
+NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parameters")
+
+
+@dataclass(frozen=True)
+class Scores(Mapping[ChannelGroup, Tensor]):
+    """The score of every channel of every group: a mapping ChannelGroup -> tensor of shape (width,)."""
+
+    values_: Mapping[ChannelGroup, Tensor]
+    criterion: str
+
+    def __getitem__(self, group: ChannelGroup) -> Tensor:
+        return self.values_[group]
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a channel: group, channel, score."""
+        rows = [(str(g.root), i, v) for g, score in self.items() for i, v in enumerate(score.tolist())]
+        return pd.DataFrame(rows, columns=["group", "channel", "score"])
+
+    def __repr__(self) -> str:
+        return f"Scores({self.criterion}, {len(self)} groups, {sum(group.width for group in self)} channels)"
+
+    def _repr_html_(self) -> str:
+        summary = self.to_frame().groupby("group", sort=False)["score"].describe()[["count", "min", "50%", "max"]]
+        return f"<b>{self!r}</b>{summary.to_html(float_format='{:.3g}'.format)}"
+
+
+def score_groups(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    group_reduction: str = "sum",
+    normalizer: str | None = None,
+    objective: Objective = classification,
+    seed: int = 0,
+) -> Scores:
+    """Score every channel of every group.
+
+    A member's score of a channel is the sum over the channel's positions of the criterion's saliency; the group's
+    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group.
+
+    Args:
+        criterion: a name of `CRITERIA`, (name, options), a `Criterion`, or a function of weights (channels, d).
+        batches: calibration batches, for criteria that need gradients or products.
+        group_reduction: "sum", "mean", "max", "prod" or "first", over the members.
+        normalizer: None, "sum", "mean", "max", "gaussian" or "standarization" as torch_pruning defines them, or
+            "parameters": divide by the number of parameters of one channel of the group.
+
+    Returns:
+        Scores, every tensor on the CPU in float64.
+
+    Raises:
+        ValueError: unknown names, no batches where they are needed, a group none of whose members can be scored, or
+            a score that is not finite (says the layer).
+    """
+    criterion = resolve_criterion(criterion)
+    _check_request(criterion, batches, group_reduction, normalizer)
+    if batches is not None and criterion.batches is not None:
+        batches = islice(batches, criterion.batches)
+    whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
+    parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
+    for group, members in parts.items():
+        if not members:
+            raise ValueError(f"group {group.root}: criterion {criterion.name!r} scores none of its members")
+    if criterion.sampled_labels:
+        objective = _sampling(criterion, objective, seed)
+    if criterion.coupling in JOINED:
+        axes = _axes(model, parts)
+        stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
+        combined = JOINED[criterion.coupling](list(parts), stream)
+    else:
+        saliencies = _saliencies(model, _axes(model, parts), criterion, batches, objective, seed)
+        combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
+    if criterion.rescale:
+        combined = {group: criterion.rescale(score) for group, score in combined.items()}
+    counts = {group: _channel_parameters(model, group) for group in combined} if normalizer == "parameters" else {}
+    scaled = {group: normalize(score, normalizer, counts.get(group, 1)) for group, score in combined.items()}
+    return Scores({group: (scaled | whole)[group] for group in groups}, criterion.name)
+
+
+def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
+    if group_reduction not in REDUCTIONS:
+        raise UnknownNameError("group_reduction", group_reduction, REDUCTIONS)
+    if normalizer not in NORMALIZERS:
+        raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
+    if criterion.needs != "weights" and batches is None:
+        raise ValueError(f"criterion {criterion.name!r} needs {criterion.needs}: give it batches")
+    if criterion.coupling in JOINED and group_reduction != "sum":
+        raise ValueError(
+            f"group_reduction={group_reduction!r}: coupling={criterion.coupling!r} already joins the members, leave sum"
+        )
+
+
+def _sampling(criterion: Criterion, objective: Objective, seed: int) -> Objective:
+    """Return classification with sampled labels; raise ValueError for an objective that has no labels to sample."""
+    if objective is not classification:
+        raise ValueError(f"criterion {criterion.name!r} draws labels from the model: it goes with classification alone")
+    return sampled_classification(seed)
+
+
+def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[Member]:
+    """Return the members of a group that a criterion scores; with split_bias, weights and biases apart."""
+    parts = []
+    for member in group.members:
+        layer = get_layer(model, member.axis.layer)
+        side = "out" if member.axis.axis == "out" else "in"
+        if not criterion.applies(layer) or side not in criterion.axes:
+            continue
+        keys = [member.axis]
+        if criterion.split_bias and member.axis.axis == "out":
+            keys = [LayerAxis(member.axis.layer, "out_w"), LayerAxis(member.axis.layer, "out_b")]
+        parts += [replace(member, axis=key) for key in keys if parameter_slots(layer, find_axis(layer, key))]
+    return parts
+
+
+def _axes(model: nn.Module, parts: Mapping[ChannelGroup, Sequence[Member]]) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
+    names = dict.fromkeys(member.axis for members in parts.values() for member in members)
+    layers = {name: get_layer(model, name.layer) for name in names}
+    return {name: (layer, find_axis(layer, name)) for name, layer in layers.items()}
+
+
+def _saliencies(
+    model: nn.Module,
+    axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
+    criterion: Criterion,
+    batches: Any,
+    objective: Objective,
+    seed: int,
+) -> dict[LayerAxis, Tensor]:
+    """Return the criterion's saliency of every axis, on the CPU in float64."""
+    products: dict[LayerAxis, Tensor] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
+    if criterion.needs == "products":
+        products = sum_squares(stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective))
+    if criterion.needs == "gradients":
+        gradients = mean_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
+    squares: dict[str, dict[str, Tensor]] = {}
+    if criterion.needs == "squares":
+        squares = sum_square_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
+    generator = torch.Generator().manual_seed(seed)
+    saliencies = {}
+    for name, (layer, axis) in axes.items():
+        seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
+        evidence = Evidence(layer, axis, *seen, generator)
+        value = criterion.saliency(layer, axis, evidence).detach().double().cpu()
+        if value.shape != (axis.width,):
+            raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not ({axis.width},)")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"criterion {criterion.name!r}: the score of {name} is not finite; check its weights")
+        saliencies[name] = value
+    return saliencies
+
+
+def reduce_members(
+    group: ChannelGroup, members: Sequence[Member], saliencies: Mapping[LayerAxis, Tensor], reduction: str
+) -> Tensor:
+    """Combine the saliencies of a group's members into one score a channel, shape (width,)."""
+    return combine([_by_channel(group.width, member, saliencies[member.axis]) for member in members], reduction)
+
+
+def combine(parts: Sequence[Tensor], reduction: str) -> Tensor:
+    """Combine the members' scores, each of shape (width,), into one of that shape."""
+    stacked = torch.stack(list(parts))
+    if reduction == "first":
+        return stacked[0]
+    if reduction == "max":
+        return stacked.amax(0)
+    return getattr(stacked, reduction)(0)
+
+
+def _by_channel(width: int, member: Member, saliency: Tensor) -> Tensor:
+    """Sum an axis' saliency over the positions of each of the group's channels."""
+    at = saliency[torch.tensor(member.positions)]
+    return torch.zeros(width, dtype=at.dtype).index_add_(0, torch.tensor(member.channels), at)
+
+
+def normalize(score: Tensor, normalizer: str | None, parameters: int) -> Tensor:
+    """Scale the scores of one group (see `score_groups` for the normalizers)."""
+    if normalizer is None:
+        return score
+    if normalizer == "gaussian":
+        return (score - score.mean()) / (score.std() + 1e-8)
+    if normalizer == "standarization":
+        return (score - score.min()) / (score.max() - score.min() + 1e-8)
+    if normalizer == "parameters":
+        return score / parameters
+    scale = getattr(score, normalizer)()
+    return score / scale if scale != 0 else score
+
+
+def _channel_parameters(model: nn.Module, group: ChannelGroup) -> int:
+    """Count the parameters of one channel of a group, over all its members and positions."""
+    total = 0
+    for member in group.members:
+        layer = get_layer(model, member.axis.layer)
+        axis = find_axis(layer, member.axis)
+        slots = parameter_slots(layer, axis)
+        one = sum(own_parameters(layer)[slot.tensor].numel() // axis.width for slot in slots)
+        total += one * len(member.positions) // group.width
+    return total

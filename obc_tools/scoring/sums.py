@@ -1,0 +1,133 @@
+"""Sums of gradient · value: of each example and channel, and the gradient of one layer's parameters row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn import functional as F
+
+from ..structure.layers import own_parameters
+
+RowsOf = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
+
+
+def layer_row_gradients(layer: nn.Module | nn.Parameter, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    """Return the gradient of each of a layer's parameters for each row, shape (rows, *parameter.shape).
+
+    Args:
+        layer: called with one tensor, and the leading axis of what it took and gave is the example; or a bare
+            parameter with a leading dimension of 1, of which every example took a copy.
+        inputs: what it took, (rows, examples a row, ...).
+        deltas: the gradient at what it gave, (rows, examples a row, ...).
+    """
+    return _way_of(layer)(layer, inputs, deltas)
+
+
+def _way_of(layer: nn.Module | nn.Parameter) -> RowsOf:
+    if isinstance(layer, nn.Parameter):
+        return _broadcast
+    if type(layer) is nn.Linear:
+        return _linear
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return _convolution
+    return _any
+
+
+def _broadcast(layer: nn.Parameter, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    return {"": deltas.sum(1, keepdim=True)}
+
+
+def _linear(layer: nn.Linear, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    x, delta = inputs.flatten(1, -2), deltas.flatten(1, -2)
+    return _present(layer, {"weight": delta.mT @ x, "bias": delta.sum(1)})
+
+
+def _convolution(layer: nn.Conv2d, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    rows, size = inputs.shape[:2]
+    patches = _patches(layer, inputs.flatten(0, 1)).unflatten(0, (rows, size))
+    delta = deltas.flatten(3).unflatten(2, (layer.groups, -1))
+    # (rows, groups, channels of a group, places of all examples of the row)
+    patches, delta = (part.permute(0, 2, 3, 1, 4).flatten(3) for part in (patches, delta))
+    weight = (delta @ patches.mT).flatten(1, 2).unflatten(2, layer.weight.shape[1:])
+    return _present(layer, {"weight": weight, "bias": deltas.sum((1, 3, 4))})
+
+
+def _patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
+    """Return what each output sees, (images, groups, inputs of a group * kernel, places)."""
+    if layer.kernel_size == (1, 1) and layer.padding == (0, 0):
+        patches = images[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
+        return patches.unflatten(1, (layer.groups, -1))
+    padding = tuple(border for border in reversed(layer.padding) for _ in range(2))
+    padded = F.pad(images, padding).contiguous()
+    extent = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extent, layer.stride, strict=True)]
+    count, channels, down, right = padded.stride()
+    taps, steps = ([down * x[0], right * x[1]] for x in (layer.dilation, layer.stride))
+    # Copying a strided view takes a third of the time of F.unfold on a CPU.
+    windows = padded.as_strided(
+        (*padded.shape[:2], *layer.kernel_size, *places), (count, channels, *taps, *steps), padded.storage_offset()
+    )
+    return windows.reshape(len(images), layer.groups, -1, places[0] * places[1])
+
+
+def _present(layer: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradients[name] for name in own_parameters(layer)}
+
+
+def _any(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    parameters = {name: parameter.detach() for name, parameter in own_parameters(layer).items()}
+
+    def of_row(row: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return vjp(lambda given: functional_call(layer, given, (row,)), parameters)[1](delta)[0]
+
+    return vmap(of_row)(inputs, deltas)
+
+
+def example_sums(gradient: Tensor, value: Tensor, channel_dim: int) -> Tensor:
+    """Sum gradient · value over all dimensions but the first and the channels', at least in float32: (n, channels)."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    gradient, value = gradient.to(dtype), value.to(dtype)
+    if channel_dim == 1 and gradient.dim() > 2 and gradient.is_contiguous() and value.is_contiguous():
+        return _row_sums(gradient, value, None)[0]
+    others = [dim for dim in range(1, gradient.dim()) if dim != channel_dim]
+    product = gradient * value
+    return product.sum(others) if others else product
+
+
+def centred_sums(gradient: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ gradient · (value − mean) and Σ gradient over the positions, both (n, channels); channels along 1."""
+    gradient, value = gradient.to(mean.dtype), value.to(mean.dtype)
+    if gradient.is_contiguous() and value.is_contiguous():
+        return _row_sums(gradient, value, mean)
+    others = list(range(2, gradient.dim()))
+    product = gradient * (value - mean.view(-1, *[1] * len(others)))
+    return (product.sum(others), gradient.sum(others)) if others else (product, gradient)
+
+
+def _row_sums(gradient: Tensor, value: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return Σ g · (v − mean) and Σ g over all dimensions from the third on, without a temporary of their size.
+
+    torch has no such reduction, but the backward pass of a batch norm in eval mode is one when each (example, channel)
+    counts as a channel: its gradients of weight and bias are these sums.
+    """
+    shape = gradient.shape[:2]
+    rows = shape.numel()
+    mean = gradient.new_zeros(rows) if mean is None else mean.repeat(shape[0])
+    flat = (1, rows, -1)
+    _, first, zeroth = torch.ops.aten.native_batch_norm_backward(
+        gradient.view(flat),
+        value.view(flat),
+        None,
+        mean,
+        torch.ones_like(mean),
+        None,
+        None,
+        False,
+        0.0,
+        (False, True, True),
+    )
+    return first.view(shape), zeroth.view(shape)

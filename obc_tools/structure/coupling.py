@@ -1,0 +1,235 @@
+"""From labels to coupled channels: which positions of which axes go together, and which never go.
+
+Labels that were joined, directly or through others, are one *class*: removing a channel means removing every position
+of its class. A *bundle* gathers the classes that occur on the same axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from .flow import Attribute, Dimension, Flow, Labels, evaluate, leaves
+from .layers import TEMPERATURE, LayerAxis
+from .tracing import Traced
+
+NONE = np.zeros(0, dtype=np.int64)
+MISFIT = "a width that the model computes would not follow it"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a bundle's channels lie on one axis: position ``positions[i]`` holds channel ``channels[i]``."""
+
+    axis: LayerAxis
+    positions: np.ndarray
+    channels: np.ndarray
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """Classes that occur on the same axes, numbered as channels, in ``blocks`` runs that lose the same positions."""
+
+    width: int
+    blocks: int
+    places: Sequence[Place]
+    attributes: Sequence[Place]
+    calls: Sequence[tuple[tuple[str, int], int, np.ndarray]]
+    reason: str | None
+    attends: bool
+
+
+class Classes:
+    """The classes of a trace: ``of(labels)`` numbers them, ``reasons`` says why some never go."""
+
+    def __init__(self, flow: Flow, freeze: Iterable[tuple[np.ndarray, str]] = ()):
+        self.flow = flow
+        rows, columns = (np.concatenate([NONE, *(pair[side].ravel() for pair in flow.joined)]) for side in (0, 1))
+        graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(flow.count, flow.count))
+        self.count, self.of_label = connected_components(graph, directed=False)
+        self.reasons: dict[int, str] = {}
+        for labels, reason in (*flow.frozen, *freeze):
+            for number in np.unique(self.of_label[labels]).tolist():
+                self.reasons.setdefault(number, reason)
+        for size, labels in flow.sizes:
+            self._check(size, labels)
+        for labels, rows in flow.temperatures:
+            self._check_temperature(labels, rows)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """Return the class of each label."""
+        return self.of_label[labels]
+
+    def _check(self, size: int, labels: Labels) -> None:
+        """Freeze the classes without one of which a computed width would not be that of the axis that it shapes."""
+        carried = {id(source): self._labels_of(source) for source in leaves(size)}
+        shares = [NONE if found is None else self.of(found) for found in (labels, *carried.values())]
+        classes = np.unique(np.concatenate(shares))
+        counts = [np.bincount(np.searchsorted(classes, share), minlength=classes.size) for share in shares]
+        patterns, which = np.unique(np.stack(counts, axis=1), axis=0, return_inverse=True)
+        for number, (own, *others) in enumerate(patterns.tolist()):
+            left = dict(zip(carried, others, strict=True))
+            value = evaluate(size, lambda value, source, left=left: value - left[id(source)])
+            if value != int(size) - own:
+                for misfit in classes[which.ravel() == number].tolist():
+                    self.reasons.setdefault(misfit, MISFIT)
+
+    def _check_temperature(self, labels: np.ndarray, rows: np.ndarray) -> None:
+        """Freeze the channels of an attention unless each has equally many of the weights that make the queries."""
+        heads, counts = np.unique(self.of(rows), return_counts=True)
+        if not np.array_equal(heads, np.unique(self.of(labels))) or (counts != counts[0]).any():
+            for number in np.unique(self.of(labels)).tolist():
+                self.reasons.setdefault(number, "is a head of an attention whose queries are not its own")
+
+    def _labels_of(self, source: Attribute | Dimension) -> Labels:
+        return source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
+
+
+@dataclass(frozen=True, eq=False)
+class _Occurrences:
+    """The positions of classes on one axis, sorted by class and position."""
+
+    axis: LayerAxis
+    width: int
+    classes: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def on(cls, axis: LayerAxis, classes: np.ndarray) -> _Occurrences:
+        order = np.argsort(classes, kind="stable")
+        return cls(axis, classes.size, classes[order], order)
+
+    @cached_property
+    def unique(self) -> np.ndarray:
+        """The classes, each once."""
+        return self.classes[np.flatnonzero(np.diff(self.classes, prepend=-2))]
+
+    def of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of some classes and, for each, the place of its class in `numbers` (sorted)."""
+        found = np.searchsorted(numbers, self.classes)
+        inside = (found < numbers.size) & (numbers[np.minimum(found, numbers.size - 1)] == self.classes)
+        return self.positions[inside], found[inside]
+
+
+def bundles(traced: Traced, ignored: Mapping[str, str], is_producer: Callable[[LayerAxis], bool]) -> Iterator[Bundle]:
+    """Yield the bundles of coupled channels of a trace; ``ignored`` maps a layer to why its outputs stay."""
+    outputs = [(axis.layer, labels) for axis, labels in traced.axes.items() if axis.axis != "in"]
+    classes = Classes(traced.flow, [(labels, ignored[layer]) for layer, labels in outputs if layer in ignored])
+    axes = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in traced.axes.items()]
+    near = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _attribute_axes(traced)]
+    for axis, labels in _temperature_axes(traced):
+        near.append(_Occurrences.on(axis, np.where(labels < 0, -1, classes.of(labels))))
+    calls = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _call_axes(traced)]
+    attended = np.zeros(classes.count, dtype=bool)
+    for part in traced.flow.attended:
+        attended[classes.of(part.ravel())] = True
+    parts = _alike(axes, classes.count)
+    members, attributes, passed = (_by_part(found, parts) for found in (axes, near, calls))
+    for part, numbers in _numbers_of(parts).items():
+        if any(is_producer(axis.axis) for axis in members[part]):
+            reason = next((classes.reasons[n] for n in numbers.tolist() if n in classes.reasons), None)
+            attends = bool(attended[numbers].any())
+            yield _bundle(members[part], numbers, attributes[part], passed[part], reason, attends)
+
+
+def _alike(axes: Sequence[_Occurrences], count: int) -> np.ndarray:
+    """Part the classes: those that occur on the same axes have the same number, those on none 0; shape (count,)."""
+    parts, next_part = np.zeros(count, dtype=np.int64), 1
+    for axis in axes:
+        here, finer = np.unique(parts[axis.unique], return_inverse=True)
+        parts[axis.unique] = next_part + finer
+        next_part += here.size
+    return parts
+
+
+def _numbers_of(parts: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the classes of each part but 0, ascending."""
+    order = np.argsort(parts, kind="stable")
+    found, first = np.unique(parts[order], return_index=True)
+    split = zip(found.tolist(), np.split(order, first[1:]), strict=True)
+    return {part: numbers for part, numbers in split if part}
+
+
+def _by_part(axes: Iterable[_Occurrences], parts: np.ndarray) -> Mapping[int, list[_Occurrences]]:
+    """Return the axes on which classes of each part occur."""
+    found: dict[int, list[_Occurrences]] = defaultdict(list)
+    for axis in axes:
+        for part in np.unique(parts[axis.unique[axis.unique >= 0]]).tolist():
+            found[part].append(axis)
+    return found
+
+
+def _call_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
+    """Name what calls gave, by the call's number and the dimension: "0.1"."""
+    for (layer, number), dims in traced.calls:
+        for dim, labels in enumerate(dims):
+            if labels is not None:
+                yield LayerAxis(layer, f"{number}.{dim}"), labels
+
+
+def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
+    """Name the attributes that follow: ".head_dim", ".sizes.0" of a list, ".scale^-0.5" of a power of a width."""
+    for attribute, labels in traced.flow.attributes.items():
+        index = "" if attribute.index is None else f".{attribute.index}"
+        yield LayerAxis(attribute.module, f".{attribute.name}{index}"), labels
+    for (module, name), labels in traced.flow.scales.items():
+        yield LayerAxis(module, f".{name}^-0.5"), labels
+
+
+def _temperature_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
+    """Name the outputs of layers that make queries whose temperature stays; −1 stands for outputs that make none."""
+    queries = np.zeros(traced.flow.count, dtype=bool)
+    for _, rows in traced.flow.temperatures:
+        queries[rows] = True
+    for axis, labels in traced.axes.items():
+        found = queries[labels]
+        if axis.axis == "out" and found.any():
+            yield LayerAxis(axis.layer, TEMPERATURE), np.where(found, labels, -1)
+
+
+def _bundle(
+    axes: Sequence[_Occurrences],
+    numbers: np.ndarray,
+    attributes: Sequence[_Occurrences],
+    calls: Sequence[_Occurrences],
+    reason: str | None,
+    attends: bool,
+) -> Bundle:
+    """Number the classes as channels, in the order in which they come on the first axis."""
+    positions, which = axes[0].of(numbers)
+    first = np.full(numbers.size, np.iinfo(np.int64).max)
+    np.minimum.at(first, which, positions)
+    rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    counts = [np.unique(np.bincount(axis.of(numbers)[1], minlength=numbers.size)) for axis in axes]
+    blocks = math.gcd(*(int(count) for found in counts for count in found))
+
+    def places(found: Sequence[_Occurrences]) -> list[Place]:
+        return [_place(axis, numbers, rank, blocks) for axis in found]
+
+    passed = []
+    for place in places(calls):
+        number, dim = map(int, place.axis.axis.split("."))
+        counts = np.bincount(place.channels, minlength=numbers.size * blocks)
+        passed.append(((place.axis.layer, number), dim, counts))
+    return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), passed, reason, attends)
+
+
+def _place(axis: _Occurrences, numbers: np.ndarray, rank: np.ndarray, blocks: int) -> Place:
+    """Number the channels: the j-th of a unit's m positions belongs to block ⌊j · blocks / m⌋."""
+    positions, which = axis.of(numbers)
+    units = rank[which]
+    order = np.lexsort((positions, units))
+    positions, units = positions[order], units[order]
+    counts = np.bincount(units, minlength=numbers.size)
+    turn = np.arange(units.size) - (np.cumsum(counts) - counts)[units]
+    channels = (turn * blocks // counts[units]) * numbers.size + units
+    back = np.argsort(positions, kind="stable")
+    return Place(axis.axis, positions[back], channels[back], axis.width)

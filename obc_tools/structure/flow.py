@@ -1,0 +1,363 @@
+"""How the channels of tensors flow through the operations of a forward pass.
+
+Every position of a dimension that may shrink carries a *label*, a whole number; a dimension without labels has a fixed
+width. `Flow` collects what the operations demand: labels that stand for one channel (`join`), and labels that may
+never go (`freeze`). `OPERATIONS` says for each of torch's operations what it demands and how its results are labelled.
+An operation that is not in the table freezes what goes into it, so that nothing is ever assumed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A whole number that a module keeps; ``index`` is its place where the attribute is a list or tuple.
+
+    ``rooted`` is called with a number made of it that becomes a fraction, such as a root.
+    """
+
+    module: str
+    name: str
+    index: int | None = None
+    rooted: Callable[[int], None] = field(default=lambda size: None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}" + ("" if self.index is None else f"[{self.index}]")
+
+
+@dataclass(frozen=True, eq=False)
+class Dimension:
+    """The width of a dimension of a tensor, by the labels of its positions.
+
+    ``equal_to`` is called with what the width was compared with and found equal to, ``rooted`` with a number made of
+    it that becomes a fraction, such as a root.
+    """
+
+    labels: np.ndarray
+    equal_to: Callable[[int, np.ndarray], None] = lambda size, labels: None
+    rooted: Callable[[int], None] = lambda size: None
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """An arithmetic expression of two numbers."""
+
+    operation: Callable[[int, int], int]
+    left: int
+    right: int
+
+
+class Size(int):
+    """A whole number with its source; arithmetic on it keeps the sources."""
+
+    source: Attribute | Dimension | Combined
+
+    def __new__(cls, value: int, source: Attribute | Dimension | Combined) -> Size:
+        size = super().__new__(cls, value)
+        size.source = source
+        return size
+
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        for size, value in ((self, other), (other, self)):
+            if equal is True and isinstance(size, Size) and isinstance(size.source, Dimension):
+                size.source.equal_to(value, size.source.labels)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+    def __float__(self) -> float:
+        for source in leaves(self):
+            source.rooted(self)
+        return float(int(self))
+
+    def __pow__(self, power: Any) -> Any:
+        return float(self) ** power if isinstance(power, float) else int(self) ** power
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Size, Any], Any]:
+    def combine(self: Size, other: Any) -> Any:
+        left, right = (other, self) if swapped else (self, other)
+        if not isinstance(other, int):
+            return operation(other, int(self)) if swapped else operation(int(self), other)
+        return Size(operation(int(left), int(right)), Combined(operation, left, right))
+
+    return combine
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    _operation = getattr(operator, _name)
+    setattr(Size, f"__{_name}__", _arithmetic(_operation, swapped=False))
+    setattr(Size, f"__r{_name}__", _arithmetic(_operation, swapped=True))
+
+
+def leaves(value: int) -> Iterator[Attribute | Dimension]:
+    """Iterate over the sources of a number; a constant has none."""
+    if isinstance(value, Size):
+        if isinstance(value.source, Combined):
+            yield from leaves(value.source.left)
+            yield from leaves(value.source.right)
+        else:
+            yield value.source
+
+
+def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -> int:
+    """Compute a number anew from what `look_up(value, source)` says that its sources are."""
+    if not isinstance(value, Size):
+        return value
+    if not isinstance(value.source, Combined):
+        return look_up(int(value), value.source)
+    left, right = (evaluate(side, look_up) for side in (value.source.left, value.source.right))
+    if right == 0 and value.source.operation in (operator.floordiv, operator.mod):
+        return -1
+    return value.source.operation(left, right)
+
+
+def track_attributes(model: nn.Module, rooted: Callable[[int], None]) -> None:
+    """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
+    for name, module in model.named_modules():
+        plain_torch = type(module).__module__.startswith("torch.nn") and not isinstance(
+            module, nn.LayerNorm | nn.RMSNorm
+        )
+        for key, value in vars(module).items():
+            if key.startswith("_"):
+                continue
+            if type(value) is int:
+                module.__dict__[key] = Size(value, Attribute(name, key, rooted=rooted))
+            elif type(value) in (list, tuple) and not plain_torch and any(type(item) is int for item in value):
+                items = enumerate(value)
+                tracked = (Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items)
+                module.__dict__[key] = type(value)(tracked)
+
+
+Labels = np.ndarray | None
+INPUT = "is coupled to the model's input"
+FIXED = "meets a tensor of fixed width"
+
+
+@dataclass
+class Channels:
+    """The labels of each dimension of a tensor; ``origin`` says why unlabelled ones are fixed.
+
+    ``weight_of`` names the layer whose weight this is, as it is or standardised.
+    """
+
+    dims: list[Labels]
+    origin: str = FIXED
+    weight_of: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Say whether any dimension carries labels."""
+        return any(labels is not None for labels in self.dims)
+
+
+@dataclass
+class Flow:
+    """What one or more forward passes demand of the labels."""
+
+    count: int = 0
+    joined: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    sizes: list[tuple[int, Labels]] = field(default_factory=list)
+    attributes: dict[Attribute, np.ndarray] = field(default_factory=dict)
+    scales: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    attended: list[np.ndarray] = field(default_factory=list)
+    temperatures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    tensors: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    requested: Sequence[Any] | None = None
+    stretching: bool = False
+    whole_heads: bool = False
+    contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
+    multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
+    rooted: Callable[[int], None] = lambda size: None
+
+    def fresh(self, width: int) -> np.ndarray:
+        """Return labels that nothing else carries."""
+        self.count += width
+        return np.arange(self.count - width, self.count)
+
+    def of(self, tensor: Tensor) -> Channels:
+        """Return the channels of a tensor; an unknown tensor has none."""
+        found = self.tensors.get(tensor)
+        return found if found is not None else Channels([None] * tensor.dim())
+
+    def put(self, tensor: Tensor, dims: Sequence[Labels], origin: str = FIXED, weight_of: str | None = None) -> None:
+        """Set the labels of a tensor."""
+        self.tensors[tensor] = Channels(list(dims), origin, weight_of)
+
+    def join(self, one: Labels, other: Labels, reason: str = FIXED) -> Labels:
+        """Let equally long labels stand for the same channels, position by position; return them.
+
+        None stands for a fixed width: what it is joined with never goes, and is a fixed width from there on.
+        """
+        if one is None or other is None:
+            self.freeze(one if other is None else other, reason)
+            return None
+        if one.size != other.size:
+            self.freeze(one, "meets an axis of another length")
+            self.freeze(other, "meets an axis of another length")
+            return None
+        if one is not other:
+            self.joined.append((one, other))
+        return one
+
+    def freeze(self, labels: Labels, reason: str) -> None:
+        """Let channels never go."""
+        if labels is not None and labels.size:
+            self.frozen.append((labels.ravel(), reason))
+
+    def freeze_all(self, channels: Iterable[Channels], reason: str) -> None:
+        """Let no channel of any of these tensors ever go."""
+        for entry in channels:
+            for labels in entry.dims:
+                self.freeze(labels, reason)
+
+    def join_blocks(self, labels: Labels, blocks: int) -> Labels:
+        """Let equal runs of an axis lose the same positions; return the labels of one run."""
+        if labels is None or blocks == 1:
+            return labels
+        return self.join_rows(labels.reshape(blocks, -1))
+
+    def join_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Let the rows of a matrix of labels lose the same positions; return the labels of the first."""
+        if len(rows) > 1:
+            self.joined.append((np.broadcast_to(rows[0], rows[1:].shape), rows[1:]))
+        return rows[0]
+
+    def require(self, size: int, labels: Labels) -> None:
+        """Demand that a number which cuts or shapes an axis is the number of its kept channels, whatever is pruned."""
+        if labels is not None and not isinstance(size, Size):
+            self.freeze(labels, f"has to have a constant width of {size}")
+            return
+        if not isinstance(size, Size) or not any(True for _ in leaves(size)):
+            return
+        self.sizes.append((size, labels))
+        if labels is None:
+            return
+        source = size.source
+        if isinstance(source, Attribute):
+            self._join_equal(self.attributes.setdefault(source, labels), labels, size)
+        elif isinstance(source, Dimension):
+            self._join_equal(source.labels, labels, size)
+        elif isinstance(source, Combined):
+            self._join_share(source, labels)
+            self._follow_multiple(source, labels)
+
+    def _join_equal(self, one: np.ndarray, other: np.ndarray, size: int) -> None:
+        """Join two axes that one number shapes; it may also cut off a shorter rest, which then stays."""
+        if one.size == other.size:
+            self.join(_in_runs(one), _in_runs(other))
+        else:
+            self.freeze(one, f"shares a width of {int(size)} with an axis of another length")
+            self.freeze(other, f"shares a width of {int(size)} with an axis of another length")
+
+    def _follow_multiple(self, source: Combined, labels: np.ndarray) -> None:
+        """Let an attribute follow an axis that is a multiple of it: `head_dim * 3`."""
+        one, times = (source.left, source.right) if isinstance(source.left, Size) else (source.right, source.left)
+        single = isinstance(one, Size) and isinstance(one.source, Attribute) and not isinstance(times, Size)
+        if single and source.operation is operator.mul and labels.size == int(one) * times:
+            self.require(one, self.join_blocks(labels, times))
+
+    def _join_share(self, source: Combined, labels: np.ndarray) -> None:
+        """Join an axis with the wider one of which it is an equal share: `width // heads` channels a head."""
+        whole = source.left.source if isinstance(source.left, Size) else None
+        if isinstance(whole, Dimension) and whole.labels.size == labels.size * int(source.right):
+            self.join(self.join_rows(whole.labels.reshape(-1, labels.size)), labels)
+
+
+def _in_runs(labels: np.ndarray) -> np.ndarray:
+    """Order labels as runs of all different ones, where each occurs equally often; any order keeps widths equal."""
+    unique, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    if (counts == 1).all() or (counts != counts[0]).any():
+        return labels
+    return np.tile(unique[np.argsort(first)], counts[0])
+
+
+Handler = Callable[[Flow, Any, tuple, dict], None]
+OPERATIONS: dict[str, Handler] = {}
+
+
+def operation(*names: str) -> Callable[[Handler], Handler]:
+    """Enter a handler into the table under the names of torch's operations."""
+
+    def enter(handler: Handler) -> Handler:
+        OPERATIONS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return enter
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors among arguments, also those in lists."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found
+
+
+def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> None:
+    """Label the results of one operation and note what it demands."""
+    tensors = tensors_in((*args, *kwargs.values()))
+    if not any(tensor in flow.tensors for tensor in tensors):
+        return
+    known, name = [flow.of(tensor) for tensor in tensors], function.overloadpacket.__name__
+    if not any(entry.labelled for entry in known) and not (flow.stretching and name == "expand"):
+        origin = INPUT if any(entry.origin == INPUT for entry in known) else FIXED
+        for result in tensors_in((out,)):
+            flow.put(result, [None] * result.dim(), origin)
+        return
+    handler = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
+    if handler is not None:
+        handler(flow, out, args, kwargs)
+    elif torch.Tag.pointwise in function.tags:
+        elementwise(flow, out, args, kwargs)
+    else:
+        flow.freeze_all(known, f"passes through {name}, whose channels cannot be followed")
+
+
+@operation(
+    "_to_copy", "clone", "contiguous", "detach", "alias", "lift_fresh", "copy", "empty_like", "zeros_like", "ones_like",
+    "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "_prelu_kernel", "native_dropout", "rand_like", "randn_like",
+    "full_like", "where", "masked_fill", "threshold", "relu6", "elu", "celu", "softplus", "bernoulli", "dropout",
+    "fill", "zero", "lerp", "addcmul", "addcdiv", "nan_to_num", "uniform", "normal", "_fused_dropout",
+)  # fmt: skip
+def elementwise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    """Join what stands at the same position; dimensions of length 1 stretch."""
+    tensors = tensors_in((*args, *kwargs.values()))
+    for result in tensors_in((out,)):
+        dims: list[Labels] = []
+        for dim in range(-result.dim(), 0):
+            here = [t for t in tensors if t.dim() >= -dim and t.shape[dim] == result.shape[dim] and t.shape[dim] > 1]
+            dims.append(meet(flow, [(flow.of(t).dims[dim], flow.of(t).origin) for t in here]))
+        same = [flow.of(t).weight_of for t in tensors if t.shape == result.shape and flow.of(t).weight_of]
+        flow.put(result, dims, weight_of=same[0] if same else None)
+
+
+def meet(flow: Flow, found: Sequence[tuple[Labels, str]]) -> Labels:
+    """Join the labels of one dimension of several tensors, and return them."""
+    first = next((labels for labels, _ in found if labels is not None), None)
+    result = first
+    for labels, origin in found if first is not None else ():
+        result = None if flow.join(first, labels, origin) is None else result
+    return result

@@ -1,0 +1,412 @@
+"""Trace a model: run it once under two of torch's modes, one that sees operations and one that sees calls from Python.
+
+The operations tell how channels flow (`structure/flow.py`); the calls tell which numbers cut and shape tensors, and
+so which attributes have to follow pruning (`structure/flow.py`). Nothing is differentiated, so a model with more
+paths through it than can be counted takes no longer than its forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..state import call_model, copy_borrowing, hooks, no_fused_attention
+from . import operations  # noqa: F401  (it fills the table of operations)
+from .attention import Contraction, Shadows
+from .calls import FUNCTIONS, sized_shape
+from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
+from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
+
+WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+"""Operations through whose arguments no gradient goes back."""
+
+
+@dataclass
+class History:
+    """The operations of a forward pass: which made each tensor, from the results of which others."""
+
+    parents: list[tuple[int, ...]] = field(default_factory=list)
+    made_by: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    layers: dict[int, str] = field(default_factory=dict)
+
+    def note(self, name: str, results: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
+        """Note one operation."""
+        follows = () if name in WITHOUT_GRADIENT or name.startswith("new_") else arguments
+        found = (self.made_by.get(tensor) for tensor in follows if tensor.is_floating_point())
+        self.parents.append(tuple(number for number in found if number is not None))
+        for tensor in results:
+            if tensor.is_floating_point():
+                self.made_by[tensor] = len(self.parents) - 1
+
+    def gave(self, layer: str, output: Tensor) -> None:
+        """Note that a layer ended in the operation that made `output`."""
+        number = self.made_by.get(output)
+        if number is not None:
+            self.layers[number] = layer
+
+    def walk_back(self, outputs: Iterable[Tensor]) -> dict[str, int]:
+        """Return the layers that lead to the outputs, each with its place in the order in which they are met."""
+        met: dict[str, int] = {}
+        visited: set[int] = set()
+        for output in outputs:
+            number = self.made_by.get(output)
+            waiting = [] if number is None else [number]
+            self._meet(waiting, met)
+            while waiting:
+                number = waiting.pop()
+                if number not in visited:
+                    visited.add(number)
+                    self._meet(self.parents[number], met)
+                    waiting += self.parents[number]
+        return met
+
+    def _meet(self, numbers: Iterable[int], met: dict[str, int]) -> None:
+        for number in numbers:
+            if number in self.layers:
+                met.setdefault(self.layers[number], len(met))
+
+
+ModuleCall = tuple[str, int]
+"""A module's name and which of its calls in one forward pass, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What tracing a model tells, all in labels.
+
+    ``axes`` holds the labels of every layer axis in the order in which layers first ran, ``kinds`` the layers' types,
+    ``calls`` the labels of each dimension of what every call of a module without children gave, ``met`` the places of
+    convolutions and linear layers in the order in which they are met from the outputs back.
+    """
+
+    flow: Flow
+    axes: Mapping[LayerAxis, np.ndarray]
+    kinds: Mapping[str, str]
+    calls: Sequence[tuple[ModuleCall, Sequence[np.ndarray | None]]]
+    met: Mapping[str, int]
+
+
+@dataclass
+class Tracer:
+    """A copy of a model whose parameters carry labels, and what its forward passes tell.
+
+    ``borrowed`` are the addresses of parameters that lie in the memory of the model that was copied.
+    """
+
+    model: nn.Module
+    flow: Flow
+    borrowed: frozenset[int] = frozenset()
+    axes: dict[LayerAxis, np.ndarray] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    ran: dict[str, None] = field(default_factory=dict)
+    calls: list[tuple[ModuleCall, Sequence[np.ndarray | None]]] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
+    history: History = field(default_factory=History)
+    met: dict[str, int] = field(default_factory=dict)
+    shadows: Shadows = field(default_factory=Shadows)
+    contractions: list[Contraction] = field(default_factory=list)
+    rooted: set[tuple[str, int]] = field(default_factory=set)
+    default_scale: bool = False
+    paused: int = 0
+
+    def register(self) -> None:
+        """Give labels to the axes of all layers, bare parameters and buffers."""
+        for name, module in self.model.named_modules():
+            try:
+                known = layer_axes(module, name) if isinstance(module, tuple(LAYERS)) else None
+            except UnknownLayerError as error:
+                self._register_unknown(name, module, str(error))
+                continue
+            if known:
+                self._register(name, module, known)
+            described = {slot.tensor for axis in (known or {}).values() for slot in axis.slots}
+            for leaf, tensor in own_tensors(module).items():
+                if leaf not in described and tensor.is_floating_point() and tensor.dim():
+                    full = f"{name}.{leaf}" if name else leaf
+                    self._register(full, tensor, all_axes(tensor, full))
+
+    def _register(self, name: str, layer: nn.Module | Tensor, axes: Mapping[str, Any]) -> None:
+        self.kinds[name] = type(layer).__name__
+        tensors = own_tensors(layer)
+        dims = {leaf: [None] * tensor.dim() for leaf, tensor in tensors.items()}
+        labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items()}
+        for key, axis in axes.items():
+            for slot in axis.slots:
+                if slot.groups == slot.parts == 1:
+                    dims[slot.tensor][slot.dim] = labels[key]
+                if slot.parts == 1 and key == "out" and (slot.groups == 1 or slot.dim == 0):
+                    self.shadows.register(tensors[slot.tensor], slot.dim, labels[key])
+        self.axes.update({LayerAxis(name, key): found for key, found in labels.items()})
+        self.flow.grouped[name] = labels
+        for leaf, tensor in tensors.items():
+            if tensor in self.flow.tensors:
+                self._tie(tensor, dims[leaf], labels)
+            else:
+                self.flow.put(tensor, dims[leaf], weight_of=name if leaf == "weight" else None)
+            self.owners[id(tensor)].append(name)
+
+    def _tie(self, tensor: Tensor, dims: Sequence[np.ndarray | None], labels: Mapping[str, np.ndarray]) -> None:
+        """Let layers that share a parameter lose the same channels."""
+        known = self.flow.of(tensor)
+        for ours, theirs in zip(dims, known.dims, strict=True):
+            if ours is not None or theirs is not None:
+                self.flow.join(ours, theirs)
+        if len(dims) > 1 and dims[1] is None:
+            for key, theirs in self.flow.grouped.get(known.weight_of, {}).items():
+                self.flow.join(labels.get(key), theirs)
+
+    def _register_unknown(self, name: str, module: nn.Module, reason: str) -> None:
+        self.kinds[name] = type(module).__name__
+        for leaf, tensor in own_tensors(module).items():
+            dims = [self.flow.fresh(size) if size > 1 else None for size in tensor.shape]
+            self.flow.put(tensor, dims)
+            self.owners[id(tensor)].append(name)
+            self.flow.freeze_all([Channels(dims)], reason)
+            if leaf == "weight" and dims and dims[0] is not None:
+                self.axes[LayerAxis(name, "out")] = dims[0]
+
+    def run(self, example_inputs: Any) -> None:
+        """Run the model once and follow the channels through it."""
+        for leaf in tree_leaves(example_inputs):
+            if isinstance(leaf, Tensor):
+                self.flow.put(leaf, [None] * leaf.dim(), INPUT)
+                self.shadows.move([leaf])
+        self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
+        with torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self):
+            output = call_model(self.model, example_inputs)
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in leaves):
+            raise ValueError("the model's output holds no tensor that depends on its parameters")
+        self.flow.freeze_all([self.flow.of(leaf) for leaf in leaves], "reaches the model's output")
+        self.met = self.met or self.history.walk_back(leaves)
+
+    def protect(self, tensors: Sequence[Tensor]) -> None:
+        """Give memory of their own to tensors that an operation may write into."""
+        for tensor in tensors:
+            if tensor.untyped_storage().data_ptr() in self.borrowed:
+                tensor.data = tensor.data.clone()
+
+    def saw(self, tensors: Sequence[Tensor]) -> None:
+        """Note which layers ran."""
+        for tensor in tensors:
+            for owner in self.owners.get(id(tensor), ()):
+                self.ran[owner] = None
+
+    def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        counts: dict[str, int] = {}
+
+        def entering(name: str) -> Callable:
+            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+                self.stack.append(name)
+                self.paused += isinstance(module, nn.MultiheadAttention)
+
+            return enter
+
+        def leaving(name: str) -> Callable:
+            def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                self.stack.pop()
+                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                    self.history.gave(name, output)
+                if isinstance(module, nn.MultiheadAttention):
+                    self.paused -= 1
+                    if not self.paused:
+                        self._attend(name, module, args, kwargs, output)
+                if not any(True for _ in module.children()):
+                    first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+                    if first is not None:
+                        self.calls.append(((name, counts.get(name, 0)), list(self.flow.of(first).dims)))
+                    counts[name] = counts.get(name, 0) + 1
+
+            return leave
+
+        for name, module in self.model.named_modules():
+            yield module.register_forward_pre_hook(entering(name), with_kwargs=True, prepend=True)
+            yield module.register_forward_hook(leaving(name), with_kwargs=True)
+
+    def _attend(self, name: str, layer: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
+        """Follow torch's attention as one layer: its heads, its projections and its inputs are equally wide."""
+        projection = f"{name}.out_proj" if name else "out_proj"
+        self.saw([*layer.parameters()])
+        taken = [self.flow.of(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)][:3]
+        if LayerAxis(name, "in") not in self.axes:
+            self.flow.freeze_all([*taken, *(self.flow.of(p) for p in layer.parameters())], self._unknown(layer, name))
+            self.flow.put(output[0], [None] * output[0].dim())
+            return
+        width = self.axes[LayerAxis(name, "in")]
+        for entry in taken:
+            self.flow.join(width, entry.dims[-1], entry.origin)
+        for axis in (LayerAxis(name, "out"), LayerAxis(projection, "in"), LayerAxis(projection, "out")):
+            self.flow.join(width, self.axes[axis])
+        rows = self.axes[LayerAxis(name, "out")]
+        self.contractions.append(Contraction(name, self.flow.join_blocks(width, layer.num_heads), rows, follows=True))
+        self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
+
+    def _unknown(self, layer: nn.Module, name: str) -> str:
+        try:
+            layer_axes(layer, name)
+        except UnknownLayerError as error:
+            return str(error)
+        return "is not understood"
+
+    def note_root(self, size: int) -> None:
+        """Note that a module takes the root of a number that follows pruning, or the like."""
+        self.rooted.add((self.stack[-1] if self.stack else "", int(size)))
+
+    def _note_contraction(self, labels: np.ndarray, left: Tensor, right: Tensor) -> None:
+        queries, keys = self.shadows.of(left), self.shadows.of(right)
+        if queries is not None and keys is not None and np.intersect1d(queries, keys).size:
+            queries = keys = None
+        rows = keys if queries is None else queries
+        name = self.stack[-1] if self.stack else ""
+        self.contractions.append(Contraction(name, labels, rows, self.default_scale))
+
+    def _note_product(self, left: Tensor, right: Tensor, labels: Sequence[np.ndarray | None]) -> None:
+        """Note the channels of an attention: of queries, keys and values, of which neither is a weight."""
+        if left in self.shadows.moving and right in self.shadows.moving:
+            self.flow.attended += [found for found in labels if found is not None]
+
+    def keep_temperatures(self) -> None:
+        """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""
+        for contraction in self.contractions:
+            labels, rows = contraction.labels, contraction.rows
+            taken = [size for module, size in self.rooted if module == contraction.module]
+            if labels.size == 1 or not (contraction.follows or any(size % labels.size == 0 for size in taken)):
+                continue
+            if rows is None or not self._can_scale(rows):
+                self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
+                continue
+            if contraction.follows and self._multiplied_elsewhere(contraction):
+                self.flow.freeze(labels, "is a head of an attention whose queries meet more than its keys")
+                continue
+            self.flow.temperatures.append((labels, rows))
+            self._note_scales(contraction.module, labels)
+
+    def _multiplied_elsewhere(self, contraction: Contraction) -> bool:
+        """Say whether the queries are also multiplied with something that torch's scale does not scale."""
+        others = [other for other in self.contractions if other.module == contraction.module and not other.follows]
+        return any(other.rows is not None and np.intersect1d(other.rows, contraction.rows).size for other in others)
+
+    def _can_scale(self, rows: np.ndarray) -> bool:
+        """Say whether all these labels are outputs of layers whose outputs can be multiplied by a number."""
+        axes = list(self.axes)
+        found = self._axis_of[rows]
+        made = [axes[index] for index in np.unique(found[found >= 0])]
+        outputs = (found >= 0).all() and all(axis.axis == "out" for axis in made)
+        return outputs and all(scalable_slots(get_layer(self.model, axis.layer)) for axis in made)
+
+    @cached_property
+    def _axis_of(self) -> np.ndarray:
+        """The place among the axes of the one to which each label belongs, or −1."""
+        axis_of = np.full(self.flow.count, -1)
+        for index, labels in enumerate(self.axes.values()):
+            axis_of[labels] = index
+        return axis_of
+
+    def _note_scales(self, name: str, labels: np.ndarray) -> None:
+        """Find numbers beside an attention that hold its head dimension to the power of −1/2."""
+        for key, value in vars(self.model.get_submodule(name)).items():
+            if isinstance(value, float) and math.isclose(value, labels.size**-0.5):
+                known = self.flow.scales.setdefault((name, key), labels)
+                self.flow.join(known, labels)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = tensors_in((*args, *kwargs.values()))
+        if function._schema.is_mutable:
+            self.tracer.protect(arguments)
+        out = function(*args, **kwargs)
+        self.tracer.history.note(function.overloadpacket.__name__, tensors_in((out,)), arguments)
+        self.tracer.shadows.note(function, out, args, kwargs)
+        if not self.tracer.paused:
+            self.tracer.saw(tensors_in(args))
+            follow(self.tracer.flow, function, out, args, kwargs)
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, flow = kwargs or {}, self.tracer.flow
+        if self.tracer.paused:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__get__" and function == Tensor.shape.__get__:
+            return sized_shape(flow, args[0])
+        if name not in FUNCTIONS:
+            return function(*args, **kwargs)
+        return FUNCTIONS[name](self.tracer, function, args, kwargs)
+
+
+def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = False) -> Traced:
+    """Trace a copy of a model in eval mode; once more in train mode where layers are used only then.
+
+    Raises:
+        ValueError: the model does not run on its example inputs, or its output depends on no parameter.
+    """
+    try:
+        tracer = _traced(model, example_inputs, whole_heads, attributes=True)
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        # Scripted functions and the like refuse numbers that are not plain ones.
+        try:
+            tracer = _traced(model, example_inputs, whole_heads, attributes=False)
+        except (TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, NotImplementedError):
+            raise ValueError(f"cannot trace this {type(model).__name__}: {type(error).__name__}: {error}") from error
+    order = {name: index for index, name in enumerate(tracer.ran)}
+    axes = sorted((axis for axis in tracer.axes if axis.layer in order), key=lambda axis: order[axis.layer])
+    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls, tracer.met)
+
+
+def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
+    copied, borrowed = copy_borrowing(model)
+    memory = frozenset(parameter.untyped_storage().data_ptr() for parameter in borrowed)
+    tracer = Tracer(copied.eval(), Flow(whole_heads=whole_heads), memory)
+    tracer.register()
+    if attributes:
+        tracer.flow.rooted = tracer.note_root
+        track_attributes(tracer.model, tracer.note_root)
+    tracer.run(example_inputs)
+    idle = [name for name in tracer.kinds if name not in tracer.ran]
+    if idle:
+        _run_training(tracer, example_inputs)
+    tracer.keep_temperatures()
+    return tracer
+
+
+def _run_training(tracer: Tracer, example_inputs: Any) -> None:
+    """Trace the parts that run in train mode only, such as auxiliary classifiers; norms stay in eval mode."""
+    for module in tracer.model.modules():
+        module.training = any(True for _ in module.children()) and not isinstance(module, tuple(LAYERS))
+    calls, ran = len(tracer.calls), set(tracer.ran)
+    try:
+        tracer.run(example_inputs)
+    except (RuntimeError, ValueError, TypeError):
+        for axis, labels in tracer.axes.items():
+            if axis.layer in tracer.ran and axis.layer not in ran and axis.axis == "out":
+                tracer.flow.freeze(labels, "is used in train mode only, in which the model does not run on this input")
+    finally:
+        tracer.model.eval()
+        tracer.stack.clear()
+        tracer.paused = 0
+    del tracer.calls[calls:]

@@ -1,0 +1,290 @@
+"""What a session of interactive pruning knows, as data: the choices made, undo and redo, plans that are remembered.
+
+A choice is a value, a plan a function of choices, scores and costs; `to_code` writes the same function as Python.
+`widgets.PruningStudio` is a view of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import pandas as pd
+from torch import Tensor
+
+from ..errors import UnknownNameError
+from ..measure.cost_model import CostModel
+from ..pruning.order import SCOPES, Limits, Ranking, Target
+from ..pruning.plan import PlanMismatchError, PruningPlan
+from ..scoring.criteria import resolve_criterion
+from ..scoring.scores import NORMALIZERS, REDUCTIONS
+from ..structure.groups import ChannelGroup
+from ..structure.layers import LayerAxis
+
+START = Target(ratio=0.3)
+STEPS_BACK = 200
+"""Choices that undo can go back to; older ones are forgotten."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores depend on: the criterion, and how it is combined over a group's members and scaled within it."""
+
+    criterion: str = "jacobian"
+    group_reduction: str = "sum"
+    normalizer: str | None = None
+
+    def __post_init__(self):
+        resolve_criterion(self.criterion)
+        if self.group_reduction not in REDUCTIONS:
+            raise UnknownNameError("group_reduction", self.group_reduction, REDUCTIONS)
+        if self.normalizer not in NORMALIZERS:
+            raise UnknownNameError("normalizer", self.normalizer, [str(name) for name in NORMALIZERS])
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything that a plan depends on but the scores and costs themselves.
+
+    Attributes:
+        scoring, target, scope, round_to, min_channels, max_ratio: as `one_shot.one_shot_plan` takes them.
+        limits: a ``max_ratio`` of their own for single groups, (root, share) pairs.
+        locked: groups that stay as they are, (root, kept channels) pairs.
+        by_hand: (root, channel, whether it is kept), applied last; in a group of blocks the channel of the first block.
+    """
+
+    scoring: Scoring = Scoring()
+    target: Target = START
+    scope: str = "global"
+    round_to: int | None = None
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    limits: tuple[tuple[LayerAxis, float], ...] = ()
+    locked: tuple[tuple[LayerAxis, tuple[int, ...]], ...] = ()
+    by_hand: tuple[tuple[LayerAxis, int, bool], ...] = ()
+
+    def __post_init__(self):
+        if self.scope not in SCOPES:
+            raise UnknownNameError("scope", self.scope, SCOPES)
+        _ = self.all_limits
+
+    @property
+    def all_limits(self) -> Limits:
+        """What every group keeps, single groups' own limits included."""
+        return Limits(self.min_channels, self.max_ratio, self.round_to, dict(self.limits))
+
+    @property
+    def ranking_key(self) -> Choices:
+        """The choices without those that a ranking does not depend on: equal where a ranking can be used again."""
+        return replace(self, target=START, by_hand=())
+
+    def rank(self, scores: Mapping[ChannelGroup, Tensor]) -> Ranking:
+        """Rank the channels; what takes longest of a plan, and does not depend on the target."""
+        return Ranking.of(scores, scope=self.scope, limits=self.all_limits, fixed=dict(self.locked))
+
+    def plan(self, ranking: Ranking, costs: CostModel) -> PruningPlan:
+        """Return the plan that these choices and a ranking by them lead to.
+
+        Raises:
+            ValueError: a target that cannot be met, or a group that the choices by hand leave without channels.
+        """
+        plan = ranking.meet(self.target, costs)
+        for root, (keep, remove) in self.hands.items():
+            plan = plan.choose(root, keep=keep, remove=remove)
+        return plan
+
+    @property
+    def hands(self) -> dict[LayerAxis, tuple[list[int], list[int]]]:
+        """The channels to keep and those to remove by hand, by root."""
+        found: dict[LayerAxis, tuple[list[int], list[int]]] = {}
+        for root, channel, keep in self.by_hand:
+            found.setdefault(root, ([], []))[0 if keep else 1].append(channel)
+        return found
+
+
+@dataclass(frozen=True)
+class StudioState:
+    """The present choices, those to go back and forward to, and those that were given a name."""
+
+    choices: Choices = Choices()
+    past: tuple[Choices, ...] = ()
+    future: tuple[Choices, ...] = ()
+    remembered: tuple[tuple[str, Choices], ...] = ()
+
+
+def change(state: StudioState, choices: Choices, *, merge: bool = False) -> StudioState:
+    """Make other choices. With ``merge`` the present ones are not kept for undo: one drag of a slider is one step."""
+    if choices == state.choices:
+        return state
+    past = state.past if merge and state.past else (*state.past, state.choices)[-STEPS_BACK:]
+    return replace(state, choices=choices, past=past, future=())
+
+
+def undo(state: StudioState) -> StudioState:
+    """Go back to the choices before; where there are none, nothing changes."""
+    if not state.past:
+        return state
+    return replace(state, choices=state.past[-1], past=state.past[:-1], future=(*state.future, state.choices))
+
+
+def redo(state: StudioState) -> StudioState:
+    """Take back an undo; where there is none, nothing changes."""
+    if not state.future:
+        return state
+    return replace(state, choices=state.future[-1], past=(*state.past, state.choices), future=state.future[:-1])
+
+
+def remember(state: StudioState, name: str) -> StudioState:
+    """Give the present choices a name, in place of what had it before; raise ValueError for an empty one."""
+    if not name.strip():
+        raise ValueError("a plan to be remembered needs a name")
+    others = tuple(entry for entry in state.remembered if entry[0] != name)
+    return replace(state, remembered=(*others, (name, state.choices)))
+
+
+def recall(state: StudioState, name: str) -> StudioState:
+    """Go to the choices with a name, as a change that undo takes back; raise ValueError for an unknown one."""
+    named = dict(state.remembered)
+    if name not in named:
+        raise UnknownNameError("remembered plan", name, list(named))
+    return change(state, named[name])
+
+
+def limit_of(choices: Choices, root: LayerAxis) -> float:
+    """Return the share of a group's channels that may go at most: its own limit, or that of all groups."""
+    return dict(choices.limits).get(root, choices.max_ratio)
+
+
+def set_limit(choices: Choices, root: LayerAxis, max_ratio: float | None) -> Choices:
+    """Let at most this share of one group's channels go; None takes the limit away."""
+    limits = {key: value for key, value in choices.limits if key != root}
+    if max_ratio is not None:
+        limits[root] = max_ratio
+    return replace(choices, limits=tuple(sorted(limits.items())))
+
+
+def lock(choices: Choices, plan: PruningPlan, root: LayerAxis) -> Choices:
+    """Hold a group at what a plan keeps of it, choices by hand included, whatever the target becomes."""
+    locked = dict(choices.locked) | {LayerAxis(*root): plan.kept_of(root)}
+    by_hand = tuple(entry for entry in choices.by_hand if entry[0] != root)
+    return replace(choices, locked=tuple(sorted(locked.items())), by_hand=by_hand)
+
+
+def unlock(choices: Choices, root: LayerAxis) -> Choices:
+    """Let a locked group follow the target again."""
+    return replace(choices, locked=tuple(entry for entry in choices.locked if entry[0] != root))
+
+
+def toggle_channel(choices: Choices, plan: PruningPlan, root: LayerAxis, channel: int) -> Choices:
+    """Keep a channel that a plan of these choices removes, or remove one that it keeps.
+
+    Raises:
+        ValueError: an unknown group or channel, a group that is kept whole, or the last channel of a group.
+    """
+    group = next((group for group in plan.groups if group.root == root), None)
+    if group is None:
+        raise UnknownNameError("group", str(LayerAxis(*root)), [str(known.root) for known in plan.groups])
+    keep = channel not in plan.kept_of(root)
+    plan.choose(group, **{"keep" if keep else "remove": [channel]})
+    first = channel % (group.width // group.blocks)
+    others = [entry for entry in choices.by_hand if entry[:2] != (group.root, first)]
+    return replace(choices, by_hand=tuple(sorted([*others, (group.root, first, keep)])))
+
+
+def plan_changes(before: PruningPlan, after: PruningPlan) -> pd.DataFrame:
+    """Return one row a group that two plans for one model treat differently.
+
+    Columns: group, channels, kept before, kept after, removed (the channels that only the second removes), restored.
+
+    Raises:
+        PlanMismatchError: plans for different groups.
+    """
+    if before.groups != after.groups:
+        raise PlanMismatchError("the two plans are for different groups and cannot be compared")
+    rows = [
+        (
+            str(group.root),
+            group.width,
+            len(one),
+            len(other),
+            tuple(sorted(set(one) - set(other))),
+            tuple(sorted(set(other) - set(one))),
+        )
+        for group, one, other in zip(before.groups, before.kept, after.kept, strict=True)
+        if one != other
+    ]
+    return pd.DataFrame(rows, columns=["group", "channels", "kept before", "kept after", "removed", "restored"])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a session got what its choices work on; for `to_code`.
+
+    Attributes:
+        image_shape: of one image, (channels, height, width).
+        batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
+        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
+        device: where model and batches are.
+    """
+
+    image_shape: tuple[int, ...]
+    batches: int = 10
+    batch_size: int = 64
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    device: str = "cpu"
+    whole_heads: bool = False
+    only: str | None = None
+
+
+def to_code(choices: Choices, setup: Setup) -> str:
+    """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it."""
+    on = "" if setup.device == "cpu" else f", device={setup.device!r}"
+    heads = ", whole_heads=True" if setup.whole_heads else ""
+    ignored = f", ignore={list(setup.ignore)!r}" if setup.ignore else ""
+    part = f", only={setup.only!r}" if setup.only else ""
+    lines = [
+        "import torch",
+        "",
+        "import obc_tools as obc",
+        "",
+        f"example = torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})",
+        f"groups = obc.find_groups(model, example{ignored}{heads}{part})",
+        *_scoring_lines(choices.scoring, setup, on),
+        f"costs = obc.cost_model(model, example{heads})",
+        *_call("plan = obc.one_shot_plan", ["scores", "costs", *_target_arguments(choices)]),
+    ]
+    for root, (keep, remove) in choices.hands.items():
+        chosen = [f"keep={keep}"] * bool(keep) + [f"remove={remove}"] * bool(remove)
+        lines += _call("plan = plan.choose", [repr(tuple(root)), *chosen])
+    return "\n".join([*lines, "pruned = obc.prune(model, plan)", ""])
+
+
+def _scoring_lines(scoring: Scoring, setup: Setup, on: str) -> list[str]:
+    needs_data = resolve_criterion(scoring.criterion).needs != "weights"
+    options = [f"{f.name}={getattr(scoring, f.name)!r}" for f in fields(scoring)[1:] if _differs(scoring, f.name)]
+    arguments = ["model", "groups", repr(scoring.criterion), *["batches"] * needs_data, *options]
+    drawn = f'obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
+    return [*[f"batches = {drawn}"] * needs_data, *_call("scores = obc.score_groups", arguments)]
+
+
+def _target_arguments(choices: Choices) -> list[str]:
+    ((name, value),) = ((key, value) for key, value in vars(choices.target).items() if value is not None)
+    arguments = [f"{name}={value!r}"]
+    for option in ("scope", "round_to", "min_channels", "max_ratio"):
+        if _differs(choices, option):
+            arguments.append(f"{option}={getattr(choices, option)!r}")
+    for option, entries in (("max_ratio_of", choices.limits), ("fixed", choices.locked)):
+        if entries:
+            arguments.append(f"{option}={ {tuple(root): value for root, value in entries}!r}")
+    return arguments
+
+
+def _differs(value: Scoring | Choices, name: str) -> bool:
+    return getattr(value, name) != getattr(type(value)(), name)
+
+
+def _call(start: str, arguments: list[str]) -> list[str]:
+    """Return the lines of a call: one if it fits, else one an argument."""
+    line = f"{start}({', '.join(arguments)})"
+    return [line] if len(line) <= 100 else [f"{start}(", *(f"    {argument}," for argument in arguments), ")"]

@@ -1,0 +1,3 @@
+from .folder import Stopped
+
+__all__ = ["Stopped"]

@@ -1,0 +1,440 @@
+"""Train a model by a recipe, on Hugging Face Accelerate: one engine for naive and Equivalent Pruning."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data.batches import Batch, Batches
+from ..measure.metrics import Metrics, evaluate
+from ..state import evaluating
+from .folder import Epoch, History, Stopped, TrainingFolder
+from .guard import DivergenceError, Where
+from .processes import Processes, accelerating, processes, random_state, seeded, set_random_state
+from .recipe import Recipe, learning_rate_factor
+from .stepper import Stepper, frozen, parameter_groups
+
+__all__ = ["DivergenceError", "Epoch", "History", "Recipe", "Stopped", "fit"]
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_POSTFIXES = 0.5
+STEPS_BETWEEN_AGREEMENTS = 10
+"""Of several processes: how often they agree on stopping and on checkpoints."""
+
+
+def fit(
+    model: nn.Module,
+    train: Reiterable,
+    val: Reiterable,
+    recipe: Recipe,
+    *,
+    run: str | os.PathLike[str] | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    regularize: Callable[[], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+    on_epoch: Callable[[History], None] | None = None,
+) -> History:
+    """Train a classifier in place, and evaluate it after every epoch.
+
+    Works alike on plain models and on `EquivalentModel`. Everything random is fixed by
+    ``recipe.seed``, and the caller's random state is left alone. Of `Batches`, the first epoch
+    uses pass 0, the second pass 1, and so on, whatever was drawn from them before: two trainings with the same batches
+    see the same images in the same order. Other batches (a DataLoader, a list) are simply gone through again.
+
+    Mixed precision covers the training's forward pass; the loss, the weights and the evaluation keep the model's own
+    precision. All modules are in train mode while training; each gets its own mode back. Gradients end as None.
+
+    Launched in several processes (accelerate launch, torchrun), each trains on its share of every batch, made by
+    ``data.batches(..., share=processes().share)``, and gradients are averaged: a step sees ``batch_size`` images a
+    process.
+
+    Args:
+        model: Maps images (batch, …) to logits (batch, classes). Its device is where the training takes place.
+        train: Batches of images and labels, class numbers (batch,) from 0 or shares of classes (batch, classes):
+            anything re-iterable with a length.
+        val: Held-out batches, likewise, with class numbers.
+        recipe: How to train. ``batch_size`` and the augmentation speak of the making of ``train``.
+        run: A folder to keep metrics (``metrics.jsonl``, TensorBoard's files where it is installed), the log, the
+            environment and checkpoints in. None: nothing is written.
+        teacher: Taught from where ``recipe.distill_weight`` is above 0; left unchanged.
+        resume: Go on from the checkpoint in ``run``, if there is one, to the numbers of an uninterrupted training.
+        regularize: Called with every step's gradients, to add to them.
+        stop: Asked before every step; once it says True, a checkpoint is saved and `Stopped` raised.
+        progress: Show a bar over all steps.
+        on_epoch: Called after every epoch with the history so far.
+
+    Returns:
+        One row an epoch.
+
+    Raises:
+        DivergenceError: at the first step whose loss or gradient is not finite. That step and its effect on buffers are
+            undone: the model stays as the steps before left it.
+        Stopped: when ``stop`` said so.
+        ValueError: if batches are a one-shot iterator, empty, of a wrong form or do not suit the model; for labels out
+            of range; for weights that are not finite; for an ``amp`` that the device does not have; for a folder that
+            holds another training.
+    """
+    own = processes()
+    check_batches(train, "train")
+    check_batches(val, "val")
+    _check_shares(train, own)
+    check_weights(model)
+    check_teacher(teacher, model, recipe)
+    if resume and run is None:
+        raise ValueError("resume=True goes on from a checkpoint: pass run=, the folder that holds it")
+    folder = None if run is None else TrainingFolder(run, writes=own.is_main)
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model, recipe))
+        parameter_groups(model, recipe)
+        device = next(model.parameters()).device
+        stack.enter_context(evaluating(model))
+        if teacher is not None:
+            stack.enter_context(evaluating(teacher))
+        stack.enter_context(seeded(recipe.seed + own.rank, device))
+        with _spared(device):
+            outputs = count_outputs(model, _pass(val, 0), device)
+        checkpoint = folder.read(recipe, resume=resume) if folder else None
+        accelerator = stack.enter_context(accelerating(recipe.amp, device, folder and folder.path))
+        if folder:
+            accelerator.wait_for_everyone()  # or one would find what another has just begun
+            folder.begin(recipe, device, checkpoint)
+        stack.enter_context(folder.logging() if folder else nullcontext())
+        stack.enter_context(_channels_last(model, recipe))
+        bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))
+        stack.callback(model.zero_grad, set_to_none=True)
+        stepper = Stepper(model, recipe, accelerator, len(train), teacher, regularize)
+        training = _Training(stepper, recipe, accelerator, len(train), outputs, bar, folder, stop)
+        return training.run(train, val, checkpoint, on_epoch)
+
+
+@dataclass
+class _Epoch:
+    """An epoch under way: its number from 0, steps taken, sums over its images, seconds spent before a resumption."""
+
+    number: int = 0
+    taken: int = 0
+    images: int = 0
+    totals: Tensor | None = None
+    seconds: float = 0.0
+    random: dict[str, Tensor] | None = None
+
+
+class _Training:
+    """One training: the epochs, what is kept of them, stopping and resuming."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        steps: int,
+        outputs: int,
+        bar: tqdm,
+        folder: TrainingFolder | None,
+        stop: Callable[[], bool],
+    ):
+        self._stepper, self._recipe, self._accelerator, self._bar = stepper, recipe, accelerator, bar
+        self._steps, self._outputs, self._folder, self._stop = steps, outputs, folder, stop
+        self._shown = time.monotonic()
+        self._device = next(stepper.model.parameters()).device
+        self._several = accelerator.num_processes > 1
+        self._epochs: list[Epoch] = []
+
+    def run(
+        self,
+        train: Reiterable,
+        val: Reiterable,
+        checkpoint: dict[str, Any] | None,
+        on_epoch: Callable[[History], None] | None,
+    ) -> History:
+        epoch = self._resume(checkpoint) if checkpoint else _Epoch()
+        while epoch.number < self._recipe.epochs:
+            start = time.perf_counter() - epoch.seconds
+            self._train(epoch, train, start)
+            trained = time.perf_counter()
+            metrics = self._evaluate(epoch.number, val)
+            self._record(epoch, metrics, trained - start, time.perf_counter() - start)
+            epoch = _Epoch(epoch.number + 1)
+            self._save(epoch)
+            if on_epoch is not None:
+                on_epoch(History(tuple(self._epochs)))
+        self._stepper.finish()
+        return History(tuple(self._epochs))
+
+    def _train(self, epoch: _Epoch, train: Reiterable, start: float) -> None:
+        """Train one epoch, or the rest of it."""
+        self._stepper.begin_epoch()
+        for batch in self._batches(epoch, train):
+            if epoch.taken == self._steps:
+                raise ValueError(f"train: this pass has more batches than the length {self._steps} of train says")
+            self._keep_or_stop(epoch, start)
+            lr = self._stepper.set_lr(epoch.number * self._steps + epoch.taken)
+            where = Where(epoch.number + 1, epoch.taken + 1, self._steps, lr)
+            images, labels = unpack(batch, f"train, {where}")
+            # Reading labels off a device waits for it, so those are checked in the first pass only.
+            if epoch.number == 0 or labels.device.type == "cpu":
+                check_labels(labels, self._outputs, f"train, {where}")
+            epoch.totals = epoch.totals + self._stepper.step(*_to(self._device, images, labels), where)
+            epoch.images, epoch.taken = epoch.images + len(labels), epoch.taken + 1
+            self._show(where, epoch, start)
+        self._stepper.settle()
+        if epoch.taken < self._steps:
+            number, taken = epoch.number, epoch.taken
+            raise ValueError(f"train: pass {number} ended after {taken} batches; the length of train is {self._steps}")
+
+    def _batches(self, epoch: _Epoch, train: Reiterable) -> Iterator[Batch]:
+        """Return the batches of an epoch that are still to come, with random state as it was then."""
+        if epoch.totals is None:
+            epoch.totals = torch.zeros(2, device=self._device)
+        now = random_state(self._device)
+        if epoch.random is not None:
+            set_random_state(epoch.random, self._device)
+        epoch.random = random_state(self._device)
+        if isinstance(train, Batches):
+            batches = iter(train.at(epoch.number, epoch.taken))
+        else:
+            batches = islice(iter(train), epoch.taken, None)
+        if epoch.taken:
+            batches = _continued(batches, lambda: set_random_state(now, self._device))
+        return batches
+
+    def _evaluate(self, number: int, val: Reiterable) -> Metrics:
+        model = self._stepper.evaluated
+        if self._several:
+            for buffer in model.buffers():
+                broadcast(buffer)
+        try:
+            metrics = evaluate(model, _pass(val, 0))
+        except ValueError as error:
+            raise ValueError(f"val, after epoch {number + 1} of {self._recipe.epochs}: {error}") from error
+        shared = isinstance(val, Batches) and val.parts > 1
+        return _together(metrics, self._accelerator) if shared else metrics
+
+    def _record(self, epoch: _Epoch, metrics: Metrics, trained: float, seconds: float) -> None:
+        totals = torch.cat((epoch.totals.double().cpu(), torch.tensor([float(epoch.images)], dtype=torch.float64)))
+        if self._several:
+            totals = self._accelerator.reduce(totals.to(self._device, torch.float32)).double().cpu()
+        loss, correct, images = totals.tolist()
+        lr = self._recipe.lr * learning_rate_factor(self._recipe, epoch.number * self._steps, self._steps)
+        row = (epoch.number + 1, lr, loss / images, correct / images, metrics.loss, metrics.accuracy)
+        done = Epoch(*row, seconds, images / trained)
+        self._epochs.append(done)
+        logger.info("%s", done)
+        if self._folder is not None:
+            self._folder.add_epoch(done)
+            self._accelerator.log({key: value for key, value in asdict(done).items() if key != "epoch"}, done.epoch)
+
+    def _keep_or_stop(self, epoch: _Epoch, start: float) -> None:
+        """Save a checkpoint if one is due; stop if that is asked for. Several processes do so at the same step."""
+        if self._several and epoch.taken % STEPS_BETWEEN_AGREEMENTS:
+            return
+        stop, due = self._stop(), self._folder is not None and self._folder.is_due()
+        if self._several:
+            agreed = broadcast(torch.tensor([stop, due], dtype=torch.int64, device=self._device))
+            stop, due = map(bool, agreed.tolist())
+        if (stop or due) and self._folder is not None:
+            self._stepper.settle()
+            epoch.seconds = time.perf_counter() - start
+            self._save(epoch)
+        if stop:
+            raise Stopped(f"stopped before step {epoch.taken + 1} of epoch {epoch.number + 1}")
+
+    def _save(self, epoch: _Epoch) -> None:
+        if self._folder is None:
+            return
+        own = {"now": random_state(self._device), "epoch": epoch.random}
+        place = {key: getattr(epoch, key) for key in ("number", "taken", "images", "totals", "seconds")}
+        kept = {"place": place, "history": [asdict(done) for done in self._epochs], **self._stepper.state_dict()}
+        self._folder.save({"random": gather_object([own]) if self._several else [own], **kept})
+
+    def _resume(self, checkpoint: dict[str, Any]) -> _Epoch:
+        states = checkpoint["random"]
+        if len(states) != self._accelerator.num_processes:
+            raise ValueError(f"the training was begun in {len(states)} processes: resume it in as many")
+        self._stepper.load_state_dict(checkpoint)
+        self._epochs = [Epoch(**row) for row in checkpoint["history"]]
+        own = states[self._accelerator.process_index]
+        epoch = _Epoch(**checkpoint["place"], random=own["epoch"])
+        epoch.totals = None if epoch.totals is None else epoch.totals.to(self._device)
+        set_random_state(own["now"], self._device)
+        self._bar.update(epoch.number * self._steps + epoch.taken)
+        logger.info("resuming at epoch %d, step %d", epoch.number + 1, epoch.taken + 1)
+        return epoch
+
+    def _show(self, where: Where, epoch: _Epoch, start: float) -> None:
+        self._bar.update()
+        if self._folder is not None and self._folder.is_note_due():
+            self._folder.note(where, self._recipe.epochs, self._figures(epoch, time.perf_counter() - start))
+        # Reading the totals waits for the device, so the postfix changes only now and then.
+        if self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_POSTFIXES:
+            return
+        loss, accuracy = (epoch.totals / epoch.images).tolist()
+        self._bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+        self._shown = time.monotonic()
+
+    def _figures(self, epoch: _Epoch, seconds: float) -> dict[str, float | None]:
+        """Return the epoch's figures so far: of this process, and with reading totals waiting for the device."""
+        loss, accuracy = (epoch.totals / epoch.images).tolist()
+        speed = {"images_per_second": epoch.images / seconds, "gpu_memory": _gpu_memory(self._device)}
+        return {"loss": loss, "accuracy": accuracy, **speed}
+
+
+def _gpu_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors took on a GPU so far; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _check_shares(train: Reiterable, own: Processes) -> None:
+    """Raise ValueError unless training batches are those of one process among as many as were launched."""
+    parts = train.parts if isinstance(train, Batches) else 1
+    if parts != own.count:
+        raise ValueError(
+            f"train: batches for {parts} process{'es' if parts > 1 else ''}, but {own.count} were launched; make them "
+            "with data.batches(..., share=processes().share)"
+        )
+
+
+def _together(metrics: Metrics, accelerator: Accelerator) -> Metrics:
+    """Combine what all processes measured, each on its share of the images."""
+    in_top = 0.0 if metrics.top5 is None else metrics.top5
+    sums = torch.tensor([metrics.loss, metrics.accuracy, in_top, 1.0], dtype=torch.float64) * metrics.examples
+    parts = gather_object([sums.tolist()])
+    loss, correct, in_top, examples = (sum(column) for column in zip(*parts, strict=True))
+    share = None if metrics.top5 is None else in_top / examples
+    return Metrics(loss / examples, correct / examples, share, round(examples))
+
+
+def _pass(batches: Reiterable, number: int) -> Iterable[Batch]:
+    return batches.at(number) if isinstance(batches, Batches) else batches
+
+
+def _continued(batches: Iterator[Batch], begin: Callable[[], None]) -> Iterator[Batch]:
+    """Fetch the first batch, then call ``begin``, then yield it and the others."""
+    for number, batch in enumerate(batches):
+        if number == 0:
+            begin()
+        yield batch
+
+
+@contextmanager
+def _spared(device: torch.device) -> Iterator[None]:
+    """Give random state back as it was."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+@contextmanager
+def _channels_last(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Store the kernels of 2-d convolutions channels last, if the recipe says so; bring back the usual order."""
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    kernels = [layer.weight for layer in model.modules() if recipe.channels_last and isinstance(layer, kinds)]
+    kernels = [kernel for kernel in kernels if kernel.ndim == 4]
+    try:
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for kernel in kernels:
+            kernel.data = kernel.data.contiguous()
+
+
+def _to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = labels.dtype if labels.is_floating_point() else torch.int64
+    return images.to(device, non_blocking=True), labels.to(device, dtype, non_blocking=True)
+
+
+@runtime_checkable
+class Reiterable(Protocol):
+    """Batches that can be gone through again and again, and know how many they are."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
+def check_teacher(teacher: nn.Module | None, model: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError where a recipe needs a teacher and has none, and where the teacher is what is trained."""
+    if (teacher is None) == bool(recipe.distill_weight):
+        raise ValueError(
+            f"distill_weight is {recipe.distill_weight:g} and there is {'no' if teacher is None else 'a'} teacher: "
+            "distillation needs both"
+        )
+    if teacher is not None and {*teacher.parameters()} & {*model.parameters()}:
+        raise ValueError("the teacher shares weights with the model that is trained: pass a copy")
+
+
+def check_batches(batches: object, name: str) -> None:
+    if isinstance(batches, Iterator):
+        raise ValueError(f"{name} is a one-shot iterator ({type(batches).__name__}): pass a list or a DataLoader")
+    if not isinstance(batches, Reiterable):
+        raise ValueError(f"{name} is no batches: {type(batches).__name__} cannot be iterated or has no length")
+    if len(batches) == 0:
+        raise ValueError(f"{name}: batches that yield no data")
+
+
+def check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"parameter {name!r} holds values that are not finite: load or build the model again")
+
+
+def count_outputs(model: nn.Module, val: Iterable[Batch], device: torch.device) -> int:
+    """Run the first validation image through the model; return the number of logits."""
+    batch = next(iter(val), None)
+    if batch is None:
+        raise ValueError("val: batches that yield no data")
+    images, labels = unpack(batch, "val, batch 1")
+    try:
+        with torch.no_grad():
+            logits = model(images[:1].to(device))
+    except RuntimeError as error:
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"val: the model cannot take images of shape {shape} ({images.dtype}): {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"fit trains classifiers: logits (batch, classes) are needed, but the model returned {given}")
+    check_labels(labels, logits.shape[1], "val, batch 1")
+    return logits.shape[1]
+
+
+def unpack(batch: object, where: str) -> tuple[Tensor, Tensor]:
+    is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+    if not is_pair:
+        raise ValueError(f"{where}: a batch is two tensors (images, labels), not {type(batch).__name__}")
+    images, labels = batch
+    shares = labels.is_floating_point() and labels.ndim == 2
+    numbers = labels.ndim == 1 and not labels.is_floating_point() and not labels.is_complex()
+    if not (shares or numbers) or len(labels) != len(images):
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        raise ValueError(f"{where}: {len(images)} images need as many whole class numbers as labels, not {given}")
+    if len(labels) == 0:
+        raise ValueError(f"{where}: batches that yield no data (0 images)")
+    return images, labels
+
+
+def check_labels(labels: Tensor, outputs: int, where: str) -> None:
+    if labels.is_floating_point():
+        if labels.shape[1] != outputs:
+            raise ValueError(f"{where}: labels share {labels.shape[1]} classes, but the model has {outputs} outputs")
+        return
+    for label in map(int, labels.aminmax()):
+        if not 0 <= label < outputs:
+            raise ValueError(f"{where}: label {label}, but the model has {outputs} outputs (labels 0 to {outputs - 1})")

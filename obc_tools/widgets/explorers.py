@@ -1,0 +1,400 @@
+"""Explorers: JᵀJ of channels and groups, and the interactions of a layer's filters, in a notebook."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ipywidgets as W
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from torch import nn
+
+from ..data.batches import take
+from ..data.data import Data
+from ..plots.jtj import (
+    MODES,
+    filter_image,
+    group_jtj_heatmap,
+    interactions_heatmap,
+    jtj_grid,
+    jtj_heatmap,
+    jtj_pair,
+    spectrum,
+)
+from ..plots.looks import theme
+from ..scoring.interactions import FilterInteractions, filter_interactions
+from ..scoring.jacobian import JacobianProducts, jacobian_products
+from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
+from ..structure.groups import find_groups
+from ..structure.layers import LayerAxis, get_layer, layer_axes, scored_layers
+from .controls import (
+    COLUMN,
+    REST,
+    Click,
+    Filling,
+    LiveFigure,
+    button,
+    code_area,
+    dropdown,
+    integer,
+    note,
+    set_options,
+    table,
+    text,
+)
+from .tasks import Task, Worker
+
+T = TypeVar("T")
+BARE = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
+
+
+class Explorer(W.VBox):
+    """A figure, controls, and the line that says what is going on. To be built upon.
+
+    Args:
+        model: copied, so that it stays free while the copy is looked at in a thread.
+        data: a `load_data` data set; its split ``train`` gives the batches.
+        batches, batch_size, seed: of the calibration batches.
+        look: "light" or "dark".
+    """
+
+    def __init__(self, model: nn.Module, data: Data, batches: int, batch_size: int, seed: int, look: str):
+        super().__init__()
+        self.picture = LiveFigure(go.Figure(layout={"template": theme(look), "height": 420, **BARE}), self.clicked)
+        self.network, self.look = copy.deepcopy(model).eval(), look
+        self._data, self._draw_options = data, (batches, batch_size, seed)
+        self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+        self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"})
+        self.status = W.HTML()
+        self._worker = Worker(self._report, self._failed)
+        self._filling = Filling()
+
+    @property
+    def batches(self) -> Collection[Any]:
+        """The calibration batches, the same each time."""
+        count, size, seed = self._draw_options
+        return take(self._data.batches("train", size, seed=seed, device=self._device), count)
+
+    @property
+    def batches_code(self) -> str:
+        """The Python that draws them."""
+        count, size, seed = self._draw_options
+        on = "" if self._device == "cpu" else f", device={self._device!r}"
+        return f'batches = obc.take(data.batches("train", {size}, seed={seed}{on}), {count})'
+
+    def wait(self, timeout: float = 600.0) -> Explorer:
+        """Wait until nothing is computed any more; return the explorer."""
+        self._worker.wait(timeout)
+        return self
+
+    def choose_layer(self) -> W.Dropdown:
+        """Return the choice of a layer whose channels can be looked at; raise ValueError where there is none."""
+        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        if not layers:
+            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
+        return dropdown("layer", layers, layers[0])
+
+    def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
+        """Do something with the batches beside the kernel; what was under way is cancelled."""
+        self.status.value = note(what)
+
+        def watched(task: Task) -> T:
+            return work(task.watch(self.batches, what))
+
+        self._worker.start(watched, then)
+
+    def on_change(self, controls: Iterable[W.Widget], act: Callable[[], None]) -> None:
+        """Do something when somebody sets one of the controls, and not while an outcome is handed over."""
+
+        def by_hand(_: dict) -> None:
+            with self._worker.lock:
+                if not self._filling.now:
+                    act()
+
+        for control in controls:
+            control.observe(by_hand, "value")
+
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
+
+    def show(self, figure: go.Figure) -> None:
+        """Show another figure."""
+        self.progress.value = 0
+        self.picture.show(figure)
+
+    def clicked(self, click: Click) -> None:
+        """Take a click in the figure; nothing happens unless an explorer says what."""
+
+    def _report(self, what: str, share: float) -> None:
+        self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")
+
+    def _failed(self, error: Exception) -> None:
+        self.progress.value, self.status.value = 0, note(f"{type(error).__name__}: {error}", bad=True)
+
+
+VIEWS = ("grid", "one channel", "filter", "spectrum", "group")
+
+
+class JTJExplorer(Explorer):
+    """Look into the Jacobian of single channels: JᵀJ as the paper's grid of heatmaps, and what it says.
+
+    Choose a layer and channels; see all of them, one enlarged (hover tells which two weights), its filter as an image,
+    the spectra, or the channel with all that its group couples to it. Scores and shares of off-diagonal terms are
+    in the table, the call in the field below; the full matrices go to an ``.npz`` file.
+
+    Args:
+        model: left unchanged; the explorer works on a copy.
+        data: a `load_data` data set; its split ``train`` gives the batches.
+        batches, batch_size, seed: of the calibration batches, one row of J each.
+        look: "light" or "dark".
+
+    Attributes:
+        dense: the `DenseJTJ` that is shown. group: the `GroupJTJ`, once the group was looked at.
+
+    Raises:
+        ValueError: an unknown look, a network without layers that have channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        batches: int = 10,
+        batch_size: int = 64,
+        seed: int = 0,
+        look: str = "light",
+    ):
+        super().__init__(model, data, batches, batch_size, seed, look)
+        self.dense: DenseJTJ | None = None
+        self.group: GroupJTJ | None = None
+        self.groups = find_groups(self.network, torch.zeros(1, *data.image_shape, device=self._device))
+        self.layer = self.choose_layer()
+        self.first = integer("first channel", 0, 0, 10**6)
+        self.count = integer("channels", 16, 1, 64)
+        self.view = dropdown("view", VIEWS, "grid")
+        self.mode = dropdown("values", MODES, "absolute")
+        self.channel = dropdown("channel", [0], 0)
+        self.path = text("write to", "jtj.npz")
+        self.save_button = button("save", self._save, "all matrices, weights and labels", "download")
+        self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
+        self.table, self.code = W.HTML(), code_area()
+        left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path]
+        left.append(W.HBox([self.save_button, self.cancel_button]))
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
+        self.children = (W.HBox([W.VBox(left, layout=COLUMN), right]), self.table, self.code)
+        self.on_change((self.layer, self.first, self.count), self._compute)
+        self.on_change((self.view, self.mode, self.channel), self._show)
+        self._compute()
+
+    def __repr__(self) -> str:
+        return f"JTJExplorer({self.layer.value}, {self.dense!r})"
+
+    def save(self, path: str | Path) -> Path:
+        """Write values, weights, channels and labels of what is shown to an ``.npz`` file; return its path.
+
+        Raises:
+            ValueError: nothing has been computed yet.
+        """
+        if self.dense is None:
+            raise ValueError("nothing has been computed yet: wait for it")
+        shown = self.dense
+        arrays = {"values": shown.values.numpy(force=True), "weights": shown.weights.numpy(force=True)}
+        np.savez_compressed(path, channels=np.array(shown.channels), labels=np.array(shown.labels), **arrays)
+        return Path(path)
+
+    def _compute(self) -> None:
+        layer = self.layer.value
+        width = layer_axes(get_layer(self.network, layer), layer)["out"].width
+        with self._filling():
+            self.first.max = width - 1
+            self.first.value = min(self.first.value, width - 1)
+        first = self.first.value
+        channels = range(first, min(first + self.count.value, width))
+        self.group = None
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r})")
+        self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
+
+    def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
+        """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
+        try:
+            return dense_jtj(self.network, batches, layer, channels)
+        except ValueError as error:
+            if "pool='kernel'" not in str(error):
+                raise
+        return dense_jtj(self.network, batches, layer, channels, pool="kernel")
+
+    def _take(self, dense: DenseJTJ) -> None:
+        self.dense = dense
+        pooled = ', pool="kernel"' if dense.pool else ""
+        channels = range(dense.channels[0], dense.channels[-1] + 1)
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {channels!r}{pooled})")
+        self.table.value = table(dense.to_frame().map("{:.4g}".format))
+        with self._filling():
+            known = self.channel.value if self.channel.value in dense.channels else dense.channels[0]
+            set_options(self.channel, dense.channels, known)
+        self._show()
+
+    def _show(self) -> None:
+        """Show the chosen view of what was computed."""
+        dense, channel, mode = self.dense, self.channel.value, self.mode.value
+        if dense is None:
+            return
+        if self.view.value == "group":
+            self._show_group(dense.axis, channel, mode)
+            return
+        weight = get_layer(self.network, dense.axis.layer).weight
+        draw = {
+            "grid": lambda: jtj_grid(dense, mode=mode, look=self.look),
+            "one channel": lambda: jtj_heatmap(dense, channel, mode, look=self.look),
+            "filter": lambda: filter_image(weight, dense.axis.layer, channel, look=self.look),
+            "spectrum": lambda: spectrum(dense, look=self.look),
+        }
+        self.show(draw[self.view.value]())
+        self.status.value = note(repr(dense))
+
+    def _show_group(self, axis: LayerAxis, channel: int, mode: str) -> None:
+        """Show the channel with all members of its group, computed when that is first asked for."""
+        group = next((group for group in self.groups if any(member.axis == axis for member in group.members)), None)
+        if group is None or channel >= group.width:
+            self._failed(ValueError(f"no group has channel {channel} of {axis}"))
+            return
+        if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
+            self._take_group(self.group)
+            return
+        self._say_code(
+            "groups = obc.find_groups(model, example)\n"
+            f"group = next(group for group in groups if group.root == {tuple(group.root)!r})\n"
+            f"jtj = obc.group_jtj(model, batches, group, channel={channel})"
+        )
+        what = "computing the group's JᵀJ"
+        self.compute(what, lambda batches: group_jtj(self.network, batches, group, channel), self._take_group)
+
+    def _take_group(self, group: GroupJTJ) -> None:
+        self.group = group
+        self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
+        self.status.value = note(repr(group))
+
+    def _say_code(self, call: str) -> None:
+        self.code.value = f"import obc_tools as obc\n\n{self.batches_code}\n{call}\njtj.plot()\n"
+
+    def _save(self) -> None:
+        try:
+            self.status.value = note(f"wrote '{self.save(self.path.value)}'")
+        except (ValueError, OSError) as error:
+            self._failed(error)
+
+
+ORDERS = ("cluster", "score", "channel")
+INTERACTION_MODES = ("correlation", "signed", "absolute")
+PAIRS = 5
+
+
+class InteractionExplorer(Explorer):
+    """Look at how the filters of a layer act on the losses together: K = (JW)ᵀ(JW), and which pairs stand out.
+
+    Choose a layer and an order; click a cell to see JᵀJ of both filters. The table has the pairs that duplicate each
+    other most (their removals change the losses alike) and those that cancel.
+
+    Args:
+        model: left unchanged; the explorer works on a copy.
+        data: a `load_data` data set; its split ``train`` gives the batches.
+        batches, batch_size, seed: of the calibration batches, one row of J each.
+        look: "light" or "dark".
+
+    Attributes:
+        interactions: the `FilterInteractions` that are shown. pair: JᵀJ of the two filters that were clicked last.
+
+    Raises:
+        ValueError: an unknown look, a network without layers that have channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        batches: int = 10,
+        batch_size: int = 64,
+        seed: int = 0,
+        look: str = "light",
+    ):
+        super().__init__(model, data, batches, batch_size, seed, look)
+        self._shows_pairs = False
+        self.interactions: FilterInteractions | None = None
+        self.pair: DenseJTJ | None = None
+        self._products: JacobianProducts | None = None
+        self.layer = self.choose_layer()
+        self.order = dropdown("order", ORDERS, "cluster")
+        self.mode = dropdown("values", INTERACTION_MODES, "correlation")
+        self.back_button = button("back to K", self._show, "from the JᵀJ of a pair", "arrow-left")
+        self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
+        self.table, self.code = W.HTML(), code_area()
+        buttons = W.HBox([self.back_button, self.cancel_button])
+        left = W.VBox([self.layer, self.order, self.mode, buttons, self.table], layout=COLUMN)
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
+        self.children = (W.HBox([left, right]), self.code)
+        self.on_change((self.layer, self.order, self.mode), self._show)
+        self.compute("computing J·w", lambda batches: jacobian_products(self.network, batches), self._take)
+
+    def __repr__(self) -> str:
+        return f"InteractionExplorer({self.layer.value}, {self.interactions!r})"
+
+    def look_at(self, i: int, j: int) -> None:
+        """Show JᵀJ of two filters of the layer, as a click on their cell does."""
+        layer = self.layer.value
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}])\njtj.plot()")
+
+        def work(batches: Collection[Any]) -> DenseJTJ:
+            return dense_jtj(self.network, batches, layer, [i, j])
+
+        self.compute(f"computing JᵀJ of channels {i} and {j}", work, self._take_pair)
+
+    def clicked(self, click: Click) -> None:
+        """Show JᵀJ of both filters of the cell that was clicked."""
+        if self._shows_pairs:
+            self.look_at(int(click.y), int(click.x))
+
+    def _take(self, products: JacobianProducts) -> None:
+        self._products = products
+        self._show()
+
+    def _show(self) -> None:
+        if self._products is None:
+            return
+        found = self.interactions = filter_interactions(self._products, self.layer.value)
+        self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
+        self._shows_pairs = True
+        self.table.value = self._pairs(found)
+        self.status.value = note(f"{found!r}; click a cell to see both filters")
+        draw = f"k.plot(order={self.order.value!r}, mode={self.mode.value!r})"
+        self._say_code(
+            "products = obc.jacobian_products(model, batches)\n"
+            f"k = obc.filter_interactions(products, {self.layer.value!r})\n{draw}"
+        )
+
+    def _pairs(self, found: FilterInteractions) -> str:
+        frame = found.to_frame().sort_values("correlation", ascending=False)
+        ends = {"duplicate most": frame.head(PAIRS), "cancel most": frame[frame["correlation"] < 0].tail(PAIRS)[::-1]}
+        return "".join(
+            f"<b>{title}</b>{table(part.map(lambda v: f'{v:.3g}'))}" for title, part in ends.items() if len(part)
+        )
+
+    def _take_pair(self, dense: DenseJTJ) -> None:
+        self.pair = dense
+        self._shows_pairs = False
+        self.show(jtj_pair(dense, look=self.look))
+        scores = ", ".join(
+            f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
+        )
+        together = self.interactions.joint(set(dense.channels))
+        self.status.value = note(f"scores {scores}; removed together {together:.3e}")
+
+    def _say_code(self, call: str) -> None:
+        self.code.value = f"import obc_tools as obc\n\n{self.batches_code}\n{call}\n"

@@ -1,0 +1,247 @@
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torchvision
+from networks import NETWORKS, network, random_plan
+from torch import nn
+
+from obc_tools import PruningPlan, check_plan, cost_model, find_groups
+from obc_tools.pruning.check import Check, CheckError, Finding, relative_error
+from obc_tools.pruning.equivalent import EquivalentModel
+from obc_tools.pruning.masking import masked
+from obc_tools.pruning.plan import PlanMismatchError
+
+NAMES = ("pruned = masked", "EP = naive", "merge = EP, maps disturbed", "disturbed maps change the output")
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "mlp_layernorm"])
+def test_right_plans_pass(name):
+    model, images, plan = random_plan(name)
+    check = check_plan(model, plan, images)
+    assert check.ok and check.effect > 0.01
+    assert [finding.name for finding in check.findings] == [*NAMES, "costs predicted = counted"]
+    assert all(check.error_of(name) < 1e-12 for name in NAMES[:3])
+    assert check.error_of(NAMES[3]) > 1e-3
+    check.raise_if_failed()
+
+
+def test_the_model_is_left_alone():
+    model, images, plan = random_plan("residual")
+    model.float().train().bn1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert check_plan(model, plan, images.float()).ok
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training and not model.bn1.training and model.conv1.weight.dtype == torch.float32
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_single_precision_is_an_option():
+    model, images, plan = random_plan("grouped")
+    seen = set()
+    model.float().register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    assert check_plan(model, plan, images.float(), dtype=None, tolerance=1e-4).ok
+    assert seen == {torch.float32}
+
+
+class ChannelsLast(nn.Module):
+    """Calls a norm with the channels of an image last."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+NORMS = {
+    "LayerNorm2d of torchvision": lambda: torchvision.models.convnext.LayerNorm2d(8),
+    "LayerNorm2d of timm": lambda: timm.layers.LayerNorm2d(8),
+    "GroupNorm": lambda: nn.GroupNorm(2, 8),
+    "GroupNorm1": lambda: timm.layers.GroupNorm1(8),
+    "GroupNormAct": lambda: timm.layers.GroupNormAct(8, num_groups=2),
+    "LayerNorm2d without weights": lambda: timm.layers.LayerNorm2d(8, affine=False),
+    "LayerNorm without weights": lambda: ChannelsLast(nn.LayerNorm(8, elementwise_affine=False)),
+    "RMSNorm without weights": lambda: ChannelsLast(nn.RMSNorm(8, elementwise_affine=False)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_channels_see_the_kept_ones_only(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), NORMS[name](), nn.Conv2d(8, 4, 1)).double()
+    for parameter in model[1].parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    images = torch.randn(2, 3, 4, 4).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, tuple((0, 2, 3, 4, 6, 7) if g.prunable else tuple(range(g.width)) for g in groups))
+    check = check_plan(model, plan, images)
+    assert plan.channels_removed == 2 and check.ok, check
+
+
+class Shift(nn.Module):
+    """Adds what it holds in a buffer and has no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def test_channels_in_the_buffer_of_a_module_without_parameters_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Shift(), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    images = torch.randn(2, 3, 4, 4).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, tuple((0, 2, 3) if g.prunable else tuple(range(g.width)) for g in groups))
+    check = check_plan(model, plan, images)
+    assert "1.shift" in {member.axis.layer for group in groups for member in group.members} and check.ok, check
+
+
+@pytest.mark.parametrize("kind", [timm.layers.StdConv2d, timm.layers.ScaledStdConv2d])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weights_are_standardised_over_the_kept_inputs_only(kind, groups):
+    torch.manual_seed(0)
+    layers = kind(3, 8, 1, bias=True), nn.ReLU(), kind(8, 12, 3, groups=groups, bias=True), nn.ReLU(), kind(12, 4, 1)
+    model, images = nn.Sequential(*layers).double(), torch.randn(2, 3, 6, 6).double()
+    groups = find_groups(model, images)
+    plan = PruningPlan(groups, ((0, 2, 4, 6), (0, 1, 3, 6, 7, 9), tuple(range(4))))
+    check = check_plan(model, plan, images)
+    assert check.ok and check.error_of("pruned = masked") < 1e-12, check
+
+
+def mutated(plan, axis, positions):
+    """Return the plan with other positions in one member of one of its groups."""
+    groups = tuple(
+        replace(
+            group,
+            members=tuple(
+                replace(m, positions=tuple(positions(m.positions))) if m.axis == axis else m for m in group.members
+            ),
+        )
+        for group in plan.groups
+    )
+    assert groups != plan.groups
+    return PruningPlan(groups, plan.kept)
+
+
+WRONG = {
+    "a consumer's inputs reversed": ("residual", ("conv3", "in"), lambda p: p[::-1]),
+    "a consumer's inputs rotated": ("concat", ("last", "in"), lambda p: (*p[1:], p[0])),
+    "a norm rotated": ("residual", ("bn2", "out"), lambda p: (*p[1:], p[0])),
+    "one branch of a sum rotated": ("residual", ("project.0", "out"), lambda p: (*p[1:], p[0])),
+    "a depthwise convolution reversed": ("inverted", ("depthwise.0", "out"), lambda p: p[::-1]),
+    "a flattened axis rotated": ("small_vgg", ("11", "in"), lambda p: (*p[16:], *p[:16])),
+    "a transposed convolution reversed": ("upsampling", ("up", "in"), lambda p: p[::-1]),
+    "one position of a layer norm swapped": ("mlp_layernorm", ("2", "out"), lambda p: (*p[-1:], *p[1:-1], p[0])),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_coupling_shows(wrong):
+    name, axis, positions = WRONG[wrong]
+    model, images, plan = random_plan(name)
+    check = check_plan(model, mutated(plan, axis, positions), images)
+    assert not check.ok and check.error_of("pruned = masked") > 1e-3
+    with pytest.raises(CheckError, match=r"pruned = masked: .*, must be at most 1e-06"):
+        check.raise_if_failed()
+
+
+def test_a_missing_consumer_shows():
+    model, images, plan = random_plan("residual")
+    groups = tuple(replace(g, members=tuple(m for m in g.members if m.axis != ("conv2", "in"))) for g in plan.groups)
+    check = check_plan(model, PruningPlan(groups, plan.kept), images)
+    assert not check.ok and check.error_of("pruned = masked") == math.inf and math.isnan(check.effect)
+    with pytest.raises(CheckError, match="pruned = masked: RuntimeError: .*channels"):
+        check.raise_if_failed()
+
+
+def test_a_merge_that_differs_shows(monkeypatch):
+    merge = EquivalentModel.merge
+
+    def wrong(self):
+        merged = merge(self)
+        with torch.no_grad():
+            merged.conv3.weight[0] *= 1.01
+        return merged
+
+    monkeypatch.setattr(EquivalentModel, "merge", wrong)
+    model, images, plan = random_plan("residual")
+    check = check_plan(model, plan, images)
+    assert [finding.name for finding in check.findings if not finding.ok] == ["merge = EP, maps disturbed"]
+
+
+def test_equivalent_pruning_that_starts_elsewhere_shows(monkeypatch):
+    forward = EquivalentModel.forward
+    monkeypatch.setattr(EquivalentModel, "forward", lambda self, x: forward(self, x) * 1.001)
+    model, images, plan = random_plan("residual")
+    check = check_plan(model, plan, images)
+    assert [finding.name for finding in check.findings if not finding.ok] == ["EP = naive"]
+
+
+def test_wrong_costs_show():
+    model, images, plan = random_plan("residual")
+    other, _, _ = random_plan("residual")
+    other.fc = nn.Linear(12, 7).double()
+    check = check_plan(model, plan, images, costs=cost_model(other, images))
+    assert [finding.name for finding in check.findings if not finding.ok] == ["costs predicted = counted"]
+    assert check.error_of("costs predicted = counted") > 1e-4
+
+
+def test_nothing_can_be_told_is_said():
+    model, images, plan = random_plan("residual")
+    with pytest.raises(CheckError, match="the same for all examples"):
+        check_plan(model, plan, images[:1].expand(4, -1, -1, -1))
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.fc.bias[0] = float("nan")
+    with pytest.raises(CheckError, match="output is not finite"):
+        check_plan(broken, plan, images)
+    broken.forward = lambda x: None
+    with pytest.raises(CheckError, match="returns no floating-point tensor"):
+        check_plan(broken, plan, images)
+    with pytest.raises(PlanMismatchError, match="not in this model"):
+        check_plan(nn.Sequential(nn.Conv2d(3, 4, 1)), plan, images)
+
+
+def test_a_plan_that_removes_nothing_has_no_effect():
+    model, images = network("residual")
+    check = check_plan(model, PruningPlan.whole(find_groups(model, images)), images)
+    assert check.ok and check.effect == 0 and "merge = EP, maps disturbed" not in repr(check)
+
+
+def test_what_a_person_sees():
+    model, images, plan = random_plan("residual")
+    check = check_plan(model, plan, images)
+    assert repr(check).startswith("Check: all checks passed; pruning changes the output by")
+    assert "pruned = masked" in repr(check) and "<table" in check._repr_html_()
+    assert list(check.to_frame()["ok"]) == [True] * 5
+    failed = Check((Finding("a", 1.0, 0.5), Finding("b", 1.0, 0.5, differs=True)), 1.0)
+    assert repr(failed).startswith("Check: 1 of 2 checks failed")
+
+
+def test_errors_are_relative_to_what_differs_between_examples():
+    outputs = torch.tensor([[1001.0, 0.0], [999.0, 0.0]])
+    assert relative_error([outputs], [outputs + 0.5]) == 0.5
+    assert relative_error([outputs], [outputs[:1]]) == math.inf
+    assert relative_error([outputs], [outputs * float("nan")]) == math.inf
+    assert relative_error([torch.tensor([[4.0]])], [torch.tensor([[5.0]])]) == 0.25
+
+
+def test_masking_keeps_the_size_and_silences_the_removed():
+    model, images, plan = random_plan("mlp_layernorm")
+    silent = masked(model, plan)
+    assert silent[1].weight.shape == model[1].weight.shape
+    gone = sorted(set(range(20)) - set(plan.selection(("1", "out"))))
+    assert gone and silent[4].weight[:, gone].abs().max() == 0 and silent[1].weight[gone].abs().max() == 0
+    hidden = silent[:3](images)
+    assert hidden.shape == (4, 20) and hidden[:, gone].abs().max() == 0
+    kept = [channel for channel in range(20) if channel not in gone]
+    normed = (hidden[:, kept] - silent[2].bias) / silent[2].weight
+    assert normed.mean(1).abs().max() < 1e-12

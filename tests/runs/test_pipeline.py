@@ -1,0 +1,228 @@
+"""A job from end to end, tiny: its checks, what it promises, and that held-out images decide nothing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from obc_tools.data.data import load_data
+from obc_tools.models.store import load_pruned, replacing
+from obc_tools.pruning.order import Target
+from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job
+from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, PruningJob, find_device
+from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
+from obc_tools.training.recipe import Recipe
+
+TINY = PruningJob(
+    title="tiny",
+    model="resnet8",
+    data="digits",
+    model_options={"width": 4},
+    target=Target(speedup=1.5),
+    batches=2,
+    batch_size=64,
+    steps=3,
+    pretrain=Recipe(epochs=2, lr=0.1, batch_size=128, augment=False),
+    finetune=Recipe(epochs=1, lr=0.02, batch_size=128, augment=False),
+    equivalent=True,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The tiny job's result and its folder."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return run_job(TINY, folder, progress=False), folder
+
+
+def test_all_models_are_measured_and_the_target_is_met(run):
+    result, _ = run
+    assert list(result.measured) == [ORIGINAL, PRUNED, NAIVE, MERGED]
+    macs = {key: measured.cost.macs for key, measured in result.measured.items()}
+    assert macs[PRUNED] == macs[NAIVE] == macs[MERGED] <= macs[ORIGINAL] / 1.5
+    assert {measured.metrics.examples for measured in result.measured.values()} == {359}
+    assert result.measured[NAIVE].metrics.loss < result.measured[PRUNED].metrics.loss
+
+
+def test_equivalent_pruning_keeps_its_promises(run):
+    result, _ = run
+    assert result.equivalence.start_from_naive <= 1e-4
+    assert result.equivalence.merged_from_trained <= 1e-4
+    assert result.equivalence.merged_from_naive > 1e-3
+    assert result.equivalence.merged_loads_into_naive
+    shapes = [
+        {key: value.shape for key, value in result.models[name].state_dict().items()} for name in (PRUNED, MERGED)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_results_say_everything(run):
+    result, folder = run
+    results = read_results(folder)
+    assert {entry.name for entry in folder.iterdir()} == {
+        *("results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
+        *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
+    }
+    assert {entry.name for entry in folder.iterdir()} < ENTRIES
+    assert results["job"]["finetune"] == TINY.finetune.to_dict()
+    assert results["job"]["target"]["speedup"] == 1.5
+    assert results["equivalence"]["merged_loads_into_naive"]
+    assert set(results["environment"]["libraries"]) >= {"torch", "torch-pruning", "obc_tools"}
+    for key, measured in result.measured.items():
+        assert results["models"][key]["metrics"]["accuracy"] == measured.metrics.accuracy
+        assert results["models"][key]["median_latency_ms"] > 0
+    for key in (PRUNED, NAIVE, MERGED):
+        assert results["reloaded"][key]["bit_equal_logits"]
+        assert results["reloaded"][key]["accuracy"] == result.measured[key].metrics.accuracy
+    assert [len(history) for history in results["histories"].values()] == [2, 1, 1]
+
+
+def test_a_new_process_loads_the_same_logits_without_pickle(run, tmp_path):
+    result, folder = run
+    images, _ = next(iter(load_data("digits").batches("val", 64)))
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch; from obc_tools.models.store import load_pruned; folder, path = sys.argv[1:]; "
+        "torch.save(load_pruned(folder)(torch.load(path + '/images.pt', weights_only=True)), path + '/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script, folder / MERGED, tmp_path], check=True)
+    with torch.no_grad():
+        expected = result.models[MERGED].eval()(images)
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    assert {path.suffix for path in (folder / MERGED).iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_trained_original_can_be_pruned_again_without_fine_tuning(run, tmp_path):
+    _, folder = run
+    weights = str(folder / "original.safetensors")
+    job = replace(TINY, weights=weights, pretrain=None, finetune=None, equivalent=False)
+    result = run_job(job, tmp_path / "again", progress=False)
+    assert list(result.measured) == [ORIGINAL, PRUNED]
+    assert result.plan.kept == run[0].plan.kept
+    assert result.equivalence is None and not result.histories
+    assert load_pruned(tmp_path / "again" / PRUNED)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_a_job_gives_the_same_results_again_and_held_out_images_decide_nothing(run, monkeypatch):
+    """With other held-out images (here: a few of them) all weights and the plan come out the same."""
+    inputs = prepare(TINY)
+    monkeypatch.setattr(
+        type(inputs), "held_out_batches", lambda self, share=(0, 1): self.data.batches("val", 32).first(1)
+    )
+    result = perform(inputs, progress=False)
+    assert result.plan.kept == run[0].plan.kept
+    for key, model in result.models.items():
+        expected = run[0].models[key].state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert result.measured[ORIGINAL].metrics.examples == 32
+
+
+def test_both_fine_tunings_see_the_same_images_and_every_pruning_step_sees_others():
+    inputs = prepare(TINY)
+    recipe = replace(TINY.finetune, augment=True)
+    one, other = (inputs.training_batches(recipe).at(0) for _ in range(2))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, other, strict=True))
+    calibration = inputs.calibration_batches()
+    first, second = list(calibration), list(calibration)
+    assert len(first) == len(second) == 2
+    assert not torch.equal(first[0][0], second[0][0])
+
+
+def test_a_repr_is_the_table(run):
+    text = repr(run[0])
+    assert "Equivalent Pruning, merged" in text and "CPU latency (ms)" in text
+    assert "<table" in run[0]._repr_html_()
+    assert run[0].to_frame()["speed-up"].iloc[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "jacobain"}, "unknown criterion 'jacobain'; closest: jacobian"),
+        ({"scope": "everywhere"}, "unknown scope 'everywhere'"),
+        ({"group_reduction": "median"}, "unknown group_reduction 'median'"),
+        ({"normalizer": "l7"}, "unknown normalizer 'l7'"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"batches": 0}, "batches must be at least 1, not 0"),
+        ({"pretrain": None}, "give either weights or a recipe"),
+        ({"finetune": None}, "at least 1 epoch"),
+        ({"round_to": 0}, "round_to=0"),
+        ({"only": "heads"}, "unknown only 'heads'"),
+    ],
+)
+def test_a_job_is_checked_when_built(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": Target(speedup=1000)}, "the best"),
+        ({"target": Target(ratio=0.5), "num_classes": 7}, "model has 7 outputs, data has 10 classes"),
+        ({"batches": 1000}, "take: 1000 batches were asked for"),
+        ({"ignore": ("nosuch",)}, "nosuch"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"model": "vgg11", "model_options": {"in_channels": 3}}, "cannot take images of shape"),
+    ],
+)
+def test_what_is_wrong_is_raised_before_training(change, message, monkeypatch):
+    monkeypatch.setattr("obc_tools.runs.pipeline.fit", None)
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(TINY, **change))
+
+
+def test_finds_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="unknown device 'gpu'; known are auto, cpu"):
+        find_device("gpu")
+
+
+def test_networks_that_differ_are_reported():
+    _check_equal(1e-5, "one and other")
+    with pytest.raises(EquivalenceError, match="one and other: logits differ by up to 0.5"):
+        _check_equal(0.5, "one and other")
+    with pytest.raises(EquivalenceError):
+        _check_equal(float("nan"), "one and other")
+
+
+def test_a_folder_is_replaced_only_on_success(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(folder) as new:
+        (new / "results.json").write_text("new")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (folder / "results.json").read_text() == "old"
+    with replacing(folder) as new:
+        (new / "results.json").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (folder / "results.json").read_text() == "new"
+
+
+def test_only_a_run_is_overwritten(tmp_path):
+    check_run_folder(tmp_path / "free", overwrite=False)
+    check_run_folder(tmp_path, overwrite=False)
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1}))
+    check_run_folder(tmp_path, overwrite=True)
+    with pytest.raises(RunFolderError, match=r"already holds a run: .*--overwrite"):
+        check_run_folder(tmp_path, overwrite=False)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunFolderError, match=r"something else than a run \(thesis.tex\)"):
+        check_run_folder(tmp_path, overwrite=True)
+    with pytest.raises(RunFolderError, match="is a file"):
+        check_run_folder(tmp_path / "thesis.tex", overwrite=True)
+
+
+def test_reading_what_is_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match="holds no run"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(RunFolderError, match="not of format 1"):
+        read_results(tmp_path)

@@ -1,0 +1,201 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+from torch.nn import functional as F
+
+from obc_tools.scoring import row_gradients
+from obc_tools.scoring.row_gradients import stream_gradients
+from obc_tools.structure.layers import get_layer, own_parameters
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.embed = nn.Linear(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2).transpose(1, 2)) + self.token
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Reuse(nn.Module):
+    """One convolution used twice, an in-place activation, and a linear weight also used outside its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.norm = nn.BatchNorm2d(4)
+        self.tied = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        x = self.act(self.norm(self.conv(x)))
+        x = self.act(self.conv(x)).mean((2, 3))
+        return self.head(self.tied(x) + F.linear(x, self.tied.weight.T))
+
+
+class BatchCentred(nn.Module):
+    """Examples see each other: each is centred by the batch's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.first(x.mean((2, 3))).tanh()
+        return self.head(x - x.mean(0))
+
+
+def losses_of(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def make(kind, seed=0):
+    torch.manual_seed(seed)
+    model = kind().double()
+    batches = [(torch.randn(4, 3, 4, 4).double(), torch.randint(0, 3, (4,))) for _ in range(2)]
+    return model, batches
+
+
+def oracle(model, batches, layer, rows):
+    """One gradient of one loss at a time, through the whole model."""
+    model.eval()
+    size = {"batch": 4, "sample": 1}.get(rows, rows)
+    prefix = layer if isinstance(get_layer(model, layer), nn.Parameter) else f"{layer}."
+    parameters = {name: p.detach() for name, p in model.named_parameters() if name.startswith(prefix)}
+    found = []
+    for images, labels in batches:
+        for start in range(0, 4, size):
+
+            def loss(given, images=images, labels=labels, start=start):
+                each = F.cross_entropy(functional_call(model, given, (images,)), labels, reduction="none")
+                return each[start : start + size].mean()
+
+            found.append(grad(loss)(parameters))
+    own = own_parameters(get_layer(model, layer))
+    return {key: torch.stack([one[f"{layer}.{key}" if key else layer] for one in found]) for key in own}
+
+
+LAYERS = [
+    (Attention, "embed"),
+    (Attention, "token"),
+    (Attention, "attention"),
+    (Attention, "attention.out_proj"),
+    (Reuse, "stem"),
+    (Reuse, "conv"),
+    (Reuse, "norm"),
+    (Reuse, "tied"),
+    (Reuse, "head"),
+    (BatchCentred, "first"),
+]
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample", 2])
+@pytest.mark.parametrize(("kind", "layer"), LAYERS, ids=[f"{kind.__name__}-{layer}" for kind, layer in LAYERS])
+def test_equals_one_gradient_at_a_time(kind, layer, rows):
+    model, batches = make(kind)
+    pieces = list(stream_gradients(model, batches, [layer], rows=rows))
+    for key, expected in oracle(model, batches, layer, rows).items():
+        found = torch.cat([piece[layer, key] for piece in pieces])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_several_layers_at_once_and_in_small_pieces(monkeypatch):
+    model, batches = make(Reuse)
+    whole = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
+    monkeypatch.setattr("obc_tools.scoring.row_gradients.BYTES_AT_A_TIME", 1)
+    pieces = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
+    assert (len(whole), len(pieces)) == (2, 8)
+    for key in whole[0]:
+        torch.testing.assert_close(torch.cat([p[key] for p in pieces]), torch.cat([w[key] for w in whole]))
+
+
+def test_goes_row_by_row_only_where_examples_see_each_other(monkeypatch):
+    def count(kind, layer):
+        model, batches = make(kind)
+        passes = []
+        real = row_gradients._gradients
+        monkeypatch.setattr(row_gradients, "_gradients", lambda *args: passes.append(1) or real(*args))
+        list(stream_gradients(model, batches, [layer], rows="sample"))
+        monkeypatch.undo()
+        return len(passes)
+
+    assert count(Reuse, "conv") == count(Attention, "token") == 0
+    assert count(BatchCentred, "first") == 2 * 4
+
+
+def test_works_on_compiled_models_and_sparse_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3)).double()
+    batches = [(torch.randint(0, 7, (4, 3)), torch.randint(0, 3, (4,)))]
+    dense = copy.deepcopy(model)
+    dense[0].sparse = False
+    compiled = torch.compile(model, backend="eager")
+    for rows in ("batch", "sample"):
+        (found,) = _joined(stream_gradients(compiled, batches, ["0"], rows=rows))
+        (expected,) = _joined(stream_gradients(dense, batches, ["0"], rows=rows))
+        torch.testing.assert_close(found, expected)
+
+
+def _joined(pieces):
+    pieces = list(pieces)
+    return [torch.cat([piece[key] for piece in pieces]) for key in pieces[0]]
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_given_back_as_it_was(rows, fails):
+    model, batches = make(Reuse)
+    model.train()
+    model.norm.eval()
+    model.stem.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def objective(model, batch):
+        losses = losses_of(model, batch)
+        return losses * float("nan") if fails else losses
+
+    try:
+        list(stream_gradients(model, batches, ["conv"], rows=rows, objective=objective))
+        assert not fails
+    except ValueError as error:
+        assert fails and "batch 1: the loss is nan" in str(error)
+    assert [module.training for module in model.children()] == [True, True, True, False, True, True]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("rows", [0, -1, True, 1.5, "image"])
+def test_refuses_unknown_rows(rows):
+    model, batches = make(BatchCentred)
+    with pytest.raises(ValueError, match="expected 'batch', 'sample' or how many"):
+        next(stream_gradients(model, batches, ["first"], rows=rows))
+
+
+def test_refuses_what_it_cannot_compute():
+    model, batches = make(Reuse)
+    model.extra = nn.Linear(2, 2).double()
+    with pytest.raises(ValueError, match="batch 1: rows=3 does not divide its 4 examples"):
+        list(stream_gradients(model, batches, ["conv"], rows=3))
+    with pytest.raises(ValueError, match="returned one scalar, which allows only rows='batch'"):
+        list(stream_gradients(model, batches, ["conv"], rows=1, objective=lambda m, b: losses_of(m, b).mean()))
+    with pytest.raises(ValueError, match="unknown layer 'cnov'; closest: conv"):
+        list(stream_gradients(model, batches, ["cnov"]))
+    with pytest.raises(ValueError, match="the batches yield no data"):
+        list(stream_gradients(model, iter([]), ["conv"]))
+    for rows in ("batch", "sample"):
+        with pytest.raises(ValueError, match=r"does not depend on the model's parameters|layer 'extra' never ran"):
+            list(stream_gradients(model, batches, ["extra"], rows=rows))

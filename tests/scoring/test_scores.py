@@ -1,0 +1,51 @@
+import pytest
+import torch
+from cases import CASES
+from networks import NETWORKS, network
+
+from obc_tools import find_groups, score_groups
+from obc_tools.scoring.rows import parameter_slots
+from obc_tools.structure.layers import find_axis, get_layer, own_parameters
+
+NETS = [*NETWORKS, "mlp_layernorm"]
+CASE_NAMES = (
+    *("conv1d", "conv2d", "conv3d", "grouped", "transposed", "linear", "tokens", "batch_norm1d", "batch_norm2d"),
+    *("batch_statistics", "layer_norm", "group_norm", "prelu", "residual", "read_twice", "shared"),
+)
+
+
+def scored(name):
+    """Return a model, its groups and a batch, from the small networks or the cases of single layers."""
+    if name in NETS:
+        model, images = network(name)
+        outputs = model(images)
+        labels = torch.tensor([0, 1, 2, 0])
+        objective = (lambda m, b: m(b[0]).square().flatten(1).mean(1)) if outputs.dim() > 2 else None
+        return model, find_groups(model, images), (images, labels), objective
+    case = next(case for case in CASES if case.name == name)
+    model, batch = case.model(), case.data()
+    return model, find_groups(model, batch[0]), batch, case.objective
+
+
+@pytest.mark.parametrize("name", [*NETS, *CASE_NAMES])
+def test_no_parametrised_member_is_skipped(name):
+    model, groups, batch, objective = scored(name)
+    options = {"objective": objective} if objective else {}
+    assert any(group.prunable for group in groups)
+    before = score_groups(model, groups, "jacobian", [batch], **options)
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        for member in group.members if group.prunable else ():
+            layer = get_layer(model, member.axis.layer)
+            slots = parameter_slots(layer, find_axis(layer, member.axis))
+            for slot in slots:
+                parameter = own_parameters(layer)[slot.tensor]
+                kept = parameter.detach().clone()
+                with torch.no_grad():
+                    parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
+                after = score_groups(model, [group], "jacobian", [batch], **options)[group]
+                with torch.no_grad():
+                    parameter.copy_(kept)
+                assert not torch.allclose(after, before[group], rtol=1e-6, atol=0), (
+                    f"{member.axis} {slot.tensor} of {group}"
+                )

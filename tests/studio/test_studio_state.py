@@ -1,0 +1,225 @@
+"""The choices of interactive pruning as values: changed, undone, compared, and written as Python of the same plan."""
+
+from dataclasses import replace
+
+import pytest
+from networks import network
+
+import obc_tools as obc
+from obc_tools.models.networks import load_model
+from obc_tools.pruning.order import Target
+from obc_tools.pruning.plan import PlanMismatchError, PruningPlan
+from obc_tools.structure.layers import LayerAxis
+from obc_tools.studio.state import (
+    STEPS_BACK,
+    Choices,
+    Scoring,
+    Setup,
+    StudioState,
+    change,
+    lock,
+    plan_changes,
+    recall,
+    redo,
+    remember,
+    set_limit,
+    to_code,
+    toggle_channel,
+    undo,
+    unlock,
+)
+
+RATIOS = [Choices(target=Target(ratio=ratio)) for ratio in (0.1, 0.2, 0.4)]
+CONV = LayerAxis("0", "out")
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A small network's scores, cost model, and what plans choices lead to."""
+    model, images = network("small_vgg")
+    scores = obc.score_groups(model, obc.find_groups(model, images[:1]), "l1")
+    costs = obc.cost_model(model, images[:1])
+    return lambda choices: choices.plan(choices.rank(scores), costs)
+
+
+def test_undo_and_redo_walk_the_changes():
+    state = StudioState()
+    for choices in RATIOS:
+        state = change(state, choices)
+    assert [undo(state).choices, undo(undo(state)).choices] == [RATIOS[1], RATIOS[0]]
+    assert undo(undo(undo(undo(state)))).choices == Choices() == undo(StudioState()).choices
+    assert redo(undo(state)) == state == redo(state)
+    assert redo(redo(undo(undo(state)))) == state
+    assert change(undo(state), RATIOS[0]).future == ()
+    assert change(state, state.choices) is state
+
+
+def test_a_drag_is_one_step_and_old_steps_are_forgotten():
+    state = change(StudioState(), RATIOS[0])
+    state = change(change(state, RATIOS[1], merge=True), RATIOS[2], merge=True)
+    assert state.choices == RATIOS[2]
+    assert undo(state).choices == Choices()
+    for number in range(STEPS_BACK + 5):
+        state = change(state, Choices(min_channels=number + 1))
+    assert len(state.past) == STEPS_BACK
+
+
+def test_plans_are_remembered_by_name():
+    state = remember(change(StudioState(), RATIOS[0]), "first")
+    state = remember(change(state, RATIOS[1]), "second")
+    assert recall(state, "first").choices == RATIOS[0]
+    assert undo(recall(state, "first")).choices == RATIOS[1]
+    assert dict(remember(recall(state, "first"), "second").remembered)["second"] == RATIOS[0]
+    with pytest.raises(ValueError, match="unknown remembered plan 'thrid'"):
+        recall(state, "thrid")
+    with pytest.raises(ValueError, match="needs a name"):
+        remember(state, " ")
+
+
+def test_a_channel_is_toggled_and_nothing_else(made):
+    choices = RATIOS[2]
+    plan = made(choices)
+    gone = next(c for c in range(8) if c not in plan.kept_of(CONV))
+    more = toggle_channel(choices, plan, CONV, gone)
+    frame = plan_changes(plan, made(more))
+    assert frame.to_dict("records") == [
+        {
+            "group": "0.out",
+            "channels": 8,
+            "kept before": len(plan.kept_of(CONV)),
+            "kept after": len(plan.kept_of(CONV)) + 1,
+            "removed": (),
+            "restored": (gone,),
+        }
+    ]
+    again = toggle_channel(more, made(more), CONV, gone)
+    assert again.by_hand == ((CONV, gone, False),)
+    assert made(again) == plan
+
+
+def test_toggles_that_cannot_be_are_refused(made):
+    plan = made(RATIOS[0])
+    with pytest.raises(ValueError, match="unknown group 'x.out'"):
+        toggle_channel(RATIOS[0], plan, LayerAxis("x", "out"), 0)
+    with pytest.raises(PlanMismatchError, match="no channel 99 in a group of width 8"):
+        toggle_channel(RATIOS[0], plan, CONV, 99)
+    last = plan.choose(CONV, remove=plan.kept_of(CONV)[1:])
+    with pytest.raises(PlanMismatchError, match="no channel is kept"):
+        toggle_channel(RATIOS[0], last, CONV, last.kept_of(CONV)[0])
+    with pytest.raises(PlanMismatchError, match="kept whole"):
+        toggle_channel(RATIOS[0], plan, LayerAxis("13", "out"), 0)
+
+
+def test_toggles_go_with_all_blocks():
+    model, images = network("grouped")
+    groups = obc.find_groups(model, images[:1])
+    group = next(g for g in groups if g.prunable and g.blocks > 1)
+    size = group.width // group.blocks
+    choices = toggle_channel(Choices(), PruningPlan.whole(groups), group.root, size + 1)
+    assert choices.by_hand == ((group.root, 1, False),)
+
+
+def test_a_lock_holds_what_there_is(made):
+    choices = RATIOS[2]
+    choices = toggle_channel(choices, made(choices), CONV, 0)
+    locked = lock(choices, made(choices), CONV)
+    assert locked.by_hand == ()
+    assert locked.locked == ((CONV, made(choices).kept_of(CONV)),)
+    other = replace(locked, target=Target(ratio=0.7))
+    assert made(other).kept_of(CONV) == made(choices).kept_of(CONV)
+    assert unlock(locked, CONV).locked == ()
+
+
+def test_limits_of_groups_come_and_go(made):
+    choices = set_limit(Choices(target=Target(ratio=0.7)), CONV, 0.0)
+    assert len(made(choices).kept_of(CONV)) == 8
+    assert set_limit(set_limit(choices, CONV, 0.5), CONV, None) == Choices(target=Target(ratio=0.7))
+
+
+def test_wrong_choices_are_refused():
+    for wrong, message in (
+        (lambda: Choices(scope="universal"), "unknown scope 'universal'"),
+        (lambda: Choices(max_ratio=2), "max_ratio=2"),
+        (lambda: Scoring("jacobean"), "closest: jacobian"),
+        (lambda: Scoring(group_reduction="least"), "unknown group_reduction"),
+        (lambda: Scoring(normalizer="most"), "unknown normalizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_a_ranking_serves_all_targets_and_hands():
+    one, other = Choices(target=Target(speedup=2), by_hand=((CONV, 1, True),)), Choices()
+    assert one.ranking_key == other.ranking_key
+    assert Choices(scope="local").ranking_key != other.ranking_key
+    assert set_limit(other, CONV, 0.5).ranking_key != other.ranking_key
+
+
+def test_plans_of_different_networks_are_not_compared():
+    plans = [PruningPlan.whole(obc.find_groups(*network(name))) for name in ("grouped", "small_vgg")]
+    with pytest.raises(PlanMismatchError, match="different groups"):
+        plan_changes(*plans)
+
+
+CODED = {
+    "plain": Choices(),
+    "weights": Choices(Scoring("l1"), Target(speedup=1.5)),
+    "scaled": Choices(Scoring("taylor", "mean", "max"), Target(params=0.6), scope="isomorphic"),
+    "limited": Choices(Scoring("jacobian"), Target(macs=0.7), "local", 2, 2, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_the_code_makes_the_same_plan(name):
+    data = obc.load_data("digits")
+    model = load_model("resnet8", 10, in_channels=1, width=8)
+    setup = Setup(data.image_shape, batches=2, batch_size=16, seed=3, ignore=("conv1",) if name == "limited" else ())
+    groups = obc.find_groups(model, next(iter(data.batches("val", 1)))[0], ignore=setup.ignore)
+    costs = obc.cost_model(model, next(iter(data.batches("val", 1)))[0])
+    batches = list(obc.take(data.batches("train", 16, seed=3), 2))
+    choices = CODED[name]
+    for key in ("macs", "params"):
+        share = getattr(choices.target, key)
+        if share is not None:
+            choices = replace(choices, target=Target(**{key: share * getattr(costs.original, key)}))
+    scoring = choices.scoring
+    scores = obc.score_groups(
+        model,
+        groups,
+        scoring.criterion,
+        batches,
+        group_reduction=scoring.group_reduction,
+        normalizer=scoring.normalizer,
+    )
+
+    def made(choices):
+        return choices.plan(choices.rank(scores), costs)
+
+    free = [group.root for group in groups if group.prunable]
+    choices = set_limit(choices, free[0], 0.25)
+    choices = lock(choices, made(choices), free[1])
+    choices = toggle_channel(choices, made(choices), free[-1], 1)
+    choices = toggle_channel(choices, made(choices), free[-1], 2)
+    namespace = {"model": model, "data": data}
+    exec(to_code(choices, setup), namespace)
+    assert namespace["plan"] == made(choices)
+    assert namespace["plan"] != made(Choices(scoring, choices.target))
+    widths = {name: tuple(p.shape) for name, p in namespace["pruned"].named_parameters()}
+    assert widths == {name: tuple(p.shape) for name, p in obc.prune(model, made(choices)).named_parameters()}
+
+
+def test_code_leaves_out_what_is_usual():
+    code = to_code(Choices(Scoring("l2")), Setup((3, 32, 32)))
+    assert code.splitlines()[4:] == [
+        "example = torch.zeros(1, 3, 32, 32)",
+        "groups = obc.find_groups(model, example)",
+        "scores = obc.score_groups(model, groups, 'l2')",
+        "costs = obc.cost_model(model, example)",
+        "plan = obc.one_shot_plan(scores, costs, ratio=0.3)",
+        "pruned = obc.prune(model, plan)",
+    ]
+    heads = Setup((3, 32, 32), ignore=("conv1",), whole_heads=True, only="attention")
+    code = to_code(Choices(Scoring("l2")), heads).splitlines()
+    assert code[5] == "groups = obc.find_groups(model, example, ignore=['conv1'], whole_heads=True, only='attention')"
+    assert code[7] == "costs = obc.cost_model(model, example, whole_heads=True)"
+    assert "device='cuda:1'" in to_code(Choices(), Setup((3, 32, 32), device="cuda:1"))

@@ -1,0 +1,415 @@
+"""The studio without a browser: its controls set, its buttons clicked, its figure and tables read."""
+
+import json
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+
+import obc_tools as obc
+from obc_tools.plots.studio import SCORES, UPPER
+from obc_tools.pruning.order import Target
+from obc_tools.pruning.plan import PruningPlan
+from obc_tools.studio.state import Choices
+from obc_tools.widgets import studio as studio_module
+from obc_tools.widgets.controls import Click
+from obc_tools.widgets.studio import PruningStudio
+
+SOURCE = {"name": "resnet8", "in_channels": 1, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def made():
+    data = obc.load_data("digits")
+    torch.manual_seed(0)
+    model = obc.load_model("resnet8", 10, in_channels=1, width=8)
+    return model, data
+
+
+@pytest.fixture
+def studio(made, tmp_path):
+    """A studio that has scored and planned."""
+    found = PruningStudio(*made, batches=2, batch_size=32, held_out=1, source=SOURCE)
+    found._controls.path.value = str(tmp_path / "out")
+    return found.wait(60)
+
+
+def controls(studio):
+    return studio._controls
+
+
+def kept_bars(studio):
+    return int(studio.figure.data[0].y.sum())
+
+
+def test_it_starts_with_a_plan_by_the_jacobian_criterion(studio):
+    assert studio.plan == obc.one_shot_plan(
+        studio.session.scores(studio.state.choices.scoring), studio.session.costs, ratio=0.3
+    )
+    assert "speed-up" in controls(studio).table.value
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
+
+
+def test_the_slider_makes_a_plan_without_a_forward_pass(studio):
+    def refuse(*_):
+        raise AssertionError("a forward pass")
+
+    hook = studio.session.model.register_forward_pre_hook(refuse)
+    before = studio.plan
+    controls(studio).target.value = 0.5
+    assert studio.plan.channels_removed == int(0.5 * studio.plan.channels)
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
+    assert "Changed since" in controls(studio).changes.value and before != studio.plan
+    controls(studio).kind.value = "speedup"
+    controls(studio).target.value = 2.0
+    assert Target(speedup=2.0).met(studio.session.costs.of(studio.plan), studio.session.costs.original)
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["speedup", "macs", "params"])
+def test_another_kind_of_target_begins_where_the_plan_is(studio, kind):
+    controls(studio).target.value = 0.37
+    before = studio.plan
+    controls(studio).kind.value = kind
+    assert studio.plan == before
+    assert vars(studio.state.choices.target)[kind] is not None
+    controls(studio).kind.value = "ratio"
+    assert studio.plan == before
+
+
+def test_undo_and_redo(studio):
+    c, first = controls(studio), studio.plan
+    c.scope.value = "local"
+    second = studio.plan
+    assert second != first
+    c.undo.click()
+    assert (studio.plan, c.scope.value, c.undo.disabled) == (first, "global", True)
+    c.redo.click()
+    assert (studio.plan, c.scope.value, c.redo.disabled) == (second, "local", True)
+
+
+def test_a_drag_is_undone_at_once(studio):
+    first = studio.plan
+    for value in (0.35, 0.4, 0.45):
+        controls(studio).target.value = value
+    controls(studio).undo.click()
+    assert studio.plan == first and controls(studio).target.value == 0.3
+
+
+def test_what_a_page_rounds_to_the_steps_of_a_slider_is_not_a_choice(studio):
+    c, root = controls(studio), controls(studio).group.value
+    studio.choose(Choices(target=Target(speedup=1.873), limits=((root, 0.333),)))
+    before, plan, code = studio.state, studio.plan, studio.code
+    c.target.value, c.limit.value = 1.88, 0.33
+    assert (studio.state, studio.plan, studio.code) == (before, plan, code)
+    c.scope.value = "local"
+    assert studio.state.choices == replace(before.choices, scope="local")
+    c.target.value, c.limit.value = 1.9, 0.34
+    assert studio.state.choices.target == Target(speedup=1.9) and dict(studio.state.choices.limits) == {root: 0.34}
+
+
+def test_a_slider_keeps_its_range(studio):
+    """A page that is told another range and value may clip either, and tell it back."""
+    c, told = controls(studio), []
+    for each in (*c.targets.values(), c.limit):
+        each.observe(lambda change: told.append(change["name"]), ["min", "max", "step"])
+    for kind in (*c.targets, "ratio"):
+        c.kind.value = kind
+        assert c.place.children == (c.target,) == (c.targets[kind],)
+    c.undo.click()
+    assert c.kind.value == "params" and c.place.children == (c.targets["params"],)
+    assert told == []
+
+
+def test_what_the_slider_of_another_kind_tells_late_is_not_a_choice(studio):
+    c = controls(studio)
+    c.kind.value = "speedup"
+    before = studio.state
+    c.targets["ratio"].value = 0.99
+    assert studio.state == before
+    c.undo.click()
+    c.targets["speedup"].value = 5.0
+    assert studio.state.choices.target == Target(ratio=0.3) and c.target.value == 0.3
+
+
+def test_a_target_beyond_the_slider_stays(studio):
+    c = controls(studio)
+    studio.choose(Choices(target=Target(speedup=12.5)))
+    assert c.target.value == 10.0 and Target(speedup=12.5).met(
+        studio.session.costs.of(studio.plan), studio.session.costs.original
+    )
+    c.scope.value = "local"
+    assert studio.state.choices.target == Target(speedup=12.5)
+    c.target.value = 9.0
+    assert studio.state.choices.target == Target(speedup=9.0)
+
+
+@pytest.mark.parametrize("name", ["target", "limit"])
+def test_a_slider_is_not_set_while_it_is_dragged(studio, name):
+    slider, told = getattr(controls(studio), name), []
+    slider.value = 0.29000000000000004
+    slider.observe(told.append, "value")
+    studio._show()
+    assert told == [] and slider.value == 0.29000000000000004
+    assert "0.29" in studio.code and "0000000" not in studio.code
+
+
+def test_a_drag_is_one_step_where_plans_are_slow(studio, monkeypatch):
+    plan = studio.session.plan
+    monkeypatch.setattr("obc_tools.widgets.studio.SECONDS_OF_A_DRAG", 0.1)
+    monkeypatch.setattr(studio.session, "plan", lambda choices: time.sleep(0.15) or plan(choices))
+    test_a_drag_is_undone_at_once(studio)
+
+
+def test_a_click_in_the_score_bar_toggles_a_channel(studio):
+    root, data = controls(studio).group.value, studio.figure.data
+    before = studio.plan.kept_of(root)
+    studio._clicked(Click(SCORES, (0,), 1, 0.5))
+    channel = int(data[SCORES].customdata[0])
+    assert set(before) ^ set(studio.plan.kept_of(root)) == {channel}
+    kept, removed = data[SCORES - 2 : SCORES]
+    assert channel not in studio.plan.kept_of(root) and removed.x.min() < 1 < kept.x.min()
+    studio.toggle(root, channel)
+    assert studio.plan.kept_of(root) == before
+
+
+def test_a_click_on_a_group_shows_its_channels(studio):
+    c, groups = controls(studio), studio.plan.groups
+    free = [index for index, group in enumerate(groups) if group.prunable]
+    whole = next(index for index, group in enumerate(groups) if not group.prunable)
+    for index, shown in ((free[-1], free[-1]), (whole, free[-1]), (free[0], free[0])):
+        studio._clicked(Click(UPPER, (index,), 1, 0.5))
+        assert c.group.value == groups[shown].root
+        assert f"channels of {groups[shown].root} by score" in studio.figure.layout.xaxis2.title.text
+
+
+def test_other_bars_are_those_of_layers(studio):
+    c = controls(studio)
+    c.bars.value = "parameters"
+    assert studio.figure.layout.yaxis.title.text == "parameters (millions)"
+    assert 1e6 * studio.figure.data[0].y.sum() <= studio.session.costs.of(studio.plan).params
+    before = studio.figure.data[0].y.sum()
+    c.target.value = 0.5
+    assert studio.figure.data[0].y.sum() < before
+    place = list(studio.figure.data[0].x).index("layer2.0.conv2")
+    studio._clicked(Click(UPPER, (place,), 1, 0.5))
+    assert c.group.value == ("layer2.0.downsample.0", "out")
+    c.bars.value = "channels"
+    assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
+
+
+def test_what_cannot_be_toggled_is_said(studio):
+    studio.toggle(("conv1", "out"), 1000)
+    assert "no channel 1000" in controls(studio).status.value
+
+
+def test_locks_and_limits_of_a_group(studio):
+    c = controls(studio)
+    root = c.group.value
+    c.limit.value = 0.0
+    assert studio.plan.kept_of(root) == tuple(range(studio.plan.axes[root]))
+    c.limit.value = 1.0
+    assert studio.state.choices.limits == ()
+    held = studio.plan.kept_of(root)
+    c.locked.value = True
+    c.target.value = 0.7
+    assert studio.plan.kept_of(root) == held
+    c.group.value = next(value for _, value in c.group.options if value != root)
+    assert not c.locked.value
+    c.group.value = root
+    assert c.locked.value
+    c.locked.value = False
+    assert studio.state.choices.locked == ()
+
+
+def test_another_criterion_is_scored_beside_the_kernel_and_kept(studio):
+    c = controls(studio)
+    c.criterion.value = "l1"
+    studio.wait(60)
+    scores = obc.score_groups(studio.session.model, studio.session.groups, "l1")
+    assert studio.plan == obc.one_shot_plan(scores, studio.session.costs, ratio=0.3)
+    c.criterion.value = "jacobian"
+    assert not studio._worker.busy
+    c.normalizer.value = "mean"
+    studio.wait(60)
+    assert studio.state.choices.scoring.normalizer == "mean"
+
+
+def test_a_new_setting_cancels_the_scoring_under_way(studio, monkeypatch):
+    entered, go_on, scored = threading.Event(), threading.Event(), []
+    score = studio.session.score
+
+    def slow(scoring, batches):
+        if scoring.criterion == "taylor":
+            entered.set()
+            assert go_on.wait(20)
+        scored.append(scoring.criterion)
+        return score(scoring, batches)
+
+    monkeypatch.setattr(studio.session, "score", slow)
+    first = studio.plan
+    controls(studio).criterion.value = "taylor"
+    assert entered.wait(20)
+    controls(studio).target.value = 0.4
+    assert studio.plan == first and scored == []
+    with pytest.raises(ValueError, match="being scored"):
+        studio.measure()
+    controls(studio).criterion.value = "l2"
+    go_on.set()
+    studio.wait(60)
+    assert scored == ["taylor", "l2"]
+    assert studio.state.choices.scoring.criterion == "l2"
+    scores = obc.score_groups(studio.session.model, studio.session.groups, "l2")
+    assert studio.plan == obc.one_shot_plan(scores, studio.session.costs, ratio=0.4)
+    assert studio.session.scores(studio.state.choices.scoring.__class__("taylor")) is None
+
+
+def test_cancel_leaves_the_plan_and_goes_on_at_the_next_choice(studio, monkeypatch):
+    go_on, score, first = threading.Event(), studio.session.score, studio.plan
+
+    def slow(scoring, batches):
+        assert go_on.wait(20)
+        return score(scoring, batches)
+
+    monkeypatch.setattr(studio.session, "score", slow)
+    controls(studio).criterion.value = "whc"
+    controls(studio).cancel.click()
+    go_on.set()
+    assert not studio._worker.busy and studio.plan == first
+    assert "cancelled" in controls(studio).status.value
+    assert controls(studio).criterion.value == "jacobian" and "'jacobian'" in studio.code
+    controls(studio).target.value = 0.5
+    studio.wait(60)
+    assert studio.plan != first and studio.state.choices.scoring.criterion == "jacobian"
+
+
+def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_path):
+    go_on, score = threading.Event(), studio.session.score
+    monkeypatch.setattr(studio.session, "score", lambda *given: go_on.wait(20) and score(*given))
+    controls(studio).criterion.value = "l1"
+    controls(studio).save_code.click()
+    assert "being scored" in controls(studio).status.value and not (tmp_path / "out.py").exists()
+    go_on.set()
+    studio.wait(60)
+    controls(studio).save_code.click()
+    assert "'l1'" in (tmp_path / "out.py").read_text()
+
+
+def test_images_that_the_network_does_not_take_are_named(made):
+    colour = obc.load_model("resnet8", 10, in_channels=3, width=8)
+    with pytest.raises(
+        ValueError, match=r"CifarResNet does not run on the data's images, of shape \(1, 8, 8\): .*3 channels"
+    ):
+        PruningStudio(colour, made[1])
+
+
+def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr("obc_tools.studio.session.StudioSession.score", lambda *_: go_on.wait(20))
+    studio = PruningStudio(*made, batches=1, batch_size=8)
+    controls(studio).cancel.click()
+    go_on.set()
+    assert studio.plan == studio.session.whole and "cancelled" in controls(studio).status.value
+
+
+def test_measuring_fills_the_table(studio, monkeypatch):
+    controls(studio).target.value = 0.5
+    controls(studio).measure.click()
+    studio.wait(60)
+    batch = list(studio.session.held_out_batches())
+    expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
+    assert studio.session.measured(studio.plan).metrics == expected
+    assert controls(studio).table.value.count("%") == 3
+    latency = studio.session.measured(studio.plan).latency
+    assert latency.median_ms > 0 and "measured 3 plans" in controls(studio).status.value
+    monkeypatch.setattr("obc_tools.studio.session.evaluate", lambda *_: pytest.fail("evaluated again"))
+    controls(studio).measure.click()
+    studio.wait(60)
+    assert studio.session.measured(studio.plan).metrics == expected
+    assert studio.session.measured(studio.plan).latency != latency
+
+
+def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
+    first = studio.plan
+    controls(studio).limit.value = 0.0
+    studio.choose(Choices(target=Target(speedup=1e5)))
+    assert "cannot be met" in controls(studio).status.value
+    controls(studio).undo.click()
+    controls(studio).undo.click()
+    assert studio.plan == first
+
+
+def test_a_failure_beside_the_kernel_is_shown(studio, monkeypatch):
+    def fail(scoring, batches):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(studio.session, "score", fail)
+    controls(studio).criterion.value = "random"
+    studio._worker.wait(20)
+    assert "RuntimeError: no memory left" in controls(studio).status.value
+
+
+def test_plans_are_compared(studio):
+    c = controls(studio)
+    c.name.value = "mild"
+    c.remember.click()
+    mild = studio.plan
+    c.target.value = 0.6
+    assert c.compared.value == "mild" and c.compared.options == ("none", "mild")
+    assert list(studio.figure.data[3].y) == [len(kept) for kept in mild.kept]
+    assert "Changed since <span style='color:inherit'>mild" in c.changes.value
+    c.compared.value = "none"
+    assert len(studio.figure.data[3].y) == 0
+
+
+def test_the_plan_is_taken_away(studio, made, tmp_path):
+    model, data = made
+    studio.toggle(controls(studio).group.value, 0)
+    c = controls(studio)
+    for made_button in (c.save_plan, c.save_model, c.save_code):
+        made_button.click()
+        assert "wrote" in c.status.value
+    assert PruningPlan.from_json((tmp_path / "out.json").read_text()) == studio.plan
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["name"] == "resnet8"
+    images = next(iter(data.batches("val", 4)))[0]
+    loaded, direct = obc.load_pruned(tmp_path / "out"), obc.prune(studio.session.model, studio.plan)
+    assert torch.equal(loaded(images), direct(images))
+    namespace = {"model": model, "data": data}
+    exec((tmp_path / "out.py").read_text(), namespace)
+    assert namespace["plan"] == studio.plan
+    assert c.code.value == studio.code == (tmp_path / "out.py").read_text()
+    c.save_model.click()
+    assert "out" in c.status.value and "wrote" not in c.status.value
+
+
+def test_the_model_is_left_alone(made):
+    model, data = made
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    PruningStudio(model, data, batches=1, batch_size=32, ignore=["conv1"], look="dark").wait(60)
+    assert model.training and not any(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="unknown theme 'loud'"):
+        PruningStudio(model, data, look="loud")
+
+
+def test_only_a_part_of_a_transformer_goes_and_the_code_says_so():
+    data = obc.load_data("digits")
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 4}
+    model = timm.models.VisionTransformer(**options, num_classes=10)
+    studio = PruningStudio(model, data, batches=1, batch_size=32, whole_heads=True, only="attention").wait(60)
+    (group,) = (group for group in studio.plan.groups if group.prunable)
+    assert (str(group.root), group.width) == ("blocks.0.attn.qkv.out", 16)
+    namespace = {"model": model, "data": data}
+    exec(studio.code, namespace)
+    assert namespace["plan"] == studio.plan
+    assert namespace["pruned"].blocks[0].attn.num_heads < 4
+    with pytest.raises(ValueError, match="unknown only 'heads'"):
+        PruningStudio(model, data, only="heads")
+
+
+def test_the_top_level_resolves_it_lazily():
+    assert obc.PruningStudio is studio_module.PruningStudio
