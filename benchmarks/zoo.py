@@ -47,7 +47,7 @@ class Options:
         jobs: networks at once, one core each.
         limit_s: seconds of computing that a network may take; a wait of four times as many ends it too.
         memory_gb: memory a network's process may take.
-        table: print the README's table of the rows that are there, and run nothing.
+        table: print the table of results/README.md of the rows that are there, and run nothing.
     """
 
     out: Path = ROOT / "results" / "zoo.csv"

@@ -188,7 +188,7 @@ RESULTS = zoo.ROOT / "results" / "zoo.csv"
 @pytest.mark.parametrize("path", [RESULTS] if RESULTS.exists() else [])
 def test_the_readme_shows_the_table_of_the_last_run(path):
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    assert zoo_table.markdown(table, len(cases())) in (zoo.ROOT / "README.md").read_text(encoding="utf-8")
+    assert zoo_table.markdown(table, len(cases())) in (zoo.ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 
 def test_unknown_names_are_refused():
