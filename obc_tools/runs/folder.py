@@ -20,11 +20,10 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from ..files import environment, logging_to_file, write_text
+from ..files import environment, logging_to_file, write_json, write_text
 from ..measure.metrics import evaluate
 from ..models.store import load_pruned, replacing, save_pruned
 from ..state import evaluating
-from ..training.folder import write_json
 from ..training.processes import processes
 from .job import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobInputs, JobResult, Measured, PruningJob
 from .pipeline import TRAINING, Keeping, perform, prepare

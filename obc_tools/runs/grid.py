@@ -20,8 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import logging_to_file
-from ..training.folder import write_json
+from ..files import logging_to_file, write_json
 from .experiments import SCRATCH, Experiment, get_experiment
 from .folder import JOB, OUTPUT, PROCESS, STOP
 from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob

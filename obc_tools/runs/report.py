@@ -6,7 +6,6 @@ import html
 import math
 import numbers
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from ..errors import UnknownNameError
-from ..files import environment
+from ..files import environment, write_text
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
@@ -84,12 +83,7 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Iterable[Se
             suit (says the column).
     """
     path = Path(path)
-    page = render_report(title, sections)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder, path.name)
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
+    write_text(path, render_report(title, sections))
     return path
 
 

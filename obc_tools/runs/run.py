@@ -23,7 +23,8 @@ import pandas as pd
 import psutil
 from tqdm.auto import tqdm
 
-from ..training.folder import PROGRESS, History, read_history, write_json
+from ..files import write_json
+from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
 from .folder import (
     ERROR,

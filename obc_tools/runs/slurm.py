@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..training.folder import write_json
+from ..files import write_json
 from .experiments import Experiment
 from .folder import JOB, check_run_folder
 from .job import PruningJob

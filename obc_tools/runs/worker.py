@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..training.folder import Stopped, write_json
+from ..files import write_json
+from ..training.folder import Stopped
 from ..training.processes import processes
 from .folder import ERROR, PROCESS, STOP, STOPPED, read_job, work_on
 from .run import is_alive, process_identity

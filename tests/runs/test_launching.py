@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from trainings import numbers, wait_for
 
+from obc_tools.files import write_json
 from obc_tools.pruning.order import Target
 from obc_tools.runs.folder import PROCESS, RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob
 from obc_tools.runs.run import Run, command, is_alive, job_of, launch, process_identity, run_experiment
 from obc_tools.runs.slurm import write_slurm_script
-from obc_tools.training.folder import write_json
 from obc_tools.training.recipe import Recipe
 
 SPARSE = Recipe(epochs=2, lr=0.05, batch_size=64, weight_decay=0.0, group_penalty=1e-3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from obc_tools.data.data import load_data
-from obc_tools.models.store import load_pruned, replacing
+from obc_tools.models.store import load_pruned
 from obc_tools.pruning.order import Target
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job
 from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, PruningJob, find_device
@@ -189,21 +189,6 @@ def test_networks_that_differ_are_reported():
         _check_equal(0.5, "one and other")
     with pytest.raises(EquivalenceError):
         _check_equal(float("nan"), "one and other")
-
-
-def test_a_folder_is_replaced_only_on_success(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "results.json").write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(folder) as new:
-        (new / "results.json").write_text("new")
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "old"
-    with replacing(folder) as new:
-        (new / "results.json").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "new"
 
 
 def test_only_a_run_is_overwritten(tmp_path):

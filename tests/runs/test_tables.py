@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from obc_tools.files import write_json
 from obc_tools.pruning.order import Target
 from obc_tools.runs.experiments import EXPERIMENTS
 from obc_tools.runs.tables import find_runs, results_table
-from obc_tools.training.folder import write_json
 
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "table9_vgg19_cifar100.csv"
 

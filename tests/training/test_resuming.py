@@ -135,10 +135,8 @@ def test_what_cannot_be_resumed(tmp_path):
 def test_a_process_that_does_not_write_leaves_nothing(tmp_path):
     folder = TrainingFolder(tmp_path / "none", writes=False)
     assert folder.read(Recipe(epochs=1), resume=False) is None
-    folder.begin(Recipe(epochs=1), torch.device("cpu"), None)
-    folder.save({})
-    with folder.logging():
-        pass
+    with folder.kept(Recipe(epochs=1), torch.device("cpu"), None):
+        folder.save({})
     assert not (tmp_path / "none").exists()
 
 
