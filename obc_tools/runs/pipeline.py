@@ -86,6 +86,8 @@ def prepare(job: PruningJob) -> JobInputs:
     inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
     check_classes(_count_outputs(model, inputs.example), data)
     inputs.calibration_batches()
+    if job.sparse_weights:
+        load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
     for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
         inputs.training_batches(recipe)
     # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.

@@ -19,8 +19,9 @@ from obc_tools.pruning.order import Target
 from obc_tools.runs.folder import PROCESS, RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob
-from obc_tools.runs.run import Run, command, is_alive, job_of, launch, process_identity, run_experiment
+from obc_tools.runs.run import Run, command, job_of, launch, run_experiment
 from obc_tools.runs.slurm import write_slurm_script
+from obc_tools.runs.worker import is_alive, process_identity
 from obc_tools.training.recipe import Recipe
 
 SPARSE = Recipe(epochs=2, lr=0.05, batch_size=64, weight_decay=0.0, group_penalty=1e-3)

@@ -64,8 +64,12 @@ def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
     assert {entry.name for entry in folder.iterdir()} == {
-        *("results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
-        *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
+        *("job.json", "run.log", "results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
+        *(
+            f"{kind.format(key)}"
+            for key in ("original", "naive", "merged")
+            for kind in ("history_{}.csv", "training_{}")
+        ),
     }
     assert {entry.name for entry in folder.iterdir()} < ENTRIES
     assert results["job"]["finetune"] == TINY.finetune.to_dict()
