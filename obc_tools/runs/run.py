@@ -258,25 +258,16 @@ def launch(
     for name in (STOP, STOPPED, ERROR):
         (path / name).unlink(missing_ok=True)
     write_json(path / JOB, job.to_dict())
-    work = command(path, count, on_cpu=devices == "cpu" or job.device == "cpu")
-    identity = start(work, path / OUTPUT, os.environ | _visible(devices))
+    identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
     write_json(path / PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
     return Run(path)
 
 
-def command(folder: Path, processes: int, *, on_cpu: bool) -> list[str]:
+def command(folder: Path, processes: int) -> list[str]:
     """Return the command that works on a run folder in so many processes of this machine."""
-    worker = ["-m", "obc_tools.worker", str(folder)]
-    if processes == 1:
-        return [sys.executable, *worker]
-    if on_cpu:
-        # accelerate launch starts several processes on CPUs through MPI only.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return [sys.executable, *torchrun, *worker]
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, *accelerate, "--main_process_port", "0", *worker]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(together if processes > 1 else ()), "-m", "obc_tools.worker", str(folder)]
 
 
 def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **options: Any) -> PruningJob:

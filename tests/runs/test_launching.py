@@ -171,9 +171,10 @@ def test_a_failed_run_says_why(tmp_path):
 
 
 def test_commands_for_one_and_several_processes(tmp_path):
-    assert command(tmp_path, 1, on_cpu=False)[1:] == ["-m", "obc_tools.worker", str(tmp_path)]
-    assert "accelerate.commands.launch" in command(tmp_path, 4, on_cpu=False)
-    assert "torch.distributed.run" in command(tmp_path, 2, on_cpu=True)
+    work = ["-m", "obc_tools.worker", str(tmp_path)]
+    assert command(tmp_path, 1) == [sys.executable, *work]
+    several = command(tmp_path, 4)
+    assert several[1:3] == ["-m", "torch.distributed.run"] and several[-4:] == ["4", *work]
 
 
 def test_what_cannot_be_launched(tmp_path):
