@@ -1,10 +1,17 @@
-"""Files that are complete or not there, logs that go to one, and what figures depend on: hardware and versions."""
+"""Files and folders that are whole or not there, logs, and what figures depend on: hardware and versions.
+
+Everything that the package keeps on disk is written through `replacing`, lines that are appended excepted.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
+import re
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -65,9 +72,88 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, and the folders to it, so that it is the old one or the new one whenever the process dies."""
+@contextmanager
+def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """Yield a name beside a path, under which to write a file or make a folder that then takes the path's place.
+
+    It does so on success alone, and lies on the disk by then: the path holds the old content or the new, all of it,
+    whenever the process dies or the machine stops. What a killed process leaves beside it, `is_leftover` tells.
+
+    Args:
+        path: Of the file or folder; folders to it are made.
+        synced: Wait for the disk. Without it, only the process may die at any time, not the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    mark = uuid.uuid4().hex
+    new, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
+    try:
+        yield new
+        if synced:
+            _sync(new, *(new.rglob("*") if new.is_dir() else ()))
+        _take_place(new, path, old)
+        if synced:
+            _sync(path.parent)
+    finally:
+        _remove(new)
+    _remove(old)
+
+
+def is_leftover(path: Path) -> bool:
+    """Say whether a path is what a process that was killed while it wrote has left, of this version or one before."""
+    return re.fullmatch(r"\..+\.(new|old)", path.name) is not None
+
+
+def entries(folder: Path) -> list[str]:
+    """Return the names of what a folder holds, leftovers excepted; none where there is no folder."""
+    return sorted(path.name for path in folder.iterdir() if not is_leftover(path)) if folder.is_dir() else []
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder that no other process writes to."""
+    for path in filter(is_leftover, list(folder.iterdir())):
+        _remove(path)
+
+
+def _take_place(new: Path, path: Path, old: Path) -> None:
+    # A folder with something in it cannot be replaced in one step: it steps aside.
+    if path.is_dir():
+        path.replace(old)
+    try:
+        new.replace(path)
+    except OSError:
+        if old.exists():
+            old.replace(path)
+        raise
+
+
+def _sync(*paths: Path) -> None:
+    """Have files and folders written to the disk, where the system can be asked to."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, synced: bool = True) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path, synced=synced) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", synced=synced)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))

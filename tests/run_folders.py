@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from obc_tools.pruning.order import Target
 from obc_tools.runs.job import PruningJob
-from obc_tools.runs.run import process_identity
+from obc_tools.runs.worker import process_identity
 from obc_tools.training.folder import Epoch
 from obc_tools.training.recipe import Recipe
 

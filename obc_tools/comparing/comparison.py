@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..files import write_text
+from ..files import entries, write_text
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import Criterion, resolve_criterion
 
@@ -258,7 +258,7 @@ class CurveFolder:
             return store
         path = store.folder / SETTINGS
         if not path.exists():
-            if store.folder.exists() and (not store.folder.is_dir() or any(store.folder.iterdir())):
+            if store.folder.is_file() or entries(store.folder):
                 raise ComparisonError(f"'{folder}' holds something else than a comparison: choose another folder")
             write_text(path, json.dumps(about, indent=1))
             return store

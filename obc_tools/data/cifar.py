@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm.auto import tqdm
 
+from ..files import replacing
 from .images import Images, find_images, held_out_folder, read_image, same_classes
 
 log = logging.getLogger(__name__)
@@ -162,10 +162,8 @@ def _cache_file(name: str, root: Path, paths: list[str]) -> Path:
 def _write_cache(path: Path, arrays: Arrays) -> None:
     """Write a whole cache file or none, in place of older ones of the same folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            np.savez(Path(temporary, path.name), **arrays)
-            os.replace(Path(temporary, path.name), path)
+        with replacing(path) as new, new.open("wb") as file:
+            np.savez(file, **arrays)
         for older in path.parent.glob(path.stem.rpartition("-")[0] + "-*.npz"):
             if older != path:
                 older.unlink()

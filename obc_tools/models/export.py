@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
 from ..state import call_model
 
@@ -87,7 +86,7 @@ def export_onnx(
     """
     _require_packages()
     program = export_program(model, example_inputs, dynamic_batch=dynamic_batch)
-    with _replacing_file(Path(path)) as new:
+    with replacing(Path(path)) as new:
         try:
             torch.onnx.export(program, dynamo=True, verbose=False).save(new, external_data=False)
         except Exception as error:
@@ -133,18 +132,6 @@ def _compare(path: Path, model: nn.Module, example_inputs: Any) -> float:
     if any(ours.shape != theirs.shape for ours, theirs in pairs):
         return float("inf")
     return max((ours - theirs).abs().max().item() / (ours.abs().max().item() or 1.0) for ours, theirs in pairs)
-
-
-@contextmanager
-def _replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside the given one; on success what was written there takes the given name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
-    try:
-        yield new
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

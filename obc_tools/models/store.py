@@ -11,10 +11,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import entries, replacing
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PlanMismatchError, PruningPlan
 from ..pruning.prune import prune
@@ -121,6 +119,7 @@ def save_pruned(
         source = _complete_source(source, model)
         load_weights(_build(source, plan), _join(tensors, tied), origin=f"source {source}, pruned")
     with replacing(folder) as new:
+        new.mkdir()
         save_file(tensors, new / TENSORS)
         (new / PLAN).write_text(plan.to_json(), encoding="utf-8")
         sha256 = {name: _digest(new / name) for name in (TENSORS, PLAN)}
@@ -169,7 +168,7 @@ def load_pruned(folder: str | os.PathLike[str], *, model: nn.Module | None = Non
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"'{folder}' is a file, not a folder")
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    found = entries(folder)
     if found and not overwrite:
         raise StoreError(f"'{folder}' already holds {', '.join(found[:3])}: choose another, or pass overwrite=True")
     if others := sorted(set(found) - {TENSORS, PLAN, MANIFEST}):
@@ -292,24 +291,3 @@ def _read_manifest(folder: Path) -> Manifest:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside the given one; on success it takes that one's place, which until then stays."""
-    mark = uuid.uuid4().hex
-    new, old = (folder.with_name(f".{folder.name}.{mark}.{kind}") for kind in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import UnknownNameError
+from ..files import write_text
 from .looks import theme
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def save_html(figure: go.Figure, path: str | Path) -> Path:
     """Write a figure as one HTML file that needs no network, plotly.js included (about 5 MB); return its path."""
     path = Path(path)
     page = figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False})
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -1,13 +1,13 @@
-"""Run folders: a job's outcome on disk, complete or not there at all (`run_job`), or growing while it runs (`work_on`).
+"""Run folders: a job on disk, growing while it runs (`work_on`), or there when all is done (`run_job`).
 
-A folder holds `results.json` (all figures, with hardware and versions), `plan.json`, `history_<training>.csv`, one
-folder a pruned model as `models/store.py` writes them, `original.safetensors` and `sparse.safetensors` where the job
-trained them, and `report.html`.
+A folder holds the job (`job.json`), the log, a folder for each training (`training_<name>`, as `fit` keeps it), the
+plan as soon as it is found, `original.safetensors` and `sparse.safetensors` where the job trained them; in the end
+`results.json` (all figures, with hardware and versions), `history_<training>.csv`, one folder a pruned model as
+`models/store.py` writes them, and `report.html` where it was asked for.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from torch import nn
 
-from ..files import environment, logging_to_file, write_text
+from ..files import entries, environment, logging_to_file, read_json, replacing, write_json, write_text
 from ..measure.metrics import evaluate
-from ..models.store import load_pruned, replacing, save_pruned
+from ..models.store import load_pruned, save_pruned
 from ..state import evaluating
-from ..training.folder import write_json
 from ..training.processes import processes
 from .job import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobInputs, JobResult, Measured, PruningJob
 from .pipeline import TRAINING, Keeping, perform, prepare
@@ -47,10 +45,7 @@ class RunFolderError(ValueError):
 def run_job(
     job: PruningJob, out: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True
 ) -> JobResult:
-    """Do a job and keep its outcome in a folder.
-
-    Everything that may be wrong with the job or the folder is raised before work begins; the folder appears when all
-    is done. Saved models are loaded again and compared, bit by bit.
+    """Do a job as :func:`work_on` does, in a folder that appears when all is done.
 
     Args:
         job: What to do.
@@ -59,15 +54,12 @@ def run_job(
         progress: Show bars.
 
     Raises:
-        ValueError: what `prepare` and `perform` raise; a folder in use.
+        ValueError: what :func:`work_on` raises; a folder in use.
     """
     folder = Path(out).resolve()
     check_run_folder(folder, overwrite=overwrite)
-    inputs = prepare(job)
     with replacing(folder) as new:
-        result = perform(inputs, progress=progress)
-        _write(result, inputs, new, progress)
-    return result
+        return work_on(job, new, progress=progress)
 
 
 def work_on(
@@ -79,8 +71,8 @@ def work_on(
 ) -> JobResult:
     """Do a job in its folder, where it may be watched, stopped and killed; go on with what an earlier call left there.
 
-    The folder holds the job (``job.json``), the log, a folder for each training (``training_<name>``, as `fit` keeps
-    it), the plan as soon as it is found, and in the end everything that :func:`run_job` writes.
+    Everything that may be wrong with the job or the folder is raised before work begins and anything is written. In
+    the end, saved models are loaded again and compared, bit by bit.
 
     Args:
         job: What to do.
@@ -92,72 +84,66 @@ def work_on(
         Stopped: when ``stop`` said so.
         ValueError: what `prepare` and `perform` raise; a folder that holds something else.
     """
-    folder = Path(folder).resolve()
-    known = read_job(folder) if (folder / JOB).is_file() else None
-    if known is not None and known != job:
-        raise RunFolderError(f"'{folder}' holds another job: {_difference(known, job)}; choose another folder")
-    if known is None:
+    folder, main = Path(folder).resolve(), processes().is_main
+    if (folder / JOB).is_file():
+        check_same_job(folder, job)
+    else:
         check_run_folder(folder, overwrite=False)
-    if processes().is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    inputs = prepare(job)
+    if main:
         write_json(folder / JOB, job.to_dict())
-    with logging_to_file(folder / RUN_LOG) if processes().is_main else nullcontext():
-        inputs = prepare(job)
+    with logging_to_file(folder / RUN_LOG) if main else nullcontext():
         result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
-        if processes().is_main:
-            _write(result, inputs, folder, progress)
+        if main:
+            _finish(result, inputs, folder, progress)
         logger.info("done")
     return result
 
 
 def read_job(folder: str | os.PathLike[str]) -> PruningJob:
     """Read the job of a run folder; raise RunFolderError if it holds none."""
-    path = Path(folder) / JOB
     try:
-        return PruningJob.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return PruningJob.from_dict(read_json(Path(folder, JOB)))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"'{folder}' holds no job: {error}") from error
 
 
-def _difference(known: PruningJob, job: PruningJob) -> str:
-    there, here = known.to_dict(), job.to_dict()
-    return ", ".join(f"{key} was {there[key]!r}, is {here[key]!r}" for key in here if there[key] != here[key])
+def check_same_job(folder: Path, job: PruningJob) -> None:
+    """Raise RunFolderError unless a run folder holds this very job."""
+    there, here = read_job(folder).to_dict(), job.to_dict()
+    if other := [f"{key} was {there[key]!r}, is {here[key]!r}" for key in here if there[key] != here[key]]:
+        raise RunFolderError(f"'{folder}' holds another job: {', '.join(other)}; choose another folder")
 
 
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise RunFolderError unless a run may be written to a folder: free, or holding a run that may be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"'{folder}' is a file, not a folder")
-    found = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if not found:
-        return
-    if RESULTS not in found or (others := sorted(set(found) - ENTRIES)):
-        stranger = found[0] if RESULTS not in found else others[0]
-        raise RunFolderError(f"'{folder}' holds something else than a run ({stranger}): choose another folder")
-    if not overwrite:
+    found = entries(folder)
+    strangers = found if not {RESULTS, JOB} & {*found} else sorted({*found} - ENTRIES)
+    if strangers:
+        raise RunFolderError(f"'{folder}' holds something else than a run ({strangers[0]}): choose another folder")
+    if found and not overwrite:
         raise RunFolderError(f"'{folder}' already holds a run: choose another folder, or overwrite it (--overwrite)")
 
 
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the results of a run; raise RunFolderError if the folder holds none."""
-    path = Path(folder) / RESULTS
+    path = Path(folder, RESULTS)
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        results = read_json(path)
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"'{folder}' holds no run: {error}") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise RunFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
     return results
 
 
-def _write(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
+def _finish(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
+    """Add histories as tables, the pruned models and all figures to what a job has left in its folder."""
     logger.info("saving, loading again and comparing")
-    write_text(folder / PLAN, result.plan.to_json())
     for key, history in result.histories.items():
-        history.to_frame().to_csv(folder / f"history_{key}.csv", index=False)
-    for key, name in WEIGHTS.items():
-        if key in result.histories:
-            save_model(result.models[key], str(folder / name))
+        write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
     saved = [key for key in SAVED_MODELS if key in result.models]
     reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
     write_json(folder / RESULTS, _results(result, inputs, reloaded))

@@ -6,7 +6,6 @@ resuming, finished runs are left alone, running ones waited for, all others go o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -20,12 +19,12 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import logging_to_file
-from ..training.folder import write_json
+from ..files import entries, logging_to_file, read_json, write_json
 from .experiments import SCRATCH, Experiment, get_experiment
 from .folder import JOB, OUTPUT, PROCESS, STOP
 from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob
-from .run import Run, is_alive, launch, start
+from .run import Run, launch
+from .worker import is_worked_on, start, wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +57,15 @@ class GridJob:
     needs: tuple[str, ...] = ()
     processes: int = 1
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain data that JSON can hold."""
+        return vars(self) | {"job": self.job.to_dict(), "needs": list(self.needs)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GridJob:
+        """Build an entry from what :meth:`to_dict` returned."""
+        return cls(**{**data, "job": PruningJob.from_dict(data["job"]), "needs": tuple(data["needs"])})
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -76,10 +84,7 @@ class Grid:
     @property
     def jobs(self) -> tuple[GridJob, ...]:
         """The jobs, in the order in which they begin."""
-        entries = self._read()["jobs"]
-        return tuple(
-            GridJob(e["name"], PruningJob.from_dict(e["job"]), tuple(e["needs"]), e["processes"]) for e in entries
-        )
+        return tuple(GridJob.from_dict(entry) for entry in self._read()["jobs"])
 
     @property
     def statuses(self) -> dict[str, str]:
@@ -94,8 +99,7 @@ class Grid:
     @property
     def is_running(self) -> bool:
         """Say whether a process works on the grid."""
-        path = self.folder / PROCESS
-        return path.is_file() and is_alive(json.loads(path.read_text(encoding="utf-8")))
+        return is_worked_on(self.folder)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a job: its name and status."""
@@ -103,11 +107,7 @@ class Grid:
 
     def wait(self, timeout: float | None = None) -> dict[str, str]:
         """Wait until nobody works on the grid; return the statuses. Raises TimeoutError after ``timeout`` s."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.is_running:
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(f"'{self.folder}' is still worked on after {timeout:g} s")
-            time.sleep(SECONDS_BETWEEN_ROUNDS)
+        wait_while(lambda: self.is_running, timeout, f"'{self.folder}' is still worked on")
         return self.statuses
 
     def stop(self, timeout: float = 120.0) -> dict[str, str]:
@@ -163,18 +163,17 @@ class Grid:
         free = [device for device in settings["devices"] for _ in range(settings["each"])]
         for name, status in self.statuses.items():
             if status == "running":
-                taken = json.loads((self.folder / name / PROCESS).read_text(encoding="utf-8"))["devices"]
+                taken = read_json(self.folder / name / PROCESS)["devices"]
                 for device in ["cpu"] if taken == "cpu" else taken:
                     if device in free:
                         free.remove(device)
         return sorted(free, key=free.count, reverse=True)
 
     def _status(self, name: str) -> str:
-        folder = self.folder / name
-        return Run(folder).status if (folder / JOB).is_file() else "waiting"
+        return Run(self.folder / name).status if (self.folder / name / JOB).is_file() else "waiting"
 
     def _read(self) -> dict[str, Any]:
-        return json.loads((self.folder / GRID).read_text(encoding="utf-8"))
+        return read_json(self.folder / GRID)
 
 
 def launch_grid(
@@ -206,16 +205,13 @@ def launch_grid(
     # On CPUs, processes are not bound to a device each.
     if devices != "cpu" and (widest := max(entry.processes for entry in jobs)) > len(places):
         raise ValueError(f"a job needs {widest} devices, there are {len(places)}")
-    rows = [{"name": e.name, "job": e.job.to_dict(), "needs": list(e.needs), "processes": e.processes} for e in jobs]
-    content = json.loads(json.dumps({"format": FORMAT, "jobs": rows, "devices": places, "each": each}))
     if (path / GRID).is_file():
-        known = json.loads((path / GRID).read_text(encoding="utf-8"))
-        if not resume or known["jobs"] != content["jobs"]:
+        if not resume or Grid(path).jobs != tuple(jobs):
             raise ValueError(f"'{path}' holds a grid: pass resume=True with the same jobs, or choose another folder")
-    elif path.exists() and any(path.iterdir()):
+    elif path.is_file() or entries(path):
         raise ValueError(f"'{path}' holds something else than a grid: choose another folder")
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / GRID, content)
+    rows = [entry.to_dict() for entry in jobs]
+    write_json(path / GRID, {"format": FORMAT, "jobs": rows, "devices": places, "each": each})
     return Grid(path).resume()
 
 

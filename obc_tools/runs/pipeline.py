@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.data import Data, check_classes
-from ..files import write_text
+from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..measure.metrics import evaluate
@@ -86,6 +86,8 @@ def prepare(job: PruningJob) -> JobInputs:
     inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
     check_classes(_count_outputs(model, inputs.example), data)
     inputs.calibration_batches()
+    if job.sparse_weights:
+        load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
     for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
         inputs.training_batches(recipe)
     # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.
@@ -202,10 +204,8 @@ class _Work:
         self.histories[key] = history
         logger.info("%s", history.last)
         if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
-            path = self._keeping.folder / WEIGHTS[key]
-            fresh = path.with_name(f".{path.name}.new")
-            save_model(model, str(fresh))
-            fresh.replace(path)
+            with replacing(self._keeping.folder / WEIGHTS[key]) as new:
+                save_model(model, str(new))
 
     def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
         return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)

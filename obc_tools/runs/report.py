@@ -6,7 +6,6 @@ import html
 import math
 import numbers
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from ..errors import UnknownNameError
-from ..files import environment
+from ..files import environment, write_text
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
@@ -43,21 +42,19 @@ class Table:
         frame: the columns in order; its index is not shown.
         formats: column -> a format specification (".2%", ",d", ".3f") or "si" (126.8 M). By default whole numbers have
             thousands apart and others four significant digits.
-        units: column -> its unit, shown in the head.
         caption: what the table says, and how it was measured.
 
     Raises:
-        ValueError: a format or unit of a column that the frame lacks.
+        ValueError: a format of a column that the frame lacks.
     """
 
     frame: pd.DataFrame
     heading: str | None = None
     caption: str | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        for column in [*self.formats, *self.units]:
+        for column in self.formats:
             if column not in self.frame.columns:
                 raise UnknownNameError("column of the table", column, [str(name) for name in self.frame.columns])
 
@@ -84,12 +81,7 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Iterable[Se
             suit (says the column).
     """
     path = Path(path)
-    page = render_report(title, sections)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder, path.name)
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
+    write_text(path, render_report(title, sections))
     return path
 
 
@@ -139,7 +131,7 @@ def _table(table: Table) -> str:
     frame, caption = table.frame, f"<p class='caption'>{html.escape(table.caption)}</p>" if table.caption else ""
     right = {name: pd.api.types.is_numeric_dtype(frame[name]) for name in frame.columns}
     align = {name: " class='number'" if numeric else "" for name, numeric in right.items()}
-    head = "".join(f"<th{align[name]}>{_head(name, table.units.get(name))}</th>" for name in frame.columns)
+    head = "".join(f"<th{align[name]}>{html.escape(str(name))}</th>" for name in frame.columns)
     rows = []
     for _, row in frame.astype(object).iterrows():
         cells = [_cell(name, row[name], table.formats.get(name)) for name in frame.columns]
@@ -147,10 +139,6 @@ def _table(table: Table) -> str:
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     content = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
     return f"<div class='table'><table>\n{content}\n</table></div>{caption}"
-
-
-def _head(name: Any, unit: str | None) -> str:
-    return html.escape(str(name)) + (f" <span class='unit'>({html.escape(unit)})</span>" if unit else "")
 
 
 def _cell(column: Any, value: Any, specification: str | None) -> str:
@@ -228,7 +216,6 @@ td { border-bottom: 1px solid var(--line); padding: 6px 12px; white-space: nowra
 tbody tr:nth-child(even) { background: var(--stripe); }
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-.unit { color: var(--soft); font-weight: 400; }
 .figure { width: 100%; }
 @media (max-width: 760px) { main { padding: 16px 10px 40px; } section { padding: 14px 12px; }
   table { font-size: 13px; } th, td { padding: 5px 7px; } }

@@ -7,11 +7,9 @@ anybody needs to know about it is in its folder.
 from __future__ import annotations
 
 import html
-import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 from tqdm.auto import tqdm
 
-from ..training.folder import PROGRESS, History, read_history, write_json
+from ..files import is_leftover, read_json, write_json
+from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
 from .folder import (
     ERROR,
@@ -37,19 +35,20 @@ from .folder import (
     TRAINED,
     RunFolderError,
     check_run_folder,
+    check_same_job,
     read_job,
     read_results,
     work_on,
 )
 from .job import TITLES, PruningJob
 from .pipeline import TRAINING
+from .worker import BETWEEN_LOOKS, is_worked_on, start, wait_while
 
 logger = logging.getLogger(__name__)
 
 
 STILL_RUNNING = 600.0
 """Seconds after its last sign of life in which a run on another machine counts as running."""
-BETWEEN_LOOKS = 0.2
 
 SELECTIONS = {"last": "test accuracy", "best_on_test": "test accuracy (best epoch, picked on test)"}
 
@@ -92,7 +91,7 @@ class Run:
     def error(self) -> str | None:
         """What a failed run failed of."""
         path = self.folder / ERROR
-        return json.loads(path.read_text(encoding="utf-8"))["error"] if path.is_file() else None
+        return read_json(path)["error"] if path.is_file() else None
 
     @property
     def results(self) -> dict[str, Any]:
@@ -141,11 +140,7 @@ class Run:
 
     def wait(self, timeout: float | None = None) -> str:
         """Wait until the run has ended; return its status. Raises TimeoutError if it still runs after ``timeout`` s."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.status == "running":
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(f"'{self.folder}' still runs after {timeout:g} s")
-            time.sleep(BETWEEN_LOOKS)
+        wait_while(lambda: self.status == "running", timeout, f"'{self.folder}' still runs")
         return self.status
 
     def follow(self) -> str:
@@ -164,7 +159,7 @@ class Run:
         images_per_second and gpu_memory (the most bytes on a GPU), null where there are none.
         """
         notes = {key: self.folder / f"{TRAINING}{key}" / PROGRESS for key in TRAINED}
-        there = {key: json.loads(path.read_text(encoding="utf-8")) for key, path in notes.items() if path.is_file()}
+        there = {key: read_json(path) for key, path in notes.items() if path.is_file()}
         return max(there.items(), key=lambda entry: entry[1]["time"], default=None)
 
     def __repr__(self) -> str:
@@ -192,13 +187,10 @@ class Run:
 
     def _is_running(self) -> bool:
         path = self.folder / PROCESS
-        if not path.is_file():
-            return False
-        identity = json.loads(path.read_text(encoding="utf-8"))
-        if identity["host"] == platform.node():
-            return is_alive(identity)
+        if not path.is_file() or read_json(path)["host"] == platform.node():
+            return is_worked_on(self.folder)
         ended = (self.folder / ERROR).is_file() or (self.folder / STOPPED).is_file()
-        signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*")]
+        signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*") if not is_leftover(path)]
         return not ended and time.time() - max(signs) < STILL_RUNNING
 
 
@@ -255,32 +247,27 @@ def launch(
     if devices is not None and devices != "cpu" and count > len(devices):
         raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
     if (path / JOB).is_file():
-        _check_free(path, job, resume)
+        if (status := Run(path).status) == "running":
+            raise RunFolderError(f"'{path}' is being worked on: stop that run first, or choose another folder")
+        if not resume:
+            raise RunFolderError(f"'{path}' holds a run ({status}): pass resume=True or choose another folder")
+        check_same_job(path, job)
     else:
         check_run_folder(path, overwrite=False)
     path.mkdir(parents=True, exist_ok=True)
     for name in (STOP, STOPPED, ERROR):
         (path / name).unlink(missing_ok=True)
     write_json(path / JOB, job.to_dict())
-    work = command(path, count, on_cpu=devices == "cpu" or job.device == "cpu")
-    identity = start(work, path / OUTPUT, os.environ | _visible(devices))
+    identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
     write_json(path / PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
     return Run(path)
 
 
-def command(folder: Path, processes: int, *, on_cpu: bool) -> list[str]:
+def command(folder: Path, processes: int) -> list[str]:
     """Return the command that works on a run folder in so many processes of this machine."""
-    worker = ["-m", "obc_tools.worker", str(folder)]
-    if processes == 1:
-        return [sys.executable, *worker]
-    if on_cpu:
-        # accelerate launch starts several processes on CPUs through MPI only.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        return [sys.executable, *torchrun, *worker]
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, *accelerate, "--main_process_port", "0", *worker]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(together if processes > 1 else ()), "-m", "obc_tools.worker", str(folder)]
 
 
 def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **options: Any) -> PruningJob:
@@ -293,55 +280,7 @@ def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **
     return found.small(**options) if small else found.job(**options)
 
 
-def _check_free(folder: Path, job: PruningJob, resume: bool) -> None:
-    run = Run(folder)
-    if run.status == "running":
-        raise RunFolderError(f"'{folder}' is being worked on: stop that run first, or choose another folder")
-    if not resume:
-        raise RunFolderError(f"'{folder}' holds a run ({run.status}): pass resume=True or choose another folder")
-    if run.job != job:
-        raise RunFolderError(f"'{folder}' holds another job: choose another folder")
-
-
 def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
     if devices is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
-
-
-# Held on to, so that those that have ended can be asked for their status and vanish.
-_CHILDREN: list[subprocess.Popen] = []
-
-
-def start(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Start a command in a session of its own, what it prints appended to a file; return the process's identity."""
-    with output.open("ab") as file:
-        child = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=dict(environment),
-            start_new_session=True,
-        )
-    _CHILDREN.append(child)
-    return process_identity(child.pid)
-
-
-def process_identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process of this machine from all others, also from later ones of the same number."""
-    return {"pid": pid, "created": psutil.Process(pid).create_time(), "host": platform.node()}
-
-
-def is_alive(identity: Mapping[str, Any]) -> bool:
-    """Say whether the process of an identity runs on this machine."""
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
-    if identity["host"] != platform.node():
-        return False
-    try:
-        process = psutil.Process(identity["pid"])
-        # Clocks that are set while a process runs move its time of creation a little.
-        same = abs(process.create_time() - identity["created"]) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

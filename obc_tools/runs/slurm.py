@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..training.folder import write_json
+from ..files import write_json, write_text
 from .experiments import Experiment
 from .folder import JOB, check_run_folder
 from .job import PruningJob
@@ -64,9 +64,8 @@ def write_slurm_script(
         raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
     check_run_folder(path, overwrite=False)
-    path.mkdir(parents=True, exist_ok=True)
     write_json(path / JOB, job.to_dict())
     values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
     text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
-    (path / SCRIPT).write_text(text, encoding="utf-8")
+    write_text(path / SCRIPT, text)
     return path / SCRIPT

@@ -1,4 +1,4 @@
-"""Train a model by a recipe, on Hugging Face Accelerate: one engine for naive and Equivalent Pruning."""
+"""Train a model by a recipe, in one process or several: one engine for naive and Equivalent Pruning."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,7 +21,7 @@ from ..measure.metrics import Metrics, evaluate
 from ..state import evaluating
 from .folder import Epoch, History, Stopped, TrainingFolder
 from .guard import DivergenceError, Where
-from .processes import Processes, accelerating, processes, random_state, seeded, set_random_state
+from .processes import Processes, lent_random_state, meet, processes, random_state, set_random_state
 from .recipe import Recipe, learning_rate_factor
 from .stepper import Stepper, frozen, parameter_groups
 
@@ -102,23 +101,21 @@ def fit(
         stack.enter_context(frozen(model, recipe))
         parameter_groups(model, recipe)
         device = next(model.parameters()).device
+        check_precision(recipe, device)
         stack.enter_context(evaluating(model))
         if teacher is not None:
             stack.enter_context(evaluating(teacher))
-        stack.enter_context(seeded(recipe.seed + own.rank, device))
-        with _spared(device):
+        stack.enter_context(lent_random_state(device, recipe.seed + own.rank))
+        with lent_random_state(device):
             outputs = count_outputs(model, _pass(val, 0), device)
         checkpoint = folder.read(recipe, resume=resume) if folder else None
-        accelerator = stack.enter_context(accelerating(recipe.amp, device, folder and folder.path))
-        if folder:
-            accelerator.wait_for_everyone()  # or one would find what another has just begun
-            folder.begin(recipe, device, checkpoint)
-        stack.enter_context(folder.logging() if folder else nullcontext())
+        meet(device)  # before any writes, or one would find what another has just begun
+        stack.enter_context(folder.kept(recipe, device, checkpoint) if folder else nullcontext())
         stack.enter_context(_channels_last(model, recipe))
         bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))
         stack.callback(model.zero_grad, set_to_none=True)
-        stepper = Stepper(model, recipe, accelerator, len(train), teacher, regularize)
-        training = _Training(stepper, recipe, accelerator, len(train), outputs, bar, folder, stop)
+        stepper = Stepper(model, recipe, len(train), teacher, regularize)
+        training = _Training(stepper, recipe, len(train), outputs, device, bar, folder, stop)
         return training.run(train, val, checkpoint, on_epoch)
 
 
@@ -134,26 +131,21 @@ class _Epoch:
     random: dict[str, Tensor] | None = None
 
 
+@dataclass
 class _Training:
     """One training: the epochs, what is kept of them, stopping and resuming."""
 
-    def __init__(
-        self,
-        stepper: Stepper,
-        recipe: Recipe,
-        accelerator: Accelerator,
-        steps: int,
-        outputs: int,
-        bar: tqdm,
-        folder: TrainingFolder | None,
-        stop: Callable[[], bool],
-    ):
-        self._stepper, self._recipe, self._accelerator, self._bar = stepper, recipe, accelerator, bar
-        self._steps, self._outputs, self._folder, self._stop = steps, outputs, folder, stop
-        self._shown = time.monotonic()
-        self._device = next(stepper.model.parameters()).device
-        self._several = accelerator.num_processes > 1
-        self._epochs: list[Epoch] = []
+    stepper: Stepper
+    recipe: Recipe
+    steps: int
+    outputs: int
+    device: torch.device
+    bar: tqdm
+    folder: TrainingFolder | None
+    stop: Callable[[], bool]
+    epochs: list[Epoch] = field(default_factory=list)
+    several: bool = field(default_factory=lambda: processes().count > 1)
+    shown: float = field(default_factory=time.monotonic)
 
     def run(
         self,
@@ -163,7 +155,7 @@ class _Training:
         on_epoch: Callable[[History], None] | None,
     ) -> History:
         epoch = self._resume(checkpoint) if checkpoint else _Epoch()
-        while epoch.number < self._recipe.epochs:
+        while epoch.number < self.recipe.epochs:
             start = time.perf_counter() - epoch.seconds
             self._train(epoch, train, start)
             trained = time.perf_counter()
@@ -172,144 +164,122 @@ class _Training:
             epoch = _Epoch(epoch.number + 1)
             self._save(epoch)
             if on_epoch is not None:
-                on_epoch(History(tuple(self._epochs)))
-        self._stepper.finish()
-        return History(tuple(self._epochs))
+                on_epoch(History(tuple(self.epochs)))
+        self.stepper.finish()
+        return History(tuple(self.epochs))
 
     def _train(self, epoch: _Epoch, train: Reiterable, start: float) -> None:
         """Train one epoch, or the rest of it."""
-        self._stepper.begin_epoch()
+        self.stepper.begin_epoch()
         for batch in self._batches(epoch, train):
-            if epoch.taken == self._steps:
-                raise ValueError(f"train: this pass has more batches than the length {self._steps} of train says")
+            if epoch.taken == self.steps:
+                raise ValueError(f"train: this pass has more batches than the length {self.steps} of train says")
             self._keep_or_stop(epoch, start)
-            lr = self._stepper.set_lr(epoch.number * self._steps + epoch.taken)
-            where = Where(epoch.number + 1, epoch.taken + 1, self._steps, lr)
+            lr = self.stepper.set_lr(epoch.number * self.steps + epoch.taken)
+            where = Where(epoch.number + 1, epoch.taken + 1, self.steps, lr)
             images, labels = unpack(batch, f"train, {where}")
             # Reading labels off a device waits for it, so those are checked in the first pass only.
             if epoch.number == 0 or labels.device.type == "cpu":
-                check_labels(labels, self._outputs, f"train, {where}")
-            epoch.totals = epoch.totals + self._stepper.step(*_to(self._device, images, labels), where)
+                check_labels(labels, self.outputs, f"train, {where}")
+            epoch.totals = epoch.totals + self.stepper.step(*_to(self.device, images, labels), where)
             epoch.images, epoch.taken = epoch.images + len(labels), epoch.taken + 1
             self._show(where, epoch, start)
-        self._stepper.settle()
-        if epoch.taken < self._steps:
+        self.stepper.settle()
+        if epoch.taken < self.steps:
             number, taken = epoch.number, epoch.taken
-            raise ValueError(f"train: pass {number} ended after {taken} batches; the length of train is {self._steps}")
+            raise ValueError(f"train: pass {number} ended after {taken} batches; the length of train is {self.steps}")
 
     def _batches(self, epoch: _Epoch, train: Reiterable) -> Iterator[Batch]:
         """Return the batches of an epoch that are still to come, with random state as it was then."""
         if epoch.totals is None:
-            epoch.totals = torch.zeros(2, device=self._device)
-        now = random_state(self._device)
+            epoch.totals = torch.zeros(2, device=self.device)
+        now = random_state(self.device)
         if epoch.random is not None:
-            set_random_state(epoch.random, self._device)
-        epoch.random = random_state(self._device)
+            set_random_state(epoch.random, self.device)
+        epoch.random = random_state(self.device)
         if isinstance(train, Batches):
             batches = iter(train.at(epoch.number, epoch.taken))
         else:
             batches = islice(iter(train), epoch.taken, None)
-        if epoch.taken:
-            batches = _continued(batches, lambda: set_random_state(now, self._device))
-        return batches
+        return _continued(batches, lambda: set_random_state(now, self.device)) if epoch.taken else batches
 
     def _evaluate(self, number: int, val: Reiterable) -> Metrics:
-        model = self._stepper.evaluated
-        if self._several:
+        model = self.stepper.evaluated
+        if self.several:
             for buffer in model.buffers():
                 broadcast(buffer)
         try:
             metrics = evaluate(model, _pass(val, 0))
         except ValueError as error:
-            raise ValueError(f"val, after epoch {number + 1} of {self._recipe.epochs}: {error}") from error
+            raise ValueError(f"val, after epoch {number + 1} of {self.recipe.epochs}: {error}") from error
         shared = isinstance(val, Batches) and val.parts > 1
-        return _together(metrics, self._accelerator) if shared else metrics
+        return _together(metrics) if shared else metrics
 
     def _record(self, epoch: _Epoch, metrics: Metrics, trained: float, seconds: float) -> None:
         totals = torch.cat((epoch.totals.double().cpu(), torch.tensor([float(epoch.images)], dtype=torch.float64)))
-        if self._several:
-            totals = self._accelerator.reduce(totals.to(self._device, torch.float32)).double().cpu()
+        if self.several:
+            totals = reduce(totals.to(self.device, torch.float32), reduction="sum").double().cpu()
         loss, correct, images = totals.tolist()
-        lr = self._recipe.lr * learning_rate_factor(self._recipe, epoch.number * self._steps, self._steps)
+        lr = self.recipe.lr * learning_rate_factor(self.recipe, epoch.number * self.steps, self.steps)
         row = (epoch.number + 1, lr, loss / images, correct / images, metrics.loss, metrics.accuracy)
         done = Epoch(*row, seconds, images / trained)
-        self._epochs.append(done)
+        self.epochs.append(done)
         logger.info("%s", done)
-        if self._folder is not None:
-            self._folder.add_epoch(done)
-            self._accelerator.log({key: value for key, value in asdict(done).items() if key != "epoch"}, done.epoch)
+        if self.folder is not None:
+            self.folder.add_epoch(done)
 
     def _keep_or_stop(self, epoch: _Epoch, start: float) -> None:
         """Save a checkpoint if one is due; stop if that is asked for. Several processes do so at the same step."""
-        if self._several and epoch.taken % STEPS_BETWEEN_AGREEMENTS:
+        if self.several and epoch.taken % STEPS_BETWEEN_AGREEMENTS:
             return
-        stop, due = self._stop(), self._folder is not None and self._folder.is_due()
-        if self._several:
-            agreed = broadcast(torch.tensor([stop, due], dtype=torch.int64, device=self._device))
+        stop, due = self.stop(), self.folder is not None and self.folder.is_due()
+        if self.several:
+            agreed = broadcast(torch.tensor([stop, due], dtype=torch.int64, device=self.device))
             stop, due = map(bool, agreed.tolist())
-        if (stop or due) and self._folder is not None:
-            self._stepper.settle()
+        if (stop or due) and self.folder is not None:
+            self.stepper.settle()
             epoch.seconds = time.perf_counter() - start
             self._save(epoch)
         if stop:
             raise Stopped(f"stopped before step {epoch.taken + 1} of epoch {epoch.number + 1}")
 
     def _save(self, epoch: _Epoch) -> None:
-        if self._folder is None:
+        if self.folder is None:
             return
-        own = {"now": random_state(self._device), "epoch": epoch.random}
+        own = {"now": random_state(self.device), "epoch": epoch.random}
         place = {key: getattr(epoch, key) for key in ("number", "taken", "images", "totals", "seconds")}
-        kept = {"place": place, "history": [asdict(done) for done in self._epochs], **self._stepper.state_dict()}
-        self._folder.save({"random": gather_object([own]) if self._several else [own], **kept})
+        kept = {"place": place, "history": [asdict(done) for done in self.epochs], **self.stepper.state_dict()}
+        self.folder.save({"random": gather_object([own]) if self.several else [own], **kept})
 
     def _resume(self, checkpoint: dict[str, Any]) -> _Epoch:
-        states = checkpoint["random"]
-        if len(states) != self._accelerator.num_processes:
+        states, own = checkpoint["random"], processes()
+        if len(states) != own.count:
             raise ValueError(f"the training was begun in {len(states)} processes: resume it in as many")
-        self._stepper.load_state_dict(checkpoint)
-        self._epochs = [Epoch(**row) for row in checkpoint["history"]]
-        own = states[self._accelerator.process_index]
-        epoch = _Epoch(**checkpoint["place"], random=own["epoch"])
-        epoch.totals = None if epoch.totals is None else epoch.totals.to(self._device)
-        set_random_state(own["now"], self._device)
-        self._bar.update(epoch.number * self._steps + epoch.taken)
+        self.stepper.load_state_dict(checkpoint)
+        self.epochs = [Epoch(**row) for row in checkpoint["history"]]
+        epoch = _Epoch(**checkpoint["place"], random=states[own.rank]["epoch"])
+        epoch.totals = None if epoch.totals is None else epoch.totals.to(self.device)
+        set_random_state(states[own.rank]["now"], self.device)
+        self.bar.update(epoch.number * self.steps + epoch.taken)
         logger.info("resuming at epoch %d, step %d", epoch.number + 1, epoch.taken + 1)
         return epoch
 
     def _show(self, where: Where, epoch: _Epoch, start: float) -> None:
-        self._bar.update()
-        if self._folder is not None and self._folder.is_note_due():
-            self._folder.note(where, self._recipe.epochs, self._figures(epoch, time.perf_counter() - start))
-        # Reading the totals waits for the device, so the postfix changes only now and then.
-        if self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_POSTFIXES:
+        """Say where the training is, now and then: reading the sums waits for the device."""
+        self.bar.update()
+        if self.folder is not None and self.folder.is_note_due():
+            loss, accuracy = (epoch.totals / epoch.images).tolist()
+            memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            speed = {"images_per_second": epoch.images / (time.perf_counter() - start), "gpu_memory": memory}
+            self.folder.note(where, self.recipe.epochs, {"loss": loss, "accuracy": accuracy, **speed})
+        if self.bar.disable or time.monotonic() - self.shown < SECONDS_BETWEEN_POSTFIXES:
             return
         loss, accuracy = (epoch.totals / epoch.images).tolist()
-        self._bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
-        self._shown = time.monotonic()
-
-    def _figures(self, epoch: _Epoch, seconds: float) -> dict[str, float | None]:
-        """Return the epoch's figures so far: of this process, and with reading totals waiting for the device."""
-        loss, accuracy = (epoch.totals / epoch.images).tolist()
-        speed = {"images_per_second": epoch.images / seconds, "gpu_memory": _gpu_memory(self._device)}
-        return {"loss": loss, "accuracy": accuracy, **speed}
+        self.bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+        self.shown = time.monotonic()
 
 
-def _gpu_memory(device: torch.device) -> int | None:
-    """Return the most bytes that tensors took on a GPU so far; None elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _check_shares(train: Reiterable, own: Processes) -> None:
-    """Raise ValueError unless training batches are those of one process among as many as were launched."""
-    parts = train.parts if isinstance(train, Batches) else 1
-    if parts != own.count:
-        raise ValueError(
-            f"train: batches for {parts} process{'es' if parts > 1 else ''}, but {own.count} were launched; make them "
-            "with data.batches(..., share=processes().share)"
-        )
-
-
-def _together(metrics: Metrics, accelerator: Accelerator) -> Metrics:
+def _together(metrics: Metrics) -> Metrics:
     """Combine what all processes measured, each on its share of the images."""
     in_top = 0.0 if metrics.top5 is None else metrics.top5
     sums = torch.tensor([metrics.loss, metrics.accuracy, in_top, 1.0], dtype=torch.float64) * metrics.examples
@@ -329,16 +299,6 @@ def _continued(batches: Iterator[Batch], begin: Callable[[], None]) -> Iterator[
         if number == 0:
             begin()
         yield batch
-
-
-@contextmanager
-def _spared(device: torch.device) -> Iterator[None]:
-    """Give random state back as it was."""
-    state = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(state, device)
 
 
 @contextmanager
@@ -368,6 +328,21 @@ class Reiterable(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __len__(self) -> int: ...
+
+
+def _check_shares(train: Reiterable, own: Processes) -> None:
+    """Raise ValueError unless training batches are those of one process among as many as were launched."""
+    parts = train.parts if isinstance(train, Batches) else 1
+    if parts != own.count:
+        raise ValueError(
+            f"train: batches for {parts} process{'es' if parts > 1 else ''}, but {own.count} were launched; make them "
+            "with data.batches(..., share=processes().share)"
+        )
+
+
+def check_precision(recipe: Recipe, device: torch.device) -> None:
+    if recipe.amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU; a model on the CPU trains with amp='bf16' or 'no'")
 
 
 def check_teacher(teacher: nn.Module | None, model: nn.Module, recipe: Recipe) -> None:

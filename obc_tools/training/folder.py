@@ -6,8 +6,11 @@ that a killed training needs to go on to the same numbers. Each file appears com
 
 from __future__ import annotations
 
+import functools
 import html
+import importlib.util
 import json
+import logging
 import math
 import os
 import time
@@ -20,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from ..files import environment, logging_to_file, write_text
+from ..files import environment, logging_to_file, read_json, remove_leftovers, replacing, write_json, write_text
 from .guard import Where
 from .processes import processes
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class TrainingFolder:
 
     def __init__(self, path: str | os.PathLike[str], *, writes: bool = True):
         self.path = Path(path)
-        self._writes = writes
+        self._writes, self._board = writes, None
         self._saved = self._noted = time.monotonic()
 
     def read(self, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
@@ -153,73 +158,14 @@ class TrainingFolder:
             TrainingFolderError: for a folder that holds a training and is not to be resumed, or one by another recipe,
                 and for a checkpoint that cannot be read.
         """
-        known = self._read_config()
-        if known is not None and not resume:
-            raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
-        config = _config(recipe)
-        if known is not None and known != json.loads(json.dumps(config)):
-            raise TrainingFolderError(f"'{self.path}' holds a training by another recipe: {_difference(known, config)}")
-        return self._read_checkpoint()
-
-    def begin(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> None:
-        """Make the folder ready for a training that goes on from what `read` returned in every process."""
-        if self._writes:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / CONFIG, _config(recipe))
-            write_json(self.path / ENVIRONMENT, environment(device) | {"processes": processes().count})
-            self.write_metrics(_history(checkpoint))
-
-    def write_metrics(self, epochs: tuple[Epoch, ...]) -> None:
-        """Write one line for each epoch, in place of what was there."""
-        lines = "".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs)
-        write_text(self.path / METRICS, lines)
-
-    def add_epoch(self, epoch: Epoch) -> None:
-        """Append the line of an epoch."""
-        if self._writes:
-            with (self.path / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(epoch)) + "\n")
-
-    def is_note_due(self) -> bool:
-        """Say whether the last note is so old that another should be written."""
-        return self._writes and time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES
-
-    def note(self, where: Where, epochs: int, figures: Mapping[str, float | None]) -> None:
-        """Write which step was taken last, and figures of the training then; those that are not finite as null."""
-        self._noted = time.monotonic()
-        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in figures.items()}
-        write_json(self.path / PROGRESS, {**where._asdict(), "epochs": epochs, **finite, "time": time.time()})
-
-    def is_due(self) -> bool:
-        """Say whether the last checkpoint is so old that another should be saved within an epoch."""
-        return time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
-
-    def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Save a checkpoint in place of the last one."""
-        self._saved = time.monotonic()
-        if not self._writes:
-            return
-        fresh = self.path / f".{CHECKPOINT}.new"
-        with fresh.open("wb") as file:
-            torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path / CHECKPOINT)
-
-    @contextmanager
-    def logging(self) -> Iterator[None]:
-        """Append what the library logs to the folder's log."""
-        if not self._writes:
-            yield
-            return
-        with logging_to_file(self.path / LOG):
-            yield
-
-    def _read_config(self) -> dict[str, Any] | None:
-        path = self.path / CONFIG
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def _read_checkpoint(self) -> dict[str, Any] | None:
+        if (self.path / CONFIG).is_file():
+            if not resume:
+                raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
+            there, here = read_json(self.path / CONFIG).get("recipe", {}), recipe.to_dict()
+            changed = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+            if changed:
+                words = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed)
+                raise TrainingFolderError(f"'{self.path}' holds a training by another recipe: {words}")
         path = self.path / CHECKPOINT
         if not path.is_file():
             return None
@@ -232,29 +178,88 @@ class TrainingFolder:
             raise TrainingFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
         return checkpoint
 
+    @contextmanager
+    def kept(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> Iterator[None]:
+        """Keep a training, its log and TensorBoard's files too, that goes on from what `read` returned everywhere."""
+        if not self._writes:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        write_json(self.path / CONFIG, {"format": FORMAT, "recipe": recipe.to_dict()})
+        write_json(self.path / ENVIRONMENT, environment(device) | {"processes": processes().count})
+        # The checkpoint decides: of a killed training, an epoch may be written down that it does not hold.
+        rows = checkpoint["history"] if checkpoint else ()
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        with logging_to_file(self.path / LOG), _tensorboard(self.path / "tensorboard") as self._board:
+            yield
+
+    def add_epoch(self, epoch: Epoch) -> None:
+        """Append the line of an epoch, and hand its figures to TensorBoard."""
+        if not self._writes:
+            return
+        figures = asdict(epoch)
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+        if self._board is not None:
+            for name in figures.keys() - {"epoch"}:
+                self._board.add_scalar(name, figures[name], global_step=epoch.epoch)
+            self._board.flush()
+
+    def is_note_due(self) -> bool:
+        """Say whether the last note is so old that another should be written."""
+        return self._writes and time.monotonic() - self._noted >= SECONDS_BETWEEN_NOTES
+
+    def note(self, where: Where, epochs: int, figures: Mapping[str, float | None]) -> None:
+        """Write which step was taken last, and figures of the training then; those that are not finite as null."""
+        self._noted = time.monotonic()
+        finite = {key: None if value is None or not math.isfinite(value) else value for key, value in figures.items()}
+        content = {**where._asdict(), "epochs": epochs, **finite, "time": time.time()}
+        # Another note follows in a second: none is worth waiting for the disk.
+        write_json(self.path / PROGRESS, content, synced=False)
+
+    def is_due(self) -> bool:
+        """Say whether the last checkpoint is so old that another should be saved within an epoch."""
+        return time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Save a checkpoint in place of the last one."""
+        self._saved = time.monotonic()
+        if self._writes:
+            with replacing(self.path / CHECKPOINT) as new:
+                torch.save({"format": FORMAT, **checkpoint}, new)
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[Any]:
+    """Yield a writer of TensorBoard's files, None where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        yield writer
+
 
 def read_history(folder: str | os.PathLike[str]) -> History | None:
-    """Return the history of a training from its folder, running or ended; None before its first epoch has ended."""
+    """Return the history of a training from its folder, running or ended; None before its first epoch has ended.
+
+    A line that was only half written, by a process that was killed or a disk that was full, is left out with whatever
+    follows it, and the log names the file.
+    """
     path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    epochs = tuple(Epoch(**json.loads(line)) for line in lines)
-    return History(epochs) if epochs else None
+    epochs: list[Epoch] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            epochs.append(Epoch(**json.loads(line)))
+        except (ValueError, TypeError):
+            _say_once(f"'{path}': line {len(epochs) + 1} is no whole epoch and is left out")
+            break
+    return History(tuple(epochs)) if epochs else None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON that appears complete or not at all."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def _config(recipe: Recipe) -> dict[str, Any]:
-    return {"format": FORMAT, "recipe": recipe.to_dict()}
-
-
-def _history(checkpoint: Mapping[str, Any] | None) -> tuple[Epoch, ...]:
-    return tuple(Epoch(**row) for row in checkpoint["history"]) if checkpoint else ()
-
-
-def _difference(known: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    there, here = known.get("recipe", {}), config["recipe"]
-    changed = sorted(key for key in {*there, *here} if there.get(key) != json.loads(json.dumps(here.get(key))))
-    return "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed)
+@functools.cache
+def _say_once(text: str) -> None:
+    """Log a warning, but not again whenever somebody looks."""
+    logger.warning("%s", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -19,38 +19,13 @@ _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "amp": ("no", "bf16", "fp16"),
     }
 )
-_LEAST_WHOLE: Mapping[str, int] = MappingProxyType(
-    {
-        "epochs": 1,
-        "batch_size": 1,
-        "accumulate": 1,
-        "step_size": 1,
-        "warmup_epochs": 0,
-        "rand_augment": 0,
-        "repeats": 1,
-        "ema_every": 0,
-        "seed": 0,
-    }
+# All other numbers are at least 0.
+_LEAST: Mapping[str, int] = MappingProxyType(
+    {"epochs": 1, "batch_size": 1, "accumulate": 1, "step_size": 1, "repeats": 1}
 )
-_LEAST_NUMBER: Mapping[str, float] = MappingProxyType(
-    {
-        "lr": 0.0,
-        "momentum": 0.0,
-        "weight_decay": 0.0,
-        "gamma": 0.0,
-        "warmup_start": 0.0,
-        "min_lr": 0.0,
-        "label_smoothing": 0.0,
-        "compressor_lr_scale": 0.0,
-        "compressor_weight_decay_scale": 0.0,
-        "norm_weight_decay_scale": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "erase": 0.0,
-        "label_weight": 0.0,
-        "distill_weight": 0.0,
-        "group_penalty": 0.0,
-    }
+_LISTS: Mapping[str, str] = MappingProxyType({"milestones": "epochs", "freeze": "names or patterns"})
+_WITHOUT_AUGMENTATION: Mapping[str, float] = MappingProxyType(
+    {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "repeats": 1}
 )
 
 
@@ -153,78 +128,63 @@ class Recipe:
     norm_weight_decay_scale: float = 1.0
 
     def __post_init__(self):
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                self._refuse(name, f"known are {', '.join(map(repr, known))}")
-        for name, least in _LEAST_WHOLE.items():
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < least:
+        for field in fields(self):
+            name, value, least = field.name, getattr(self, field.name), _LEAST.get(field.name, 0)
+            if name in _CHOICES and value not in _CHOICES[name]:
+                self._refuse(name, f"known are {', '.join(map(repr, _CHOICES[name]))}")
+            if field.type == "int" and (not _is_whole(value) or value < least):
                 self._refuse(name, f"it is a whole number of at least {least}")
-        for name, least in _LEAST_NUMBER.items():
-            if not _is_number(getattr(self, name)) or getattr(self, name) < least:
-                self._refuse(name, f"it is a finite number of at least {least:g}")
-        for name in ("nesterov", "augment", "channels_last", "compile", "freeze_statistics"):
-            if not isinstance(getattr(self, name), bool):
+            if field.type == "float" and (not _is_number(value) or value < 0):
+                self._refuse(name, "it is a finite number of at least 0")
+            if field.type == "bool" and not isinstance(value, bool):
                 self._refuse(name, "it is True or False")
-        self._check_milestones()
-        self._check_names()
-        self._check_bounds()
-        self._check_augmentation()
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """What the recipe asks of whoever makes the training batches."""
-        names = ("rand_augment", "erase", "mixup", "cutmix", "repeats")
-        return Augmentation(crop=self.augment, **{name: getattr(self, name) for name in names})
-
-    def _refuse(self, name: str, why: str) -> None:
-        raise RecipeError(f"recipe: {name} is {getattr(self, name)!r}; {why}")
-
-    def _check_milestones(self) -> None:
-        if not isinstance(self.milestones, list | tuple):
-            self._refuse("milestones", "it is a list of epochs")
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        whole = all(_is_whole(milestone) and milestone >= 1 for milestone in self.milestones)
-        if not whole or any(later <= earlier for earlier, later in pairwise(self.milestones)):
-            self._refuse("milestones", "they are whole numbers of at least 1, rising")
-        if bool(self.milestones) != (self.schedule == "multistep"):
-            self._refuse("milestones", f"they belong to schedule 'multistep' and to no other, not {self.schedule!r}")
-
-    def _check_names(self) -> None:
-        if not isinstance(self.freeze, list | tuple) or not all(isinstance(name, str) for name in self.freeze):
-            self._refuse("freeze", "it is a list of names or patterns")
-        object.__setattr__(self, "freeze", tuple(self.freeze))
-
-    def _check_augmentation(self) -> None:
-        for name, off in {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "repeats": 1}.items():
-            if getattr(self, name) != off and not self.augment:
-                self._refuse(name, "it needs augment=True")
+            if name in _LISTS:
+                if not isinstance(value, list | tuple):
+                    self._refuse(name, f"it is a list of {_LISTS[name]}")
+                object.__setattr__(self, name, tuple(value))
+        for wrong, name, why in self._contradictions():
+            if wrong:
+                self._refuse(name, why)
         try:
             Augmentation(rand_augment=self.rand_augment, erase=self.erase)
         except ValueError as error:
             raise RecipeError(f"recipe: {error}") from error
 
-    def _check_bounds(self) -> None:
-        if self.lr == 0:
-            self._refuse("lr", "it is above 0")
-        for name in ("momentum", "label_smoothing"):
-            if getattr(self, name) >= 1:
-                self._refuse(name, "it is below 1")
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            self._refuse("nesterov", "it needs optimizer 'sgd' and a momentum above 0")
-        if self.warmup_epochs > self.epochs:
-            self._refuse("warmup_epochs", f"training ends after {self.epochs} epochs, before the warm-up does")
-        if not 0 < self.warmup_start <= 1:
-            self._refuse("warmup_start", "it is a factor above 0 and at most 1")
-        if self.min_lr > self.lr or (self.min_lr and self.schedule != "cosine"):
-            self._refuse("min_lr", f"it is at most lr ({self.lr:g}), and only schedule 'cosine' goes down to it")
-        if not _is_number(self.ema_decay) or not 0 <= self.ema_decay < 1:
-            self._refuse("ema_decay", "it is a number from 0 to below 1")
-        if not _is_number(self.temperature) or self.temperature <= 0:
-            self._refuse("temperature", "it is a finite number above 0")
-        if self.label_weight + self.distill_weight == 0:
-            self._refuse("label_weight", "nothing is left to learn: distill_weight is 0 too")
-        if self.clip_norm is not None and (not _is_number(self.clip_norm) or self.clip_norm <= 0):
-            self._refuse("clip_norm", "it is a finite number above 0, or None for no clipping")
+    @property
+    def augmentation(self) -> Augmentation:
+        """What the recipe asks of whoever makes the training batches."""
+        return Augmentation(crop=self.augment, **{name: getattr(self, name) for name in _WITHOUT_AUGMENTATION})
+
+    def _refuse(self, name: str, why: str) -> None:
+        raise RecipeError(f"recipe: {name} is {getattr(self, name)!r}; {why}")
+
+    def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
+        """Yield whether something is wrong, with which field, and what that may be; each needs those before it."""
+        stones = self.milestones
+        whole = all(_is_whole(stone) and stone >= 1 for stone in stones)
+        rising = whole and all(earlier < later for earlier, later in pairwise(stones))
+        yield not rising, "milestones", "they are whole numbers of at least 1, rising"
+        only = f"they belong to schedule 'multistep' and to no other, not {self.schedule!r}"
+        yield bool(stones) != (self.schedule == "multistep"), "milestones", only
+        yield not all(isinstance(name, str) for name in self.freeze), "freeze", f"it is a list of {_LISTS['freeze']}"
+        yield self.lr == 0, "lr", "it is above 0"
+        yield self.momentum >= 1, "momentum", "it is below 1"
+        yield self.label_smoothing >= 1, "label_smoothing", "it is below 1"
+        plain = self.optimizer != "sgd" or self.momentum == 0
+        yield self.nesterov and plain, "nesterov", "it needs optimizer 'sgd' and a momentum above 0"
+        late = f"training ends after {self.epochs} epochs, before the warm-up does"
+        yield self.warmup_epochs > self.epochs, "warmup_epochs", late
+        yield not 0 < self.warmup_start <= 1, "warmup_start", "it is a factor above 0 and at most 1"
+        high = self.min_lr > self.lr or (self.min_lr and self.schedule != "cosine")
+        yield high, "min_lr", f"it is at most lr ({self.lr:g}), and only schedule 'cosine' goes down to it"
+        yield self.ema_decay >= 1, "ema_decay", "it is a number from 0 to below 1"
+        yield self.temperature == 0, "temperature", "it is a finite number above 0"
+        nothing = self.label_weight + self.distill_weight == 0
+        yield nothing, "label_weight", "nothing is left to learn: distill_weight is 0 too"
+        clips = self.clip_norm is None or (_is_number(self.clip_norm) and self.clip_norm > 0)
+        yield not clips, "clip_norm", "it is a finite number above 0, or None for no clipping"
+        for name, off in _WITHOUT_AUGMENTATION.items():
+            yield getattr(self, name) != off and not self.augment, name, "it needs augment=True"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data that JSON can hold."""

@@ -34,13 +34,14 @@ class GroupPenalty:
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup], strength: float):
         self._strength = strength
-        self._groups = [_Group(model, group) for group in groups if group.prunable]
+        prunable = [group for group in groups if group.prunable]
+        self._groups = [(g.width, [part for m in g.members for part in _parts(model, m)]) for g in prunable]
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for group in self._groups:
-            strengths = self._strength * _relative_strengths(group.norms())
-            for part in group.parts:
+        for width, parts in self._groups:
+            strengths = self._strength * _relative_strengths(_norms(width, parts))
+            for part in parts:
                 part.shrink(strengths)
 
 
@@ -69,18 +70,12 @@ class _Part:
         gradient += at.view(shape) * weight
 
 
-class _Group:
-    def __init__(self, model: nn.Module, group: ChannelGroup):
-        self.width = group.width
-        self.parts = [part for member in group.members for part in _parts(model, member)]
-        self._like = self.parts[0]._parameter
-
-    def norms(self) -> Tensor:
-        """Return the norm of all weights of each channel, shape (width,)."""
-        squares = torch.zeros(self.width, dtype=self._like.dtype, device=self._like.device)
-        for part in self.parts:
-            part.add_squares(squares)
-        return squares.sqrt()
+def _norms(width: int, parts: list[_Part]) -> Tensor:
+    """Return the norm of all weights of each channel of a group, shape (width,)."""
+    squares = parts[0]._parameter.new_zeros(width)
+    for part in parts:
+        part.add_squares(squares)
+    return squares.sqrt()
 
 
 def _parts(model: nn.Module, member: Member) -> Iterator[_Part]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import UnknownNameError
 from .guard import Guard, Where, reading_lag
+from .processes import processes
 from .recipe import Recipe, learning_rate_factor
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stepper:
@@ -24,7 +27,6 @@ class Stepper:
     Args:
         model: Trained in place; on its device.
         recipe: How to train.
-        accelerator: Precision, gradient scaling and processes.
         steps: Steps an epoch.
         teacher: Where the recipe distils.
         regularize: Called with the gradients there, before the update; may add to them.
@@ -34,36 +36,38 @@ class Stepper:
         self,
         model: nn.Module,
         recipe: Recipe,
-        accelerator: Accelerator,
         steps: int,
         teacher: nn.Module | None = None,
         regularize: Callable[[], None] | None = None,
     ):
-        self.model, self._recipe, self._accelerator, self._steps = model, recipe, accelerator, steps
+        self.model, self._recipe, self._steps = model, recipe, steps
         self._teacher, self._regularize = teacher, regularize
-        self._device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        self._precision = torch.autocast(device.type, PRECISIONS[recipe.amp]) if recipe.amp != "no" else nullcontext()
         # Gradient scaling withholds updates itself, and fused SGD loses its momentum when the very first is withheld.
-        self._fused = recipe.amp != "fp16"
-        self._forward = _distributed(model, accelerator, self._device)
-        if recipe.compile:
-            self._forward = torch.compile(self._forward)
-        optimizer = make_optimizer(model, recipe, fused=self._fused)
-        self._lrs = [group["lr"] for group in optimizer.param_groups]
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        fused_optimizer = optimizer if self._fused else None
-        self._guard = Guard(model.buffers(), fused_optimizer, self._device, reading_lag(self._device))
-        self._optimizer = accelerator.prepare(optimizer)
-        images_a_step = recipe.batch_size * accelerator.num_processes
-        self._average = WeightAverage(model, recipe, images_a_step) if recipe.ema_every else None
+        self._scaled = recipe.amp == "fp16"
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._scaled)
+        self._network = _distributed(model, device)
+        self._forward = torch.compile(self._network) if recipe.compile else self._network
+        self._optimizer = make_optimizer(model, recipe, fused=not self._scaled)
+        self._lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        skipping = None if self._scaled else self._optimizer
+        self._guard = Guard(model.buffers(), skipping, device, reading_lag(device))
+        images_a_step = recipe.batch_size * processes().count
+        self._average = average_of(model, recipe, images_a_step) if recipe.ema_every else None
 
     @property
     def evaluated(self) -> nn.Module:
         """The network whose accuracy counts: the averaged one where there is an average."""
-        return self._average.model if self._average else self.model
+        return self._average.module if self._average else self.model
 
     def begin_epoch(self) -> None:
-        """Put the network into the mode in which the recipe trains it."""
-        set_train_mode(self.model, self._recipe)
+        """Put the network into train mode, norms excepted where the recipe freezes their running statistics."""
+        self.model.train()
+        for module in self.model.modules() if self._recipe.freeze_statistics else ():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
 
     def set_lr(self, step: int) -> float:
         """Set the learning rates of a step, counted over all epochs; return the base one."""
@@ -81,10 +85,13 @@ class Stepper:
         loss, correct = self._gradients(images, labels)
         norm = self._treat_gradients()
         self._guard.judge(loss, norm, where, images)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._guard.read()
-        if self._average:
-            self._average.update(self.model, where.epoch - 1, where.step - 1)
+        if self._average and (where.step - 1) % self._recipe.ema_every == 0:
+            self._average.update_parameters(self.model)
+            if where.epoch <= self._recipe.warmup_epochs:
+                self._average.n_averaged.zero_()
         return torch.stack((loss * len(labels), correct.to(loss.dtype)))
 
     def settle(self) -> None:
@@ -94,66 +101,62 @@ class Stepper:
     def finish(self) -> None:
         """Leave the averaged weights in the model, where there is an average."""
         if self._average:
-            self._average.copy_to(self.model)
+            self.model.load_state_dict(self._average.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes from step to step, random state excepted."""
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        if self._average:
-            state["average"] = self._average.state_dict()
-        if self._accelerator.scaler is not None:
-            state["scaler"] = self._accelerator.scaler.state_dict()
-        return state
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Bring back what :meth:`state_dict` returned."""
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._average:
-            self._average.load_state_dict(state["average"])
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self._optimizer}
+        parts |= {"average": self._average} if self._average else {}
+        return parts | ({"scaler": self._scaler} if self._scaled else {})
 
     def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a batch, piece by piece; return its mean loss and its number of correct images."""
         pieces = list(zip(images.chunk(self._recipe.accumulate), labels.chunk(self._recipe.accumulate), strict=True))
         losses, correct = [], []
         for number, (part, own_labels) in enumerate(pieces, start=1):
-            last = number == len(pieces)
-            with nullcontext() if last else self._accelerator.no_sync(self._forward):
+            # Several processes add up their gradients once, with the last piece.
+            alone = number == len(pieces) or self._network is self.model
+            with nullcontext() if alone else self._network.no_sync():
                 loss, right = self._backward(part, own_labels, len(part) / len(images))
             losses.append(loss)
             correct.append(right)
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
     def _backward(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        with self._accelerator.autocast():
+        with self._precision:
             logits = self._forward(images)
             with torch.no_grad():
                 taught = self._teacher(images) if self._recipe.distill_weight else None
         loss = training_loss(logits, labels, self._recipe, taught) * weight
-        self._accelerator.backward(self._guard.blocked(loss))
+        self._scaler.scale(self._guard.blocked(loss)).backward()
         return loss.detach(), count_correct(logits.detach(), labels)
 
     def _treat_gradients(self) -> Tensor | None:
         """Regularise and clip as the recipe says; return the norm before clipping, None under gradient scaling."""
         clip = self._recipe.clip_norm
         if self._regularize is not None or clip is not None:
-            self._accelerator.unscale_gradients()
+            self._scaler.unscale_(self._optimizer)
         if self._regularize is not None:
             self._regularize()
         if clip is not None:
             norm = nn.utils.clip_grad_norm_(self._parameters, clip)
-        elif self._fused:
+        elif not self._scaled:
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        return norm if self._fused else None
+        return None if self._scaled else norm
 
 
-def _distributed(model: nn.Module, accelerator: Accelerator, device: torch.device) -> nn.Module:
-    if accelerator.num_processes == 1:
+def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    if processes().count == 1:
         return model
-    devices = None if device.type == "cpu" else [device]
-    return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
 
 def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, teacher_logits: Tensor | None = None) -> Tensor:
@@ -184,51 +187,18 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == classes).sum()
 
 
-class WeightAverage:
-    """The average of a network's parameters and buffers over the steps of a training.
+def average_of(model: nn.Module, recipe: Recipe, images_a_step: int) -> AveragedModel:
+    """Return the average of a network's parameters and buffers over the steps of a training, as it begins.
 
     Updated at every ``recipe.ema_every``-th step of an epoch, a ← d · a + (1 − d) · w with
     1 − d = (1 − ema_decay) · images a step · ema_every / epochs, at most 1: as torchvision's reference training does.
     Until the warm-up is over, every update copies. Of Equivalent Pruning, W, C and D are averaged, each by itself.
     """
-
-    def __init__(self, model: nn.Module, recipe: Recipe, images_a_step: int):
-        self._recipe = recipe
-        forgotten = (1 - recipe.ema_decay) * images_a_step * recipe.ema_every / recipe.epochs
-        average = get_ema_multi_avg_fn(1 - min(1.0, forgotten))
-        self._averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network with the averaged weights."""
-        return self._averaged.module
-
-    def update(self, model: nn.Module, epoch: int, step: int) -> None:
-        """Take one step of an epoch into account; both are counted from 0."""
-        if step % self._recipe.ema_every:
-            return
-        self._averaged.update_parameters(model)
-        if epoch < self._recipe.warmup_epochs:
-            self._averaged.n_averaged.zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._averaged.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._averaged.load_state_dict(state)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Give a network the averaged weights."""
-        model.load_state_dict(self.model.state_dict())
+    forgotten = (1 - recipe.ema_decay) * images_a_step * recipe.ema_every / recipe.epochs
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1.0, forgotten)), use_buffers=True)
 
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -287,30 +257,20 @@ def frozen(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     Raises:
         ValueError: for a pattern that matches no parameter.
     """
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     names = dict(model.named_parameters())
     chosen = {pattern: _matches(names, pattern) for pattern in recipe.freeze}
-    for pattern, matches in chosen.items():
-        if not matches:
-            raise UnknownNameError("parameter to freeze", pattern, list(names))
+    if unknown := [pattern for pattern, matches in chosen.items() if not matches]:
+        raise UnknownNameError("parameter to freeze", unknown[0], list(names))
+    stopped = [names[name] for name in {*chain(*chosen.values())} if names[name].requires_grad]
     try:
-        for name in {name for matches in chosen.values() for name in matches}:
-            names[name].requires_grad_(False)
+        for parameter in stopped:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        for parameter in stopped:
+            parameter.requires_grad_(True)
 
 
 def _matches(names: Iterable[str], pattern: str) -> list[str]:
     """Return the parameters that a pattern names, itself or by a module that holds them."""
     return [name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")]
-
-
-def set_train_mode(model: nn.Module, recipe: Recipe) -> None:
-    """Put a model into train mode, norms excepted where the recipe freezes their running statistics."""
-    model.train()
-    if recipe.freeze_statistics:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.eval()

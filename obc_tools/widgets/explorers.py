@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.batches import take
 from ..data.data import Data
+from ..files import replacing
 from ..plots.jtj import (
     MODES,
     filter_image,
@@ -206,8 +207,10 @@ class JTJExplorer(Explorer):
             raise ValueError("nothing has been computed yet: wait for it")
         shown = self.dense
         arrays = {"values": shown.values.numpy(force=True), "weights": shown.weights.numpy(force=True)}
-        np.savez_compressed(path, channels=np.array(shown.channels), labels=np.array(shown.labels), **arrays)
-        return Path(path)
+        path = Path(path if str(path).endswith(".npz") else f"{path}.npz")
+        with replacing(path) as new, new.open("wb") as file:
+            np.savez_compressed(file, channels=np.array(shown.channels), labels=np.array(shown.labels), **arrays)
+        return path
 
     def _compute(self) -> None:
         layer = self.layer.value

@@ -132,6 +132,7 @@ def test_a_killed_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
 
 
 def test_a_folder_takes_more_criteria_but_no_other_comparison(data, tmp_path):
+    (tmp_path / ".comparison.json.new").write_text("{")  # of a comparison that was killed at its first write
     compare_criteria(network, data, ["l1"], folder=tmp_path, **SMALL)
     more = compare_criteria(network, data, ["l1", "l2"], folder=tmp_path, **SMALL)
     assert more.criteria == ("l1", "l2")

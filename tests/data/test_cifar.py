@@ -262,7 +262,7 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path: Path, cache: Path, monke
     root = write_folders(tmp_path / "images")
 
     def stop(path: Path, **_) -> None:
-        Path(path).write_bytes(b"half")
+        path.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "savez", stop)

@@ -237,21 +237,21 @@ def test_an_existing_folder_is_safe(tmp_path, model, plan):
         save_pruned(folder / "notes.txt", model, plan, source=SOURCE, overwrite=True)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "Path.rename"])
+@pytest.mark.parametrize("failing", ["save_file", "Path.replace"])
 def test_a_failed_overwrite_leaves_the_old_model(tmp_path, model, plan, monkeypatch, failing):
     folder = tmp_path / "saved"
     save_pruned(folder, model, plan, source=SOURCE)
     old = model(IMAGES)
     model.fc.bias.data += 1
-    rename = Path.rename
+    replace = Path.replace
 
     def fail(*args):
         # The old folder steps aside before the new one moves in.
         if failing == "save_file" or args[0].suffix == ".new":
             raise OSError("no space left")
-        return rename(*args)
+        return replace(*args)
 
-    monkeypatch.setattr(*((store, "save_file") if failing == "save_file" else (Path, "rename")), fail)
+    monkeypatch.setattr(*((store, "save_file") if failing == "save_file" else (Path, "replace")), fail)
     with pytest.raises(OSError, match="no space left"):
         save_pruned(folder, model, plan, source=SOURCE, overwrite=True)
     monkeypatch.undo()

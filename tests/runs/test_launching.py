@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from trainings import numbers, wait_for
 
+from obc_tools.files import write_json
 from obc_tools.pruning.order import Target
 from obc_tools.runs.folder import PROCESS, RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob
-from obc_tools.runs.run import Run, command, is_alive, job_of, launch, process_identity, run_experiment
+from obc_tools.runs.run import Run, command, job_of, launch, run_experiment
 from obc_tools.runs.slurm import write_slurm_script
-from obc_tools.training.folder import write_json
+from obc_tools.runs.worker import is_alive, process_identity
 from obc_tools.training.recipe import Recipe
 
 SPARSE = Recipe(epochs=2, lr=0.05, batch_size=64, weight_decay=0.0, group_penalty=1e-3)
@@ -170,9 +171,10 @@ def test_a_failed_run_says_why(tmp_path):
 
 
 def test_commands_for_one_and_several_processes(tmp_path):
-    assert command(tmp_path, 1, on_cpu=False)[1:] == ["-m", "obc_tools.worker", str(tmp_path)]
-    assert "accelerate.commands.launch" in command(tmp_path, 4, on_cpu=False)
-    assert "torch.distributed.run" in command(tmp_path, 2, on_cpu=True)
+    work = ["-m", "obc_tools.worker", str(tmp_path)]
+    assert command(tmp_path, 1) == [sys.executable, *work]
+    several = command(tmp_path, 4)
+    assert several[1:3] == ["-m", "torch.distributed.run"] and several[-4:] == ["4", *work]
 
 
 def test_what_cannot_be_launched(tmp_path):

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
-from obc_tools.models.store import load_pruned, replacing
+from obc_tools.models.networks import load_model
+from obc_tools.models.store import load_pruned
 from obc_tools.pruning.order import Target
-from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job
-from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, PruningJob, find_device
+from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
+from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
 from obc_tools.training.recipe import Recipe
 
@@ -64,8 +66,9 @@ def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
     assert {entry.name for entry in folder.iterdir()} == {
-        *("results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
+        *("job.json", "run.log", "results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
         *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
+        *(f"training_{key}" for key in ("original", "naive", "merged")),
     }
     assert {entry.name for entry in folder.iterdir()} < ENTRIES
     assert results["job"]["finetune"] == TINY.finetune.to_dict()
@@ -191,21 +194,6 @@ def test_networks_that_differ_are_reported():
         _check_equal(float("nan"), "one and other")
 
 
-def test_a_folder_is_replaced_only_on_success(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "results.json").write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(folder) as new:
-        (new / "results.json").write_text("new")
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "old"
-    with replacing(folder) as new:
-        (new / "results.json").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (folder / "results.json").read_text() == "new"
-
-
 def test_only_a_run_is_overwritten(tmp_path):
     check_run_folder(tmp_path / "free", overwrite=False)
     check_run_folder(tmp_path, overwrite=False)
@@ -218,6 +206,34 @@ def test_only_a_run_is_overwritten(tmp_path):
         check_run_folder(tmp_path, overwrite=True)
     with pytest.raises(RunFolderError, match="is a file"):
         check_run_folder(tmp_path / "thesis.tex", overwrite=True)
+
+
+def test_a_run_killed_at_its_first_write_begins_anew(tmp_path):
+    """All that it left is the temporary file of its job, by the name of this version or of one before."""
+    for name in (".job.json.new", f".job.json.{'0' * 32}.new"):
+        (tmp_path / name).write_text("{")
+    check_run_folder(tmp_path, overwrite=False)
+    (tmp_path / "job.json").write_text(json.dumps(TINY.to_dict()))
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        check_run_folder(tmp_path, overwrite=False)
+    check_run_folder(tmp_path, overwrite=True)
+
+
+def test_weights_of_a_sparse_training_are_read_before_the_original_trains(tmp_path, monkeypatch):
+    """And nothing is written, so that the mended job is not another one than the folder holds."""
+    missing = replace(TINY, sparse_weights=str(tmp_path / "none.pth"))
+    seven = load_model("resnet8", 7, in_channels=1, width=4)
+    save_file(seven.state_dict(), tmp_path / "seven.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr("obc_tools.runs.pipeline.fit", None)
+        with pytest.raises(ValueError, match=r"weights file '.*none.pth' does not exist"):
+            work_on(missing, tmp_path / "run", progress=False)
+        with pytest.raises(ValueError, match="seven.safetensors: file has 7 classes, model asked for 10"):
+            work_on(replace(missing, sparse_weights=str(tmp_path / "seven.safetensors")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    save_file(load_model("resnet8", 10, in_channels=1, width=4).state_dict(), tmp_path / "right.safetensors")
+    mended = replace(missing, sparse_weights=str(tmp_path / "right.safetensors"), finetune=None, equivalent=False)
+    assert list(work_on(mended, tmp_path / "run", progress=False).measured) == [ORIGINAL, SPARSE, PRUNED]
 
 
 def test_reading_what_is_no_run(tmp_path):

@@ -19,7 +19,7 @@ FRAME = pd.DataFrame(
 
 
 def table(**options):
-    return Table(FRAME, "Results", formats={"accuracy": ".2%", "MACs": "si"}, units={"latency": "ms"}, **options)
+    return Table(FRAME, "Results", formats={"accuracy": ".2%", "MACs": "si"}, **options)
 
 
 def test_one_page_without_a_network(tmp_path):
@@ -48,12 +48,11 @@ def test_text_is_escaped_and_parted():
     assert "<h2>On &lt;b&gt;</h2>" in page
 
 
-def test_table_formats_numbers_and_names_units():
+def test_table_formats_numbers():
     page = render_report("t", [table(caption="Latency: a > b")])
     for cell in ("<td>&lt;naive&gt;</td>", ">93.34%</td>", ">–</td>", ">126.8 M</td>", ">57 M</td>", ">12,000</td>"):
         assert cell in page
     assert "<td class='number'>12.35</td>" in page and "<td class='number'>7</td>" in page
-    assert "latency <span class='unit'>(ms)</span>" in page
     assert "<p class='caption'>Latency: a &gt; b</p>" in page
     assert "<th>network</th>" in page and "<th class='number'>MACs</th>" in page
 
@@ -97,7 +96,5 @@ def test_an_old_report_survives_a_failure(tmp_path):
 def test_refuses_unknown_columns_and_formats_that_do_not_suit():
     with pytest.raises(ValueError, match="unknown column of the table 'acuracy'; closest: accuracy"):
         Table(FRAME, formats={"acuracy": ".2%"})
-    with pytest.raises(ValueError, match="unknown column of the table 'time'"):
-        Table(FRAME, units={"time": "ms"})
     with pytest.raises(ValueError, match="column 'latency': 12.3456 does not suit the format ',d'"):
         render_report("t", [Table(FRAME, formats={"latency": ",d"})])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from obc_tools.files import write_json
 from obc_tools.pruning.order import Target
 from obc_tools.runs.experiments import EXPERIMENTS
 from obc_tools.runs.tables import find_runs, results_table
-from obc_tools.training.folder import write_json
 
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "table9_vgg19_cifar100.csv"
 
@@ -52,3 +52,13 @@ def test_means_over_seeds_beside_the_paper(tmp_path):
 def test_nothing_to_show(tmp_path):
     with pytest.raises(ValueError, match="none of 0 runs has finished"):
         results_table(tmp_path)
+
+
+def test_a_half_written_line_of_one_run_does_not_hide_the_others(tmp_path):
+    fake_run(tmp_path / "a", 0, 0.73, 0.735)
+    broken = tmp_path / "b" / "training_naive"
+    broken.mkdir(parents=True)
+    write_json(tmp_path / "b" / "job.json", EXPERIMENTS["vgg19-cifar100"].job().to_dict())
+    (broken / "metrics.jsonl").write_text('{"epoch": 2, "lr"')
+    assert len(results_table(tmp_path)) == 2
+    assert [repr(run).count("interrupted") for run in find_runs(tmp_path)] == [0, 1]

@@ -132,13 +132,22 @@ def test_what_cannot_be_resumed(tmp_path):
     assert read_history(tmp_path / "nowhere") is None
 
 
+def test_a_half_written_line_is_left_out_and_its_file_named(tmp_path, caplog):
+    history = fit(dropout_network(), TRAIN, VAL, Recipe(epochs=2), run=tmp_path, progress=False)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"epoch": 3, "lr"')
+    assert read_history(tmp_path) == read_history(tmp_path) == history
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"'{tmp_path / METRICS}': line 3 is no whole epoch and is left out"]
+    (tmp_path / METRICS).write_text('{"epoch": 1}\n')
+    assert read_history(tmp_path) is None
+
+
 def test_a_process_that_does_not_write_leaves_nothing(tmp_path):
     folder = TrainingFolder(tmp_path / "none", writes=False)
     assert folder.read(Recipe(epochs=1), resume=False) is None
-    folder.begin(Recipe(epochs=1), torch.device("cpu"), None)
-    folder.save({})
-    with folder.logging():
-        pass
+    with folder.kept(Recipe(epochs=1), torch.device("cpu"), None):
+        folder.save({})
     assert not (tmp_path / "none").exists()
 
 

@@ -1,0 +1,82 @@
+"""Files and folders are whole or not there, whatever happens while they are written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from obc_tools.files import entries, is_leftover, read_json, remove_leftovers, replacing, write_json, write_text
+
+
+def make_folder(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "results.json").write_text(text)
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_folder_is_replaced_only_on_success(tmp_path, synced):
+    folder = tmp_path / "run"
+    make_folder(folder, "old")
+    with pytest.raises(ZeroDivisionError), replacing(folder, synced=synced) as new:
+        make_folder(new, "new")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (folder / "results.json").read_text() == "old"
+    with replacing(folder, synced=synced) as new:
+        make_folder(new, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (folder / "results.json").read_text() == "new"
+
+
+def test_a_file_is_replaced_only_on_success(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    write_text(path, "ü")
+    with pytest.raises(ZeroDivisionError), replacing(path) as new:
+        new.write_text("half of it")
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, [float("nan")])
+    assert [found.name for found in path.parent.iterdir()] == ["file"]
+    assert path.read_bytes() == "ü".encode()
+    write_json(path, {"a": 1})
+    assert read_json(path) == {"a": 1} == json.loads(path.read_text())
+
+
+def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    seen, replace = [], Path.replace
+
+    def opened(path, flags):
+        seen.append(Path(path).name if "." not in Path(path).name else "new")
+        return 0
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "close", lambda descriptor: None)
+    monkeypatch.setattr(Path, "replace", lambda self, target: seen.append("moved") or replace(self, target))
+    with replacing(tmp_path / "run") as new:
+        make_folder(new, "text")
+    assert seen == ["new", "new", "moved", tmp_path.name]
+    seen.clear()
+    write_text(tmp_path / "note", "text", synced=False)
+    assert seen == ["moved"]
+
+
+def test_what_a_killed_process_leaves_is_told_apart(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from obc_tools.files import replacing\n"
+        "with replacing(Path(sys.argv[1])) as new: new.write_text('{'); os.kill(os.getpid(), 9)"
+    )
+    code = subprocess.run([sys.executable, "-c", script, tmp_path / "job.json"]).returncode
+    assert code == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert is_leftover(left) and entries(tmp_path) == []
+    (tmp_path / ".job.json.new").touch()  # as versions before named it
+    for name in (".hidden", "report.new", "thesis.tex"):
+        (tmp_path / name).touch()
+    assert entries(tmp_path) == [".hidden", "report.new", "thesis.tex"] and entries(tmp_path / "nowhere") == []
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == entries(tmp_path)
