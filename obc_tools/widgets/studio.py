@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.data import Data
 from ..files import write_text
 from ..models.store import save_pruned
-from ..plots.studio import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune
 from ..scoring.scores import Scores

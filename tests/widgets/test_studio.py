@@ -10,7 +10,7 @@ import timm
 import torch
 
 import obc_tools as obc
-from obc_tools.plots.studio import SCORES, UPPER
+from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.order import Target
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.studio.state import Choices
