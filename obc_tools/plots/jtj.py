@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import UnknownNameError
-from .looks import color_axis, finished
+from .looks import color_axis, counted, finished
 
 MODES = ("absolute", "signed", "correlation")
 
@@ -68,7 +68,7 @@ def jtj_grid(
     figure = _panels(heatmaps, titles, columns, **gaps)
     unit = "share of the channel's largest" if relative else _unit(mode)
     d = len(dense.labels)
-    title = f"{_matrix(dense, mode)} of {dense.axis}: {count} channels, {d} × {d}"
+    title = f"{_matrix(dense, mode)} of {dense.axis}: {counted(count, 'channel')}, {d} × {d}"
     title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
     figure.update_annotations(font_size=11)
     height = 110 + 210 * rows
@@ -161,7 +161,7 @@ def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
         figure.add_scatter(x=x, y=seen, name=name, mode="lines", line_width=1.4, opacity=0.8, hovertemplate=hover)
     x = {"title": "eigenvalue, largest first"}
     y = {"title": "share of the sum of eigenvalues", "type": "log", "exponentformat": "power", "dtick": 2}
-    title = f"Spectra of JᵀJ of {dense.axis}: {len(dense.channels)} channels"
+    title = f"Spectra of JᵀJ of {dense.axis}: {counted(len(dense.channels), 'channel')}"
     return finished(figure, look, 420, x=x, y=y, title=title, showlegend=False)
 
 

@@ -84,6 +84,11 @@ def theme(look: str = "light") -> go.layout.Template:
     return go.layout.Template(layout=layout)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return so many of something in words: "1 group", "1,024 channels"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def finished(
     figure: go.Figure, look: str, height: int, *, x: Mapping | None = None, y: Mapping | None = None, **layout: Any
 ) -> go.Figure:

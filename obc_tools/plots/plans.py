@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import UnknownNameError
-from .looks import COLORS, PALETTE, color_axis, finished
+from .looks import COLORS, PALETTE, color_axis, counted, finished
 
 TOLD = "%{customdata}<extra></extra>"
 GROUPS = {"type": "category", "tickangle": -90, "tickfont_size": 9}
@@ -174,7 +174,7 @@ def plot_groups(groups: Sequence[Any], *, look: str = "light") -> go.Figure:
             _add_members(figure, groups, role, prunable)
     chosen = [group for group in groups if group.prunable]
     channels = sum(group.width for group in chosen)
-    title = f"Coupled layers: {len(chosen)} of {len(groups)} groups prunable, {channels:,} channels"
+    title = f"Coupled layers: {len(chosen)} of {len(groups)} groups prunable, {counted(channels, 'channel')}"
     every = -(-len(layers) // _MOST_LABELS)
     x = {"title": "group", "showgrid": False, "zeroline": False}
     y = {"type": "category", "categoryarray": layers, "categoryorder": "array", "autorange": "reversed"}
