@@ -28,6 +28,7 @@ CELLS = 64
 """Cells a side of a small heatmap; a larger JᵀJ is pooled to as many."""
 LARGE_CELLS = 384
 """The same of a large heatmap; it takes about 0.8 MB then."""
+UNIT = "loss² per weight²"
 BARE = {"showticklabels": False, "ticks": "", "showgrid": False, "constrain": "domain"}
 
 
@@ -66,7 +67,7 @@ def jtj_grid(
     ]
     gaps = {"horizontal_spacing": 0.1 / columns, "vertical_spacing": 0.14 / rows}
     figure = _panels(heatmaps, titles, columns, **gaps)
-    unit = "share of the channel's largest" if relative else _unit(mode)
+    unit = "share of the channel's largest" if relative else UNIT
     d = len(dense.labels)
     title = f"{_matrix(dense, mode)} of {dense.axis}: {counted(count, 'channel')}, {d} × {d}"
     title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
@@ -102,7 +103,7 @@ def jtj_heatmap(dense: Any, channel: int, mode: str = "absolute", *, look: str =
     title = f"{_matrix(dense, mode)} of {dense.axis}, channel {channel}<br><sub>{facts}, "
     title += f"effective rank {dense.effective_rank[index]:.1f}</sub>"
     heatmap = _heatmap(values[0], names, f"channel {channel}")
-    return _square(heatmap, axis, look, title=title, coloraxis=_coloraxis(mode, _unit(mode)))
+    return _square(heatmap, axis, look, title=title, coloraxis=_coloraxis(mode))
 
 
 def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light") -> go.Figure:
@@ -120,7 +121,7 @@ def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light"
         border |= {f"{end}0": start - 0.5, f"{end}1": start - 0.5, f"{other}0": -0.5, f"{other}1": len(names) - 0.5}
     facts = f"score {group.score:.3e} over the members, {group.coupled_score:.3e} with their cross terms"
     title = f"{_NAMES[mode]} of group {group.group.root}, channel {group.channel}<br><sub>{facts}</sub>"
-    layout = {"title": title, "coloraxis": _coloraxis(mode, _unit(mode)), "shapes": lines}
+    layout = {"title": title, "coloraxis": _coloraxis(mode), "shapes": lines}
     heatmap = _heatmap(values, names, str(group.group.root))
     return _square(heatmap, _member_ticks(group, starts, names), look, height=760, **layout)
 
@@ -141,7 +142,7 @@ def interactions_heatmap(
     shown = interactions.correlation if mode == "correlation" else _in_mode(interactions.values[None], mode)[0]
     values = shown[list(chosen)][:, list(chosen)].numpy()
     name = {"absolute": "|K|", "signed": "K", "correlation": "Correlation of K"}[mode]
-    coloraxis = _coloraxis(mode, "correlation" if mode == "correlation" else "loss²")
+    coloraxis = _coloraxis(mode, "loss²")
     title = f"{name} of {interactions.axis}<br><sub>K_ij = Σ (J w_i)(J w_j): below 0 the two cancel</sub>"
     heatmap = _heatmap(values, [str(channel) for channel in chosen], str(interactions.axis))
     return _square(heatmap, {"title": f"channel, ordered by {order}"}, look, title=title, coloraxis=coloraxis)
@@ -190,10 +191,6 @@ _NAMES = {"absolute": "|JᵀJ|", "signed": "JᵀJ", "correlation": "Correlation 
 
 def _matrix(dense: Any, mode: str) -> str:
     return _NAMES[mode] if dense.pool is None else f"{_NAMES[mode]} by {dense.pool}"
-
-
-def _unit(mode: str) -> str:
-    return "correlation" if mode == "correlation" else "loss² per weight²"
 
 
 def _in_mode(values: Tensor, mode: str) -> Tensor:
@@ -265,9 +262,9 @@ def _heatmap(values: np.ndarray, names: Sequence[str], title: str, colors: np.nd
     return go.Heatmap(z=shown, x=names, y=names, coloraxis="coloraxis", hovertemplate=hover, **extra)
 
 
-def _coloraxis(mode: str, unit: str) -> dict:
+def _coloraxis(mode: str, unit: str = UNIT) -> dict:
     limits = {"absolute": {"cmin": 0}, "signed": {"cmid": 0}, "correlation": {"cmin": -1, "cmax": 1}}[mode]
-    return color_axis(unit, **limits, colorbar_exponentformat="power")
+    return color_axis("correlation" if mode == "correlation" else unit, **limits, colorbar_exponentformat="power")
 
 
 def _square(heatmap: go.Heatmap, axis: Mapping, look: str, height: int = 620, **layout: Any) -> go.Figure:
@@ -344,5 +341,5 @@ def jtj_pair(dense: Any, mode: str = "correlation", *, look: str = "light") -> g
     titles = [f"channel {channel}" for channel in dense.channels]
     heatmaps = [_heatmap(shown, names, title) for shown, title in zip(values, titles, strict=True)]
     title = f"JᵀJ of {dense.axis}, two channels"
-    coloraxis = _coloraxis(mode, _unit(mode))
+    coloraxis = _coloraxis(mode)
     return finished(_panels(heatmaps, titles, columns=2), look, 420, title=title, coloraxis=coloraxis)

@@ -1,4 +1,4 @@
-"""Watch runs that go on in the background, stop and resume them: a view of `run_watch`."""
+"""Watch runs that go on in the background, stop and resume them: a view of `runs.watch`."""
 
 from __future__ import annotations
 

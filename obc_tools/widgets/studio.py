@@ -1,4 +1,4 @@
-"""Prune by hand and by criterion, with the outcome at once: a view of `studio_state` and `studio_session`."""
+"""Prune by hand and by criterion, with the outcome at once: a view of `studio.state` and `studio.session`."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ class PruningStudio(View):
 
     Attributes:
         plan: the present plan; `prune(model, studio.plan)` and `EquivalentModel(model, studio.plan)` take it on.
-        state: all choices, with those to undo and redo (see `studio_state`).
+        state: all choices, with those to undo and redo (see `studio.state`).
         code: the Python that makes the plan.
 
     Raises:
@@ -273,7 +273,7 @@ class PruningStudio(View):
         return f"PruningStudio({self.plan!r})"
 
     def choose(self, choices: Choices, *, merge: bool = False) -> None:
-        """Make other choices, as the controls do; see `studio_state.change` for ``merge``."""
+        """Make other choices, as the controls do; see `studio.state.change` for ``merge``."""
         with self._worker.lock:
             self.state = change(self.state, choices, merge=merge)
             self._show()

@@ -201,6 +201,13 @@ def test_other_bars_are_those_of_layers(studio):
     assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
 
 
+def test_one_group_is_not_called_groups(studio):
+    studio.toggle(controls(studio).group.value, 0)
+    assert ": 1 group<" in controls(studio).changes.value
+    controls(studio).target.value = 0.6
+    assert " groups<" in controls(studio).changes.value
+
+
 def test_what_cannot_be_toggled_is_said(studio):
     studio.toggle(("conv1", "out"), 1000)
     assert "no channel 1000" in studio.status.value
