@@ -72,18 +72,18 @@ def jtj_grid(
     title = f"{_matrix(dense, mode)} of {dense.axis}: {counted(count, 'channel')}, {d} × {d}"
     title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
     figure.update_annotations(font_size=11)
-    height = 110 + 210 * rows
-    return finished(figure, look, height, title=title, margin_t=88, coloraxis=_coloraxis(mode, unit))
+    framed = {"showline": True, "mirror": True}
+    layout = {"title": title, "margin_t": 88, "coloraxis": _coloraxis(mode, unit)}
+    return finished(figure, look, 110 + 210 * rows, x=framed, y=framed, **layout)
 
 
 def _panels(heatmaps: Sequence[go.Heatmap], titles: Sequence[str], columns: int, **gaps: float) -> go.Figure:
-    """Return square heatmaps side by side, framed, without ticks."""
+    """Return square heatmaps side by side, without ticks."""
     figure = make_subplots(math.ceil(len(heatmaps) / columns), columns, subplot_titles=titles, **gaps)
     for index, heatmap in enumerate(heatmaps):
         figure.add_trace(heatmap, index // columns + 1, index % columns + 1)
-    figure.update_xaxes(type="category", showline=True, mirror=True, **BARE)
-    figure.update_yaxes(type="category", showline=True, mirror=True, **BARE)
-    figure.update_yaxes(constraintoward="top", autorange="reversed")
+    figure.update_xaxes(type="category", **BARE)
+    figure.update_yaxes(type="category", constraintoward="top", autorange="reversed", **BARE)
     for number in range(1, len(heatmaps) + 1):
         suffix = "" if number == 1 else str(number)
         figure.layout[f"yaxis{suffix}"].update(scaleanchor=f"x{suffix}")
@@ -115,10 +115,14 @@ def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light"
     values = pool_cells(_in_mode(group.values[None], mode), cells)[0].float().numpy(force=True)
     names = _names(group.labels, cells)
     starts = [int(cells[block.start]) for block in group.members] + [len(names)]
-    lines = [{"type": "line", "xref": "x", "yref": "y", "opacity": 0.35} for _ in range(2 * (len(starts) - 2))]
-    for (start, end), border in zip(itertools.product(starts[1:-1], "xy"), lines, strict=True):
-        other = "y" if end == "x" else "x"
-        border |= {f"{end}0": start - 0.5, f"{end}1": start - 0.5, f"{other}0": -0.5, f"{other}1": len(names) - 0.5}
+    ends = {"0": -0.5, "1": len(names) - 0.5}
+    line = {"type": "line", "xref": "x", "yref": "y", "opacity": 0.35}
+    lines = [
+        {**line, f"{across}0": start - 0.5, f"{across}1": start - 0.5}
+        | {f"{along}{end}": place for end, place in ends.items()}
+        for start in starts[1:-1]
+        for across, along in ("xy", "yx")
+    ]
     facts = f"score {group.score:.3e} over the members, {group.coupled_score:.3e} with their cross terms"
     title = f"{_NAMES[mode]} of group {group.group.root}, channel {group.channel}<br><sub>{facts}</sub>"
     layout = {"title": title, "coloraxis": _coloraxis(mode), "shapes": lines}
