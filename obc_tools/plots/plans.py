@@ -244,7 +244,9 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
     Raises:
         ValueError: a layer that is not mixed, no such block, an unknown look.
     """
-    mixed = _mixed(equivalent, layer)
+    if layer not in equivalent.mixed_layers:
+        raise UnknownNameError("mixed layer", layer, list(equivalent.mixed_layers))
+    mixed = equivalent.mixed_layers[layer]
     parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
     there = {name: part.detach() for name, part in parts.items() if part is not None}
     blocks = len(next(iter(there.values())))
@@ -274,10 +276,3 @@ def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figu
         figure.add_bar(x=shares["layer"], y=100 * shares[part], name=part, marker_color=color, hovertemplate=hover)
     x, y = {"title": "layer", **GROUPS}, {"title": "on removed channels (% of squared entries)"}
     return finished(figure, look, 400, x=x, y=y, barmode="group", title="What the removed channels still give")
-
-
-def _mixed(equivalent: Any, layer: str) -> Any:
-    found = equivalent.mixed_layers
-    if layer not in found:
-        raise UnknownNameError("mixed layer", layer, list(found))
-    return found[layer]

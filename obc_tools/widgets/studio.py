@@ -74,11 +74,6 @@ KINDS = {
 }
 
 
-def none_or(value: str) -> str | None:
-    """Return what a choice stands for."""
-    return None if value == NONE else value
-
-
 def target_of(kind: str, value: float) -> Target:
     """Return the target that the slider stands for."""
     return Target(**{kind: value * MILLION if kind in ("macs", "params") else value})
@@ -159,9 +154,10 @@ class StudioControls:
 
     def read(self, choices: Choices) -> Choices:
         """Return choices with what the controls say in their place."""
+        normalizer = None if self.normalizer.value == NONE else self.normalizer.value
         return replace(
             choices,
-            scoring=Scoring(self.criterion.value, self.reduction.value, none_or(self.normalizer.value)),
+            scoring=Scoring(self.criterion.value, self.reduction.value, normalizer),
             target=self._read_target(choices.target),
             scope=self.scope.value,
             round_to=None if self.round_to.value == 1 else self.round_to.value,
