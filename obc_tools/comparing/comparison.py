@@ -108,13 +108,13 @@ class Comparison:
 
     def plot(self, metric: str | None = None, over: str = "params", *, look: str = "light"):
         """Draw mean and standard deviation of a metric against what was pruned; of all of them by default."""
-        from ..plots.criteria import criteria_curves, criteria_panels
+        from ..plots.curves import criteria_curves, criteria_panels
 
         return criteria_panels(self, look=look) if metric is None else criteria_curves(self, metric, over, look=look)
 
     def plot_seconds(self, *, look: str = "light"):
         """Draw the seconds of scoring a step, a bar a criterion."""
-        from ..plots.criteria import scoring_seconds
+        from ..plots.curves import scoring_seconds
 
         return scoring_seconds(self, look=look)
 

@@ -17,22 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import Augmentation, Batches, Sampling, augment_batches, take
+from .batches import Augmentation, Batches, Sampling, augment_batches
 from .cifar import CLASSES, read_cifar
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
 
-__all__ = [
-    "Augmentation",
-    "Batches",
-    "Data",
-    "ImageFiles",
-    "Images",
-    "Normalization",
-    "check_classes",
-    "load_data",
-    "take",
-]
-
+Split = Images | ImageFiles
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 
 _LARGE = {
@@ -69,8 +58,8 @@ class Data:
         name: As given to ``load_data``.
     """
 
-    train: Images | ImageFiles | None
-    val: Images | ImageFiles | None
+    train: Split | None
+    val: Split | None
     classes: tuple[str, ...]
     normalization: Normalization
     name: str = "data"
@@ -149,16 +138,14 @@ class Data:
         """
         if self.train is not None:
             raise ValueError(f"{self.name} has training images: leave the held-out ones alone")
-        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(seed))
-        train, val = (self.val.subset(half.sort().values) for half in order.tensor_split(2))
+        train, val = _cut(self.val, -(-len(self.val) // 2), seed)
         return replace(self, train=train, val=val)
 
     def limited(self, train: int | None = None, val: int | None = None, *, seed: int = 0) -> Data:
         """Return the data with at most so many images of each split, drawn by chance; None keeps a split whole."""
-        splits = {"train": (self.train, train), "val": (self.val, val)}
-        return replace(self, **{name: _drawn(images, count, seed) for name, (images, count) in splits.items()})
+        return replace(self, train=_limited(self.train, train, seed), val=_limited(self.val, val, seed))
 
-    def _split(self, split: str) -> Images | ImageFiles:
+    def _split(self, split: str) -> Split:
         if split not in ("train", "val"):
             raise ValueError(f"unknown split '{split}'; there are 'train' and 'val'")
         images = self.train if split == "train" else self.val
@@ -169,13 +156,19 @@ class Data:
         return images
 
 
-def _drawn(images: Images | ImageFiles | None, count: int | None, seed: int) -> Images | ImageFiles | None:
+def _cut(images: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Return so many of the images, drawn by chance, and the others, both in their order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    chosen, others = (images.at(part.sort().values) for part in (order[:count], order[count:]))
+    return chosen, others
+
+
+def _limited(images: Split | None, count: int | None, seed: int) -> Split | None:
     if images is None or count is None or count >= len(images):
         return images
     if count < 1:
         raise ValueError(f"at least 1 image of a split is needed, not {count}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images.subset(order[:count].sort().values)
+    return _cut(images, count, seed)[0]
 
 
 def load_data(
@@ -239,7 +232,7 @@ def _check_normalization(name: str, normalize: object) -> None:
         )
 
 
-def _normalization(name: str, normalize: str | tuple | None, train: Images | ImageFiles | None) -> Normalization:
+def _normalization(name: str, normalize: str | tuple | None, train: Split | None) -> Normalization:
     if normalize is not None and not isinstance(normalize, str):
         mean, std = normalize
         return Normalization(tuple(mean), tuple(std))
@@ -309,6 +302,5 @@ def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Da
     held_out = round(share * len(images))
     if not 0 < held_out < len(images):
         raise ValueError(f"share={share} holds out {held_out} of {len(images)} images; leave some on each side")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    val, train = (images.at(part.sort().values) for part in (order[:held_out], order[held_out:]))
+    val, train = _cut(images, held_out, seed)
     return replace(data, train=train, val=val)

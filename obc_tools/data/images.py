@@ -99,10 +99,6 @@ class Images:
 
         return Batches(draw, sampling.count(len(self)), parts=sampling.share[1])
 
-    def subset(self, positions: Tensor) -> Images:
-        """Return the images at some positions."""
-        return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageFiles:
@@ -158,11 +154,6 @@ class ImageFiles:
         decoded = _Decoded(self, sampling.augment, rand_augment)
         draw = _FilePasses(decoded, sampling, normalization, torch.device(device), workers)
         return Batches(draw, sampling.count(len(self)), parts=sampling.share[1])
-
-    def subset(self, positions: Tensor) -> ImageFiles:
-        """Return the images at some positions."""
-        paths = tuple(self.paths[position] for position in positions.tolist())
-        return replace(self, paths=paths, labels=self.labels[positions])
 
 
 class ClassFolders(NamedTuple):

@@ -1,6 +1,6 @@
 """Figures: numbers, names and labels in, a plotly figure out."""
 
-from .criteria import criteria_curves, criteria_panels, scoring_seconds
+from .curves import criteria_curves, criteria_panels, plot_histories, scoring_seconds
 from .jtj import (
     filter_image,
     group_jtj_heatmap,
@@ -13,7 +13,6 @@ from .jtj import (
     spectrum,
 )
 from .plans import mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
-from .training import plot_histories
 
 __all__ = [
     "criteria_curves",

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -21,11 +21,7 @@ from torch import Tensor
 
 from ..errors import UnknownNameError
 from ..files import write_text
-from .looks import theme
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
+from .looks import color_axis, counted, finished
 
 MODES = ("absolute", "signed", "correlation")
 
@@ -33,6 +29,8 @@ CELLS = 64
 """Cells a side of a small heatmap; a larger JᵀJ is pooled to as many."""
 LARGE_CELLS = 384
 """The same of a large heatmap; it takes about 0.8 MB then."""
+UNIT = "loss² per weight²"
+BARE = {"showticklabels": False, "ticks": "", "showgrid": False, "constrain": "domain"}
 
 
 def jtj_grid(
@@ -59,30 +57,37 @@ def jtj_grid(
         raise ValueError(f"columns={columns}: expected at least 1")
     count = len(dense.channels)
     columns = min(columns, count)
-    grid_rows = math.ceil(count / columns)
+    rows = math.ceil(count / columns)
     values, names = _display(dense.values, dense.labels, mode, CELLS)
     relative = mode != "correlation" and not shared_scale
     colors = _relative(values) if relative else values
     titles = [f"{c}: {s:.2e}" if s else f"{c}: 0" for c, s in zip(dense.channels, dense.score.tolist(), strict=True)]
-    gap = {"horizontal_spacing": 0.1 / columns, "vertical_spacing": 0.14 / grid_rows}
-    figure = make_subplots(grid_rows, columns, subplot_titles=titles, **gap)
-    for index, (color, value) in enumerate(zip(colors, values, strict=True)):
-        heatmap = _heatmap(color, value if relative else color, names, f"channel {dense.channels[index]}")
+    heatmaps = [
+        _heatmap(value, names, f"channel {channel}", color if relative else None)
+        for channel, color, value in zip(dense.channels, colors, values, strict=True)
+    ]
+    gaps = {"horizontal_spacing": 0.1 / columns, "vertical_spacing": 0.14 / rows}
+    figure = _panels(heatmaps, titles, columns, **gaps)
+    unit = "share of the channel's largest" if relative else UNIT
+    d = len(dense.labels)
+    title = f"{_matrix(dense, mode)} of {dense.axis}: {counted(count, 'channel')}, {d} × {d}"
+    title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
+    figure.update_annotations(font_size=11)
+    framed = {"showline": True, "mirror": True}
+    layout = {"title": title, "margin_t": 88, "coloraxis": _coloraxis(mode, unit)}
+    return finished(figure, look, 110 + 210 * rows, x=framed, y=framed, **layout)
+
+
+def _panels(heatmaps: Sequence[go.Heatmap], titles: Sequence[str], columns: int, **gaps: float) -> go.Figure:
+    """Return square heatmaps side by side, without ticks."""
+    figure = make_subplots(math.ceil(len(heatmaps) / columns), columns, subplot_titles=titles, **gaps)
+    for index, heatmap in enumerate(heatmaps):
         figure.add_trace(heatmap, index // columns + 1, index % columns + 1)
-    bare = {"showticklabels": False, "ticks": "", "showgrid": False, "showline": True, "mirror": True}
-    figure.update_xaxes(constrain="domain", type="category", **bare)
-    figure.update_yaxes(constrain="domain", constraintoward="top", type="category", autorange="reversed", **bare)
-    for number in range(1, count + 1):
+    figure.update_xaxes(type="category", **BARE)
+    figure.update_yaxes(type="category", constraintoward="top", autorange="reversed", **BARE)
+    for number in range(1, len(heatmaps) + 1):
         suffix = "" if number == 1 else str(number)
         figure.layout[f"yaxis{suffix}"].update(scaleanchor=f"x{suffix}")
-    unit = "share of the channel's largest" if relative else _unit(mode)
-    d = len(dense.labels)
-    title = f"{_matrix(dense, mode)} of {dense.axis}: {count} channels, {d} × {d}"
-    title += "<br><sub>above each: channel and score wᵀJᵀJw</sub>"
-    figure.update_layout(
-        template=theme(look), height=110 + 210 * grid_rows, margin_t=88, title=title, coloraxis=_coloraxis(mode, unit)
-    )
-    figure.update_annotations(font_size=11)
     return figure
 
 
@@ -94,14 +99,12 @@ def jtj_heatmap(dense: Any, channel: int, mode: str = "absolute", *, look: str =
     """
     index = dense.index_of(channel)
     values, names = _display(dense.values[index][None], dense.labels, mode, LARGE_CELLS)
-    figure = go.Figure(_heatmap(values[0], values[0], names, f"channel {channel}"))
-    ticks = names[:: math.ceil(len(names) / 27)]
-    _square(figure, {"tickvals": ticks, "title": "parameter"})
+    axis = {"tickvals": names[:: math.ceil(len(names) / 27)], "title": "parameter"}
     facts = f"score {dense.score[index]:.3e}, off-diagonal share {dense.offdiagonal_share[index]:.0%}"
     title = f"{_matrix(dense, mode)} of {dense.axis}, channel {channel}<br><sub>{facts}, "
     title += f"effective rank {dense.effective_rank[index]:.1f}</sub>"
-    figure.update_layout(template=theme(look), height=620, title=title, coloraxis=_coloraxis(mode, _unit(mode)))
-    return figure
+    heatmap = _heatmap(values[0], names, f"channel {channel}")
+    return _square(heatmap, axis, look, title=title, coloraxis=_coloraxis(mode))
 
 
 def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light") -> go.Figure:
@@ -113,17 +116,19 @@ def group_jtj_heatmap(group: Any, mode: str = "absolute", *, look: str = "light"
     values = pool_cells(_in_mode(group.values[None], mode), cells)[0].float().numpy(force=True)
     names = _names(group.labels, cells)
     starts = [int(cells[block.start]) for block in group.members] + [len(names)]
-    figure = go.Figure(_heatmap(values, values, names, str(group.group.root)))
-    _square(figure, _member_ticks(group, starts, names))
-    lines = [{"type": "line", "xref": "x", "yref": "y", "opacity": 0.35} for _ in range(2 * (len(starts) - 2))]
-    for (start, end), border in zip(itertools.product(starts[1:-1], "xy"), lines, strict=True):
-        other = "y" if end == "x" else "x"
-        border |= {f"{end}0": start - 0.5, f"{end}1": start - 0.5, f"{other}0": -0.5, f"{other}1": len(names) - 0.5}
+    ends = {"0": -0.5, "1": len(names) - 0.5}
+    line = {"type": "line", "xref": "x", "yref": "y", "opacity": 0.35}
+    lines = [
+        {**line, f"{across}0": start - 0.5, f"{across}1": start - 0.5}
+        | {f"{along}{end}": place for end, place in ends.items()}
+        for start in starts[1:-1]
+        for across, along in ("xy", "yx")
+    ]
     facts = f"score {group.score:.3e} over the members, {group.coupled_score:.3e} with their cross terms"
     title = f"{_NAMES[mode]} of group {group.group.root}, channel {group.channel}<br><sub>{facts}</sub>"
-    coloraxis = _coloraxis(mode, _unit(mode))
-    figure.update_layout(template=theme(look), height=760, title=title, coloraxis=coloraxis, shapes=lines)
-    return figure
+    layout = {"title": title, "coloraxis": _coloraxis(mode), "shapes": lines}
+    heatmap = _heatmap(values, names, str(group.group.root))
+    return _square(heatmap, _member_ticks(group, starts, names), look, height=760, **layout)
 
 
 def interactions_heatmap(
@@ -141,13 +146,11 @@ def interactions_heatmap(
     chosen = range(len(interactions.values)) if order == "channel" else interactions.order(order)
     shown = interactions.correlation if mode == "correlation" else _in_mode(interactions.values[None], mode)[0]
     values = shown[list(chosen)][:, list(chosen)].numpy()
-    figure = go.Figure(_heatmap(values, values, [str(channel) for channel in chosen], str(interactions.axis)))
-    _square(figure, {"title": f"channel, ordered by {order}"})
     name = {"absolute": "|K|", "signed": "K", "correlation": "Correlation of K"}[mode]
-    unit = {"correlation": "correlation"}.get(mode, "loss²")
+    coloraxis = _coloraxis(mode, "loss²")
     title = f"{name} of {interactions.axis}<br><sub>K_ij = Σ (J w_i)(J w_j): below 0 the two cancel</sub>"
-    figure.update_layout(template=theme(look), height=620, title=title, coloraxis=_coloraxis(mode, unit))
-    return figure
+    heatmap = _heatmap(values, [str(channel) for channel in chosen], str(interactions.axis))
+    return _square(heatmap, {"title": f"channel, ordered by {order}"}, look, title=title, coloraxis=coloraxis)
 
 
 def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
@@ -162,11 +165,10 @@ def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
         seen = share[share > 1e-12].numpy()
         x = np.arange(1, len(seen) + 1)
         figure.add_scatter(x=x, y=seen, name=name, mode="lines", line_width=1.4, opacity=0.8, hovertemplate=hover)
-    figure.update_xaxes(title="eigenvalue, largest first")
-    figure.update_yaxes(title="share of the sum of eigenvalues", type="log", exponentformat="power", dtick=2)
-    title = f"Spectra of JᵀJ of {dense.axis}: {len(dense.channels)} channels"
-    figure.update_layout(template=theme(look), height=420, title=title, showlegend=False)
-    return figure
+    x = {"title": "eigenvalue, largest first"}
+    y = {"title": "share of the sum of eigenvalues", "type": "log", "exponentformat": "power", "dtick": 2}
+    title = f"Spectra of JᵀJ of {dense.axis}: {counted(len(dense.channels), 'channel')}"
+    return finished(figure, look, 420, x=x, y=y, title=title, showlegend=False)
 
 
 def save_html(figure: go.Figure, path: str | Path) -> Path:
@@ -194,10 +196,6 @@ _NAMES = {"absolute": "|JᵀJ|", "signed": "JᵀJ", "correlation": "Correlation 
 
 def _matrix(dense: Any, mode: str) -> str:
     return _NAMES[mode] if dense.pool is None else f"{_NAMES[mode]} by {dense.pool}"
-
-
-def _unit(mode: str) -> str:
-    return "correlation" if mode == "correlation" else "loss² per weight²"
 
 
 def _in_mode(values: Tensor, mode: str) -> Tensor:
@@ -261,25 +259,24 @@ def _relative(values: np.ndarray) -> np.ndarray:
     return values / np.where(largest > 0, largest, 1)
 
 
-def _heatmap(colors: np.ndarray, values: np.ndarray, names: Sequence[str], title: str) -> go.Heatmap:
-    """Return a heatmap coloured by one matrix whose hover tells the values of another, where they differ."""
-    extra, shown = ({}, "z") if colors is values else ({"customdata": values}, "customdata")
-    hover = f"{title}<br>%{{y}}<br>%{{x}}<br>%{{{shown}:.3e}}<extra></extra>"
-    return go.Heatmap(z=colors, x=names, y=names, coloraxis="coloraxis", hovertemplate=hover, **extra)
+def _heatmap(values: np.ndarray, names: Sequence[str], title: str, colors: np.ndarray | None = None) -> go.Heatmap:
+    """Return a heatmap whose hover tells the values; it may be coloured by another matrix."""
+    told, extra = ("z", {}) if colors is None else ("customdata", {"customdata": values})
+    hover = f"{title}<br>%{{y}}<br>%{{x}}<br>%{{{told}:.3e}}<extra></extra>"
+    shown = values if colors is None else colors
+    return go.Heatmap(z=shown, x=names, y=names, coloraxis="coloraxis", hovertemplate=hover, **extra)
 
 
-def _coloraxis(mode: str, unit: str) -> dict:
-    title = {"text": unit, "side": "right"}
+def _coloraxis(mode: str, unit: str = UNIT) -> dict:
     limits = {"absolute": {"cmin": 0}, "signed": {"cmid": 0}, "correlation": {"cmin": -1, "cmax": 1}}[mode]
-    return limits | {"colorbar": {"title": title, "exponentformat": "power"}}
+    return color_axis("correlation" if mode == "correlation" else unit, **limits, colorbar_exponentformat="power")
 
 
-def _square(figure: go.Figure, axis: Mapping) -> None:
-    """Make the plot square, its first row on top."""
-    figure.update_xaxes(type="category", showgrid=False, constrain="domain", **axis)
-    figure.update_yaxes(type="category", showgrid=False, constrain="domain", **axis)
-    figure.update_xaxes(tickangle=-90)
-    figure.update_yaxes(autorange="reversed", scaleanchor="x")
+def _square(heatmap: go.Heatmap, axis: Mapping, look: str, height: int = 620, **layout: Any) -> go.Figure:
+    """Return the figure of a square heatmap, its first row on top."""
+    both = {"type": "category", "showgrid": False, "constrain": "domain", **axis}
+    x, y = both | {"tickangle": -90}, both | {"autorange": "reversed", "scaleanchor": "x"}
+    return finished(go.Figure(heatmap), look, height, x=x, y=y, **layout)
 
 
 POOLS = (None, "kernel")
@@ -309,14 +306,11 @@ def filter_image(weight: Tensor, layer: str, channel: int, *, look: str = "light
     """
     tiles, shown, count = filter_tiles(weight, layer, channel)
     figure = go.Figure(go.Heatmap(z=tiles, coloraxis="coloraxis", hovertemplate="weight %{z:.3e}<extra></extra>"))
-    bare = {"showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False, "constrain": "domain"}
-    figure.update_xaxes(**bare)
-    figure.update_yaxes(autorange="reversed", scaleanchor="x", **bare)
+    x = BARE | {"zeroline": False}
     part = "" if shown == count else f", the first {shown} of {count} kernels"
     title = f"Weights of {layer}, channel {channel}{part}"
-    coloraxis = {"cmid": 0, "colorbar": {"title": {"text": "weight", "side": "right"}}}
-    figure.update_layout(template=theme(look), height=320, title=title, coloraxis=coloraxis)
-    return figure
+    y = x | {"autorange": "reversed", "scaleanchor": "x"}
+    return finished(figure, look, 320, x=x, y=y, title=title, coloraxis=color_axis("weight", cmid=0))
 
 
 def filter_tiles(weight: Tensor, layer: str, channel: int) -> tuple[np.ndarray, int, int]:
@@ -348,14 +342,9 @@ def jtj_pair(dense: Any, mode: str = "correlation", *, look: str = "light") -> g
     """
     if len(dense.channels) != 2:
         raise ValueError(f"{dense.axis}: JᵀJ of {len(dense.channels)} channels; two are drawn side by side")
-    figure = make_subplots(1, 2, subplot_titles=[f"channel {channel}" for channel in dense.channels])
-    for column, channel in enumerate(dense.channels, start=1):
-        single = jtj_heatmap(dense, channel, mode, look=look)
-        figure.add_trace(single.data[0], 1, column)
-    bare = {"showticklabels": False, "type": "category", "constrain": "domain", "showgrid": False}
-    figure.update_xaxes(**bare)
-    figure.update_yaxes(autorange="reversed", **bare)
-    figure.layout.yaxis.scaleanchor, figure.layout.yaxis2.scaleanchor = "x", "x2"
+    values, names = _display(dense.values, dense.labels, mode, LARGE_CELLS)
+    titles = [f"channel {channel}" for channel in dense.channels]
+    heatmaps = [_heatmap(shown, names, title) for shown, title in zip(values, titles, strict=True)]
     title = f"JᵀJ of {dense.axis}, two channels"
-    figure.update_layout(template=theme(look), height=420, title=title, coloraxis=single.layout.coloraxis)
-    return figure
+    coloraxis = _coloraxis(mode)
+    return finished(_panels(heatmaps, titles, columns=2), look, 420, title=title, coloraxis=coloraxis)

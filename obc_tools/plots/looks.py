@@ -7,6 +7,7 @@ yellow on dark; blue to orange where there are signs) and fixed by name: EP has 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -81,6 +82,29 @@ def theme(look: str = "light") -> go.layout.Template:
         "yaxis": axis,
     }
     return go.layout.Template(layout=layout)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return so many of something in words: "1 group", "1,024 channels"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def finished(
+    figure: go.Figure, look: str, height: int, *, x: Mapping | None = None, y: Mapping | None = None, **layout: Any
+) -> go.Figure:
+    """Return a figure after giving it its look, its height, what all its axes have in common, and more of the layout.
+
+    Raises:
+        ValueError: an unknown look.
+    """
+    figure.update_xaxes(x or {})
+    figure.update_yaxes(y or {})
+    return figure.update_layout(template=theme(look), height=height, **layout)
+
+
+def color_axis(unit: str, **scale: Any) -> dict[str, Any]:
+    """Return the colour axis of heatmaps in a unit: ``cmid=0`` for signs, ``cmin``, ``cmax`` for ends."""
+    return {"colorbar_title": {"text": unit, "side": "right"}, **scale}
 
 
 def _scale(colors: Sequence[str]) -> list[tuple[float, str]]:

@@ -1,4 +1,4 @@
-"""Figures of what is coupled, of what a plan keeps, and of what Equivalent Pruning learns."""
+"""Figures of what is coupled, what a plan keeps, how the studio shows that, and what Equivalent Pruning learns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from ..errors import UnknownNameError
-from .looks import COLORS, theme
+from .looks import COLORS, PALETTE, color_axis, counted, finished
+
+TOLD = "%{customdata}<extra></extra>"
+GROUPS = {"type": "category", "tickangle": -90, "tickfont_size": 9}
+"""The axis on which groups or layers stand side by side."""
 
 
 def plot_plan(plan: Any, *, look: str = "light") -> go.Figure:
@@ -25,30 +30,124 @@ def plot_plan(plan: Any, *, look: str = "light") -> go.Figure:
         f"{len(group.members)} members" + (f"<br>{group.kept_whole}" if group.kept_whole else "")
         for group, channels in zip(plan.groups, plan.kept, strict=True)
     ]
-    figure = go.Figure()
-    bars = (
-        ("kept", kept * ~whole, "kept"),
-        ("removed", widths - kept, "removed"),
-        ("kept whole", kept * whole, "whole"),
-    )
-    for name, heights, color in bars:
-        if heights.any():
-            hover = {"customdata": notes, "hovertemplate": "%{customdata}<extra></extra>"}
-            figure.add_bar(x=names, y=heights, name=name, marker={"color": COLORS[color], "line_width": 0}, **hover)
-    figure.update_xaxes(title="group (its first layer)", tickangle=-90, type="category", tickfont_size=9)
-    figure.update_yaxes(title="channels")
+    bars = [go.Bar(**bar) for bar in _stacked_bars(names, kept, widths, whole) if bar["y"].any()]
+    figure = go.Figure(bars).update_traces(customdata=notes, hovertemplate=TOLD)
     gone, channels = plan.channels_removed, plan.channels
     title = f"Channels by group: {gone:,} of {channels:,} prunable channels removed"
-    figure.update_layout(
-        template=theme(look), barmode="stack", bargap=0.2, height=420, title=title, legend_traceorder="normal"
-    )
-    return figure
+    x = {"title": "group (its first layer)", **GROUPS}
+    stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal"}
+    return finished(figure, look, 420, x=x, y={"title": "channels"}, title=title, **stacked)
+
+
+def _stacked_bars(names: Sequence[str], kept: np.ndarray, widths: np.ndarray, whole: np.ndarray) -> list[dict]:
+    """Return the properties of the bars of what stays, of what goes, and of what is kept whole."""
+    heights = {"kept": kept * ~whole, "removed": widths - kept, "kept whole": kept * whole}
+    return [
+        {"x": names, "y": y, "name": name, "marker": {"color": COLORS[name.split()[-1]], "line_width": 0}}
+        for name, y in heights.items()
+    ]
 
 
 def group_names(plan: Any) -> list[str]:
     """Name each group by the layer of its root, and by the whole root where two share a layer."""
     layers = [group.root.layer for group in plan.groups]
     return [g.root.layer if layers.count(g.root.layer) == 1 else str(g.root) for g in plan.groups]
+
+
+UPPER, SCORES = 0, 6
+"""Which trace of `studio_figure` holds the upper bars, and which the scores; its ``customdata`` are the channels."""
+MOST_BARS = 200
+"""Channels up to which each is a bar of its own, with gaps between."""
+PANELS = 350
+"""Pixels of height of both panels together; names of groups stand between them."""
+SILENT = {"hoverinfo": "skip"}
+
+
+def studio_figure(shown: Any, kept: Sequence[int], root: str, score: Tensor, *, look: str = "light") -> go.Figure:
+    """Draw what each group or layer keeps and loses, and below the scores of one group's channels, falling.
+
+    Args:
+        shown: the `Bars` of the upper panel; another plan's are marked by diamonds.
+        kept: channels of the shown group that stay.
+        root: the name of that group.
+        score: of that group, shape (width,).
+        look: "light" or "dark".
+
+    Raises:
+        ValueError: an unknown look.
+    """
+    gap = 40 + 5.4 * max(map(len, shown.names))
+    height = PANELS + gap
+    figure = make_subplots(2, 1, vertical_spacing=gap / height, row_heights=[0.55, 0.45])
+    traces = studio_traces(shown, kept, score)
+    for trace in traces[:3]:
+        figure.add_bar(**trace, row=1, col=1)
+    figure.add_scatter(**traces[3], row=1, col=1)
+    for trace in traces[4:]:
+        figure.add_scatter(**trace, row=2, col=1)
+    figure.update_xaxes(title=shown.title, row=1, **GROUPS)
+    figure.update_yaxes(title=shown.unit, row=1, col=1)
+    figure.update_yaxes(title="score", exponentformat="power", row=2, col=1)
+    figure.update_layout(studio_axes(root, score))
+    # Margins that plotly has to measure make every drawing slower.
+    measured = {"automargin": False}
+    stacked = {"barmode": "stack", "bargap": 0.15, "legend_traceorder": "normal", "hovermode": "x"}
+    margin = {"t": 30, "l": 64, "b": 48}
+    return finished(figure, look, height + 78, x=measured, y=measured, margin=margin, **stacked)
+
+
+def studio_axes(root: str, score: Tensor) -> dict[str, Any]:
+    """Return what the layout of `studio_figure` says of the group that is shown."""
+    title = f"channels of {root} by score; click one to keep or remove it"
+    return {"xaxis2": {"title": {"text": title}}, "yaxis2": {"type": "log" if _is_wide(score) else "linear"}}
+
+
+def _is_wide(score: Tensor) -> bool:
+    """Say whether scores are drawn on a logarithmic axis."""
+    return 0 < 30 * float(score.min()) < float(score.max())
+
+
+def studio_traces(shown: Any, kept: Sequence[int], score: Tensor) -> list[dict[str, Any]]:
+    """Return the properties of each trace of `studio_figure`, for a figure that is there already."""
+    traces = _stacked_bars(shown.names, shown.now, shown.whole, shown.fixed)
+    for trace in traces:
+        trace["marker"]["opacity"] = [1.0 if chosen else 0.7 for chosen in shown.chosen]
+        trace.update(SILENT)
+    traces[0] |= {"hoverinfo": None, "customdata": shown.notes, "hovertemplate": TOLD}
+    traces[2]["showlegend"] = bool(shown.fixed.any())
+    marks = [] if shown.marks is None else shown.marks
+    marker = {"symbol": "diamond-open", "size": 8, "color": PALETTE[1], "line_width": 2}
+    marked = {"x": shown.names if len(marks) else [], "y": marks, "name": "kept by the compared plan"}
+    marked |= SILENT | {"mode": "markers", "marker": marker, "showlegend": bool(len(marks))}
+    return [*traces, marked, *_score_bars(kept, score)]
+
+
+def _score_bars(kept: Sequence[int], score: Tensor) -> list[dict[str, Any]]:
+    """Return all bars of one colour as one outline each, and a line without ink that tells and takes clicks.
+
+    A bar trace draws an element a channel: a second for the 2048 channels of ResNet-50's last group.
+    """
+    order = score.argsort(descending=True, stable=True).numpy()
+    heights, ranks = score.numpy()[order], np.arange(1, len(order) + 1)
+    lowest, highest = heights[-1], heights[0]
+    base = lowest * (lowest / highest) ** 0.05 if _is_wide(score) else 0.0
+    half = 0.5 if len(order) > MOST_BARS else 0.42
+    stays = np.isin(order, kept)
+    shared = {"mode": "lines", "showlegend": False}
+    bars = [
+        shared | SILENT | _outline(ranks[part], heights[part], base, half) | {"fillcolor": COLORS[color]}
+        for part, color in ((stays, "kept"), (~stays, "removed"))
+    ]
+    hover = {"customdata": order, "hovertemplate": "channel %{customdata}: %{y:.3e}<extra></extra>"}
+    return [*bars, shared | hover | {"x": ranks, "y": heights, "line": {"width": 0}}]
+
+
+def _outline(ranks: np.ndarray, heights: np.ndarray, base: float, half: float) -> dict[str, Any]:
+    """Return the outline of bars side by side as one filled path along their base."""
+    foot = np.full_like(heights, base)
+    x = np.stack([ranks - half, ranks - half, ranks + half, ranks + half], 1).ravel()
+    y = np.stack([foot, heights, heights, foot], 1).ravel()
+    return {"x": x, "y": y, "fill": "toself", "line": {"width": 0}}
 
 
 _SYMBOLS = {"output": "square", "input": "triangle-right", "scale": "circle-open"}
@@ -75,15 +174,14 @@ def plot_groups(groups: Sequence[Any], *, look: str = "light") -> go.Figure:
             _add_members(figure, groups, role, prunable)
     chosen = [group for group in groups if group.prunable]
     channels = sum(group.width for group in chosen)
-    title = f"Coupled layers: {len(chosen)} of {len(groups)} groups prunable, {channels:,} channels"
+    title = f"Coupled layers: {len(chosen)} of {len(groups)} groups prunable, {counted(channels, 'channel')}"
     every = -(-len(layers) // _MOST_LABELS)
-    figure.update_xaxes(title="group", showgrid=False, zeroline=False)
-    figure.update_yaxes(categoryarray=layers, categoryorder="array", autorange="reversed", tickfont_size=9)
-    figure.update_yaxes(tickvals=layers[::every], type="category")
+    x = {"title": "group", "showgrid": False, "zeroline": False}
+    y = {"type": "category", "categoryarray": layers, "categoryorder": "array", "autorange": "reversed"}
+    y |= {"tickvals": layers[::every], "tickfont_size": 9}
     height = 160 + _ROW * len(layers) // every
     legend = {"yref": "container", "yanchor": "top", "y": 1 - _LEGEND / height}
-    figure.update_layout(template=theme(look), title=title, height=height, legend=legend)
-    return figure
+    return finished(figure, look, height, x=x, y=y, title=title, legend=legend)
 
 
 def _color(prunable: bool) -> str:
@@ -119,7 +217,7 @@ def _add_members(figure: go.Figure, groups: Sequence[Any], role: str, prunable: 
         marker={"symbol": _SYMBOLS[role], "color": _color(prunable), "size": 7},
         name=_TITLES[role] + ("" if prunable else ", kept whole"),
         customdata=[_note(group, member) for _, group, member in found],
-        hovertemplate="%{customdata}<extra></extra>",
+        hovertemplate=TOLD,
     )
 
 
@@ -146,7 +244,9 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
     Raises:
         ValueError: a layer that is not mixed, no such block, an unknown look.
     """
-    mixed = _mixed(equivalent, layer)
+    if layer not in equivalent.mixed_layers:
+        raise UnknownNameError("mixed layer", layer, list(equivalent.mixed_layers))
+    mixed = equivalent.mixed_layers[layer]
     parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
     there = {name: part.detach() for name, part in parts.items() if part is not None}
     blocks = len(next(iter(there.values())))
@@ -157,12 +257,11 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
         hover = "kept %{y}, full %{x}: %{z:.3f}<extra></extra>"
         values = part[block].float().cpu().numpy()
         figure.add_trace(go.Heatmap(z=values, coloraxis="coloraxis", hovertemplate=hover), 1, column)
-    figure.update_xaxes(title="channel of the full network", showgrid=False, zeroline=False)
-    figure.update_yaxes(title="kept channel", autorange="reversed", showgrid=False, zeroline=False)
+    bare = {"showgrid": False, "zeroline": False}
+    x = bare | {"title": "channel of the full network"}
+    y = bare | {"title": "kept channel", "autorange": "reversed"}
     title = f"Mixing of {layer}" + (f", block {block} of {blocks}" if blocks > 1 else "")
-    coloraxis = {"cmid": 0, "colorbar": {"title": {"text": "weight", "side": "right"}}}
-    figure.update_layout(template=theme(look), height=340, title=title, coloraxis=coloraxis)
-    return figure
+    return finished(figure, look, 340, x=x, y=y, title=title, coloraxis=color_axis("weight", cmid=0))
 
 
 def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figure:
@@ -175,16 +274,5 @@ def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figu
     for part, color in (("compressor", COLORS["ep"]), ("decompressor", COLORS["naive"])):
         hover = f"{part} of %{{x}}: %{{y:.2f}} %<extra></extra>"
         figure.add_bar(x=shares["layer"], y=100 * shares[part], name=part, marker_color=color, hovertemplate=hover)
-    figure.update_xaxes(title="layer", type="category", tickangle=-90, tickfont_size=9)
-    figure.update_yaxes(title="on removed channels (% of squared entries)")
-    figure.update_layout(
-        template=theme(look), barmode="group", height=400, title="What the removed channels still give"
-    )
-    return figure
-
-
-def _mixed(equivalent: Any, layer: str) -> Any:
-    found = equivalent.mixed_layers
-    if layer not in found:
-        raise UnknownNameError("mixed layer", layer, list(found))
-    return found[layer]
+    x, y = {"title": "layer", **GROUPS}, {"title": "on removed channels (% of squared entries)"}
+    return finished(figure, look, 400, x=x, y=y, barmode="group", title="What the removed channels still give")

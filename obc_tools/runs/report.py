@@ -17,10 +17,10 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import UnknownNameError
 from ..files import environment, write_text
+from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
-from ..plots.training import plot_histories
 from .job import MERGED, NAIVE, ORIGINAL, JobResult
 
 SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))

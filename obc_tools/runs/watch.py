@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..plots.curves import QUANTITIES
 from ..plots.looks import color_of
-from ..plots.training import PANELS
 from .job import MERGED, TITLES
 from .run import Run
 
@@ -139,7 +139,7 @@ def watch_traces(views: Mapping[str, RunView]) -> list[dict[str, Any]]:
         for key in dict.fromkeys([*view.epochs, *view.live]):
             label = f"{name}: {TITLES[key]}" if len(views) > 1 else TITLES[key]
             color = color_of(name, index) if len(views) > 1 else color_of("ep" if key == MERGED else key)
-            for panel, (quantity, _) in enumerate(PANELS):
+            for panel, quantity in enumerate(QUANTITIES):
                 shared = {"legendgroup": label, "name": label}
                 finished = _finished(view.epochs.get(key, ()), quantity, color) | {"showlegend": panel == 0}
                 live = _live(view.live.get(key, LiveCurve()), quantity, color) | {"showlegend": False}

@@ -107,7 +107,7 @@ class History:
 
     def plot(self, label: str = "training") -> go.Figure:
         """Draw loss and accuracy over the epochs; `plot_histories` draws several side by side."""
-        from ..plots.training import plot_histories
+        from ..plots.curves import plot_histories
 
         return plot_histories({label: self})
 

@@ -1,4 +1,4 @@
-"""The small parts that all views are built of."""
+"""The small parts that all views are built of, and what views of work beside the kernel have in common."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import anywidget
 import ipywidgets as W
@@ -16,6 +16,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
+
+from .tasks import Worker
+
+T = TypeVar("T", bound=W.Widget)
 
 
 class Text(W.Widget):
@@ -85,19 +89,17 @@ STYLE = (
 )
 
 
-def sized(width: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Return layout and style of a control: in a column, its label as wide as all others', or as wide as is said."""
-    return (NARROW, LABEL) if width is None else ({"width": width}, {"description_width": "initial"})
+def labelled(kind: type[T], label: str, tooltip: str = "", *, width: str | None = None, **traits: Any) -> T:
+    """Return a control with a label: in a column, the label as wide as all others', or as wide as is said."""
+    layout, style = (NARROW, LABEL) if width is None else ({"width": width}, {"description_width": "initial"})
+    return kind(description=label, tooltip=tooltip, layout=layout, style=style, **traits)
 
 
 def dropdown(
     label: str, options: Iterable[Any], value: Any, tooltip: str = "", *, width: str | None = None
 ) -> W.Dropdown:
     """Return a choice of one among several; options are values, or (label, value) pairs."""
-    layout, style = sized(width)
-    return W.Dropdown(
-        options=list(options), value=value, description=label, tooltip=tooltip, layout=layout, style=style
-    )
+    return labelled(W.Dropdown, label, tooltip, width=width, options=list(options), value=value)
 
 
 def slider(
@@ -105,9 +107,7 @@ def slider(
 ) -> W.FloatSlider:
     """Return a slider over numbers that reacts while it is dragged; it stands at its lower end if nothing is said."""
     value = low if value is None else value
-    return W.FloatSlider(
-        value=value, min=low, max=high, step=step, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
-    )
+    return labelled(W.FloatSlider, label, tooltip, value=value, min=low, max=high, step=step)
 
 
 def stands_at(slider: W.FloatSlider, value: float) -> bool:
@@ -126,18 +126,15 @@ def set_slider(slider: W.FloatSlider, value: float) -> None:
 
 def integer(label: str, value: int, low: int, high: int, tooltip: str = "") -> W.BoundedIntText:
     """Return a field for a whole number."""
-    return W.BoundedIntText(
-        value=value, min=low, max=high, description=label, tooltip=tooltip, layout=NARROW, style=LABEL
-    )
+    return labelled(W.BoundedIntText, label, tooltip, value=value, min=low, max=high)
 
 
 def text(label: str, value: str, tooltip: str = "", *, width: str | None = None) -> W.Text:
     """Return a field for a line of text."""
-    layout, style = sized(width)
-    return W.Text(value=value, description=label, tooltip=tooltip, layout=layout, style=style)
+    return labelled(W.Text, label, tooltip, width=width, value=value)
 
 
-def button(label: str, act: Callable[[], None], tooltip: str = "", icon: str = "") -> W.Button:
+def button(label: str, act: Callable[[], object], tooltip: str = "", icon: str = "") -> W.Button:
     """Return a button that does something."""
     made = W.Button(description=label, tooltip=tooltip, icon=icon, layout=FITTING)
     made.on_click(lambda _: act())
@@ -182,6 +179,72 @@ class Filling:
             yield
         finally:
             self.now = before
+
+
+class View(W.VBox):
+    """A figure, the line that says what is going on, and controls that change what is shown. To be built upon.
+
+    Attributes:
+        picture: what shows the figure. progress, status: how far the work under way is, and what it is.
+    """
+
+    def __init__(self, figure: go.Figure):
+        super().__init__()
+        self.picture = LiveFigure(figure, self.clicked)
+        self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"})
+        self.status = W.HTML()
+        self._worker = Worker(self._report, self._failed)
+        self._filling = Filling()
+
+    @property
+    def figure(self) -> go.Figure:
+        """The figure that is shown."""
+        return self.picture.figure
+
+    def wait(self, timeout: float = 600.0) -> Self:
+        """Wait until nothing is computed any more, as a script does that goes on with the outcome; return the view."""
+        self._worker.wait(timeout)
+        return self
+
+    def say(self, words: str, *, bad: bool = False) -> None:
+        """Show a line of words; nothing is under way."""
+        self.progress.value, self.status.value = 0, note(words, bad=bad)
+
+    def clicked(self, click: Click) -> None:
+        """Take a click in the figure; nothing happens unless a view says what."""
+
+    def beside(self, controls: Sequence[W.Widget]) -> W.HBox:
+        """Return controls in a column, and beside it the figure above the line that says what is going on."""
+        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
+        return W.HBox([W.VBox(controls, layout=COLUMN), right])
+
+    def button(self, label: str, act: Callable[[], object], tooltip: str = "", icon: str = "") -> W.Button:
+        """Return a button that does something, and shows what is wrong with it where that is its own fault."""
+        return button(label, lambda: self._try(act), tooltip, icon)
+
+    def on_change(self, controls: Iterable[W.Widget], act: Callable[[], object]) -> None:
+        """Do something when somebody sets one of the controls, and not while an outcome is handed over."""
+
+        def by_hand(_: dict) -> None:
+            with self._worker.lock:
+                if not self._filling.now:
+                    self._try(act)
+
+        for control in controls:
+            control.observe(by_hand, "value")
+
+    def _try(self, act: Callable[[], object]) -> None:
+        with self._worker.lock:
+            try:
+                act()
+            except (ValueError, OSError) as error:
+                self._failed(error)
+
+    def _report(self, what: str, share: float) -> None:
+        self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")
+
+    def _failed(self, error: Exception) -> None:
+        self.say(f"{type(error).__name__}: {error}", bad=True)
 
 
 def set_options(choice: W.Dropdown, options: Sequence[Any], value: Any) -> None:

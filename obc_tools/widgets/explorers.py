@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+import html
+import textwrap
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,35 +28,19 @@ from ..plots.jtj import (
     jtj_pair,
     spectrum,
 )
-from ..plots.looks import theme
+from ..plots.looks import finished
 from ..scoring.interactions import FilterInteractions, filter_interactions
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, layer_axes, scored_layers
-from .controls import (
-    COLUMN,
-    REST,
-    Click,
-    Filling,
-    LiveFigure,
-    button,
-    code_area,
-    dropdown,
-    integer,
-    note,
-    set_options,
-    table,
-    text,
-)
-from .tasks import Task, Worker
+from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text
 
 T = TypeVar("T")
-BARE = {"xaxis": {"visible": False}, "yaxis": {"visible": False}}
 
 
-class Explorer(W.VBox):
-    """A figure, controls, and the line that says what is going on. To be built upon.
+class Explorer(View):
+    """A view of what a network's calibration batches tell of the channels of a layer. To be built upon.
 
     Args:
         model: copied, so that it stays free while the copy is looked at in a thread.
@@ -63,16 +49,32 @@ class Explorer(W.VBox):
         look: "light" or "dark".
     """
 
-    def __init__(self, model: nn.Module, data: Data, batches: int, batch_size: int, seed: int, look: str):
-        super().__init__()
-        self.picture = LiveFigure(go.Figure(layout={"template": theme(look), "height": 420, **BARE}), self.clicked)
-        self.network, self.look = copy.deepcopy(model).eval(), look
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        batches: int = 10,
+        batch_size: int = 64,
+        seed: int = 0,
+        look: str = "light",
+    ):
+        self.look = look
+        super().__init__(self._wordy(""))
+        self.network = copy.deepcopy(model).eval()
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"})
-        self.status = W.HTML()
-        self._worker = Worker(self._report, self._failed)
-        self._filling = Filling()
+        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        if not layers:
+            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
+        self.layer = dropdown("layer", layers, layers[0])
+        self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
+        self.table, self.code = W.HTML(), code_area()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the other controls, and compute what is shown first."""
+        raise NotImplementedError
 
     @property
     def batches(self) -> Collection[Any]:
@@ -80,63 +82,44 @@ class Explorer(W.VBox):
         count, size, seed = self._draw_options
         return take(self._data.batches("train", size, seed=seed, device=self._device), count)
 
-    @property
-    def batches_code(self) -> str:
-        """The Python that draws them."""
-        count, size, seed = self._draw_options
-        on = "" if self._device == "cpu" else f", device={self._device!r}"
-        return f'batches = obc.take(data.batches("train", {size}, seed={seed}{on}), {count})'
-
-    def wait(self, timeout: float = 600.0) -> Explorer:
-        """Wait until nothing is computed any more; return the explorer."""
-        self._worker.wait(timeout)
-        return self
-
-    def choose_layer(self) -> W.Dropdown:
-        """Return the choice of a layer whose channels can be looked at; raise ValueError where there is none."""
-        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
-        if not layers:
-            raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
-        return dropdown("layer", layers, layers[0])
-
     def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
         """Do something with the batches beside the kernel; what was under way is cancelled."""
+        batches = self.batches
         self.status.value = note(what)
-
-        def watched(task: Task) -> T:
-            return work(task.watch(self.batches, what))
-
-        self._worker.start(watched, then)
-
-    def on_change(self, controls: Iterable[W.Widget], act: Callable[[], None]) -> None:
-        """Do something when somebody sets one of the controls, and not while an outcome is handed over."""
-
-        def by_hand(_: dict) -> None:
-            with self._worker.lock:
-                if not self._filling.now:
-                    act()
-
-        for control in controls:
-            control.observe(by_hand, "value")
-
-    @property
-    def figure(self) -> go.Figure:
-        """The figure that is shown."""
-        return self.picture.figure
+        self._say_if_empty(what)
+        self._worker.start(lambda task: work(task.watch(batches, what)), then)
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure."""
         self.progress.value = 0
         self.picture.show(figure)
 
-    def clicked(self, click: Click) -> None:
-        """Take a click in the figure; nothing happens unless an explorer says what."""
+    def _say_code(self, calls: str) -> None:
+        """Show the Python that makes what is shown out of ``model`` and ``data``."""
+        count, size, seed = self._draw_options
+        on = "" if self._device == "cpu" else f", device={self._device!r}"
+        imports = "import torch\n\n" if "torch." in calls else ""
+        batches = f'batches = obc.take(data.batches("train", {size}, seed={seed}{on}), {count})'
+        self.code.value = f"{imports}import obc_tools as obc\n\n{batches}\n{calls}\n"
 
-    def _report(self, what: str, share: float) -> None:
-        self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")
+    def _wordy(self, words: str) -> go.Figure:
+        """Return a figure without anything but words."""
+        lines = "<br>".join(textwrap.wrap(html.escape(words, quote=False), 90))
+        bare, said = {"visible": False}, {"text": lines, "x": 0.5, "y": 0.5, "xanchor": "center", "font_size": 13}
+        return finished(go.Figure(), self.look, 420, x=bare, y=bare, title=said)
+
+    def _say_if_empty(self, words: str) -> None:
+        if not self.figure.data:
+            self.picture.show(self._wordy(words))
+
+    def _cancel(self) -> None:
+        self._worker.cancel()
+        self.say("cancelled")
+        self._say_if_empty("cancelled")
 
     def _failed(self, error: Exception) -> None:
-        self.progress.value, self.status.value = 0, note(f"{type(error).__name__}: {error}", bad=True)
+        super()._failed(error)
+        self._say_if_empty(f"{type(error).__name__}: {error}")
 
 
 VIEWS = ("grid", "one channel", "filter", "spectrum", "group")
@@ -162,34 +145,22 @@ class JTJExplorer(Explorer):
         ValueError: an unknown look, a network without layers that have channels.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        *,
-        batches: int = 10,
-        batch_size: int = 64,
-        seed: int = 0,
-        look: str = "light",
-    ):
-        super().__init__(model, data, batches, batch_size, seed, look)
-        self.dense: DenseJTJ | None = None
-        self.group: GroupJTJ | None = None
-        self.groups = find_groups(self.network, torch.zeros(1, *data.image_shape, device=self._device))
-        self.layer = self.choose_layer()
+    dense: DenseJTJ | None = None
+    group: GroupJTJ | None = None
+
+    def _begin(self) -> None:
+        example = torch.zeros(1, *self._data.image_shape, device=self._device)
+        self.groups = find_groups(self.network, example)
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
         self.mode = dropdown("values", MODES, "absolute")
         self.channel = dropdown("channel", [0], 0)
         self.path = text("write to", "jtj.npz")
-        self.save_button = button("save", self._save, "all matrices, weights and labels", "download")
-        self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
-        self.table, self.code = W.HTML(), code_area()
-        left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path]
-        left.append(W.HBox([self.save_button, self.cancel_button]))
-        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
-        self.children = (W.HBox([W.VBox(left, layout=COLUMN), right]), self.table, self.code)
+        self.save_button = self.button("save", self._save, "all matrices, weights and labels", "download")
+        buttons = W.HBox([self.save_button, self.cancel_button])
+        left = [self.layer, self.first, self.count, self.view, self.mode, self.channel, self.path, buttons]
+        self.children = (self.beside(left), self.table, self.code)
         self.on_change((self.layer, self.first, self.count), self._compute)
         self.on_change((self.view, self.mode, self.channel), self._show)
         self._compute()
@@ -221,7 +192,7 @@ class JTJExplorer(Explorer):
         first = self.first.value
         channels = range(first, min(first + self.count.value, width))
         self.group = None
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r})")
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r})\njtj.plot()")
         self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
 
     def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
@@ -237,7 +208,7 @@ class JTJExplorer(Explorer):
         self.dense = dense
         pooled = ', pool="kernel"' if dense.pool else ""
         channels = range(dense.channels[0], dense.channels[-1] + 1)
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {channels!r}{pooled})")
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {channels!r}{pooled})\njtj.plot()")
         self.table.value = table(dense.to_frame().map("{:.4g}".format))
         with self._filling():
             known = self.channel.value if self.channel.value in dense.channels else dense.channels[0]
@@ -266,15 +237,16 @@ class JTJExplorer(Explorer):
         """Show the channel with all members of its group, computed when that is first asked for."""
         group = next((group for group in self.groups if any(member.axis == axis for member in group.members)), None)
         if group is None or channel >= group.width:
-            self._failed(ValueError(f"no group has channel {channel} of {axis}"))
-            return
+            raise ValueError(f"no group has channel {channel} of {axis}")
         if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
             self._take_group(self.group)
             return
+        shape = ", ".join(map(str, (1, *self._data.image_shape)))
+        on = "" if self._device == "cpu" else f", device={self._device!r}"
         self._say_code(
-            "groups = obc.find_groups(model, example)\n"
+            f"example = torch.zeros({shape}{on})\ngroups = obc.find_groups(model, example)\n"
             f"group = next(group for group in groups if group.root == {tuple(group.root)!r})\n"
-            f"jtj = obc.group_jtj(model, batches, group, channel={channel})"
+            f"jtj = obc.group_jtj(model, batches, group, channel={channel})\njtj.plot()"
         )
         what = "computing the group's JᵀJ"
         self.compute(what, lambda batches: group_jtj(self.network, batches, group, channel), self._take_group)
@@ -284,14 +256,8 @@ class JTJExplorer(Explorer):
         self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
         self.status.value = note(repr(group))
 
-    def _say_code(self, call: str) -> None:
-        self.code.value = f"import obc_tools as obc\n\n{self.batches_code}\n{call}\njtj.plot()\n"
-
     def _save(self) -> None:
-        try:
-            self.status.value = note(f"wrote '{self.save(self.path.value)}'")
-        except (ValueError, OSError) as error:
-            self._failed(error)
+        self.status.value = note(f"wrote '{self.save(self.path.value)}'")
 
 
 ORDERS = ("cluster", "score", "channel")
@@ -318,31 +284,17 @@ class InteractionExplorer(Explorer):
         ValueError: an unknown look, a network without layers that have channels.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Data,
-        *,
-        batches: int = 10,
-        batch_size: int = 64,
-        seed: int = 0,
-        look: str = "light",
-    ):
-        super().__init__(model, data, batches, batch_size, seed, look)
-        self._shows_pairs = False
-        self.interactions: FilterInteractions | None = None
-        self.pair: DenseJTJ | None = None
-        self._products: JacobianProducts | None = None
-        self.layer = self.choose_layer()
+    interactions: FilterInteractions | None = None
+    pair: DenseJTJ | None = None
+    _products: JacobianProducts | None = None
+    _shows_pairs = False
+
+    def _begin(self) -> None:
         self.order = dropdown("order", ORDERS, "cluster")
         self.mode = dropdown("values", INTERACTION_MODES, "correlation")
-        self.back_button = button("back to K", self._show, "from the JᵀJ of a pair", "arrow-left")
-        self.cancel_button = button("cancel", self._worker.cancel, "what is being computed", "times")
-        self.table, self.code = W.HTML(), code_area()
+        self.back_button = self.button("back to K", self._show, "from the JᵀJ of a pair", "arrow-left")
         buttons = W.HBox([self.back_button, self.cancel_button])
-        left = W.VBox([self.layer, self.order, self.mode, buttons, self.table], layout=COLUMN)
-        right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
-        self.children = (W.HBox([left, right]), self.code)
+        self.children = (self.beside([self.layer, self.order, self.mode, buttons, self.table]), self.code)
         self.on_change((self.layer, self.order, self.mode), self._show)
         self.compute("computing J·w", lambda batches: jacobian_products(self.network, batches), self._take)
 
@@ -398,6 +350,3 @@ class InteractionExplorer(Explorer):
         )
         together = self.interactions.joint(set(dense.channels))
         self.status.value = note(f"scores {scores}; removed together {together:.3e}")
-
-    def _say_code(self, call: str) -> None:
-        self.code.value = f"import obc_tools as obc\n\n{self.batches_code}\n{call}\n"

@@ -1,4 +1,4 @@
-"""Watch runs that go on in the background, stop and resume them: a view of `run_watch`."""
+"""Watch runs that go on in the background, stop and resume them: a view of `runs.watch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import ipywidgets as W
 import plotly.graph_objects as go
 
-from ..plots.training import watch_figure
+from ..plots.curves import watch_figure
 from ..runs.folder import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, look_at, watch_traces

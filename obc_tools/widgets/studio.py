@@ -1,10 +1,11 @@
-"""Prune by hand and by criterion, with the outcome at once: a view of `studio_state` and `studio_session`."""
+"""Prune by hand and by criterion, with the outcome at once: a view of `studio.state` and `studio.session`."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 from ..data.data import Data
 from ..files import write_text
+from ..measure.cost_model import CostModel
 from ..models.store import save_pruned
-from ..plots.studio import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..plots.looks import counted
+from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..pruning.order import SCOPES, Target
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune
-from ..scoring.scores import Scores
+from ..scoring.criteria import CRITERIA
+from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..structure.layers import LayerAxis
-from ..studio.bars import Bars, studio_bars
+from ..studio.bars import BARS, MILLION, Bars, studio_bars
 from ..studio.session import StudioSession
 from ..studio.state import (
     Choices,
@@ -29,24 +34,173 @@ from ..studio.state import (
     Setup,
     StudioState,
     change,
+    limit_of,
     lock,
     plan_changes,
     redo,
     remember,
+    set_limit,
     to_code,
     toggle_channel,
     undo,
     unlock,
 )
-from .controls import COLUMN, REST, Click, Filling, LiveFigure, listed, note, set_options, table
-from .studio_controls import NONE, StudioControls, target_near
-from .tasks import Task, Worker
+from .controls import (
+    WRAPPING,
+    Click,
+    View,
+    code_area,
+    dropdown,
+    integer,
+    listed,
+    note,
+    set_options,
+    set_slider,
+    slider,
+    stands_at,
+    table,
+    text,
+)
+from .tasks import Task
+
+NONE = "none"
+"""Stands for None, which a choice of a widget cannot have."""
+
+KINDS = {
+    "share of channels removed": "ratio",
+    "speed-up (times fewer MACs)": "speedup",
+    "MACs of one image (millions)": "macs",
+    "parameters (millions)": "params",
+}
+
+
+def target_of(kind: str, value: float) -> Target:
+    """Return the target that the slider stands for."""
+    return Target(**{kind: value * MILLION if kind in ("macs", "params") else value})
+
+
+def shown_value(target: Target) -> tuple[str, float]:
+    """Return a target's kind, and its value as the slider shows it."""
+    ((kind, value),) = ((key, value) for key, value in vars(target).items() if value is not None)
+    return kind, value / MILLION if kind in ("macs", "params") else value
+
+
+def slider_range(kind: str, costs: CostModel) -> tuple[float, float, float]:
+    """Return the least and largest value of the slider, and its step."""
+    if kind == "ratio":
+        return 0.01, 0.99, 0.01
+    if kind == "speedup":
+        return 1.02, 10.0, 0.02
+    whole = getattr(costs.original, kind) / MILLION
+    return 0.02 * whole, 0.99 * whole, whole / 200
+
+
+def target_near(kind: str, plan: PruningPlan, costs: CostModel) -> Target:
+    """Return the target of a kind that a plan just meets, within what the slider can say."""
+    cost, whole = costs.of(plan), costs.original
+    # Rounded to the side on which the plan still meets it.
+    here = {
+        "ratio": math.ceil(MILLION * plan.channels_removed / plan.channels) / MILLION,
+        "speedup": math.floor(MILLION * whole.macs / cost.macs) / MILLION,
+        "macs": float(cost.macs),
+        "params": float(cost.params),
+    }[kind]
+    low, high = (target_of(kind, end) for end in slider_range(kind, costs)[:2])
+    return Target(**{kind: min(max(here, getattr(low, kind)), getattr(high, kind))})
+
+
+class StudioControls:
+    """What is chosen, by name, and what tells of it in words."""
+
+    def __init__(self, session: StudioSession, choices: Choices):
+        roots = [(str(group.root), group.root) for group in session.groups if group.prunable]
+        if not roots:
+            raise ValueError("nothing can be pruned: every group of this network is kept whole")
+        scoring, (kind, value) = choices.scoring, shown_value(choices.target)
+        normalizers = [name or NONE for name in NORMALIZERS]
+        self.criterion = dropdown("criterion", CRITERIA, scoring.criterion, "what a channel is scored by")
+        self.reduction = dropdown("reduction", REDUCTIONS, scoring.group_reduction, "over a group's members")
+        self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
+        self.scope = dropdown("scope", SCOPES, choices.scope, "which channels are ranked together")
+        self.kind = dropdown("target", KINDS.items(), kind)
+        self.targets = {each: slider("to", *slider_range(each, session.costs)) for each in KINDS.values()}
+        self.targets[kind].value = value
+        self.place = W.Box([self.targets[kind]])
+        self.round_to = integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps")
+        self.bars = dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers")
+        self.group = dropdown("group", roots, roots[0][1], "whose channels are shown below")
+        self.limit = slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels")
+        self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
+        self.name = text("name", "plan 1", width="210px")
+        self.compared = dropdown("compare with", [NONE], NONE, width="270px")
+        self.path = text("write to", "runs/studio", "without the ending")
+        self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
+
+    @property
+    def target(self) -> W.FloatSlider:
+        """The slider of the kind of target that is chosen.
+
+        Each kind has its own: told another range and another value, a page may take the value first, clip it to the
+        range that it still has, and tell that back as if it were somebody's choice.
+        """
+        return self.targets[self.kind.value]
+
+    @property
+    def column(self) -> list[W.Widget]:
+        """What scores depend on, what a plan is to meet, what is shown, and what is said of a single group."""
+        scoring = [self.criterion, self.reduction, self.normalizer]
+        target = [self.scope, self.kind, self.place, self.round_to]
+        return [*scoring, *target, self.bars, self.group, self.limit, self.locked]
+
+    def read(self, choices: Choices) -> Choices:
+        """Return choices with what the controls say in their place."""
+        normalizer = None if self.normalizer.value == NONE else self.normalizer.value
+        return replace(
+            choices,
+            scoring=Scoring(self.criterion.value, self.reduction.value, normalizer),
+            target=self._read_target(choices.target),
+            scope=self.scope.value,
+            round_to=None if self.round_to.value == 1 else self.round_to.value,
+        )
+
+    def _read_target(self, target: Target) -> Target:
+        kind, value = shown_value(target)
+        stays = kind == self.kind.value and stands_at(self.target, value)
+        return target if stays else target_of(self.kind.value, round(self.target.value, 6))
+
+    def read_limit(self, choices: Choices) -> Choices:
+        """Return choices with the limit of the group that is shown in their place."""
+        root, share = self.group.value, self.limit.value
+        if stands_at(self.limit, limit_of(choices, root)):
+            return choices
+        return set_limit(choices, root, None if share == 1 else round(share, 6))
+
+    def show(self, choices: Choices) -> None:
+        """Set every control to what was chosen."""
+        for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
+            control.value = getattr(choices.scoring, scoring.name) or NONE
+        self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
+        self.show_target(choices.target)
+        self.show_group(choices)
+
+    def show_group(self, choices: Choices) -> None:
+        """Set limit and lock to those of the group that is shown."""
+        root = self.group.value
+        set_slider(self.limit, limit_of(choices, root))
+        self.locked.value = root in dict(choices.locked)
+
+    def show_target(self, target: Target) -> None:
+        """Show the slider of a target's kind, and on it the target."""
+        kind, value = shown_value(target)
+        set_slider(self.targets[kind], value)
+        self.place.children, self.kind.value = (self.targets[kind],), kind
+
 
 SECONDS_OF_A_DRAG = 1.0
 """Moves of the target within so many seconds of each other are undone together."""
 
 
-class PruningStudio(W.VBox):
+class PruningStudio(View):
     """Prune a network by hand and by criterion, and see at once what it costs.
 
     Display it in a notebook. Choose a criterion and a target, hold or limit single groups, click channels in the score
@@ -66,7 +220,7 @@ class PruningStudio(W.VBox):
 
     Attributes:
         plan: the present plan; `prune(model, studio.plan)` and `EquivalentModel(model, studio.plan)` take it on.
-        state: all choices, with those to undo and redo (see `studio_state`).
+        state: all choices, with those to undo and redo (see `studio.state`).
         code: the Python that makes the plan.
 
     Raises:
@@ -96,23 +250,15 @@ class PruningStudio(W.VBox):
         setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device, whole_heads, only)
         self.session = StudioSession(model, data, setup, held_out)
         self.state, self.plan = StudioState(), self.session.whole
-        self._source, self._filling, self._moved = source, Filling(), 0.0
+        self._source, self._look, self._moved = source, look, 0.0
         self._before: PruningPlan | None = None
         self._scoring: Scoring | None = None
-        self._worker = Worker(self._report, self._failed)
-        self._controls = c = StudioControls.build(self.session, self.state.choices)
-        self._look = look
-        self.picture = LiveFigure(self._drawn(), self._clicked)
+        self._controls = c = StudioControls(self.session, self.state.choices)
+        super().__init__(self._drawn())
         self._connect()
-        left = W.VBox([c.scoring_box, c.target_box, c.group_box], layout=COLUMN)
-        right = W.VBox([self.picture, c.status_box], layout=REST)
-        super().__init__([c.action_box, W.HBox([left, right]), c.table, c.changes, c.keep_box, c.code])
+        above, below = self._buttons()
+        self.children = (above, self.beside(c.column), c.table, c.changes, below, c.code)
         self._show()
-
-    @property
-    def figure(self) -> go.Figure:
-        """The figure that is shown."""
-        return self.picture.figure
 
     @property
     def code(self) -> str:
@@ -122,13 +268,8 @@ class PruningStudio(W.VBox):
     def __repr__(self) -> str:
         return f"PruningStudio({self.plan!r})"
 
-    def wait(self, timeout: float = 600.0) -> PruningStudio:
-        """Wait until nothing is computed any more, as a script does that goes on with the plan; return the studio."""
-        self._worker.wait(timeout)
-        return self
-
     def choose(self, choices: Choices, *, merge: bool = False) -> None:
-        """Make other choices, as the controls do; see `studio_state.change` for ``merge``."""
+        """Make other choices, as the controls do; see `studio.state.change` for ``merge``."""
         with self._worker.lock:
             self.state = change(self.state, choices, merge=merge)
             self._show()
@@ -162,29 +303,29 @@ class PruningStudio(W.VBox):
     def _connect(self) -> None:
         c = self._controls
         for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, *c.targets.values()):
-            control.observe(lambda changed: self._by_hand(lambda: self._changed(changed["owner"])), "value")
-        shown = {c.group: self._show_group, c.limit: self._set_limit, c.locked: self._set_lock}
-        for control, act in (shown | {c.compared: self._show_outcome}).items():
-            control.observe(lambda _, act=act: self._by_hand(act), "value")
-        c.bars.observe(lambda _: self._try(lambda: self.picture.show(self._drawn())), "value")
-        actions: dict[W.Button, Callable[[], object]] = {
-            c.undo: lambda: self._step(undo),
-            c.redo: lambda: self._step(redo),
-            c.measure: self.measure,
-            c.cancel: self._cancel,
-            c.remember: self._remember,
-            c.save_plan: lambda: self._export(self.export_plan, ".json"),
-            c.save_model: lambda: self._export(self.export_model, ""),
-            c.save_code: lambda: self._export(self._write_code, ".py"),
-        }
-        for made, act in actions.items():
-            made.on_click(lambda _, act=act: self._try(act))
+            self.on_change([control], partial(self._changed, control))
+        self.on_change([c.group], self._show_group)
+        self.on_change([c.limit], self._set_limit)
+        self.on_change([c.locked], self._set_lock)
+        self.on_change([c.compared], self._show_outcome)
+        self.on_change([c.bars], lambda: self.picture.show(self._drawn()))
 
-    def _by_hand(self, act: Callable[[], object]) -> None:
-        """Do what a control asks for that somebody set, and not while an outcome is handed over."""
-        with self._worker.lock:
-            if not self._filling.now:
-                self._try(act)
+    def _buttons(self) -> tuple[W.HBox, W.HBox]:
+        """Return the line of what is done with plans, and the line of what takes one away."""
+        c = self._controls
+        self.undo_button = self.button("undo", lambda: self._step(undo), icon="undo")
+        self.redo_button = self.button("redo", lambda: self._step(redo), icon="repeat")
+        self.measure_button = self.button("measure", self.measure, "latency, accuracy and loss", "tachometer")
+        self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
+        self.remember_button = self.button("remember", self._remember, "to compare other plans with this one")
+        doing = [self.undo_button, self.redo_button, self.measure_button, self.cancel_button]
+        above = [*doing, c.name, self.remember_button, c.compared]
+        export = self._export
+        self.plan_button = self.button("plan (JSON)", lambda: export(self.export_plan, ".json"), icon="download")
+        self.model_button = self.button("pruned model", lambda: export(self.export_model, ""), icon="download")
+        self.code_button = self.button("Python", lambda: export(self._write_code, ".py"), icon="download")
+        below = [c.path, self.plan_button, self.model_button, self.code_button]
+        return W.HBox(above, layout=WRAPPING), W.HBox(below, layout=WRAPPING)
 
     def _changed(self, control: W.Widget) -> None:
         c, choices = self._controls, self.state.choices
@@ -208,7 +349,7 @@ class PruningStudio(W.VBox):
 
     def _measured(self, count: int) -> None:
         self._show_outcome()
-        self._controls.say(f"measured {count} plans")
+        self.say(f"measured {counted(count, 'plan')}")
 
     def _set_limit(self) -> None:
         choices = self._controls.read_limit(self.state.choices)
@@ -228,7 +369,8 @@ class PruningStudio(W.VBox):
             c.name.value = f"plan {len(names) + 1}"
         self._show_outcome()
 
-    def _clicked(self, click: Click) -> None:
+    def clicked(self, click: Click) -> None:
+        """Keep or remove the channel whose score was clicked, or show the group whose bar was."""
         c = self._controls
         if click.trace == SCORES:
             self.toggle(c.group.value, int(self.figure.data[SCORES].customdata[click.place[0]]))
@@ -249,41 +391,28 @@ class PruningStudio(W.VBox):
                 scored = undo(scored)
             if self.session.scores(scored.choices.scoring) is not None:
                 self._step(lambda _: scored)
-        self._controls.progress.value = 0
-        self._controls.say("cancelled")
+        self.say("cancelled")
 
     def _export(self, write: Callable[[str], Path], ending: str) -> None:
         path = self._controls.path.value + ending
-        self._controls.say(f"wrote '{write(path)}'")
+        self.say(f"wrote '{write(path)}'")
 
     def _write_code(self, path: str) -> Path:
         self._refuse_while_scoring()
         write_text(Path(path), self.code)
         return Path(path)
 
-    def _try(self, act: Callable[[], object]) -> None:
-        """Do what a control asks for; show what is wrong with it where that is its own fault."""
-        with self._worker.lock:
-            try:
-                act()
-            except (ValueError, OSError) as error:
-                self._failed(error)
-
-    def _report(self, what: str, share: float) -> None:
-        self._controls.progress.value = share
-        self._controls.status.value = note(f"{what}, {share:.0%}")
-
     def _failed(self, error: Exception) -> None:
         if not self._worker.busy:
             self._scoring = None
-        self._controls.progress.value = 0
-        self._controls.say(f"{type(error).__name__}: {error}", bad=True)
+        super()._failed(error)
 
     def _show(self) -> None:
         """Show the present choices: at once where their scores are there, else when they have been computed."""
         choices = self.state.choices
         with self._filling():
-            self._controls.show(self.state)
+            self._controls.show(self.state.choices)
+        self.undo_button.disabled, self.redo_button.disabled = not self.state.past, not self.state.future
         self._controls.code.value = self.code
         if self.session.scores(choices.scoring) is not None:
             self._worker.cancel()
@@ -296,7 +425,7 @@ class PruningStudio(W.VBox):
         def work(task: Task) -> Scores:
             return self.session.score(choices.scoring, lambda batches: task.watch(batches, "scoring"))
 
-        self._controls.say(f"scoring by {choices.scoring.criterion}")
+        self.say(f"scoring by {choices.scoring.criterion}")
         self._scoring = choices.scoring
         self._worker.start(work, lambda scores: self._make_plan())
 
@@ -308,7 +437,7 @@ class PruningStudio(W.VBox):
         except ValueError as error:
             self._failed(error)
             return
-        self._controls.say(f"{plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
+        self.say(f"{plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
         if plan != self.plan:
             self._before, self.plan = self.plan, plan
         self._show_outcome()
@@ -332,7 +461,6 @@ class PruningStudio(W.VBox):
         c.table.value = table(self.session.table(plans | {"now": self.plan}))
         name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
         c.changes.value = "" if other is None else self._changes(name, other)
-        c.progress.value = 0
         # Last, since a page that draws takes nothing else meanwhile.
         traces = studio_traces(self._bars(compared), self.plan.kept_of(root), score)
         for old, new in zip(figure.data, traces, strict=True):
@@ -351,7 +479,7 @@ class PruningStudio(W.VBox):
     def _changes(self, name: str, other: PruningPlan) -> str:
         frame = plan_changes(other, self.plan)
         shown = frame.assign(removed=frame["removed"].map(listed), restored=frame["restored"].map(listed))
-        return f"Changed since {note(name)}: {len(frame)} groups{table(shown) if len(shown) else ''}"
+        return f"Changed since {note(name)}: {counted(len(frame), 'group')}{table(shown) if len(shown) else ''}"
 
     def _compared(self) -> PruningPlan | None:
         """Return the remembered plan to compare with, if its scores are there."""

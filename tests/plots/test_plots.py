@@ -148,6 +148,7 @@ def test_one_channel_tells_its_facts():
     figure = plots.jtj_heatmap(dense(), 12)
     assert "channel 12" in figure.layout.title.text and "off-diagonal share" in figure.layout.title.text
     assert list(figure.layout.xaxis.tickvals) == list(dense().labels)
+    assert figure.data[0].customdata is None and "%{z" in figure.data[0].hovertemplate
     with pytest.raises(ValueError, match="no JᵀJ of channel 3"):
         plots.jtj_heatmap(dense(), 3)
 

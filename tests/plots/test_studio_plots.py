@@ -5,7 +5,7 @@ import timm
 import torch
 
 import obc_tools as obc
-from obc_tools.plots.studio import SCORES, UPPER, studio_figure
+from obc_tools.plots.plans import SCORES, UPPER, studio_figure
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.structure.groups import ChannelGroup, Member
 from obc_tools.structure.layers import LayerAxis

@@ -48,5 +48,5 @@ def test_refuses(epochs, message):
 
 
 def test_plot_asks_plots(monkeypatch):
-    monkeypatch.setattr("obc_tools.plots.training.plot_histories", lambda histories: histories)
+    monkeypatch.setattr("obc_tools.plots.curves.plot_histories", lambda histories: histories)
     assert HISTORY.plot("naive") == {"naive": HISTORY}

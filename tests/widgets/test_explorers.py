@@ -1,5 +1,7 @@
 """The explorers without a browser: controls set, cells clicked, figures and tables read; the calls shown are run."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -25,9 +27,9 @@ def batches(made):
 
 
 def run_shown(explorer, made, name):
-    """Run the Python that an explorer shows; return what it calls `name`."""
+    """Run the Python that an explorer shows, as it stands; return what it calls `name`."""
     model, data = made
-    namespace = {"model": model, "data": data, "example": torch.zeros(1, *data.image_shape)}
+    namespace = {"model": model, "data": data}
     exec(explorer.code.value, namespace)
     return namespace[name]
 
@@ -129,6 +131,48 @@ def test_a_failure_is_shown(made):
         broken.conv1.weight.fill_(float("nan"))
     explorer = InteractionExplorer(broken, data, **OPTIONS).wait(60)
     assert "ValueError" in explorer.status.value and "the loss is nan" in explorer.status.value
+
+
+def test_an_explorer_that_is_empty_says_why(made, monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr("obc_tools.widgets.explorers.jacobian_products", lambda *_: go_on.wait(20))
+    explorer = InteractionExplorer(*made, **OPTIONS)
+    assert explorer.figure.layout.title.text == "computing J·w"
+    explorer.cancel_button.click()
+    go_on.set()
+    assert explorer.figure.layout.title.text == "cancelled" and "cancelled" in explorer.status.value
+
+    def fail(*_):
+        raise RuntimeError("no <memory> left")
+
+    monkeypatch.setattr("obc_tools.widgets.explorers.jacobian_products", fail)
+    explorer = InteractionExplorer(*made, **OPTIONS).wait(60)
+    assert explorer.figure.layout.title.text == "RuntimeError: no &lt;memory&gt; left"
+    assert not explorer.figure.data and "no &lt;memory&gt; left" in explorer.status.value
+
+
+def test_a_failure_leaves_the_figure_that_is_there(made, monkeypatch):
+    explorer = JTJExplorer(*made, **OPTIONS).wait(60)
+    before = explorer.figure
+    monkeypatch.setattr("obc_tools.widgets.explorers.dense_jtj", lambda *_, **options: 1 / 0)
+    explorer.count.value = 2
+    explorer.wait(60)
+    assert "ZeroDivisionError" in explorer.status.value and explorer.figure is before
+
+
+def test_batches_that_cannot_be_drawn_are_refused_at_once(made):
+    for explorer in (JTJExplorer, InteractionExplorer):
+        with pytest.raises(ValueError, match="take: 1000 batches were asked for"):
+            explorer(*made, batches=1000)
+
+
+def test_one_channel_is_not_called_channels(made):
+    explorer = JTJExplorer(*made, **OPTIONS).wait(60)
+    explorer.count.value = 1
+    explorer.wait(60)
+    assert explorer.figure.layout.title.text.startswith("|JᵀJ| of conv1.out: 1 channel, 9 × 9")
+    explorer.view.value = "spectrum"
+    assert explorer.figure.layout.title.text == "Spectra of JᵀJ of conv1.out: 1 channel"
 
 
 def test_filters_as_tiles():

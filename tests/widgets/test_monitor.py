@@ -6,7 +6,7 @@ import time
 import pytest
 from run_folders import PLACE, write
 
-from obc_tools.plots.training import watch_figure
+from obc_tools.plots.curves import watch_figure
 from obc_tools.runs.folder import RunFolderError
 from obc_tools.runs.run import Run
 from obc_tools.runs.watch import POINTS, LiveCurve, Point, RunView, describe, look_at, seconds_left, watch_traces

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import obc_tools as obc
-from obc_tools.plots.studio import SCORES, UPPER
+from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.order import Target
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.studio.state import Choices
@@ -85,17 +85,17 @@ def test_undo_and_redo(studio):
     c.scope.value = "local"
     second = studio.plan
     assert second != first
-    c.undo.click()
-    assert (studio.plan, c.scope.value, c.undo.disabled) == (first, "global", True)
-    c.redo.click()
-    assert (studio.plan, c.scope.value, c.redo.disabled) == (second, "local", True)
+    studio.undo_button.click()
+    assert (studio.plan, c.scope.value, studio.undo_button.disabled) == (first, "global", True)
+    studio.redo_button.click()
+    assert (studio.plan, c.scope.value, studio.redo_button.disabled) == (second, "local", True)
 
 
 def test_a_drag_is_undone_at_once(studio):
     first = studio.plan
     for value in (0.35, 0.4, 0.45):
         controls(studio).target.value = value
-    controls(studio).undo.click()
+    studio.undo_button.click()
     assert studio.plan == first and controls(studio).target.value == 0.3
 
 
@@ -119,7 +119,7 @@ def test_a_slider_keeps_its_range(studio):
     for kind in (*c.targets, "ratio"):
         c.kind.value = kind
         assert c.place.children == (c.target,) == (c.targets[kind],)
-    c.undo.click()
+    studio.undo_button.click()
     assert c.kind.value == "params" and c.place.children == (c.targets["params"],)
     assert told == []
 
@@ -130,7 +130,7 @@ def test_what_the_slider_of_another_kind_tells_late_is_not_a_choice(studio):
     before = studio.state
     c.targets["ratio"].value = 0.99
     assert studio.state == before
-    c.undo.click()
+    studio.undo_button.click()
     c.targets["speedup"].value = 5.0
     assert studio.state.choices.target == Target(ratio=0.3) and c.target.value == 0.3
 
@@ -167,7 +167,7 @@ def test_a_drag_is_one_step_where_plans_are_slow(studio, monkeypatch):
 def test_a_click_in_the_score_bar_toggles_a_channel(studio):
     root, data = controls(studio).group.value, studio.figure.data
     before = studio.plan.kept_of(root)
-    studio._clicked(Click(SCORES, (0,), 1, 0.5))
+    studio.clicked(Click(SCORES, (0,), 1, 0.5))
     channel = int(data[SCORES].customdata[0])
     assert set(before) ^ set(studio.plan.kept_of(root)) == {channel}
     kept, removed = data[SCORES - 2 : SCORES]
@@ -181,7 +181,7 @@ def test_a_click_on_a_group_shows_its_channels(studio):
     free = [index for index, group in enumerate(groups) if group.prunable]
     whole = next(index for index, group in enumerate(groups) if not group.prunable)
     for index, shown in ((free[-1], free[-1]), (whole, free[-1]), (free[0], free[0])):
-        studio._clicked(Click(UPPER, (index,), 1, 0.5))
+        studio.clicked(Click(UPPER, (index,), 1, 0.5))
         assert c.group.value == groups[shown].root
         assert f"channels of {groups[shown].root} by score" in studio.figure.layout.xaxis2.title.text
 
@@ -195,15 +195,22 @@ def test_other_bars_are_those_of_layers(studio):
     c.target.value = 0.5
     assert studio.figure.data[0].y.sum() < before
     place = list(studio.figure.data[0].x).index("layer2.0.conv2")
-    studio._clicked(Click(UPPER, (place,), 1, 0.5))
+    studio.clicked(Click(UPPER, (place,), 1, 0.5))
     assert c.group.value == ("layer2.0.downsample.0", "out")
     c.bars.value = "channels"
     assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
 
 
+def test_one_group_is_not_called_groups(studio):
+    studio.toggle(controls(studio).group.value, 0)
+    assert ": 1 group<" in controls(studio).changes.value
+    controls(studio).target.value = 0.6
+    assert " groups<" in controls(studio).changes.value
+
+
 def test_what_cannot_be_toggled_is_said(studio):
     studio.toggle(("conv1", "out"), 1000)
-    assert "no channel 1000" in controls(studio).status.value
+    assert "no channel 1000" in studio.status.value
 
 
 def test_locks_and_limits_of_a_group(studio):
@@ -276,10 +283,10 @@ def test_cancel_leaves_the_plan_and_goes_on_at_the_next_choice(studio, monkeypat
 
     monkeypatch.setattr(studio.session, "score", slow)
     controls(studio).criterion.value = "whc"
-    controls(studio).cancel.click()
+    studio.cancel_button.click()
     go_on.set()
     assert not studio._worker.busy and studio.plan == first
-    assert "cancelled" in controls(studio).status.value
+    assert "cancelled" in studio.status.value
     assert controls(studio).criterion.value == "jacobian" and "'jacobian'" in studio.code
     controls(studio).target.value = 0.5
     studio.wait(60)
@@ -290,11 +297,11 @@ def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_p
     go_on, score = threading.Event(), studio.session.score
     monkeypatch.setattr(studio.session, "score", lambda *given: go_on.wait(20) and score(*given))
     controls(studio).criterion.value = "l1"
-    controls(studio).save_code.click()
-    assert "being scored" in controls(studio).status.value and not (tmp_path / "out.py").exists()
+    studio.code_button.click()
+    assert "being scored" in studio.status.value and not (tmp_path / "out.py").exists()
     go_on.set()
     studio.wait(60)
-    controls(studio).save_code.click()
+    studio.code_button.click()
     assert "'l1'" in (tmp_path / "out.py").read_text()
 
 
@@ -310,23 +317,23 @@ def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch
     go_on = threading.Event()
     monkeypatch.setattr("obc_tools.studio.session.StudioSession.score", lambda *_: go_on.wait(20))
     studio = PruningStudio(*made, batches=1, batch_size=8)
-    controls(studio).cancel.click()
+    studio.cancel_button.click()
     go_on.set()
-    assert studio.plan == studio.session.whole and "cancelled" in controls(studio).status.value
+    assert studio.plan == studio.session.whole and "cancelled" in studio.status.value
 
 
 def test_measuring_fills_the_table(studio, monkeypatch):
     controls(studio).target.value = 0.5
-    controls(studio).measure.click()
+    studio.measure_button.click()
     studio.wait(60)
     batch = list(studio.session.held_out_batches())
     expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
     assert studio.session.measured(studio.plan).metrics == expected
     assert controls(studio).table.value.count("%") == 3
     latency = studio.session.measured(studio.plan).latency
-    assert latency.median_ms > 0 and "measured 3 plans" in controls(studio).status.value
+    assert latency.median_ms > 0 and "measured 3 plans" in studio.status.value
     monkeypatch.setattr("obc_tools.studio.session.evaluate", lambda *_: pytest.fail("evaluated again"))
-    controls(studio).measure.click()
+    studio.measure_button.click()
     studio.wait(60)
     assert studio.session.measured(studio.plan).metrics == expected
     assert studio.session.measured(studio.plan).latency != latency
@@ -336,9 +343,9 @@ def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
     first = studio.plan
     controls(studio).limit.value = 0.0
     studio.choose(Choices(target=Target(speedup=1e5)))
-    assert "cannot be met" in controls(studio).status.value
-    controls(studio).undo.click()
-    controls(studio).undo.click()
+    assert "cannot be met" in studio.status.value
+    studio.undo_button.click()
+    studio.undo_button.click()
     assert studio.plan == first
 
 
@@ -349,13 +356,13 @@ def test_a_failure_beside_the_kernel_is_shown(studio, monkeypatch):
     monkeypatch.setattr(studio.session, "score", fail)
     controls(studio).criterion.value = "random"
     studio._worker.wait(20)
-    assert "RuntimeError: no memory left" in controls(studio).status.value
+    assert "RuntimeError: no memory left" in studio.status.value
 
 
 def test_plans_are_compared(studio):
     c = controls(studio)
     c.name.value = "mild"
-    c.remember.click()
+    studio.remember_button.click()
     mild = studio.plan
     c.target.value = 0.6
     assert c.compared.value == "mild" and c.compared.options == ("none", "mild")
@@ -369,9 +376,9 @@ def test_the_plan_is_taken_away(studio, made, tmp_path):
     model, data = made
     studio.toggle(controls(studio).group.value, 0)
     c = controls(studio)
-    for made_button in (c.save_plan, c.save_model, c.save_code):
+    for made_button in (studio.plan_button, studio.model_button, studio.code_button):
         made_button.click()
-        assert "wrote" in c.status.value
+        assert "wrote" in studio.status.value
     assert PruningPlan.from_json((tmp_path / "out.json").read_text()) == studio.plan
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["name"] == "resnet8"
     images = next(iter(data.batches("val", 4)))[0]
@@ -381,8 +388,8 @@ def test_the_plan_is_taken_away(studio, made, tmp_path):
     exec((tmp_path / "out.py").read_text(), namespace)
     assert namespace["plan"] == studio.plan
     assert c.code.value == studio.code == (tmp_path / "out.py").read_text()
-    c.save_model.click()
-    assert "out" in c.status.value and "wrote" not in c.status.value
+    studio.model_button.click()
+    assert "out" in studio.status.value and "wrote" not in studio.status.value
 
 
 def test_the_model_is_left_alone(made):

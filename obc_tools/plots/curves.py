@@ -1,19 +1,19 @@
-"""Figures of a comparison of criteria: curves with mean and standard deviation, and the seconds of scoring.
+"""Curves: of compared criteria with mean and standard deviation, of trainings that ended, of runs that go on.
 
-A criterion has the same colour in all of them (see `looks`); variants of one criterion differ in their dashes.
+A criterion has the same colour in all figures (see `looks`); variants of one criterion differ in their dashes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .looks import color_of, theme
+from .looks import color_of, finished
 
 AXES = {"channels": "pruned channels (%)", "macs": "MACs left (%)", "params": "parameters left (%)"}
 TITLES = {
@@ -44,8 +44,7 @@ def criteria_curves(
     _draw(figure, comparison, metric, over)
     _label(figure, metric, over)
     title = f"{TITLES[metric].partition(' (')[0].capitalize()} after pruning"
-    figure.update_layout(template=theme(look), title=title, height=480, legend={"y": -0.16, "yanchor": "top"})
-    return figure
+    return finished(figure, look, 480, title=title, legend={"y": -0.16, "yanchor": "top"})
 
 
 def criteria_panels(
@@ -59,9 +58,8 @@ def criteria_panels(
             place = {"row": row, "col": column}
             _draw(figure, comparison, metric, over, legend=row == column == 1, **place)
             _label(figure, metric, over, title=column == 1, **place)
-    figure.update_layout(template=theme(look), height=130 + 260 * len(shown), title="Pruned without fine-tuning")
-    figure.update_layout(legend={"y": -0.25 / max(len(shown), 1), "yanchor": "top"})
-    return figure
+    legend = {"y": -0.25 / max(len(shown), 1), "yanchor": "top"}
+    return finished(figure, look, 130 + 260 * len(shown), title="Pruned without fine-tuning", legend=legend)
 
 
 def scoring_seconds(comparison: Any, *, look: str = "light") -> go.Figure:
@@ -77,10 +75,8 @@ def scoring_seconds(comparison: Any, *, look: str = "light") -> go.Figure:
         error_x={"array": seconds[0.75] - seconds[0.5], "arrayminus": seconds[0.5] - seconds[0.25], "thickness": 1},
         hovertemplate="%{y}<br>%{x:.3g} s<extra></extra>",
     )
-    figure = go.Figure(bar)
-    figure.update_layout(template=theme(look), title="Scoring, seconds a step", height=130 + 28 * len(seconds))
-    figure.update_xaxes(type="log", title="seconds a step, median and quartiles (log scale)")
-    return figure
+    x = {"type": "log", "title": "seconds a step, median and quartiles (log scale)"}
+    return finished(go.Figure(bar), look, 130 + 28 * len(seconds), x=x, title="Scoring, seconds a step")
 
 
 def _draw(figure: go.Figure, comparison: Any, metric: str, over: str, *, legend: bool = True, **place: int) -> None:
@@ -135,7 +131,55 @@ def _band(steps: pd.DataFrame, label: str, color: str) -> go.Scatter:
 
 
 def _label(figure: go.Figure, metric: str, over: str, *, title: bool = True, **place: int) -> None:
-    figure.update_xaxes(title=AXES[over], **place)
-    if over != "channels":
-        figure.update_xaxes(autorange="reversed", **place)
+    figure.update_xaxes(title=AXES[over], autorange=None if over == "channels" else "reversed", **place)
     figure.update_yaxes(title=TITLES[metric] if title else None, **place)
+
+
+def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:
+    """Draw loss and accuracy of several trainings over the epochs: validation solid, training dotted.
+
+    Raises:
+        ValueError: no history, or an unknown look.
+    """
+    if not histories:
+        raise ValueError("no history to draw: give {'name': history}")
+    figure = make_subplots(1, 2, subplot_titles=("Loss", "Accuracy"), horizontal_spacing=0.1)
+    for index, (label, history) in enumerate(histories.items()):
+        frame = history.to_frame()
+        for part, name, dash in (("val", "validation", "solid"), ("train", "training", "dot")):
+            style = {"color": color_of(label, index), "dash": dash, "width": 2 if part == "val" else 1.4}
+            shared = {"x": frame["epoch"], "name": f"{label}, {name}", "legendgroup": f"{label} {part}", "line": style}
+            shared["mode"] = "lines+markers" if len(frame) <= 20 else "lines"
+            shared["marker"] = {"size": 5}
+            figure.add_scatter(y=frame[f"{part}_loss"], hovertemplate="%{y:.4f}", **shared, row=1, col=1)
+            percent = 100 * frame[f"{part}_accuracy"]
+            figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
+    figure.update_yaxes(title="cross entropy (nats)", row=1, col=1)
+    figure.update_yaxes(title="accuracy (%)", row=1, col=2)
+    figure.update_annotations(font_size=12)
+    x = {"title": "epoch", "rangemode": "tozero"}
+    return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)
+
+
+QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "images/s"}
+"""The panels of the figure of runs: a quantity and the title of its axis."""
+
+
+def watch_figure(traces: Iterable[Mapping[str, Any]], *, look: str = "light") -> go.Figure:
+    """Draw loss, accuracy, learning rate and speed of several runs, as far as they are.
+
+    Args:
+        traces: the properties of each curve; ``meta[2]`` is the number of its panel, from 0.
+        look: "light" or "dark".
+
+    Raises:
+        ValueError: an unknown look.
+    """
+    figure = make_subplots(2, 2, horizontal_spacing=0.1, vertical_spacing=0.16)
+    for trace in traces:
+        row, column = divmod(trace["meta"][2], 2)
+        figure.add_scatter(**trace, row=row + 1, col=column + 1)
+    for panel, title in enumerate(QUANTITIES.values()):
+        figure.update_yaxes(title=title, row=panel // 2 + 1, col=panel % 2 + 1)
+    x = {"title": "epochs", "rangemode": "tozero"}
+    return finished(figure, look, 520, x=x, margin_t=40, legend_y=1.04)
