@@ -228,7 +228,7 @@ def test_compare_draws_curves_and_goes_on(weights, tmp_path, capsys, monkeypatch
     assert run(*arguments) == 0
     assert "jacobian" in capsys.readouterr().out and (tmp_path / "out" / "comparison.csv").exists()
     assert "held-out accuracy" in (tmp_path / "out" / "curves.html").read_text(encoding="utf-8")
-    monkeypatch.setattr("obc_tools.comparing.compare.score_groups", pytest.fail)
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", pytest.fail)
     assert run(*arguments) == 0
     assert run(*arguments, "--ratio", 0.5) == 2
     assert "holds a comparison with another ratio" in capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatc
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("obc_tools.comparing.compare.score_groups", interrupt)
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", interrupt)
     assert run("compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err.endswith("obc: stopped; the same command goes on from the last finished step\n")
 
