@@ -48,7 +48,7 @@ class Demo:
     """Fixes the network's first weights, the order of the images and their augmentation."""
 
     def job(self) -> PruningJob:
-        from ..pruning.order import Target
+        from ..pruning.choices import Target
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 
@@ -156,7 +156,7 @@ class Prune:
     """Replace the run that the folder holds."""
 
     def job(self) -> PruningJob:
-        from ..pruning.order import Target
+        from ..pruning.choices import Target
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 

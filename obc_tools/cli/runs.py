@@ -117,7 +117,7 @@ class RunExperiment(ExperimentOptions):
     """Go on with what the folder holds."""
 
     def job(self) -> PruningJob:
-        from ..pruning.order import Target
+        from ..pruning.choices import Target
         from ..runs.run import job_of
 
         names = ("criterion", "group_reduction")

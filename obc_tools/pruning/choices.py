@@ -60,7 +60,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What scores depend on: the criterion, how it is combined over a group's members and scaled within it, the loss."""
+    """What scores depend on: the criterion, how it is combined over members and scaled within groups, the objective."""
 
     criterion: Any = "jacobian"
     group_reduction: str = "sum"
@@ -203,7 +203,7 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The keywords of `Selection`, `Scoring` and `Limits` side by side, flat as in JSON: what jobs and comparisons share.
+    """The keywords of `Selection`, `Scoring` and `Limits` side by side, flat as in JSON, for jobs and comparisons.
 
     Attributes:
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UnknownNameError
 from ..measure.cost_model import CostModel
+from ..measure.costs import Cost
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import Limits, Target
@@ -76,18 +77,16 @@ class RemovalOrder:
 
     def meets(self, units: int, target: Target, costs: CostModel) -> bool:
         """Say whether the plan that removes the first `units` units meets a target."""
-        draft = self.draft(units)
-        return target.met(costs.of(draft), costs.original, self._share(draft))
+        return target.met(*self._reached(self.draft(units), target, costs))
 
     def check(self, target: Target, costs: CostModel) -> None:
         """Raise ValueError where nothing may go, or even all that may go would not meet a target: say the best."""
         if not any(group.prunable for group in self.groups):
             reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in self.groups})[:5])
             raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
-        if not self.meets(len(self), target, costs):
-            draft = self.draft(len(self))
-            reached = target.reached(costs.of(draft), costs.original, self._share(draft))
-            raise ValueError(f"{target} cannot be met: the best that can be had is {reached}")
+        best = self._reached(self._least, target, costs)
+        if not target.met(*best):
+            raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(*best)}")
 
     def draft(self, units: int) -> Draft:
         """Return what `plan` keeps, ascending, in the original numbering, unchecked: what a bisection needs."""
@@ -99,14 +98,24 @@ class RemovalOrder:
             kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
         return Draft(self.after.groups, tuple(kept))
 
-    def _share(self, draft: Draft) -> float:
-        """Return the share of the channels of prunable groups, but for fixed ones, that is gone."""
+    def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
+        """Return a draft's cost, the original one, and the share gone of the channels of prunable groups, fixed ones apart.
+
+        Only what a target looks at is computed.
+        """
+        if target.ratio is None:
+            return costs.of(draft), costs.original, 0.0
         counted = [
             (group.width, group.width - len(kept))
             for group, kept in zip(draft.groups, draft.kept, strict=True)
             if group.prunable and group.root not in self.fixed
         ]
-        return sum(gone for _, gone in counted) / max(sum(width for width, _ in counted), 1)
+        return costs.original, costs.original, sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
+
+    @cached_property
+    def _least(self) -> Draft:
+        """What is kept where all goes that may."""
+        return self.draft(len(self))
 
     @cached_property
     def _before(self) -> tuple[np.ndarray, ...]:
@@ -131,7 +140,7 @@ class RemovalOrder:
 
 def removal_order(
     scores: Mapping[ChannelGroup, Tensor],
-    limits: Limits = Limits(),
+    limits: Limits | None = None,
     *,
     after: PruningPlan | None = None,
     fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
@@ -149,7 +158,7 @@ def removal_order(
             not there.
     """
     groups = tuple(scores)
-    after = after or PruningPlan.whole(groups)
+    limits, after = limits or Limits(), after or PruningPlan.whole(groups)
     held = {LayerAxis(*root): tuple(kept) for root, kept in (fixed or {}).items()}
     known = [group.root for group in groups]
     if known != [group.root for group in after.groups]:

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..measure.cost_model import CostModel, cost_model
+from ..measure.costs import Cost, cost
 from ..scoring.objectives import Objective, classification
 from ..structure.shrinking import shrink_model
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
@@ -143,6 +144,11 @@ def prune_in_steps(
 def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
     """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target."""
     removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)
+
+
+def cost_counted(model: nn.Module, example_inputs: Any, counting: str) -> Cost:
+    """Return what a model costs, in one of the counts of `choices.COUNTS`."""
+    return cost(model, example_inputs)
 
 
 def costs_of_plans(model: nn.Module, example_inputs: Any, selection: Selection, counting: str) -> CostModel:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from ..files import environment, logging_to_file, write_text
 from ..measure.metrics import evaluate
 from ..models.store import load_pruned, replacing, save_pruned
+from ..pruning.choices import TORCH_PRUNING
 from ..state import evaluating
 from ..training.folder import write_json
 from ..training.processes import processes
@@ -94,6 +95,7 @@ def work_on(
     """
     folder = Path(folder).resolve()
     known = read_job(folder) if (folder / JOB).is_file() else None
+    job = as_begun(folder, job) if known is not None else job
     if known is not None and known != job:
         raise RunFolderError(f"'{folder}' holds another job: {_difference(known, job)}; choose another folder")
     if known is None:
@@ -117,6 +119,12 @@ def read_job(folder: str | os.PathLike[str]) -> PruningJob:
         return PruningJob.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"'{folder}' holds no job: {error}") from error
+
+
+def as_begun(folder: Path, job: PruningJob) -> PruningJob:
+    """Return a job as the run in a folder goes on with it: in torch_pruning's count, where it was begun in none."""
+    begun = json.loads((folder / JOB).read_text(encoding="utf-8"))["target"]
+    return job if "counting" in begun else replace(job, target=replace(job.target, counting=TORCH_PRUNING))
 
 
 def _difference(known: PruningJob, job: PruningJob) -> str:

@@ -209,8 +209,7 @@ def launch_grid(
     rows = [{"name": e.name, "job": e.job.to_dict(), "needs": list(e.needs), "processes": e.processes} for e in jobs]
     content = json.loads(json.dumps({"format": FORMAT, "jobs": rows, "devices": places, "each": each}))
     if (path / GRID).is_file():
-        known = json.loads((path / GRID).read_text(encoding="utf-8"))
-        if not resume or known["jobs"] != content["jobs"]:
+        if not resume or Grid(path).jobs != tuple(jobs):
             raise ValueError(f"'{path}' holds a grid: pass resume=True with the same jobs, or choose another folder")
     elif path.exists() and any(path.iterdir()):
         raise ValueError(f"'{path}' holds something else than a grid: choose another folder")

@@ -36,6 +36,7 @@ from .folder import (
     STOPPED,
     TRAINED,
     RunFolderError,
+    as_begun,
     check_run_folder,
     read_job,
     read_results,
@@ -255,6 +256,7 @@ def launch(
     if devices is not None and devices != "cpu" and count > len(devices):
         raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
     if (path / JOB).is_file():
+        job = as_begun(path, job)
         _check_free(path, job, resume)
     else:
         check_run_folder(path, overwrite=False)

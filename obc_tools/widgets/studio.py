@@ -17,15 +17,14 @@ from ..data.data import Data
 from ..files import write_text
 from ..models.store import save_pruned
 from ..plots.studio import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..pruning.choices import Scoring, Selection
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune
 from ..scoring.scores import Scores
 from ..structure.layers import LayerAxis
-from ..studio.bars import Bars, studio_bars
-from ..studio.session import StudioSession
+from ..studio.session import Bars, StudioSession, studio_bars
 from ..studio.state import (
     Choices,
-    Scoring,
     Setup,
     StudioState,
     change,
@@ -93,7 +92,8 @@ class PruningStudio(W.VBox):
         look: str = "light",
     ):
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device, whole_heads, only)
+        selection = Selection(ignore, whole_heads, only)
+        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device)
         self.session = StudioSession(model, data, setup, held_out)
         self.state, self.plan = StudioState(), self.session.whole
         self._source, self._filling, self._moved = source, Filling(), 0.0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import ipywidgets as W
 
 from ..measure.cost_model import CostModel
-from ..pruning.order import SCOPES, Target
+from ..pruning.choices import SCOPES, Scoring, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS
-from ..studio.bars import BARS, MILLION
-from ..studio.session import StudioSession
-from ..studio.state import Choices, Scoring, StudioState, limit_of, set_limit
+from ..studio.session import BARS, MILLION, StudioSession
+from ..studio.state import Choices, StudioState, limit_of, set_limit
 from .controls import FITTING, WRAPPING, code_area, dropdown, integer, note, set_slider, slider, stands_at, text
 
 NONE = "none"
@@ -40,7 +39,7 @@ def target_of(kind: str, value: float) -> Target:
 
 def shown_value(target: Target) -> tuple[str, float]:
     """Return a target's kind, and its value as the slider shows it."""
-    ((kind, value),) = ((key, value) for key, value in vars(target).items() if value is not None)
+    kind, value = target.given
     return kind, value / MILLION if kind in ("macs", "params") else value
 
 
@@ -115,11 +114,11 @@ class StudioControls:
             criterion=dropdown("criterion", CRITERIA, choices.scoring.criterion, "what a channel is scored by"),
             reduction=dropdown("reduction", REDUCTIONS, choices.scoring.group_reduction, "over a group's members"),
             normalizer=dropdown("normalizer", normalizers, choices.scoring.normalizer or NONE, "within each group"),
-            scope=dropdown("scope", SCOPES, choices.scope, "which channels are ranked together"),
+            scope=dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together"),
             kind=dropdown("target", KINDS.items(), kind),
             targets=targets,
             place=W.Box([targets[kind]]),
-            round_to=integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps"),
+            round_to=integer("multiple of", choices.limits.round_to or 1, 1, 1024, "of the channels a group keeps"),
             bars=dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers"),
             group=dropdown("group", roots, roots[0][1], "whose channels are shown below"),
             limit=slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels"),
@@ -190,12 +189,12 @@ class StudioControls:
 
     def read(self, choices: Choices) -> Choices:
         """Return choices with what the controls say in their place."""
+        multiple = None if self.round_to.value == 1 else self.round_to.value
         return replace(
             choices,
             scoring=Scoring(self.criterion.value, self.reduction.value, none_or(self.normalizer.value)),
             target=self._read_target(choices.target),
-            scope=self.scope.value,
-            round_to=None if self.round_to.value == 1 else self.round_to.value,
+            limits=replace(choices.limits, scope=self.scope.value, round_to=multiple),
         )
 
     def _read_target(self, target: Target) -> Target:
@@ -213,9 +212,10 @@ class StudioControls:
     def show(self, state: StudioState) -> None:
         """Set every control to the choices of a state."""
         choices = state.choices
-        for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
-            control.value = getattr(choices.scoring, scoring.name) or NONE
-        self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
+        scoring = choices.scoring
+        self.criterion.value, self.reduction.value = scoring.criterion, scoring.group_reduction
+        self.normalizer.value = scoring.normalizer or NONE
+        self.scope.value, self.round_to.value = choices.limits.scope, choices.limits.round_to or 1
         self.show_target(choices.target)
         self.show_group(choices)
         self.undo.disabled, self.redo.disabled = not state.past, not state.future

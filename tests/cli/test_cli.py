@@ -15,7 +15,7 @@ from terminal import assert_one_line, run
 from obc_tools.cli import commands as cli
 from obc_tools.data.data import DATA_SETS
 from obc_tools.models.networks import load_model
-from obc_tools.pruning.order import SCOPES
+from obc_tools.pruning.choices import SCOPES
 from obc_tools.scoring.criteria import CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
 from obc_tools.training.recipe import Recipe

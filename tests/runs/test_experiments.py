@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.experiments import EXPERIMENTS, get_experiment
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.recipe import Recipe, learning_rate_factor, rescaled

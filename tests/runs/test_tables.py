@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.experiments import EXPERIMENTS
 from obc_tools.runs.tables import find_runs, results_table
 from obc_tools.training.folder import write_json

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-
-import obc_tools as obc
 from obc_tools.grid import Grid, GridJob, launch_grid
 from obc_tools.recipe import Recipe
-from obc_tools.runs import work_on
 from obc_tools.slurm import write_slurm_script
+
+import obc_tools as obc
+from obc_tools.runs import work_on
 from obc_tools.training import Stopped
 
 HERE = Path(__file__).parent
