@@ -99,7 +99,7 @@ class RemovalOrder:
         return Draft(self.after.groups, tuple(kept))
 
     def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
-        """Return a draft's cost, the original one, and the share gone of the channels of prunable groups, fixed ones apart.
+        """Return a draft's cost, the original one, and the share that is gone of all channels that may go.
 
         Only what a target looks at is computed.
         """

@@ -87,11 +87,9 @@ class Experiment:
             job = replace(job, weights=None, pretrain=self.baseline)
         elif weights is not None:
             job = replace(job, weights=weights)
-        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
         if as_requested:
-            recipes["finetune"] = replace(recipes["finetune"], **self.requested)
-        seeded = {name: recipe and replace(recipe, seed=seed) for name, recipe in recipes.items()}
-        return replace(job, **(seeded | changes))
+            job = replace(job, finetune=replace(job.finetune, **self.requested))
+        return replace(job.with_recipes(seed=seed), **changes)
 
     def small(self, **changes: Any) -> PruningJob:
         """Return the job at a size for a CPU and a few minutes: the same network and stages, little of everything.
@@ -104,8 +102,7 @@ class Experiment:
         sizes = {"train_images": 8, "val_images": 8} if imagenet else {"train_images": 128, "val_images": 128}
         sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch}
         job = self.job(**(sizes | changes))
-        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
-        shortened = {name: recipe and _shortened(recipe, little) for name, recipe in recipes.items()}
+        shortened = {name: _shortened(recipe, little) for name, recipe in job.recipes.items()}
         return replace(job, title=f"{job.title}, small run", **shortened)
 
 

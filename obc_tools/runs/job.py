@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -207,11 +207,19 @@ class PruningJob(Settings):
         """In which steps the target is approached."""
         return Steps(self.steps, self.schedule_ratio, self.last_step)
 
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of its trainings, by field."""
+        return {name: recipe for name in RECIPES if (recipe := getattr(self, name)) is not None}
+
+    def with_recipes(self, **changes: Any) -> PruningJob:
+        """Return the job with every recipe changed so."""
+        return replace(self, **{name: replace(recipe, **changes) for name, recipe in self.recipes.items()})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the job as plain data that JSON can hold."""
-        recipes = {name: getattr(self, name) for name in RECIPES}
         plain = asdict(self) | {"ignore": list(self.ignore), "model_options": dict(self.model_options)}
-        return plain | {name: recipe and recipe.to_dict() for name, recipe in recipes.items()}
+        return plain | {name: recipe.to_dict() for name, recipe in self.recipes.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningJob:

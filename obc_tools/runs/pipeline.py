@@ -85,7 +85,7 @@ def prepare(job: PruningJob) -> JobInputs:
     inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
     check_classes(_count_outputs(model, inputs.example), data)
     inputs.calibration_batches()
-    for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
+    for recipe in job.recipes.values():
         inputs.training_batches(recipe)
     # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.
     if processes().is_main:
