@@ -133,11 +133,13 @@ def prune_in_steps(
         scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step)
         plan = next_plan(scores, plan, share, target, costs, limits, last_step=steps.last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
-            return plan
-    if target.ratio is None:
-        best = target.reached(costs.of(plan), costs.original)
-        ends = f"schedule_ratio={steps.schedule_ratio:g}"
-        raise ValueError(f"{target} is not met: the schedule ends at {ends} with {best}")
+            break
+    else:
+        if target.ratio is None:
+            best = target.reached(costs.of(plan), costs.original)
+            raise ValueError(
+                f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
+            )
     return plan
 
 
