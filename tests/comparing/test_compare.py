@@ -94,6 +94,15 @@ def test_macs_targets_are_met_in_equal_steps(data):
     assert (shares[1:] > np.array([0.8, 0.6, 0.4]) - 0.15).all()
 
 
+def test_ends_that_the_limits_forbid_are_refused_before_any_scoring(data):
+    for end, best in (
+        ({"ratio": 0.6}, r"ratio=0.6 .* ratio=0\.4\d*"),
+        ({"ratio": None, "macs": 0.1}, r"macs=.* macs=\d"),
+    ):
+        with pytest.raises(ValueError, match=f"^{best}"):
+            compare_criteria(network, data, {"l1": pytest.fail}, max_ratio=0.5, **SMALL | end)
+
+
 def test_a_criterion_has_its_own_budget_and_label(data):
     criteria = {"N = 1": ("jacobian", {"batches": 1}), "N = 4": ("jacobian", {"batches": 4})}
     frame = compare_criteria(network, data, criteria, repeats=1, **SMALL).frame
