@@ -10,6 +10,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -17,14 +19,14 @@ import tyro
 from tqdm import tqdm
 
 from ..files import logging_to
-from .arguments import Choice, Flag, Folder, Name, Names, Number, Whole
-from .compare import Compare
+from .options import Flag, Folder, Name, Names, Number, PruningOptions, Whole
 from .runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 
 if TYPE_CHECKING:
     from ..runs.job import PruningJob
 
 
+CURVES = "curves.html"
 NOTHING_WRITTEN = "nothing was written"
 DEMO_TITLE = "Demo: handwritten digits, a small ResNet, half the MACs"
 HEAVY_IMPORTS = ("numpy", "torch", "torchvision", "timm", "torch_pruning", "accelerate", "sklearn.datasets", "plotly")
@@ -48,7 +50,7 @@ class Demo:
     """Fixes the network's first weights, the order of the images and their augmentation."""
 
     def job(self) -> PruningJob:
-        from ..pruning.order import Target
+        from ..pruning.choices import Target
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 
@@ -86,7 +88,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prune:
+class Prune(PruningOptions):
     """Prune a trained network to a target, fine-tune it, and write models, figures and a report into a folder.
 
     Give one target: --speedup, --macs, --params or --ratio. For example:
@@ -97,21 +99,6 @@ class Prune:
 
     AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
 
-    model: Name
-    """Network: resnet20, resnet56, vgg19, ...; torchvision:resnet50, timm:vit_base_patch16_224, ..."""
-    weights: Annotated[str, tyro.conf.arg(metavar="FILE")]
-    """Its weights: a file (.safetensors, or a state dict saved by torch.save), "pretrained" (torchvision's or timm's),
-    "published" or "published-sparse" (the paper's)."""
-    data: Name
-    """Data set: digits, cifar10, cifar100, imagenet, or folder (class folders in train/ and val/ or test/)."""
-    out: Folder
-    """Folder to make for the report, the models and all figures."""
-    root: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """Where the data lies: torchvision's files, class folders, or (CIFAR) one .npz file. Digits need none."""
-    num_classes: Whole = None
-    """Outputs of the network. Default: as many as the weights have."""
-    normalize: Choice = None
-    """Normalisation of the images. CIFAR: training (default) or benchmark; others: imagenet (default) or inception."""
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
     macs: Number = None
@@ -122,59 +109,89 @@ class Prune:
     """Target: share of all channels to remove, between 0 and 1."""
     criterion: Name = "jacobian"
     """What channels are scored by: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp or random."""
-    scope: Name = "global"
-    """Which channels are ranked together: global (all), local (those of a layer), isomorphic (those of like layers)."""
-    group_reduction: Name = "sum"
-    """How scores of the layers that share a channel are combined: sum, mean, max, prod or first."""
-    normalizer: Choice = None
-    """How scores are scaled within a layer's group: sum, mean, max, gaussian, standarization or parameters."""
-    round_to: Whole = None
-    """Keep a multiple of so many channels in every layer."""
-    ignore: Names = ()
-    """Layers that keep their width: names or patterns, such as conv1 'layer1.*'."""
-    whole_heads: Flag = False
-    """Let attentions lose whole heads; by default all heads lose the same positions."""
-    only: Choice = None
-    """Prune only this part: mlp (hidden channels), attention (its channels, or heads), bottleneck (both)."""
     steps: int = 20
     """Pruning steps; what is left is scored again in each."""
-    batches: int = 50
-    """Batches of training images to score with, drawn afresh (and augmented) for every step."""
-    batch_size: int = 128
-    """Images in a batch, for scoring and for fine-tuning."""
     epochs: int = 0
     """Passes over the training images to fine-tune for. 0: prune only."""
     lr: float = 0.01
     """Learning rate at the start of fine-tuning (SGD); it falls to 0 along a cosine."""
     equivalent: Flag = False
     """Fine-tune with Equivalent Pruning too, merge, and compare."""
-    seed: int = 0
-    """Fixes the order of the images and their augmentation; both ways of fine-tuning see the same."""
-    device: Name = "auto"
-    """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     overwrite: Flag = False
     """Replace the run that the folder holds."""
 
     def job(self) -> PruningJob:
-        from ..pruning.order import Target
+        from ..pruning.choices import OPERATIONS, Target
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 
         if self.epochs < 0:
             raise ValueError(f"epochs must be at least 0, not {self.epochs}")
         recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
-        same = ("model", "weights", "data", "root", "num_classes", "normalize", "criterion", "scope", "group_reduction")
-        same += ("normalizer", "round_to", "ignore", "whole_heads", "only", "steps", "batches", "batch_size")
-        same += ("equivalent", "seed", "device")
         return PruningJob(
             title=f"Pruning {self.model} on {self.data}",
-            target=Target(self.speedup, self.macs, self.params, self.ratio),
+            target=Target(self.speedup, self.macs, self.params, self.ratio, self.counting or OPERATIONS),
             finetune=recipe if self.epochs else None,
-            **{name: getattr(self, name) for name in same},
+            **self.given(PruningJob),
         )
 
     def run(self) -> None:
         run_and_report(self.job(), self.out, self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(PruningOptions):
+    """Compare criteria: prune a trained network step by step by each, without fine-tuning, and measure every step.
+
+    What is finished is kept in the folder: the same command goes on after a stop. For example:
+
+    obc compare --model resnet56 --weights resnet56.pth --data cifar10 --root data/cifar10 --criteria jacobian taylor l1
+    --batches 10 --repeats 3 --out runs/criteria
+    """
+
+    AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+
+    hold_out: Number = None
+    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
+    criteria: Names = ("jacobian", "taylor", "hessian", "l1", "fpgm", "whc", "bn_scale", "random")
+    """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, random."""
+    steps: int = 18
+    """Pruning steps."""
+    ratio: Number = None
+    """Share of the channels removed at the end. Default: 0.9, unless --macs is given."""
+    macs: Number = None
+    """Share of the MACs left at the end, instead of --ratio."""
+    repeats: int = 5
+    """Repeats with other images, of the criteria that use any."""
+    held_out: Whole = None
+    """Held-out images to measure on. Default: all."""
+    training: Whole = None
+    """Training images to measure on; 0: none. Default: all."""
+    until_chance: Flag = False
+    """End a curve once the network only guesses."""
+
+    def run(self) -> None:
+        from ..comparing.compare import CompareSettings, compare_criteria
+        from ..data.data import hold_out, load_data
+        from ..models.networks import load_model
+        from ..plots.jtj import save_html
+        from ..runs.job import find_device
+
+        device = find_device(self.device)
+        data = load_data(self.data, self.root, normalize=self.normalize)
+        if self.hold_out is not None:
+            data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
+        classes = self.num_classes or len(data.classes)
+        channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
+        comparison = compare_criteria(
+            lambda: load_model(self.model, num_classes=classes, weights=self.weights, **channels).to(device),
+            data,
+            self.criteria,
+            folder=self.out,
+            **self.given(CompareSettings),
+        )
+        figure = save_html(comparison.plot(), self.out / CURVES)
+        print(f"\n{comparison!r}\n\nfigures: {figure}")
 
 
 def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
@@ -187,28 +204,18 @@ def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
     print(f"\n{result!r}\n\nreport: {report}")
 
 
-Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | Evaluate
-COMMANDS: dict[str, type[Command]] = {
-    "demo": Demo,
-    "prune": Prune,
-    "compare": Compare,
-    "run": RunExperiment,
-    "runs": Runs,
-    "grid": GridCommand,
-    "slurm": Slurm,
-    "evaluate": Evaluate,
+# For `obc --help` alone all commands at once: there one line each is enough.
+COMMANDS = {
+    "demo": (Demo, "The whole job on handwritten digits, in 2 minutes."),
+    "prune": (Prune, "The same on your own network and data."),
+    "compare": (Compare, "Criteria beside each other, no fine-tuning."),
+    "run": (RunExperiment, "One of the paper's experiments."),
+    "runs": (Runs, "What runs there are; stop and resume them."),
+    "grid": (GridCommand, "Many experiments over many GPUs."),
+    "slurm": (Slurm, "A script for the SLURM scheduler."),
+    "evaluate": (Evaluate, "Accuracy of a saved model."),
 }
-# All commands at once, for `obc --help` alone: there one line each is enough.
-OVERVIEW = (
-    Annotated[Demo, tyro.conf.subcommand("demo", description="The whole job on handwritten digits, in 2 minutes.")]
-    | Annotated[Prune, tyro.conf.subcommand("prune", description="The same on your own network and data.")]
-    | Annotated[Compare, tyro.conf.subcommand("compare", description="Criteria beside each other, no fine-tuning.")]
-    | Annotated[RunExperiment, tyro.conf.subcommand("run", description="One of the paper's experiments.")]
-    | Annotated[Runs, tyro.conf.subcommand("runs", description="What runs there are; stop and resume them.")]
-    | Annotated[GridCommand, tyro.conf.subcommand("grid", description="Many experiments over many GPUs.")]
-    | Annotated[Slurm, tyro.conf.subcommand("slurm", description="A script for the SLURM scheduler.")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", description="Accuracy of a saved model.")]
-)
+Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | Evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,9 +235,10 @@ def parse(arguments: Sequence[str]) -> Command:
     """Return the command that the arguments spell; print help or what is wrong and exit where they spell none."""
     if arguments and arguments[0] in COMMANDS:
         name, *rest = arguments
-        return tyro.cli(COMMANDS[name], prog=f"obc {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.cli(COMMANDS[name][0], prog=f"obc {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    listed = [Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (kind, text) in COMMANDS.items()]
     description = "Prune networks by whole channels, after Optimal Brain Connection (Chen et al. 2025)."
-    return tyro.cli(OVERVIEW, prog="obc", args=arguments, description=description)
+    return tyro.cli(reduce(or_, listed), prog="obc", args=arguments, description=description)
 
 
 def run(command: Command) -> None:

@@ -2,90 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from .arguments import Choice, Flag, Folder, Name, Number, Whole
+from .options import Choice, ExperimentOptions, Flag, Folder, Name, Number, OneExperiment, Position, Root, Text, Whole
 
 if TYPE_CHECKING:
     from ..runs.job import PruningJob
 
-
-Text = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-Root = Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 Devices = Annotated[tuple[int, ...], tyro.conf.arg(metavar="GPU ...", help_behavior_hint="")]
-Position = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
 CAN_BE_RESUMED = "the same command with --resume goes on from the last checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
-    """What an experiment of the paper may be run with."""
-
-    root: Root = None
-    """Where the data lies."""
-    data: Choice = None
-    """Another data set than the paper's, such as cifar10 or digits."""
-    weights: Text = None
-    """Of the unpruned network: a file, "pretrained", "published", or "scratch" to train it. Default: the paper's."""
-    sparse_weights: Text = None
-    """A file that a sparse training left: skips that stage."""
-    train_from_val: Flag = False
-    """Train on one half of the held-out images, for folders that have no others."""
-    as_requested: Flag = False
-    """Train by what the published scripts ask for, also where their code ignores it."""
-    small: Flag = False
-    """Little of everything, to see that it runs."""
-    epochs: Whole = None
-    """Epochs of fine-tuning instead of the paper's."""
-    sparse_epochs: Whole = None
-    """Epochs of sparse training instead of the paper's; 0: no sparse training."""
-    amp: Choice = None
-    """Precision of training instead of the paper's: no (float32), bf16 or fp16."""
-    steps: Whole = None
-    """Pruning steps instead of the paper's; the last one then ends at the target, not past it."""
-    batches: Whole = None
-    """Batches that score the channels in every pruning step, instead of the paper's 50."""
-    train_images: Whole = None
-    """Use at most so many training images."""
-    val_images: Whole = None
-    """Use at most so many held-out images."""
-    device: Choice = None
-    """Where to compute: auto (default), cpu, cuda, ..."""
-
-    def changes(self) -> dict[str, Any]:
-        """Return the fields of a job that the options change."""
-        names = ("root", "data", "steps", "batches", "train_images", "val_images", "device")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | ({"train_from_val": True} if self.train_from_val else {})
-
-    def adapted(self, job: PruningJob) -> PruningJob:
-        """Return a job with the epochs, the precision and the sparse weights that the options say."""
-        from dataclasses import replace
-
-        from ..training.recipe import rescaled
-
-        if self.sparse_weights is not None:
-            job = replace(job, sparse=None, sparse_weights=self.sparse_weights)
-        if self.sparse_epochs == 0:
-            job = replace(job, sparse=None)
-        elif self.sparse_epochs is not None and job.sparse is not None:
-            job = replace(job, sparse=rescaled(job.sparse, self.sparse_epochs))
-        if self.epochs is not None:
-            job = replace(job, finetune=rescaled(job.finetune, self.epochs))
-        if self.amp is None:
-            return job
-        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
-        return replace(job, **{name: recipe and replace(recipe, amp=self.amp) for name, recipe in recipes.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunExperiment(ExperimentOptions):
+class RunExperiment(OneExperiment):
     """Do one of the paper's experiments: sparse training, pruning, naive fine-tuning, Equivalent Pruning, table.
 
     obc run vgg19-cifar100 --speedup 6 --root data/cifar100 --out runs/vgg19_6x
@@ -93,10 +28,6 @@ class RunExperiment(ExperimentOptions):
 
     AFTER_STOP: ClassVar[str] = CAN_BE_RESUMED
 
-    experiment: Position
-    """vgg19-cifar100, resnet56-cifar10, resnet50-imagenet, mobilenetv2-imagenet or vit-b16-imagenet."""
-    out: Folder
-    """Folder of the run: metrics, log and checkpoints while it runs, models and figures in the end."""
     speedup: Number = None
     """Target: how many times fewer MACs. Default: the paper's first target."""
     macs: Number = None
@@ -105,8 +36,6 @@ class RunExperiment(ExperimentOptions):
     """What channels are scored by, instead of jacobian."""
     group_reduction: Choice = None
     """How scores of the layers that share a channel are combined, instead of the paper's."""
-    seed: int = 0
-    """Of everything random."""
     processes: int = 1
     """GPUs of this machine that train together; the experiment's batch size is that of one."""
     devices: Devices = ()
@@ -116,16 +45,14 @@ class RunExperiment(ExperimentOptions):
     resume: Flag = False
     """Go on with what the folder holds."""
 
-    def job(self) -> PruningJob:
-        from ..pruning.order import Target
-        from ..runs.run import job_of
+    def job(self, **chosen: Any) -> PruningJob:
+        from ..pruning.choices import Target
 
         names = ("criterion", "group_reduction")
-        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        chosen |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.speedup is not None or self.macs is not None:
             chosen["target"] = Target(self.speedup, self.macs)
-        same = {"seed": self.seed, "weights": self.weights, "as_requested": self.as_requested}
-        return self.adapted(job_of(self.experiment, small=self.small, **same, **chosen, **self.changes()))
+        return super().job(**chosen)
 
     def run(self) -> None:
         from ..runs.folder import check_run_folder
@@ -223,8 +150,6 @@ class GridCommand(ExperimentOptions):
     """Come back when all is done."""
 
     def run(self) -> None:
-        from dataclasses import replace
-
         from ..runs.grid import launch_grid, paper_grid
 
         changes = {key: value for key, value in self.changes().items() if key != "root"}
@@ -249,18 +174,14 @@ class GridCommand(ExperimentOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slurm(ExperimentOptions):
-    """Write a run folder with a script for sbatch, on one node or several.
+class Slurm(OneExperiment):
+    """Write a run folder, on a disk that all nodes share, with a script for sbatch, on one node or several.
 
     obc slurm resnet50-imagenet --root /data/imagenet --nodes 2 --gpus 2 --out runs/resnet50
     """
 
     AFTER_STOP: ClassVar[str] = "nothing was written"
 
-    experiment: Position
-    """One of the paper's experiments."""
-    out: Folder
-    """Folder of the run, on a disk that all nodes share."""
     nodes: int = 1
     """Nodes."""
     gpus: int = 4
@@ -269,17 +190,12 @@ class Slurm(ExperimentOptions):
     """CPUs a node."""
     time: str = "24:00:00"
     """Longest duration; the run saves a checkpoint and stops two minutes before."""
-    seed: int = 0
-    """Of everything random."""
 
     def run(self) -> None:
-        from ..runs.run import job_of
         from ..runs.slurm import write_slurm_script
 
-        same = {"seed": self.seed, "weights": self.weights, "as_requested": self.as_requested}
-        job = self.adapted(job_of(self.experiment, small=self.small, **same, **self.changes()))
-        path = write_slurm_script(job, self.out, nodes=self.nodes, gpus=self.gpus, cpus=self.cpus, time=self.time)
-        print(f"sbatch {path}")
+        sizes = {"nodes": self.nodes, "gpus": self.gpus, "cpus": self.cpus, "time": self.time}
+        print(f"sbatch {write_slurm_script(self.job(), self.out, **sizes)}")
 
 
 @dataclass(frozen=True, kw_only=True)

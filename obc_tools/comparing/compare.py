@@ -11,7 +11,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,16 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Pass, take
 from ..data.data import Data, check_classes
-from ..errors import UnknownNameError
 from ..files import environment
-from ..measure.cost_model import CostModel, cost_model
+from ..measure.cost_model import CostModel
+from ..measure.costs import Cost
 from ..measure.metrics import Metrics, evaluate
-from ..pruning.order import SCOPES, Limits, Target, removal_order
+from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
+from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import fewest_units, prune
+from ..pruning.prune import check_reachable, costs_of_plans, prune
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective, classification
-from ..scoring.scores import NORMALIZERS, REDUCTIONS, score_groups
-from ..structure.groups import PARTS, find_groups
 from .comparison import (
     METRICS,
     Comparison,
@@ -43,6 +42,7 @@ from .comparison import (
     as_frame,
     described,
     marked,
+    read_settings,
     resolve_contenders,
 )
 
@@ -50,51 +50,39 @@ EVALUATION_BATCH = 250
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings:
+class CompareSettings(Settings):
     """How criteria are compared; plain values, checked when built. See `compare_criteria`."""
 
     steps: int = 18
-    ratio: float | None = 0.9
+    ratio: float | None = None
     macs: float | None = None
-    scope: str = "global"
-    batches: int = 50
-    batch_size: int = 128
+    counting: str = OPERATIONS
     repeats: int = 5
     held_out: int | None = None
     training: int | None = None
     until_chance: bool = False
-    group_reduction: str = "sum"
-    normalizer: str | None = None
-    round_to: int | None = None
-    min_channels: int = 1
-    max_ratio: float = 1.0
-    ignore: tuple[str, ...] = ()
-    whole_heads: bool = False
-    only: str | None = None
-    seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batches", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if (self.ratio is None) == (self.macs is None):
-            raise ValueError("give one end: ratio= (share of channels removed) or macs= (share of the MACs left)")
-        for name, value, high in (("ratio", self.ratio, 1.0), ("macs", self.macs, 1.0)):
-            if value is not None and not 0 < value < high:
-                raise ValueError(f"{name}={value}: expected a share in (0, 1)")
-        choices = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": tuple(PARTS)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
-        Limits(self.min_channels, self.max_ratio, self.round_to)
+        super().__post_init__()
+        for name, least in (("steps", 1), ("repeats", 1)):
+            check_whole(name, getattr(self, name), least)
         for name, least in (("held_out", 1), ("training", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least} images, or None for all")
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), least, " images, or None for all")
+        if self.ratio is not None and self.macs is not None:
+            raise ValueError("give one end: ratio= (share of channels removed) or macs= (share of the MACs left)")
+        if self.ratio is None and self.macs is None:
+            object.__setattr__(self, "ratio", 0.9)
+        name = "ratio" if self.macs is None else "macs"
+        if not 0 < getattr(self, name) < 1:
+            raise ValueError(f"{name}={getattr(self, name)}: expected a share in (0, 1)")
+        _ = self.target(self.steps, Cost(1, 1))
 
-    @property
-    def limits(self) -> Limits:
-        """What every group keeps."""
-        return Limits(self.min_channels, self.max_ratio, self.round_to)
+    def target(self, step: int, original: Cost) -> Target:
+        """Return what the network is to reach in a step."""
+        if self.macs is None:
+            return Target(ratio=self.ratio * step / self.steps)
+        return Target(macs=original.macs * (1 - (1 - self.macs) * step / self.steps), counting=self.counting)
 
 
 def compare_criteria(
@@ -118,7 +106,8 @@ def compare_criteria(
         objective: what is differentiated.
         folder: keep what is finished here, step by step, and go on from there if it is called again.
         steps, ratio: step k of ``steps`` removes channels until the share ratio·k/steps is gone; default 18 to 0.9.
-        macs: instead of a ratio (``ratio=None``): the share of the MACs left at the end, reached in equal steps.
+        macs: instead of a ratio: the share of the MACs left at the end, reached in equal steps.
+        counting: what MACs are, as in `prune_to`; a comparison in ``folder`` goes on in the count that it began in.
         scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
             only: as in `prune_to`.
         batches, batch_size: the calibration batches of a step.
@@ -128,14 +117,15 @@ def compare_criteria(
         seed: fixes all that is drawn.
 
     Raises:
-        ValueError: settings out of range, more calibration batches than there are images, equal labels, a model that
-            does not go with the data; ComparisonError if ``folder`` holds a comparison of something else.
+        ValueError: settings out of range, an end that cannot be reached (says the best), more calibration batches than
+            there are images, equal labels, a model that does not go with the data; ComparisonError if ``folder`` holds
+            a comparison of something else.
 
     Example:
         >>> compare_criteria(lambda: load_model("resnet56", num_classes=10, weights=FILE), load_data("cifar10", ROOT),
         ...                  ["jacobian", "taylor", "l1"], batches=10, repeats=3).plot()
     """
-    chosen = CompareSettings(**_one_end(settings))
+    chosen = CompareSettings(**_begun(settings, folder))
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, data, chosen, contenders, objective)
@@ -156,17 +146,14 @@ def compare_criteria(
     return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
 
 
-def _one_end(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a share of the MACs take the place of the default ratio."""
-    given = dict(settings)
-    if given.get("macs") is not None:
-        given.setdefault("ratio", None)
-    if "ignore" in given:
-        given["ignore"] = tuple(given["ignore"])
-    unknown = sorted(set(given) - set(CompareSettings.__dataclass_fields__))
+def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:
+    """Return the settings, checked for names, in the count in which a comparison in a folder was begun."""
+    known = [field.name for field in fields(CompareSettings)]
+    unknown = sorted(set(settings) - set(known))
     if unknown:
-        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(CompareSettings.__dataclass_fields__)}")
-    return given
+        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(known)}")
+    begun = {} if folder is None else read_settings(folder)
+    return {"counting": begun.get("counting", OPERATIONS), **settings}
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +177,9 @@ class _Bench:
         example, _ = next(iter(data.batches("val", 1, device=device).at(0)))
         with torch.no_grad():
             check_classes(model.eval()(example).shape[-1], data)
-        heads = settings.whole_heads
-        groups = find_groups(model, example, ignore=settings.ignore, whole_heads=heads, only=settings.only)
-        whole, costs = PruningPlan.whole(groups), cost_model(model, example, whole_heads=heads)
+        whole = PruningPlan.whole(settings.selection.groups(model, example))
+        costs = costs_of_plans(model, example, settings.selection, settings.counting)
+        check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
         bench = cls(factory, data, settings, objective, contenders, whole, costs, _checksum(model), device)
         for contender in contenders:
             bench.calibration(contender.criterion, 0, 1)
@@ -229,26 +216,13 @@ class _Bench:
     def _next_plan(self, curve: Curve, pruned: nn.Module, step: int) -> tuple[PruningPlan, float]:
         """Score what is left and remove the lowest-scored channels; return the plan and the seconds of scoring."""
         s, criterion = self.settings, curve.contender.criterion
+        seed = int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0])
         start = time.perf_counter()
-        scores = score_groups(
-            pruned,
-            curve.plan.pruned_groups(),
-            criterion,
-            None if criterion.needs == "weights" else self.calibration(criterion, curve.repeat, step),
-            group_reduction=s.group_reduction,
-            normalizer=s.normalizer,
-            objective=self.objective,
-            seed=int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0]),
-        )
+        batches = self.calibration(criterion, curve.repeat, step)
+        scores = s.scoring(criterion, self.objective).score(pruned, curve.plan.pruned_groups(), batches, seed)
         seconds = time.perf_counter() - start
-        initial = {group.root: group.width for group in self.whole.groups}
-        order = removal_order(scores, scope=s.scope, limits=s.limits, initial=initial)
-        if s.ratio is not None:
-            return curve.plan.then(order.plan(order.up_to(s.ratio * step / s.steps))), seconds
-        original = self.costs.of(self.whole)
-        target = Target(macs=original.macs * (1 - (1 - s.macs) * step / s.steps))
-        units = fewest_units(curve.plan, order, len(order), target, self.costs, original)
-        return curve.plan.then(order.plan(units)), seconds
+        target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
+        return next_plan(scores, curve.plan, share, target, self.costs, s.limits), seconds
 
     def _row(
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module

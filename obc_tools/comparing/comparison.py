@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import entries, write_text
+from ..pruning.choices import TORCH_PRUNING
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import Criterion, resolve_criterion
 
@@ -157,10 +158,18 @@ def read_comparison(path: str | Path) -> Comparison:
         raise ComparisonError(f"'{path}' holds no comparison: {error}") from error
 
 
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of the comparison in a folder, {} without one; MACs were torch_pruning's when none said."""
+    path = Path(folder) / SETTINGS
+    return {"counting": TORCH_PRUNING} | json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def _read_unfinished(folder: Path) -> Comparison:
     """Read the curves in a folder, in the order in which their criteria were asked for."""
     try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_settings(folder)
+        if not settings:
+            raise ComparisonError(f"there is no {SETTINGS}")
         curves = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("curve_*.json"))]
         order = list(settings["criteria"])
         rows = [row for curve in curves for row in marked(curve["rows"], curve["at_chance"])]
@@ -262,7 +271,7 @@ class CurveFolder:
                 raise ComparisonError(f"'{folder}' holds something else than a comparison: choose another folder")
             write_text(path, json.dumps(about, indent=1))
             return store
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_settings(store.folder)
         other = sorted(key for key in {*before, *about} - {"criteria"} if before.get(key) != about.get(key))
         known = before.get("criteria", {})
         other += [label for label, criterion in about["criteria"].items() if known.get(label, criterion) != criterion]

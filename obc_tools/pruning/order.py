@@ -1,4 +1,4 @@
-"""In which order channels go, given their scores: the removal order of a scope, and `make_plan` on top of it."""
+"""In which order channels go, given their scores, and plans from it: for a ratio, a number of channels, any target."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,40 +18,16 @@ from ..measure.cost_model import CostModel
 from ..measure.costs import Cost
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
+from .choices import Limits, Target
 from .plan import PruningPlan
-
-SCOPES = ("global", "local", "isomorphic")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What every group keeps whatever the scores say.
+class Draft:
+    """Kept channels that only a cost model looks at, unchecked."""
 
-    At least ``min_channels`` channels and at most ``max_ratio`` of the original ones removed; the number of kept
-    channels is rounded up to a multiple of ``round_to``. ``max_ratio_of``, by root, takes the place of ``max_ratio``
-    for single groups; 0 keeps the group whole.
-    """
-
-    min_channels: int = 1
-    max_ratio: float = 1.0
-    round_to: int | None = None
-    max_ratio_of: Mapping[LayerAxis, float] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        if self.min_channels < 1:
-            raise ValueError(f"min_channels={self.min_channels}: at least 1 channel of a group stays")
-        if not 0 < self.max_ratio <= 1:
-            raise ValueError(f"max_ratio={self.max_ratio}: expected a share in (0, 1]")
-        if self.round_to is not None and self.round_to < 1:
-            raise ValueError(f"round_to={self.round_to}: expected a positive whole number or None")
-        for root, ratio in self.max_ratio_of.items():
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"max_ratio_of group {LayerAxis(*root)}: {ratio}; expected a share in [0, 1]")
-
-    def fewest(self, root: LayerAxis, initial: int) -> int:
-        """Return the least number of channels that a group keeps which had `initial` channels."""
-        ratio = self.max_ratio_of.get(root, self.max_ratio)
-        return max(self.min_channels, math.ceil(initial * (1 - ratio) - 1e-9))
+    groups: tuple[ChannelGroup, ...]
+    kept: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,6 +37,8 @@ class RemovalOrder:
     All arrays have the shape (units,). ``owners``: the index of each unit's group. ``positions``: of the unit within
     each block of its group. ``fractions[i]``: the share of the originally prunable channels (of the scope's pool) that
     is gone once units 0 to i are removed; it never falls. ``counts[i]``: the number of channels in units 0 to i.
+    ``after``: the plan of earlier steps, for the same groups, whose kept channels are the present ones. ``fixed``: the
+    kept channels of groups that are decided already, by root.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -69,6 +47,8 @@ class RemovalOrder:
     fractions: np.ndarray
     counts: np.ndarray
     limits: Limits
+    after: PruningPlan
+    fixed: Mapping[LayerAxis, tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -82,18 +62,64 @@ class RemovalOrder:
         return int(np.searchsorted(self.counts, channels, side="right"))
 
     def plan(self, units: int) -> PruningPlan:
-        """Return the plan that removes the first `units` units, kept counts rounded up to the limits' multiple."""
-        return PruningPlan(self.groups, tuple(tuple(kept.tolist()) for kept in self.kept(units)))
+        """Return the plan that removes the first `units` units too, kept counts rounded up to the limits' multiple."""
+        return PruningPlan(self.after.groups, tuple(tuple(kept.tolist()) for kept in self.draft(units).kept))
 
-    def kept(self, units: int) -> tuple[np.ndarray, ...]:
-        """Return the channels of each group that stay in `plan`, ascending, unchecked: what a bisection needs."""
+    def meet(self, target: Target, costs: CostModel, most: int | None = None) -> PruningPlan:
+        """Return the plan that removes the fewest units, in order and at most `most`, that meet a target.
+
+        A ratio is met from below: by the most units that do not pass it. Call `check` first.
+        """
+        if target.ratio is not None:
+            return self.plan(self.up_to(target.ratio))
+        most = len(self) if most is None else most
+        return self.plan(bisect.bisect_left(range(most), True, key=lambda units: self.meets(units, target, costs)))
+
+    def meets(self, units: int, target: Target, costs: CostModel) -> bool:
+        """Say whether the plan that removes the first `units` units meets a target."""
+        return target.met(*self._reached(self.draft(units), target, costs))
+
+    def check(self, target: Target, costs: CostModel) -> None:
+        """Raise ValueError where nothing may go, or even all that may go would not meet a target: say the best."""
+        if not any(group.prunable for group in self.groups):
+            reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in self.groups})[:5])
+            raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
+        best = self._reached(self._least, target, costs)
+        if not target.met(*best):
+            raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(*best)}")
+
+    def draft(self, units: int) -> Draft:
+        """Return what `plan` keeps, ascending, in the original numbering, unchecked: what a bisection needs."""
         counts = np.bincount(self.owners[:units], minlength=len(self.groups)).tolist()
         kept = []
-        for group, count, channels in zip(self.groups, counts, self._channels, strict=True):
+        for group, count, channels, before in zip(self.groups, counts, self._channels, self._before, strict=True):
             stays = np.ones(group.width, dtype=bool)
             stays[channels[: self._rounded(group, count)]] = False
-            kept.append(np.flatnonzero(stays))
-        return tuple(kept)
+            kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
+        return Draft(self.after.groups, tuple(kept))
+
+    def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
+        """Return a draft's cost, the original one, and the share that is gone of all channels that may go.
+
+        Only what a target looks at is computed.
+        """
+        if target.ratio is None:
+            return costs.of(draft), costs.original, 0.0
+        counted = [
+            (group.width, group.width - len(kept))
+            for group, kept in zip(draft.groups, draft.kept, strict=True)
+            if group.prunable and group.root not in self.fixed
+        ]
+        return costs.original, costs.original, sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
+
+    @cached_property
+    def _least(self) -> Draft:
+        """What is kept where all goes that may."""
+        return self.draft(len(self))
+
+    @cached_property
+    def _before(self) -> tuple[np.ndarray, ...]:
+        return tuple(np.array(kept) for kept in self.after.kept)
 
     @cached_property
     def _channels(self) -> tuple[np.ndarray, ...]:
@@ -114,34 +140,39 @@ class RemovalOrder:
 
 def removal_order(
     scores: Mapping[ChannelGroup, Tensor],
+    limits: Limits | None = None,
     *,
-    scope: str = "global",
-    limits: Limits = Limits(),
-    initial: Mapping[LayerAxis, int] | None = None,
+    after: PruningPlan | None = None,
+    fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
 ) -> RemovalOrder:
     """Order the removable channels of all prunable groups by score.
 
     Args:
         scores: the score of each channel of each group, shape (width,); low goes first.
-        scope: "global" ranks all channels together, "local" within each group, "isomorphic" among the groups with the
-            same structure (Fang et al. 2024); the last two remove the same share of each pool.
-        initial: the groups' widths by root before any earlier pruning step; the present ones by default.
+        limits: what every group keeps, and which channels are ranked together.
+        after: the plan of earlier steps, whose groups' widths are the original ones; that of no step by default.
+        fixed: the kept channels of groups that are decided already, by root; they are neither ranked nor limited.
 
     Raises:
-        ValueError: an unknown scope, scores of another width, scores that are not finite, or limits of a group that
-            is not there.
+        ValueError: scores of another width, scores that are not finite, limits or fixed channels of a group that is
+            not there.
     """
-    if scope not in SCOPES:
-        raise UnknownNameError("scope", scope, SCOPES)
     groups = tuple(scores)
-    check_roots(limits.max_ratio_of, groups)
-    start = {group.root: group.width for group in groups} | dict(initial or {})
+    limits, after = limits or Limits(), after or PruningPlan.whole(groups)
+    held = {LayerAxis(*root): tuple(kept) for root, kept in (fixed or {}).items()}
+    known = [group.root for group in groups]
+    if known != [group.root for group in after.groups]:
+        raise ValueError("the scores are not those of the groups that the earlier plan leaves, in its order")
+    for root in (*limits.max_ratio_of, *held):
+        if root not in known:
+            raise UnknownNameError("group", str(LayerAxis(*root)), [str(name) for name in known])
+    start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
     sizes = np.array([group.blocks for group in groups])
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for index, group in enumerate(groups):
-        if group.prunable:
-            pools[{"global": "all", "local": group.root, "isomorphic": group.kind}[scope]].append(index)
+        if group.prunable and group.root not in held:
+            pools[{"global": "all", "local": group.root, "isomorphic": group.kind}[limits.scope]].append(index)
             positions, means = _removable(group, scores[group], limits, start[group.root])
             found.append((np.full(len(positions), index), positions, means))
     owners, positions, means = map(np.concatenate, zip(*found, strict=True))
@@ -156,17 +187,8 @@ def removal_order(
         placed.append(mine)
     all_placed = np.concatenate(placed)
     order = all_placed[np.argsort(fractions[all_placed], kind="stable")]
-    return RemovalOrder(
-        groups, owners[order], positions[order], fractions[order], sizes[owners[order]].cumsum(), limits
-    )
-
-
-def check_roots(roots: Iterable[LayerAxis], groups: Iterable[ChannelGroup]) -> None:
-    """Raise UnknownNameError where a root is not that of any of the groups."""
-    known = {group.root for group in groups}
-    for root in roots:
-        if root not in known:
-            raise UnknownNameError("group", str(LayerAxis(*root)), [str(name) for name in known])
+    owners, positions = owners[order], positions[order]
+    return RemovalOrder(groups, owners, positions, fractions[order], sizes[owners].cumsum(), limits, after, held)
 
 
 def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,14 +223,14 @@ def make_plan(
     """Turn scores into a plan that removes the lowest-scored channels.
 
     Give one target: ``ratio``, the share in (0, 1) of the prunable channels to remove, or ``channels``, their number.
-    Rounding (``round_to``) and the limits never remove more than asked. See `removal_order` for ``scope``.
+    A ratio is a bound: rounding (``round_to``) and the limits never remove more than asked. See `Limits` for ``scope``.
 
     Raises:
         ValueError: no target or two, a target out of range, or more channels than the limits allow to remove.
     """
     if (ratio is None) == (channels is None):
         raise ValueError("give one target: ratio= or channels=")
-    order = removal_order(scores, scope=scope, limits=Limits(min_channels, max_ratio, round_to))
+    order = removal_order(scores, Limits(min_channels, max_ratio, round_to, scope=scope))
     if ratio is not None:
         if not 0 < ratio < 1:
             raise ValueError(f"ratio={ratio}: expected a share of channels in (0, 1)")
@@ -219,114 +241,25 @@ def make_plan(
     return order.plan(order.up_to_channels(channels))
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a pruned model must reach: one of a speed-up (times fewer MACs), MACs, parameters, a ratio of channels."""
+def next_plan(
+    scores: Mapping[ChannelGroup, Tensor],
+    plan: PruningPlan,
+    share: float,
+    target: Target,
+    costs: CostModel,
+    limits: Limits,
+    *,
+    last_step: str = "exact",
+) -> PruningPlan:
+    """Return the plan of the next step: remove the lowest-scored channels of what a plan leaves.
 
-    speedup: float | None = None
-    macs: float | None = None
-    params: float | None = None
-    ratio: float | None = None
-
-    def __post_init__(self):
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
-        ((name, value),) = given.items()
-        if name == "ratio" and not 0 < value < 1:
-            raise ValueError(f"ratio={value}: expected a share of channels in (0, 1)")
-        if name == "speedup" and not value > 1:
-            raise ValueError(f"speedup={value}: expected a number above 1")
-        if not value > 0:
-            raise ValueError(f"{name}={value}: expected a positive number")
-
-    def met(self, cost: Cost, original: Cost) -> bool:
-        """Say whether a cost reaches the target (a ratio is the schedule's own business)."""
-        if self.speedup is not None:
-            return cost.macs * self.speedup <= original.macs * (1 + 1e-12)
-        if self.macs is not None:
-            return cost.macs <= self.macs
-        return self.params is not None and cost.params <= self.params
-
-    def reached(self, cost: Cost, original: Cost) -> str:
-        """Say how far a cost gets, in the target's own terms."""
-        if self.speedup is not None:
-            return f"speedup={original.macs / cost.macs:.4g}"
-        return f"macs={cost.macs:,.0f}" if self.macs is not None else f"params={cost.params:,}"
-
-    def __str__(self) -> str:
-        return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """Kept channels that only a cost model looks at, unchecked."""
-
-    groups: tuple[ChannelGroup, ...]
-    kept: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Ranking:
-    """The channels of all groups, ranked; the groups whose channels are fixed beforehand are not.
-
-    Attributes:
-        order: the removal order of all groups, fixed ones held whole in it.
-        fixed: the kept channels of the groups that are fixed, by root.
+    They go until `share` of the channels prunable at the start is gone; where that would pass the target, only as many
+    as it needs. With ``last_step="full"`` the whole share goes.
     """
-
-    order: RemovalOrder
-    fixed: Mapping[LayerAxis, tuple[int, ...]]
-
-    @classmethod
-    def of(
-        cls,
-        scores: Mapping[ChannelGroup, Tensor],
-        *,
-        scope: str = "global",
-        limits: Limits | None = None,
-        fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
-    ) -> Ranking:
-        """Rank the channels; raise ValueError as `removal_order` does, and for a fixed group that is not there."""
-        held = {LayerAxis(*root): tuple(kept) for root, kept in (fixed or {}).items()}
-        check_roots(held, scores)
-        ranked = {_held(group) if group.root in held else group: score for group, score in scores.items()}
-        order = removal_order(ranked, scope=scope, limits=limits or Limits())
-        return cls(replace(order, groups=tuple(scores)), held)
-
-    def plan(self, units: int) -> PruningPlan:
-        """Return the plan that removes the first `units` units of the order."""
-        kept = tuple(tuple(channels.tolist()) for channels in self._kept(units))
-        return PruningPlan(self.order.groups, kept)
-
-    def meet(self, target: Target, costs: CostModel) -> PruningPlan:
-        """Return the plan that removes the fewest channels, in order, that meet a target.
-
-        Raises:
-            ValueError: even all that the limits allow to remove would not meet it.
-        """
-        most = len(self.order)
-        if target.ratio is not None:
-            return self.plan(self.order.up_to(target.ratio))
-        best = costs.of(_Draft(self.order.groups, self._kept(most)))
-        if not target.met(best, costs.original):
-            reached = target.reached(best, costs.original)
-            raise ValueError(f"{target} cannot be met: the best that can be had is {reached}")
-        return self.plan(bisect.bisect_left(range(most), True, key=lambda units: self._meets(units, target, costs)))
-
-    def _meets(self, units: int, target: Target, costs: CostModel) -> bool:
-        return target.met(costs.of(_Draft(self.order.groups, self._kept(units))), costs.original)
-
-    def _kept(self, units: int) -> tuple[np.ndarray, ...]:
-        kept = self.order.kept(units)
-        return tuple(
-            np.array(self.fixed[group.root]) if group.root in self.fixed else channels
-            for group, channels in zip(self.order.groups, kept, strict=True)
-        )
-
-
-def _held(group: ChannelGroup) -> ChannelGroup:
-    return group if not group.prunable else replace(group, kept_whole="fixed beforehand")
+    order = removal_order(scores, limits, after=plan)
+    most = order.up_to(share)
+    passes = last_step == "exact" and target.ratio is None and order.meets(most, target, costs)
+    return order.meet(target, costs, most) if passes else order.plan(most)
 
 
 def one_shot_plan(
@@ -353,8 +286,8 @@ def one_shot_plan(
         costs: the model's `cost_model`.
         ratio: share in (0, 1) of the channels of all prunable groups that are not fixed.
         speedup, macs, params: original MACs over the pruned model's; MACs of one example; parameters.
-        scope: "global", "local" or "isomorphic" (see `order.removal_order`).
-        round_to, min_channels, max_ratio: what every group keeps (see `order.Limits`).
+        scope: "global", "local" or "isomorphic" (see `Limits`).
+        round_to, min_channels, max_ratio: what every group keeps (see `Limits`).
         max_ratio_of: another ``max_ratio`` for single groups, by root (layer, axis); 0 keeps a group whole.
         fixed: the kept channels of groups that are decided already, by root; they are neither ranked nor limited.
 
@@ -362,6 +295,7 @@ def one_shot_plan(
         ValueError: no target or several, one that cannot be met (says the best that can be had), a group that is not
             there, or what `removal_order` raises.
     """
-    target = Target(speedup, macs, params, ratio)
-    limits = Limits(min_channels, max_ratio, round_to, max_ratio_of or {})
-    return Ranking.of(scores, scope=scope, limits=limits, fixed=fixed).meet(target, costs)
+    limits = Limits(min_channels, max_ratio, round_to, max_ratio_of or {}, scope)
+    target, order = Target(speedup, macs, params, ratio), removal_order(scores, limits, fixed=fixed)
+    order.check(target, costs)
+    return order.meet(target, costs)

@@ -10,13 +10,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..measure.cost_model import CostModel, cost_model
-from ..measure.costs import Cost
-from ..scoring.criteria import resolve_criterion
+from ..measure.costs import Cost, cost
 from ..scoring.objectives import Objective, classification
-from ..scoring.scores import score_groups
-from ..structure.groups import ChannelGroup, find_groups
 from ..structure.shrinking import shrink_model
-from .order import Limits, RemovalOrder, Target, removal_order
+from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
+from .order import next_plan, removal_order
 from .plan import PlanMismatchError, PruningPlan
 
 
@@ -62,6 +60,7 @@ def prune_to(
     steps: int = 20,
     schedule_ratio: float = 1.0,
     last_step: str = "exact",
+    counting: str = OPERATIONS,
     ignore: Iterable[nn.Module | str] = (),
     whole_heads: bool = False,
     only: str | None = None,
@@ -86,80 +85,74 @@ def prune_to(
         batches: calibration batches; every step iterates over them anew, so that re-drawn ones are fresh each step.
         speedup, macs, params, ratio: give exactly one. Original MACs over the pruned model's; MACs of one example;
             parameters; share of prunable channels removed, in (0, 1).
-        scope: "global", "local" or "isomorphic" (see `order.removal_order`).
+        scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
-        round_to, max_ratio, min_channels: what every group keeps (see `order.Limits`).
+        round_to, max_ratio, min_channels: what every group keeps (see `choices.Limits`).
+        counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
             and what `find_groups` and `score_groups` raise.
     """
-    target = Target(speedup, macs, params, ratio)
-    if steps < 1 or not 0 < schedule_ratio <= 1 or last_step not in ("exact", "full"):
-        raise ValueError(
-            f"steps={steps}, schedule_ratio={schedule_ratio}, last_step={last_step!r}: steps is at least "
-            "1, schedule_ratio in (0, 1], last_step 'exact' or 'full'"
-        )
-    criterion = resolve_criterion(criterion)
-    groups = find_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads, only=only)
-    costs = cost_model(model, example_inputs, whole_heads=whole_heads)
-    original = costs.of(PruningPlan.whole(groups))
-    limits = Limits(min_channels, max_ratio, round_to)
-    _check_reachable(target, groups, limits, costs, original)
-    initial = {group.root: group.width for group in groups}
+    return prune_in_steps(
+        model,
+        example_inputs,
+        batches,
+        target=Target(speedup, macs, params, ratio, counting),
+        selection=Selection(ignore, whole_heads, only),
+        scoring=Scoring(criterion, group_reduction, normalizer, objective),
+        limits=Limits(min_channels, max_ratio, round_to, scope=scope),
+        steps=Steps(steps, schedule_ratio, last_step),
+        seed=seed,
+        progress=progress,
+    )
+
+
+def prune_in_steps(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None,
+    *,
+    target: Target,
+    selection: Selection,
+    scoring: Scoring,
+    limits: Limits,
+    steps: Steps,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruningPlan:
+    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    groups = selection.groups(model, example_inputs)
+    costs = costs_of_plans(model, example_inputs, selection, target.counting)
     plan = PruningPlan.whole(groups)
-    final = schedule_ratio if ratio is None else ratio
-    for step in tqdm(range(1, steps + 1), desc=f"pruning to {target}", disable=not progress, leave=False):
-        scores = score_groups(
-            prune(model, plan),
-            plan.pruned_groups(),
-            criterion,
-            batches,
-            group_reduction=group_reduction,
-            normalizer=normalizer,
-            objective=objective,
-            seed=seed + step,
-        )
-        order = removal_order(scores, scope=scope, limits=limits, initial=initial)
-        units = order.up_to(final * step / steps)
-        candidate = plan.then(order.plan(units))
-        if target.met(costs.of(candidate), original):
-            if last_step == "full":
-                return candidate
-            return plan.then(order.plan(fewest_units(plan, order, units, target, costs, original)))
-        plan = candidate
-    if ratio is None:
-        best = target.reached(costs.of(plan), original)
-        raise ValueError(f"{target} is not met: the schedule ends at schedule_ratio={final:g} with {best}")
+    check_reachable(target, plan, limits, costs)
+    shares = tqdm(steps.shares(target), f"pruning to {target}", total=steps.steps, disable=not progress, leave=False)
+    for step, share in enumerate(shares, start=1):
+        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step)
+        plan = next_plan(scores, plan, share, target, costs, limits, last_step=steps.last_step)
+        if target.ratio is None and target.met(costs.of(plan), costs.original):
+            break
+    else:
+        if target.ratio is None:
+            best = target.reached(costs.of(plan), costs.original)
+            raise ValueError(
+                f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
+            )
     return plan
 
 
-def fewest_units(
-    plan: PruningPlan, order: RemovalOrder, units: int, target: Target, costs: CostModel, original: Cost
-) -> int:
-    """Return the fewest units, in order and at most `units`, whose removal after `plan` meets a target; bisection."""
-    low, high = 0, units
-    while low < high:
-        middle = (low + high) // 2
-        if target.met(costs.of(plan.then(order.plan(middle))), original):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
+    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target."""
+    removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)
 
 
-def _check_reachable(
-    target: Target, groups: tuple[ChannelGroup, ...], limits: Limits, costs: CostModel, original: Cost
-) -> None:
-    """Raise ValueError when even removing all that the limits allow would not meet the target."""
-    if not any(group.prunable for group in groups):
-        reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in groups})[:5])
-        raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
-    if target.ratio is not None:
-        return
-    order = removal_order({group: torch.zeros(group.width) for group in groups}, limits=limits)
-    best = costs.of(order.plan(len(order)))
-    if not target.met(best, original):
-        raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(best, original)}")
+def cost_counted(model: nn.Module, example_inputs: Any, counting: str) -> Cost:
+    """Return what a model costs, in one of the counts of `choices.COUNTS`."""
+    return cost(model, example_inputs)
+
+
+def costs_of_plans(model: nn.Module, example_inputs: Any, selection: Selection, counting: str) -> CostModel:
+    """Return what every plan for a model costs, in one of the counts of `choices.COUNTS`."""
+    return cost_model(model, example_inputs, whole_heads=selection.whole_heads)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import UnknownNameError
-from ..pruning.order import Target
+from ..pruning.choices import TORCH_PRUNING, Target
 from ..training.recipe import Recipe
 from .job import PruningJob
 
@@ -55,6 +56,7 @@ class Experiment:
         seed: int = 0,
         weights: str | None = None,
         as_requested: bool = False,
+        counting: str = TORCH_PRUNING,
         **changes: Any,
     ) -> PruningJob:
         """Return the job at the paper's settings.
@@ -65,6 +67,7 @@ class Experiment:
             weights: Of the unpruned network: a file, a name of `load_model`, or "scratch" to train it first. None: the
                 paper's.
             as_requested: Train by what the published scripts ask for, also where their code ignores it.
+            counting: What the target's MACs are, whatever it says itself; the paper's are torch_pruning's.
             **changes: Other fields of the job, such as ``root`` or ``criterion``. Other ``steps`` than the paper's go
                 with ``last_step="exact"`` unless that is said too: the published rule stops after the whole step
                 that passes the target, so that fewer steps would go far beyond it.
@@ -76,18 +79,17 @@ class Experiment:
             changes.setdefault("last_step", "exact")
         other_data = changes.get("data", self.base.data)
         title = self.title if other_data == self.base.data else f"{self.title}, here on {other_data}"
-        job = replace(self.base, target=target or self.targets[0], seed=seed, title=title)
+        target = replace(target or self.targets[0], counting=counting)
+        job = replace(self.base, target=target, seed=seed, title=title)
         if weights == SCRATCH:
             if self.baseline is None:
                 raise ValueError(f"{self.name} has no recipe from scratch: pass weights='pretrained' or a file")
             job = replace(job, weights=None, pretrain=self.baseline)
         elif weights is not None:
             job = replace(job, weights=weights)
-        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
         if as_requested:
-            recipes["finetune"] = replace(recipes["finetune"], **self.requested)
-        seeded = {name: recipe and replace(recipe, seed=seed) for name, recipe in recipes.items()}
-        return replace(job, **(seeded | changes))
+            job = replace(job, finetune=replace(job.finetune, **self.requested))
+        return replace(job.with_recipes(seed=seed), **changes)
 
     def small(self, **changes: Any) -> PruningJob:
         """Return the job at a size for a CPU and a few minutes: the same network and stages, little of everything.
@@ -100,8 +102,7 @@ class Experiment:
         sizes = {"train_images": 8, "val_images": 8} if imagenet else {"train_images": 128, "val_images": 128}
         sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch}
         job = self.job(**(sizes | changes))
-        recipes = {name: getattr(job, name) for name in ("pretrain", "sparse", "finetune")}
-        shortened = {name: recipe and _shortened(recipe, little) for name, recipe in recipes.items()}
+        shortened = {name: _shortened(recipe, little) for name, recipe in job.recipes.items()}
         return replace(job, title=f"{job.title}, small run", **shortened)
 
 
@@ -118,6 +119,8 @@ def get_experiment(name: str) -> Experiment:
         raise UnknownNameError("experiment", name, list(EXPERIMENTS))
     return EXPERIMENTS[name]
 
+
+_target = partial(Target, counting=TORCH_PRUNING)
 
 _CIFAR_SHARED = {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "multistep", "gamma": 0.1}
 _CIFAR = Recipe(epochs=100, lr=0.01, milestones=(60, 80), **_CIFAR_SHARED)
@@ -143,13 +146,13 @@ VGG19 = Experiment(
         title="VGG-19 on CIFAR-100",
         model="vgg19",
         data="cifar100",
-        target=Target(speedup=1.5),
+        target=_target(speedup=1.5),
         scope="local",
         finetune=replace(_CIFAR, compressor_lr_scale=1 / 5),
         **_CIFAR_JOB,
     ),
     baseline=_CIFAR_BASELINE,
-    targets=tuple(Target(speedup=value) for value in (1.5, 3.0, 6.0, 9.0, 12.0)),
+    targets=tuple(_target(speedup=value) for value in (1.5, 3.0, 6.0, 9.0, 12.0)),
     seeds=(0, 1, 2),
     variants=(
         {"group_reduction": "max"},
@@ -174,13 +177,13 @@ RESNET56 = Experiment(
         title="ResNet-56 on CIFAR-10",
         model="resnet56",
         data="cifar10",
-        target=Target(speedup=2.11),
+        target=_target(speedup=2.11),
         scope="global",
         finetune=replace(_CIFAR, compressor_lr_scale=2.0, compressor_weight_decay_scale=0.0),
         **_CIFAR_JOB,
     ),
     baseline=_CIFAR_BASELINE,
-    targets=(Target(speedup=2.11), Target(speedup=2.55)),
+    targets=(_target(speedup=2.11), _target(speedup=2.55)),
     seeds=(0, 1, 2),
 )
 
@@ -197,7 +200,7 @@ RESNET50 = Experiment(
     base=PruningJob(
         title="ResNet-50 on ImageNet",
         model="torchvision:resnet50",
-        target=Target(macs=2.04e9),
+        target=_target(macs=2.04e9),
         scope="global",
         batch_size=256,
         ignore=("conv1", "layer*.downsample.0", "layer*.conv3", "fc"),
@@ -213,7 +216,7 @@ RESNET50 = Experiment(
         equivalent=True,
         **_IMAGENET_JOB,
     ),
-    targets=(Target(macs=2.04e9),),
+    targets=(_target(macs=2.04e9),),
     processes=4,
 )
 
@@ -232,7 +235,7 @@ MOBILENETV2 = Experiment(
         title="MobileNetV2 on ImageNet",
         model="torchvision:mobilenet_v2",
         model_options={"dropout": 0.2},
-        target=Target(macs=0.154e9),
+        target=_target(macs=0.154e9),
         scope="isomorphic",
         batch_size=256,
         ignore=("features.18.0", "classifier.1"),
@@ -240,7 +243,7 @@ MOBILENETV2 = Experiment(
         finetune=Recipe(epochs=300, weight_decay=2e-5, **_MOBILENET_SHARED),
         **_IMAGENET_JOB,
     ),
-    targets=(Target(macs=0.154e9),),
+    targets=(_target(macs=0.154e9),),
     processes=4,
 )
 
@@ -257,7 +260,7 @@ VIT = Experiment(
     base=PruningJob(
         title="ViT-B/16 on ImageNet",
         model="torchvision:vit_b_16",
-        target=Target(macs=10e9),
+        target=_target(macs=10e9),
         scope="global",
         round_to=12,
         ignore=("conv_proj", "encoder.layers.*.self_attention"),
@@ -286,7 +289,7 @@ VIT = Experiment(
         equivalent=True,
         **_IMAGENET_JOB,
     ),
-    targets=(Target(macs=10e9),),
+    targets=(_target(macs=10e9),),
     processes=4,
     requested={"repeats": 3, "clip_norm": 1.0},
 )

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from ..files import entries, environment, logging_to_file, read_json, replacing, write_json, write_text
 from ..measure.metrics import evaluate
 from ..models.store import load_pruned, save_pruned
+from ..pruning.choices import TORCH_PRUNING
 from ..state import evaluating
 from ..training.processes import processes
 from .job import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobInputs, JobResult, Measured, PruningJob
@@ -86,6 +87,7 @@ def work_on(
     """
     folder, main = Path(folder).resolve(), processes().is_main
     if (folder / JOB).is_file():
+        job = as_begun(folder, job)
         check_same_job(folder, job)
     else:
         check_run_folder(folder, overwrite=False)
@@ -113,6 +115,12 @@ def check_same_job(folder: Path, job: PruningJob) -> None:
     there, here = read_job(folder).to_dict(), job.to_dict()
     if other := [f"{key} was {there[key]!r}, is {here[key]!r}" for key in here if there[key] != here[key]]:
         raise RunFolderError(f"'{folder}' holds another job: {', '.join(other)}; choose another folder")
+
+
+def as_begun(folder: Path, job: PruningJob) -> PruningJob:
+    """Return a job as the run in a folder goes on with it: in torch_pruning's count, where it was begun in none."""
+    begun = read_json(folder / JOB)["target"]
+    return job if "counting" in begun else replace(job, target=replace(job.target, counting=TORCH_PRUNING))
 
 
 def check_run_folder(folder: Path, *, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from ..data.batches import Augmentation, Batches, take
 from ..data.data import Data, load_data
-from ..errors import UnknownNameError
 from ..measure.costs import Cost
 from ..measure.latency import Latency
 from ..measure.metrics import Metrics
-from ..pruning.order import SCOPES, Limits, Target
+from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
-from ..scoring.criteria import resolve_criterion
 from ..scoring.jtj import DenseJTJ
-from ..scoring.scores import NORMALIZERS, REDUCTIONS
-from ..structure.groups import PARTS
 from ..training.folder import History
 from ..training.processes import processes
 from ..training.recipe import Recipe
@@ -138,7 +134,7 @@ RECIPES = ("pretrain", "sparse", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningJob:
+class PruningJob(Settings):
     """What to prune, to which target, and how to fine-tune it; plain values, checked when built.
 
     Attributes:
@@ -152,10 +148,8 @@ class PruningJob:
         train_from_val: Cut the held-out images in two, to train on one half: for folders without training images.
         train_images, val_images: Use at most so many images of a split, for a small run.
         normalize: Normalisation of the data, by name; None: its default.
-        criterion, scope, steps, group_reduction, normalizer, round_to, ignore: of `prune_to`.
-        schedule_ratio, last_step, whole_heads, only: likewise.
-        batches: Calibration batches, drawn afresh from the training images for every pruning step.
-        batch_size: Images in a calibration batch.
+        criterion, steps, schedule_ratio, last_step: of `prune_to`, as are those of `Settings`. Calibration batches are
+            drawn afresh from the training images for every pruning step.
         augment: Whether calibration images are augmented, by crops and flips.
         calibrate_as_trained: Augment calibration images by all that ``finetune`` says, mixed labels included.
         pretrain: How to train the network from scratch; None where there are weights.
@@ -163,7 +157,7 @@ class PruningJob:
         sparse_weights: A file of weights that a sparse training left, instead of one.
         finetune: How to fine-tune the pruned network; None: not at all.
         equivalent: Fine-tune with Equivalent Pruning too, by the same recipe, and merge.
-        seed: Fixes fresh weights, calibration batches and random scores; recipes have their own.
+        seed: Of `Settings`: fixes fresh weights, calibration batches and random scores; recipes have their own.
         device: "auto" (a CUDA GPU where there is one), "cpu", "cuda", "cuda:1", …
         title: What the report calls the job.
 
@@ -183,18 +177,9 @@ class PruningJob:
     val_images: int | None = None
     normalize: str | None = None
     criterion: str = "jacobian"
-    scope: str = "global"
     steps: int = 20
-    group_reduction: str = "sum"
-    normalizer: str | None = None
-    round_to: int | None = None
-    ignore: tuple[str, ...] = ()
-    whole_heads: bool = False
-    only: str | None = None
     schedule_ratio: float = 1.0
     last_step: str = "exact"
-    batches: int = 50
-    batch_size: int = 128
     augment: bool = True
     calibrate_as_trained: bool = False
     pretrain: Recipe | None = None
@@ -202,20 +187,12 @@ class PruningJob:
     sparse_weights: str | None = None
     finetune: Recipe | None = None
     equivalent: bool = False
-    seed: int = 0
     device: str = "auto"
     title: str = "pruning job"
 
     def __post_init__(self) -> None:
-        resolve_criterion(self.criterion)
-        chosen = {"scope": SCOPES, "group_reduction": REDUCTIONS, "normalizer": NORMALIZERS, "only": PARTS}
-        for name, known in chosen.items():
-            if getattr(self, name) not in known:
-                raise UnknownNameError(name, str(getattr(self, name)), [str(value) for value in known])
-        for name, least in (("steps", 1), ("batches", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        Limits(round_to=self.round_to)
+        super().__post_init__()
+        _ = self.scoring(self.criterion), self.schedule
         if (self.weights is None) == (self.pretrain is None):
             raise ValueError("give either weights or a recipe to train the network with (pretrain)")
         if self.equivalent and self.finetune is None:
@@ -225,15 +202,28 @@ class PruningJob:
         if self.calibrate_as_trained and self.finetune is None:
             raise ValueError("calibrate_as_trained asks for the augmentation of finetune, and there is none")
 
+    @property
+    def schedule(self) -> Steps:
+        """In which steps the target is approached."""
+        return Steps(self.steps, self.schedule_ratio, self.last_step)
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of its trainings, by field."""
+        return {name: recipe for name in RECIPES if (recipe := getattr(self, name)) is not None}
+
+    def with_recipes(self, **changes: Any) -> PruningJob:
+        """Return the job with every recipe changed so."""
+        return replace(self, **{name: replace(recipe, **changes) for name, recipe in self.recipes.items()})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the job as plain data that JSON can hold."""
-        recipes = {name: getattr(self, name) for name in RECIPES}
         plain = asdict(self) | {"ignore": list(self.ignore), "model_options": dict(self.model_options)}
-        return plain | {name: recipe and recipe.to_dict() for name, recipe in recipes.items()}
+        return plain | {name: recipe.to_dict() for name, recipe in self.recipes.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningJob:
-        """Build a job from what :meth:`to_dict` returned.
+        """Build a job from what :meth:`to_dict` returned; a target that names no count is in torch_pruning's.
 
         Raises:
             ValueError: for keys that are no fields, and values out of range.
@@ -241,7 +231,7 @@ class PruningJob:
         if unknown := sorted(set(data) - {entry.name for entry in fields(cls)}):
             raise ValueError(f"a job has no {', '.join(unknown)}")
         recipes = {name: data[name] and Recipe.from_dict(data[name]) for name in RECIPES if name in data}
-        return cls(**{**data, **recipes, "target": Target(**data["target"]), "ignore": tuple(data.get("ignore", ()))})
+        return cls(**{**data, **recipes, "target": Target(**{"counting": TORCH_PRUNING} | data["target"])})
 
     def load(self) -> Data:
         """Load the data that the job names, as much of it as it asks for."""

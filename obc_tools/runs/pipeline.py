@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.data import Data, check_classes
 from ..files import replacing, write_text
-from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..measure.metrics import evaluate
 from ..models.networks import load_model
 from ..models.weights import load_weights, read_weights
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import prune, prune_to
+from ..pruning.prune import cost_counted, prune, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..state import evaluating
 from ..structure.layers import layer_axes
@@ -88,7 +87,7 @@ def prepare(job: PruningJob) -> JobInputs:
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
-    for recipe in filter(None, (job.pretrain, job.sparse, job.finetune)):
+    for recipe in job.recipes.values():
         inputs.training_batches(recipe)
     # A plan by random scores costs next to nothing and fails where the real one would, but before hours of training.
     if processes().is_main:
@@ -235,22 +234,15 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
 def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
     job = inputs.job
-    return prune_to(
+    return prune_in_steps(
         model,
         inputs.example,
         inputs.calibration_batches(),
-        criterion=criterion,
-        **asdict(job.target),
-        scope=job.scope,
-        steps=steps,
-        schedule_ratio=job.schedule_ratio,
-        last_step=job.last_step,
-        ignore=job.ignore,
-        whole_heads=job.whole_heads,
-        only=job.only,
-        round_to=job.round_to,
-        group_reduction=job.group_reduction,
-        normalizer=job.normalizer,
+        target=job.target,
+        selection=job.selection,
+        scoring=job.scoring(criterion),
+        limits=job.limits,
+        steps=replace(job.schedule, steps=steps),
         seed=job.seed,
         progress=progress,
     )
@@ -290,7 +282,7 @@ def _check_equal(difference: float, models: str) -> None:
 def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
     batches = inputs.held_out_batches()
     metrics = {key: evaluate(model, batches, progress=progress) for key, model in models.items()}
-    costs = {key: cost(model, inputs.example) for key, model in models.items()}
+    costs = {key: cost_counted(model, inputs.example, inputs.job.target.counting) for key, model in models.items()}
     on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
     timed = latencies(on_cpu, inputs.example.cpu())
     return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}

@@ -34,6 +34,7 @@ from .folder import (
     STOPPED,
     TRAINED,
     RunFolderError,
+    as_begun,
     check_run_folder,
     check_same_job,
     read_job,
@@ -247,6 +248,7 @@ def launch(
     if devices is not None and devices != "cpu" and count > len(devices):
         raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
     if (path / JOB).is_file():
+        job = as_begun(path, job)
         if (status := Run(path).status) == "running":
             raise RunFolderError(f"'{path}' is being worked on: stop that run first, or choose another folder")
         if not resume:

@@ -1,4 +1,4 @@
-"""What interactive pruning computes, and keeps so as not to compute it again: scores, rankings, measurements."""
+"""What interactive pruning computes, and keeps so as not to compute it again: scores, rankings, measurements, bars."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import take
 from ..data.data import Data
-from ..measure.cost_model import cost_model
+from ..measure.cost_model import CostModel
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, evaluate
-from ..pruning.order import Ranking
+from ..plots.plans import group_names
+from ..pruning.choices import OPERATIONS, Scoring
+from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import prune
-from ..scoring.criteria import resolve_criterion
-from ..scoring.scores import Scores, score_groups
-from ..structure.groups import find_groups
-from .state import Choices, Scoring, Setup
+from ..pruning.prune import costs_of_plans, prune
+from ..scoring.scores import Scores
+from ..structure.groups import ChannelGroup
+from ..structure.layers import LayerAxis
+from .state import Choices, Setup
 
+CHANNELS = "channels"
+BARS = (CHANNELS, "MACs", "parameters")
+"""What the upper bars may show: the channels of groups, or what layers cost."""
+LEAST_SHARE = 1e-3
+MILLION = 1e6
 KEPT_RANKINGS = 8
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 """Takes batches and what is done with them, and returns them to be iterated over."""
@@ -43,7 +51,7 @@ class StudioSession:
     Args:
         model: copied, so that it stays free while this one is scored in a thread.
         data: an image data set with the split ``train`` for calibration and ``val`` held out.
-        setup: how many calibration batches, and what `find_groups` ignores.
+        setup: how many calibration batches, and which channels may go at all.
         held_out: how many held-out batches are evaluated, at most.
 
     Raises:
@@ -55,12 +63,11 @@ class StudioSession:
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
         _check_runs(self.model, self.example)
-        heads = setup.whole_heads
-        self.groups = find_groups(self.model, self.example, ignore=setup.ignore, whole_heads=heads, only=setup.only)
-        self.costs = cost_model(self.model, self.example, whole_heads=heads)
+        self.groups = setup.selection.groups(self.model, self.example)
+        self.costs = costs_of_plans(self.model, self.example, setup.selection, OPERATIONS)
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
-        self._rankings: dict[Choices, Ranking] = {}
+        self._rankings: dict[Choices, RemovalOrder] = {}
         self._measured: dict[tuple[tuple[int, ...], ...], Measurement] = {}
 
     def calibration(self) -> Collection[Any]:
@@ -79,12 +86,9 @@ class StudioSession:
 
     def score(self, scoring: Scoring, watch: Callable[[Collection[Any]], Iterable[Any]] = iter) -> Scores:
         """Compute scores, and keep them; ``watch`` is handed the calibration batches where the criterion needs any."""
-        needs_data = resolve_criterion(scoring.criterion).needs != "weights"
-        options = {"group_reduction": scoring.group_reduction, "normalizer": scoring.normalizer}
-        given = watch(self.calibration()) if needs_data else None
-        found = score_groups(self.model, self.groups, scoring.criterion, given, **options)
-        self._scores[scoring] = found
-        return found
+        given = watch(self.calibration()) if scoring.needs_data else None
+        self._scores[scoring] = scoring.score(self.model, self.groups, given)
+        return self._scores[scoring]
 
     def plan(self, choices: Choices) -> PruningPlan:
         """Return the plan of choices whose scores are there; arithmetic. Raises as `Choices.plan` does."""
@@ -144,3 +148,107 @@ def _check_runs(model: nn.Module, example: Tensor) -> None:
         raise ValueError(
             f"{type(model).__name__} does not run on the data's images, of shape {shape}: {error}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What stands in the upper panel: for each bar its name, its heights, what it tells and the group it leads to.
+
+    Attributes:
+        names, title: of the bars, and of all of them.
+        now, whole: heights of what a plan leaves and of what there was, shape (bars,).
+        fixed: which bars cannot become lower, shape (bars,).
+        notes: what is shown under the mouse.
+        roots: the group whose channels a click shows; None where there is no single one that can be pruned.
+        chosen: which bars belong to the group that is shown.
+        marks: heights of another plan, or None.
+        unit: of all heights.
+    """
+
+    names: list[str]
+    title: str
+    now: np.ndarray
+    whole: np.ndarray
+    fixed: np.ndarray
+    notes: list[str]
+    roots: list[LayerAxis | None]
+    chosen: list[bool]
+    marks: np.ndarray | None
+    unit: str
+
+
+def studio_bars(
+    plan: PruningPlan,
+    root: LayerAxis,
+    *,
+    bars: str = CHANNELS,
+    costs: CostModel | None = None,
+    compared: PruningPlan | None = None,
+) -> Bars:
+    """Return the bars of the upper panel: channels of groups, or MACs or parameters of layers.
+
+    Args:
+        root: of the group whose channels are shown below.
+        bars: one of `BARS`.
+        costs: what MACs and parameters are taken from; layers with less than a thousandth of all are left out.
+        compared: another plan for the same groups.
+
+    Raises:
+        ValueError: unknown ``bars``, or ones that need ``costs``.
+    """
+    if bars == CHANNELS:
+        return _channel_bars(plan, root, compared)
+    if bars not in BARS or costs is None:
+        raise ValueError(
+            f"bars of {bars!r}; expected one of {', '.join(map(repr, BARS))}, all but the first with costs"
+        )
+    return _layer_bars(plan, root, bars, costs, compared)
+
+
+def _channel_bars(plan: PruningPlan, root: LayerAxis, compared: PruningPlan | None) -> Bars:
+    kept = np.array([len(channels) for channels in plan.kept])
+    notes = [
+        f"{group.root}: {count} of {group.width} channels kept"
+        + (f"<br>{group.kept_whole}" if group.kept_whole else "")
+        for group, count in zip(plan.groups, kept, strict=True)
+    ]
+    return Bars(
+        names=group_names(plan),
+        title="group (its first layer); click one to see its channels",
+        now=kept,
+        whole=np.array([group.width for group in plan.groups]),
+        fixed=np.array([not group.prunable for group in plan.groups]),
+        notes=notes,
+        roots=[group.root if group.prunable else None for group in plan.groups],
+        chosen=[group.root == root for group in plan.groups],
+        marks=None if compared is None else np.array([len(channels) for channels in compared.kept]),
+        unit=CHANNELS,
+    )
+
+
+def _layer_bars(
+    plan: PruningPlan, root: LayerAxis, quantity: str, costs: CostModel, compared: PruningPlan | None
+) -> Bars:
+    whole, now = (costs.by_layer(of) for of in (PruningPlan.whole(plan.groups), plan))
+    shown = whole[quantity] >= LEAST_SHARE * whole[quantity].sum()
+    names, before, after = whole["layer"][shown], whole[quantity][shown], now[quantity][shown]
+    groups = [_made_by(name, plan.groups) for name in names]
+    return Bars(
+        names=list(names),
+        title="layer; click one to see the channels of its group",
+        now=after.to_numpy() / MILLION,
+        whole=before.to_numpy() / MILLION,
+        fixed=np.zeros(len(names), dtype=bool),
+        notes=[f"{n}: {a:,.0f} of {b:,.0f} {quantity}" for n, a, b in zip(names, after, before, strict=True)],
+        roots=[group.root if group is not None and group.prunable else None for group in groups],
+        chosen=[group is not None and group.root == root for group in groups],
+        marks=None if compared is None else costs.by_layer(compared)[quantity][shown].to_numpy() / MILLION,
+        unit=f"{quantity} (millions)",
+    )
+
+
+def _made_by(layer: str, groups: Sequence[ChannelGroup]) -> ChannelGroup | None:
+    """Return the group of a layer's output channels, or the first one within a layer that counts as a whole."""
+    out = LayerAxis(layer, "out")
+    within = (group for group in groups if group.root.layer.startswith(f"{layer}."))
+    return next((group for group in groups if any(m.axis == out for m in group.members)), next(within, None))

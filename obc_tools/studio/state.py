@@ -7,17 +7,16 @@ A choice is a value, a plan a function of choices, scores and costs; `to_code` w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from torch import Tensor
 
 from ..errors import UnknownNameError
 from ..measure.cost_model import CostModel
-from ..pruning.order import SCOPES, Limits, Ranking, Target
+from ..pruning.choices import Limits, Scoring, Selection, Target
+from ..pruning.order import RemovalOrder, removal_order
 from ..pruning.plan import PlanMismatchError, PruningPlan
-from ..scoring.criteria import resolve_criterion
-from ..scoring.scores import NORMALIZERS, REDUCTIONS
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 
@@ -27,68 +26,38 @@ STEPS_BACK = 200
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """What scores depend on: the criterion, and how it is combined over a group's members and scaled within it."""
-
-    criterion: str = "jacobian"
-    group_reduction: str = "sum"
-    normalizer: str | None = None
-
-    def __post_init__(self):
-        resolve_criterion(self.criterion)
-        if self.group_reduction not in REDUCTIONS:
-            raise UnknownNameError("group_reduction", self.group_reduction, REDUCTIONS)
-        if self.normalizer not in NORMALIZERS:
-            raise UnknownNameError("normalizer", self.normalizer, [str(name) for name in NORMALIZERS])
-
-
-@dataclass(frozen=True)
 class Choices:
     """Everything that a plan depends on but the scores and costs themselves.
 
     Attributes:
-        scoring, target, scope, round_to, min_channels, max_ratio: as `one_shot.one_shot_plan` takes them.
-        limits: a ``max_ratio`` of their own for single groups, (root, share) pairs.
+        scoring, target, limits: as of all pruning; in ``limits`` what single groups may lose at most.
         locked: groups that stay as they are, (root, kept channels) pairs.
         by_hand: (root, channel, whether it is kept), applied last; in a group of blocks the channel of the first block.
     """
 
-    scoring: Scoring = Scoring()
+    scoring: Scoring = field(default_factory=Scoring)
     target: Target = START
-    scope: str = "global"
-    round_to: int | None = None
-    min_channels: int = 1
-    max_ratio: float = 1.0
-    limits: tuple[tuple[LayerAxis, float], ...] = ()
+    limits: Limits = field(default_factory=Limits)
     locked: tuple[tuple[LayerAxis, tuple[int, ...]], ...] = ()
     by_hand: tuple[tuple[LayerAxis, int, bool], ...] = ()
-
-    def __post_init__(self):
-        if self.scope not in SCOPES:
-            raise UnknownNameError("scope", self.scope, SCOPES)
-        _ = self.all_limits
-
-    @property
-    def all_limits(self) -> Limits:
-        """What every group keeps, single groups' own limits included."""
-        return Limits(self.min_channels, self.max_ratio, self.round_to, dict(self.limits))
 
     @property
     def ranking_key(self) -> Choices:
         """The choices without those that a ranking does not depend on: equal where a ranking can be used again."""
         return replace(self, target=START, by_hand=())
 
-    def rank(self, scores: Mapping[ChannelGroup, Tensor]) -> Ranking:
+    def rank(self, scores: Mapping[ChannelGroup, Tensor]) -> RemovalOrder:
         """Rank the channels; what takes longest of a plan, and does not depend on the target."""
-        return Ranking.of(scores, scope=self.scope, limits=self.all_limits, fixed=dict(self.locked))
+        return removal_order(scores, self.limits, fixed=dict(self.locked))
 
-    def plan(self, ranking: Ranking, costs: CostModel) -> PruningPlan:
+    def plan(self, order: RemovalOrder, costs: CostModel) -> PruningPlan:
         """Return the plan that these choices and a ranking by them lead to.
 
         Raises:
             ValueError: a target that cannot be met, or a group that the choices by hand leave without channels.
         """
-        plan = ranking.meet(self.target, costs)
+        order.check(self.target, costs)
+        plan = order.meet(self.target, costs)
         for root, (keep, remove) in self.hands.items():
             plan = plan.choose(root, keep=keep, remove=remove)
         return plan
@@ -152,15 +121,14 @@ def recall(state: StudioState, name: str) -> StudioState:
 
 def limit_of(choices: Choices, root: LayerAxis) -> float:
     """Return the share of a group's channels that may go at most: its own limit, or that of all groups."""
-    return dict(choices.limits).get(root, choices.max_ratio)
+    return choices.limits.max_ratio_of.get(root, choices.limits.max_ratio)
 
 
 def set_limit(choices: Choices, root: LayerAxis, max_ratio: float | None) -> Choices:
     """Let at most this share of one group's channels go; None takes the limit away."""
-    limits = {key: value for key, value in choices.limits if key != root}
-    if max_ratio is not None:
-        limits[root] = max_ratio
-    return replace(choices, limits=tuple(sorted(limits.items())))
+    others = {key: value for key, value in choices.limits.max_ratio_of.items() if key != root}
+    own = {} if max_ratio is None else {root: max_ratio}
+    return replace(choices, limits=replace(choices.limits, max_ratio_of=others | own))
 
 
 def lock(choices: Choices, plan: PruningPlan, root: LayerAxis) -> Choices:
@@ -222,66 +190,53 @@ class Setup:
 
     Attributes:
         image_shape: of one image, (channels, height, width).
+        selection: which channels may go at all.
         batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
-        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         device: where model and batches are.
     """
 
     image_shape: tuple[int, ...]
+    selection: Selection = field(default_factory=Selection)
     batches: int = 10
     batch_size: int = 64
     seed: int = 0
-    ignore: tuple[str, ...] = ()
     device: str = "cpu"
-    whole_heads: bool = False
-    only: str | None = None
 
 
 def to_code(choices: Choices, setup: Setup) -> str:
     """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it."""
+    scoring, limits, (kind, value) = choices.scoring, choices.limits, choices.target.given
     on = "" if setup.device == "cpu" else f", device={setup.device!r}"
-    heads = ", whole_heads=True" if setup.whole_heads else ""
-    ignored = f", ignore={list(setup.ignore)!r}" if setup.ignore else ""
-    part = f", only={setup.only!r}" if setup.only else ""
+    data = ["batches"] if scoring.needs_data else []
+    drawn = f'batches = obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
+    chosen, heads = _unusual(setup.selection, "ignore", "whole_heads", "only"), _unusual(setup.selection, "whole_heads")
+    scored = ["model", "groups", repr(scoring.criterion), *data, *_unusual(scoring, "group_reduction", "normalizer")]
+    limited = _unusual(limits, "scope", "round_to", "min_channels", "max_ratio")
+    for option, entries in (("max_ratio_of", limits.max_ratio_of), ("fixed", dict(choices.locked))):
+        limited += [f"{option}={ {tuple(root): entry for root, entry in entries.items()}!r}"] if entries else []
     lines = [
         "import torch",
         "",
         "import obc_tools as obc",
         "",
         f"example = torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})",
-        f"groups = obc.find_groups(model, example{ignored}{heads}{part})",
-        *_scoring_lines(choices.scoring, setup, on),
-        f"costs = obc.cost_model(model, example{heads})",
-        *_call("plan = obc.one_shot_plan", ["scores", "costs", *_target_arguments(choices)]),
+        *_call("groups = obc.find_groups", ["model", "example", *chosen]),
+        *[drawn for _ in data],
+        *_call("scores = obc.score_groups", scored),
+        *_call("costs = obc.cost_model", ["model", "example", *heads]),
+        *_call("plan = obc.one_shot_plan", ["scores", "costs", f"{kind}={value!r}", *limited]),
     ]
     for root, (keep, remove) in choices.hands.items():
-        chosen = [f"keep={keep}"] * bool(keep) + [f"remove={remove}"] * bool(remove)
-        lines += _call("plan = plan.choose", [repr(tuple(root)), *chosen])
+        hands = [f"keep={keep}"] * bool(keep) + [f"remove={remove}"] * bool(remove)
+        lines += _call("plan = plan.choose", [repr(tuple(root)), *hands])
     return "\n".join([*lines, "pruned = obc.prune(model, plan)", ""])
 
 
-def _scoring_lines(scoring: Scoring, setup: Setup, on: str) -> list[str]:
-    needs_data = resolve_criterion(scoring.criterion).needs != "weights"
-    options = [f"{f.name}={getattr(scoring, f.name)!r}" for f in fields(scoring)[1:] if _differs(scoring, f.name)]
-    arguments = ["model", "groups", repr(scoring.criterion), *["batches"] * needs_data, *options]
-    drawn = f'obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
-    return [*[f"batches = {drawn}"] * needs_data, *_call("scores = obc.score_groups", arguments)]
-
-
-def _target_arguments(choices: Choices) -> list[str]:
-    ((name, value),) = ((key, value) for key, value in vars(choices.target).items() if value is not None)
-    arguments = [f"{name}={value!r}"]
-    for option in ("scope", "round_to", "min_channels", "max_ratio"):
-        if _differs(choices, option):
-            arguments.append(f"{option}={getattr(choices, option)!r}")
-    for option, entries in (("max_ratio_of", choices.limits), ("fixed", choices.locked)):
-        if entries:
-            arguments.append(f"{option}={ {tuple(root): value for root, value in entries}!r}")
-    return arguments
-
-
-def _differs(value: Scoring | Choices, name: str) -> bool:
-    return getattr(value, name) != getattr(type(value)(), name)
+def _unusual(value: Selection | Scoring | Limits, *names: str) -> list[str]:
+    """Return the fields of a value that are not as by default, as keyword arguments."""
+    usual = type(value)()
+    found = {name: getattr(value, name) for name in names if getattr(value, name) != getattr(usual, name)}
+    return [f"{name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in found.items()]
 
 
 def _call(start: str, arguments: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +20,15 @@ from ..measure.cost_model import CostModel
 from ..models.store import save_pruned
 from ..plots.looks import counted
 from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
-from ..pruning.order import SCOPES, Target
+from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..structure.layers import LayerAxis
-from ..studio.bars import BARS, MILLION, Bars, studio_bars
-from ..studio.session import StudioSession
+from ..studio.session import BARS, MILLION, Bars, StudioSession, studio_bars
 from ..studio.state import (
     Choices,
-    Scoring,
     Setup,
     StudioState,
     change,
@@ -81,7 +79,7 @@ def target_of(kind: str, value: float) -> Target:
 
 def shown_value(target: Target) -> tuple[str, float]:
     """Return a target's kind, and its value as the slider shows it."""
-    ((kind, value),) = ((key, value) for key, value in vars(target).items() if value is not None)
+    kind, value = target.given
     return kind, value / MILLION if kind in ("macs", "params") else value
 
 
@@ -121,12 +119,12 @@ class StudioControls:
         self.criterion = dropdown("criterion", CRITERIA, scoring.criterion, "what a channel is scored by")
         self.reduction = dropdown("reduction", REDUCTIONS, scoring.group_reduction, "over a group's members")
         self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
-        self.scope = dropdown("scope", SCOPES, choices.scope, "which channels are ranked together")
+        self.scope = dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together")
         self.kind = dropdown("target", KINDS.items(), kind)
         self.targets = {each: slider("to", *slider_range(each, session.costs)) for each in KINDS.values()}
         self.targets[kind].value = value
         self.place = W.Box([self.targets[kind]])
-        self.round_to = integer("multiple of", choices.round_to or 1, 1, 1024, "of the channels that a group keeps")
+        self.round_to = integer("multiple of", choices.limits.round_to or 1, 1, 1024, "of the channels a group keeps")
         self.bars = dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers")
         self.group = dropdown("group", roots, roots[0][1], "whose channels are shown below")
         self.limit = slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels")
@@ -155,12 +153,12 @@ class StudioControls:
     def read(self, choices: Choices) -> Choices:
         """Return choices with what the controls say in their place."""
         normalizer = None if self.normalizer.value == NONE else self.normalizer.value
+        multiple = None if self.round_to.value == 1 else self.round_to.value
         return replace(
             choices,
             scoring=Scoring(self.criterion.value, self.reduction.value, normalizer),
             target=self._read_target(choices.target),
-            scope=self.scope.value,
-            round_to=None if self.round_to.value == 1 else self.round_to.value,
+            limits=replace(choices.limits, scope=self.scope.value, round_to=multiple),
         )
 
     def _read_target(self, target: Target) -> Target:
@@ -177,9 +175,10 @@ class StudioControls:
 
     def show(self, choices: Choices) -> None:
         """Set every control to what was chosen."""
-        for scoring, control in zip(fields(Scoring), (self.criterion, self.reduction, self.normalizer), strict=True):
-            control.value = getattr(choices.scoring, scoring.name) or NONE
-        self.scope.value, self.round_to.value = choices.scope, choices.round_to or 1
+        scoring = choices.scoring
+        self.criterion.value, self.reduction.value = scoring.criterion, scoring.group_reduction
+        self.normalizer.value = scoring.normalizer or NONE
+        self.scope.value, self.round_to.value = choices.limits.scope, choices.limits.round_to or 1
         self.show_target(choices.target)
         self.show_group(choices)
 
@@ -247,7 +246,8 @@ class PruningStudio(View):
         look: str = "light",
     ):
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        setup = Setup(data.image_shape, batches, batch_size, seed, tuple(ignore), device, whole_heads, only)
+        selection = Selection(ignore, whole_heads, only)
+        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device)
         self.session = StudioSession(model, data, setup, held_out)
         self.state, self.plan = StudioState(), self.session.whole
         self._source, self._look, self._moved = source, look, 0.0

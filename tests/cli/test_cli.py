@@ -15,7 +15,7 @@ from terminal import assert_one_line, run
 from obc_tools.cli import commands as cli
 from obc_tools.data.data import DATA_SETS
 from obc_tools.models.networks import load_model
-from obc_tools.pruning.order import SCOPES
+from obc_tools.pruning.choices import SCOPES
 from obc_tools.scoring.criteria import CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
 from obc_tools.training.recipe import Recipe
@@ -139,13 +139,14 @@ def test_prune_without_epochs_only_prunes(weights, tmp_path, capsys):
     arguments = ["--model", "resnet8", "--weights", weights / "good.safetensors", "--data", "digits", "--out", out]
     arguments += ["--macs", "1e6", "--batches", 1, "--steps", 2, "--criterion", "l2", "--scope", "local"]
     arguments += ["--group-reduction", "mean", "--round-to", 4, "--ignore", "conv1", "--device", "cpu"]
-    arguments += ["--only", "mlp", "--whole-heads"]
+    arguments += ["--only", "mlp", "--whole-heads", "--max-ratio", 0.9, "--counting", "torch_pruning"]
     assert run("prune", *arguments) == 0
     results = json.loads((out / "results.json").read_text())
     assert list(results["models"]) == ["original", "pruned"]
     assert results["models"]["pruned"]["cost"]["macs"] <= 1e6
     assert results["equivalence"] is None and results["histories"] == {}
     assert (results["job"]["only"], results["job"]["whole_heads"]) == ("mlp", True)
+    assert (results["job"]["max_ratio"], results["job"]["target"]["counting"]) == (0.9, "torch_pruning")
     capsys.readouterr()
     before = snapshot(out)
     assert run("prune", *arguments) == 2
@@ -183,6 +184,11 @@ BAD = {
     "labels out of range": ({"data": "cifar10", "root": "labels.npz"}, "label 10"),
     "speed-up out of reach": ({"speedup": 1000}, "speedup=1000"),
     "ratio out of range": ({"speedup": None, "ratio": 1.5}, "ratio=1.5: expected a share of channels in (0, 1)"),
+    "ratio that the limits forbid": (
+        {"speedup": None, "ratio": 0.5, "round-to": 64},
+        "ratio=0.5 cannot be met: the best that can be had is ratio=0",
+    ),
+    "unknown count": ({"counting": "fvcore"}, "unknown counting 'fvcore'"),
     "two targets": ({"ratio": 0.5}, "give one target"),
     "no target": ({"speedup": None}, "give one target"),
     "negative epochs": ({"epochs": -1}, "epochs must be at least 0, not -1"),
@@ -228,7 +234,7 @@ def test_compare_draws_curves_and_goes_on(weights, tmp_path, capsys, monkeypatch
     assert run(*arguments) == 0
     assert "jacobian" in capsys.readouterr().out and (tmp_path / "out" / "comparison.csv").exists()
     assert "held-out accuracy" in (tmp_path / "out" / "curves.html").read_text(encoding="utf-8")
-    monkeypatch.setattr("obc_tools.comparing.compare.score_groups", pytest.fail)
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", pytest.fail)
     assert run(*arguments) == 0
     assert run(*arguments, "--ratio", 0.5) == 2
     assert "holds a comparison with another ratio" in capsys.readouterr().err
@@ -238,7 +244,7 @@ def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatc
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("obc_tools.comparing.compare.score_groups", interrupt)
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", interrupt)
     assert run("compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err.endswith("obc: stopped; the same command goes on from the last finished step\n")
 

@@ -9,7 +9,6 @@ from cases import curve
 from torch import nn
 
 from obc_tools import CRITERIA, compare_criteria, cost, evaluate, find_groups, load_data, make_plan, prune, score_groups
-from obc_tools.comparing import compare as module
 from obc_tools.comparing.comparison import Comparison, ComparisonError, read_comparison
 from obc_tools.data.batches import take
 
@@ -95,6 +94,15 @@ def test_macs_targets_are_met_in_equal_steps(data):
     assert (shares[1:] > np.array([0.8, 0.6, 0.4]) - 0.15).all()
 
 
+def test_ends_that_the_limits_forbid_are_refused_before_any_scoring(data):
+    for end, best in (
+        ({"ratio": 0.6}, r"ratio=0.6 .* ratio=0\.4\d*"),
+        ({"ratio": None, "macs": 0.1}, r"macs=.* macs=\d"),
+    ):
+        with pytest.raises(ValueError, match=f"^{best}"):
+            compare_criteria(network, data, {"l1": pytest.fail}, max_ratio=0.5, **SMALL | end)
+
+
 def test_a_criterion_has_its_own_budget_and_label(data):
     criteria = {"N = 1": ("jacobian", {"batches": 1}), "N = 4": ("jacobian", {"batches": 4})}
     frame = compare_criteria(network, data, criteria, repeats=1, **SMALL).frame
@@ -113,7 +121,7 @@ def test_a_killed_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return score_groups(*arguments, **options)
 
-    monkeypatch.setattr(module, "score_groups", dying)
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", dying)
     folder = tmp_path / "curves"
     with pytest.raises(KeyboardInterrupt):
         compare_criteria(network, data, criteria, repeats=2, folder=folder, **SMALL)
@@ -174,7 +182,7 @@ def test_a_curve_ends_at_chance(data):
         ({"ratio": 1.5}, r"ratio=1.5: expected a share in \(0, 1\)"),
         ({"training": -1}, r"training=-1: expected at least 0 images"),
         ({"batches": 1000}, r"1000 batches were asked for"),
-        ({"bathces": 3}, r"unknown setting 'bathces'; known are steps, "),
+        ({"bathces": 3}, r"unknown setting 'bathces'; known are .*steps, "),
         ({"max_ratio": 2.0}, r"max_ratio=2.0"),
         ({"scope": "galactic"}, r"unknown scope 'galactic'"),
         ({"group_reduction": "median"}, r"unknown group_reduction 'median'"),

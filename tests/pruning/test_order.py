@@ -3,7 +3,8 @@ import torch
 from networks import network
 
 from obc_tools import LayerAxis, find_groups, make_plan
-from obc_tools.pruning.order import Limits, removal_order
+from obc_tools.pruning.choices import Limits
+from obc_tools.pruning.order import removal_order
 
 
 def groups_of(name="small_vgg"):
@@ -56,16 +57,15 @@ def test_a_convolution_group_never_becomes_one_channel():
 def test_a_later_step_counts_what_is_gone():
     groups = groups_of()
     scores = ascending(groups)
-    first = make_plan(scores, ratio=0.25, scope="local")
-    rest = first.pruned_groups()
-    left = {group: scores[old][list(kept)] for group, old, kept in zip(rest, groups, first.kept, strict=True)}
-    initial = {group.root: group.width for group in groups}
     for scope in ("global", "local", "isomorphic"):
         first = make_plan(scores, ratio=0.25, scope=scope)
         rest = first.pruned_groups()
         left = {g: scores[old][list(kept)] for g, old, kept in zip(rest, groups, first.kept, strict=True)}
-        order = removal_order(left, scope=scope, initial=initial)
-        assert first.then(order.plan(order.up_to(0.5))) == make_plan(scores, ratio=0.5, scope=scope)
+        order = removal_order(left, Limits(scope=scope), after=first)
+        assert order.plan(order.up_to(0.5)) == make_plan(scores, ratio=0.5, scope=scope)
+        assert order.plan(0) == first
+    with pytest.raises(ValueError, match="not those of the groups that the earlier plan leaves"):
+        removal_order(dict(reversed(left.items())), after=first)
 
 
 def test_rounding_keeps_more_never_less():
@@ -76,7 +76,7 @@ def test_rounding_keeps_more_never_less():
 
 def test_protected_channels_pass_their_turn_to_others():
     groups = groups_of()
-    order = removal_order(ascending(groups), limits=Limits(min_channels=6, max_ratio=0.5))
+    order = removal_order(ascending(groups), Limits(min_channels=6, max_ratio=0.5))
     assert kept_counts(order.plan(len(order))) == [6, 6, 8, 12, 10]
     assert make_plan(ascending(groups), channels=9, min_channels=6).channels_removed == 9
 
@@ -98,6 +98,11 @@ def test_ties_are_broken_by_position():
         ({"ratio": 0.5, "min_channels": 0}, "min_channels=0"),
         ({"ratio": 0.5, "max_ratio": 1.5}, "max_ratio=1.5"),
         ({"ratio": 0.5, "round_to": 0}, "round_to=0"),
+        ({"ratio": 0.5, "round_to": float("nan")}, "round_to=nan: expected at least 1, or None"),
+        ({"ratio": 0.5, "round_to": 2.5}, "round_to=2.5"),
+        ({"ratio": 0.5, "min_channels": float("nan")}, "min_channels=nan"),
+        ({"ratio": 0.5, "min_channels": 1.5}, "min_channels=1.5: expected at least 1 \\(a whole number"),
+        ({"ratio": 0.5, "max_ratio": float("nan")}, "max_ratio=nan"),
     ],
 )
 def test_bad_requests_are_refused(options, message):

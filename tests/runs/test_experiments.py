@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.experiments import EXPERIMENTS, get_experiment
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.recipe import Recipe, learning_rate_factor, rescaled
@@ -188,6 +188,18 @@ def test_recipes_of_other_lengths():
     assert rescaled(recipe, 10).milestones == (6, 8)
     assert rescaled(recipe, 1).milestones == (1,)
     assert rescaled(EXPERIMENTS["vit-b16-imagenet"].job().finetune, 10).warmup_epochs == 3
+
+
+def test_targets_are_stated_in_the_papers_count():
+    for experiment in EXPERIMENTS.values():
+        targets = (*experiment.targets, experiment.base.target, experiment.job().target, experiment.small().target)
+        assert {target.counting for target in targets} == {"torch_pruning"}
+    own = Target(speedup=3.0)
+    assert EXPERIMENTS["vgg19-cifar100"].job(target=own).target == Target(speedup=3.0, counting="torch_pruning")
+    assert EXPERIMENTS["vgg19-cifar100"].job(target=own, counting="operations").target == own
+    old = EXPERIMENTS["vgg19-cifar100"].job().to_dict()
+    del old["target"]["counting"], old["min_channels"], old["max_ratio"]
+    assert PruningJob.from_dict(old) == EXPERIMENTS["vgg19-cifar100"].job()
 
 
 def test_a_target_of_ones_own():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from trainings import numbers, wait_for
 
 from obc_tools.files import write_json
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.folder import PROCESS, RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from obc_tools.data.data import load_data
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
 from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
@@ -149,11 +149,14 @@ def test_a_repr_is_the_table(run):
         ({"scope": "everywhere"}, "unknown scope 'everywhere'"),
         ({"group_reduction": "median"}, "unknown group_reduction 'median'"),
         ({"normalizer": "l7"}, "unknown normalizer 'l7'"),
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"batches": 0}, "batches must be at least 1, not 0"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"batches": 0}, "batches=0: expected at least 1"),
         ({"pretrain": None}, "give either weights or a recipe"),
         ({"finetune": None}, "at least 1 epoch"),
         ({"round_to": 0}, "round_to=0"),
+        ({"max_ratio": 0.0}, "max_ratio=0.0"),
+        ({"last_step": "half"}, "unknown last_step 'half'"),
+        ({"batch_size": 2.5}, "batch_size=2.5: expected at least 1 .a whole number"),
         ({"only": "heads"}, "unknown only 'heads'"),
     ],
 )
@@ -166,6 +169,7 @@ def test_a_job_is_checked_when_built(change, message):
     ("change", "message"),
     [
         ({"target": Target(speedup=1000)}, "the best"),
+        ({"target": Target(ratio=0.5), "round_to": 64}, "ratio=0.5 cannot be met: the best that can be had is ratio=0"),
         ({"target": Target(ratio=0.5), "num_classes": 7}, "model has 7 outputs, data has 10 classes"),
         ({"batches": 1000}, "take: 1000 batches were asked for"),
         ({"ignore": ("nosuch",)}, "nosuch"),

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from obc_tools.files import write_json
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Target
 from obc_tools.runs.experiments import EXPERIMENTS
 from obc_tools.runs.tables import find_runs, results_table
 

@@ -7,13 +7,12 @@ from networks import network
 
 import obc_tools as obc
 from obc_tools.models.networks import load_model
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Limits, Scoring, Selection, Target
 from obc_tools.pruning.plan import PlanMismatchError, PruningPlan
 from obc_tools.structure.layers import LayerAxis
 from obc_tools.studio.state import (
     STEPS_BACK,
     Choices,
-    Scoring,
     Setup,
     StudioState,
     change,
@@ -60,7 +59,7 @@ def test_a_drag_is_one_step_and_old_steps_are_forgotten():
     assert state.choices == RATIOS[2]
     assert undo(state).choices == Choices()
     for number in range(STEPS_BACK + 5):
-        state = change(state, Choices(min_channels=number + 1))
+        state = change(state, Choices(limits=Limits(min_channels=number + 1)))
     assert len(state.past) == STEPS_BACK
 
 
@@ -138,8 +137,8 @@ def test_limits_of_groups_come_and_go(made):
 
 def test_wrong_choices_are_refused():
     for wrong, message in (
-        (lambda: Choices(scope="universal"), "unknown scope 'universal'"),
-        (lambda: Choices(max_ratio=2), "max_ratio=2"),
+        (lambda: Limits(scope="universal"), "unknown scope 'universal'"),
+        (lambda: Limits(max_ratio=2), "max_ratio=2"),
         (lambda: Scoring("jacobean"), "closest: jacobian"),
         (lambda: Scoring(group_reduction="least"), "unknown group_reduction"),
         (lambda: Scoring(normalizer="most"), "unknown normalizer"),
@@ -151,7 +150,7 @@ def test_wrong_choices_are_refused():
 def test_a_ranking_serves_all_targets_and_hands():
     one, other = Choices(target=Target(speedup=2), by_hand=((CONV, 1, True),)), Choices()
     assert one.ranking_key == other.ranking_key
-    assert Choices(scope="local").ranking_key != other.ranking_key
+    assert Choices(limits=Limits(scope="local")).ranking_key != other.ranking_key
     assert set_limit(other, CONV, 0.5).ranking_key != other.ranking_key
 
 
@@ -164,8 +163,8 @@ def test_plans_of_different_networks_are_not_compared():
 CODED = {
     "plain": Choices(),
     "weights": Choices(Scoring("l1"), Target(speedup=1.5)),
-    "scaled": Choices(Scoring("taylor", "mean", "max"), Target(params=0.6), scope="isomorphic"),
-    "limited": Choices(Scoring("jacobian"), Target(macs=0.7), "local", 2, 2, 0.9),
+    "scaled": Choices(Scoring("taylor", "mean", "max"), Target(params=0.6), Limits(scope="isomorphic")),
+    "limited": Choices(Scoring("jacobian"), Target(macs=0.7), Limits(2, 0.9, 2, scope="local")),
 }
 
 
@@ -173,8 +172,9 @@ CODED = {
 def test_the_code_makes_the_same_plan(name):
     data = obc.load_data("digits")
     model = load_model("resnet8", 10, in_channels=1, width=8)
-    setup = Setup(data.image_shape, batches=2, batch_size=16, seed=3, ignore=("conv1",) if name == "limited" else ())
-    groups = obc.find_groups(model, next(iter(data.batches("val", 1)))[0], ignore=setup.ignore)
+    selection = Selection(("conv1",) if name == "limited" else ())
+    setup = Setup(data.image_shape, selection, batches=2, batch_size=16, seed=3)
+    groups = obc.find_groups(model, next(iter(data.batches("val", 1)))[0], ignore=selection.ignore)
     costs = obc.cost_model(model, next(iter(data.batches("val", 1)))[0])
     batches = list(obc.take(data.batches("train", 16, seed=3), 2))
     choices = CODED[name]
@@ -218,7 +218,7 @@ def test_code_leaves_out_what_is_usual():
         "plan = obc.one_shot_plan(scores, costs, ratio=0.3)",
         "pruned = obc.prune(model, plan)",
     ]
-    heads = Setup((3, 32, 32), ignore=("conv1",), whole_heads=True, only="attention")
+    heads = Setup((3, 32, 32), Selection(("conv1",), whole_heads=True, only="attention"))
     code = to_code(Choices(Scoring("l2")), heads).splitlines()
     assert code[5] == "groups = obc.find_groups(model, example, ignore=['conv1'], whole_heads=True, only='attention')"
     assert code[7] == "costs = obc.cost_model(model, example, whole_heads=True)"

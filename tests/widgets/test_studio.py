@@ -11,7 +11,7 @@ import torch
 
 import obc_tools as obc
 from obc_tools.plots.plans import SCORES, UPPER
-from obc_tools.pruning.order import Target
+from obc_tools.pruning.choices import Limits, Target
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.studio.state import Choices
 from obc_tools.widgets import studio as studio_module
@@ -101,14 +101,15 @@ def test_a_drag_is_undone_at_once(studio):
 
 def test_what_a_page_rounds_to_the_steps_of_a_slider_is_not_a_choice(studio):
     c, root = controls(studio), controls(studio).group.value
-    studio.choose(Choices(target=Target(speedup=1.873), limits=((root, 0.333),)))
+    studio.choose(Choices(target=Target(speedup=1.873), limits=Limits(max_ratio_of={root: 0.333})))
     before, plan, code = studio.state, studio.plan, studio.code
     c.target.value, c.limit.value = 1.88, 0.33
     assert (studio.state, studio.plan, studio.code) == (before, plan, code)
     c.scope.value = "local"
-    assert studio.state.choices == replace(before.choices, scope="local")
+    assert studio.state.choices == replace(before.choices, limits=replace(before.choices.limits, scope="local"))
     c.target.value, c.limit.value = 1.9, 0.34
-    assert studio.state.choices.target == Target(speedup=1.9) and dict(studio.state.choices.limits) == {root: 0.34}
+    assert studio.state.choices.target == Target(speedup=1.9)
+    assert studio.state.choices.limits.max_ratio_of == {root: 0.34}
 
 
 def test_a_slider_keeps_its_range(studio):
@@ -219,7 +220,7 @@ def test_locks_and_limits_of_a_group(studio):
     c.limit.value = 0.0
     assert studio.plan.kept_of(root) == tuple(range(studio.plan.axes[root]))
     c.limit.value = 1.0
-    assert studio.state.choices.limits == ()
+    assert studio.state.choices.limits.max_ratio_of == {}
     held = studio.plan.kept_of(root)
     c.locked.value = True
     c.target.value = 0.7

@@ -1,0 +1,156 @@
+"""How options look in a command's help, and those that commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from ..runs.job import PruningJob
+
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+Root = Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Position = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions:
+    """What pruning a network of one's own takes, once or by many criteria."""
+
+    model: Name
+    """Network: resnet20, resnet56, vgg19, ...; torchvision:resnet50, timm:vit_base_patch16_224, ..."""
+    weights: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """Its weights: a file (.safetensors, or a state dict saved by torch.save), "pretrained" (torchvision's or timm's),
+    "published" or "published-sparse" (the paper's)."""
+    data: Name
+    """Data set: digits, cifar10, cifar100, imagenet, or folder (class folders in train/ and val/ or test/)."""
+    out: Folder
+    """Folder to make for what comes out: tables, figures, models."""
+    root: Root = None
+    """Where the data lies: torchvision's files, class folders, or (CIFAR) one .npz file. Digits need none."""
+    num_classes: Whole = None
+    """Outputs of the network. Default: as many as the weights have, or the data."""
+    normalize: Choice = None
+    """Normalisation of the images. CIFAR: training (default) or benchmark; others: imagenet (default) or inception."""
+    scope: Name = "global"
+    """Which channels are ranked together: global (all), local (those of a layer), isomorphic (those of like layers)."""
+    group_reduction: Name = "sum"
+    """How scores of the layers that share a channel are combined: sum, mean, max, prod or first."""
+    normalizer: Choice = None
+    """How scores are scaled within a layer's group: sum, mean, max, gaussian, standarization or parameters."""
+    round_to: Whole = None
+    """Keep a multiple of so many channels in every layer."""
+    min_channels: Whole = None
+    """Keep at least so many channels in every layer. Default: 1."""
+    max_ratio: Number = None
+    """Remove at most this share of a layer's channels."""
+    ignore: Names = ()
+    """Layers that keep their width: names or patterns, such as conv1 'layer1.*'."""
+    whole_heads: Flag = False
+    """Let attentions lose whole heads; by default all heads lose the same positions."""
+    only: Choice = None
+    """Prune only this part: mlp (hidden channels), attention (its channels, or heads), bottleneck (both)."""
+    counting: Choice = None
+    """What MACs are: of the operations that run (operations, the default), or the paper's count (torch_pruning)."""
+    batches: int = 50
+    """Batches of training images to score with, drawn afresh for every step."""
+    batch_size: int = 128
+    """Images in a batch, for scoring and for fine-tuning."""
+    seed: int = 0
+    """Fixes the images that are drawn, their order and their augmentation."""
+    device: Name = "auto"
+    """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+
+    def given(self, kind: type) -> dict[str, Any]:
+        """Return the options that are fields of a value, but for those that were not said."""
+        found = {entry.name: getattr(self, entry.name, None) for entry in fields(kind)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOptions:
+    """What an experiment of the paper may be run with."""
+
+    root: Root = None
+    """Where the data lies."""
+    data: Choice = None
+    """Another data set than the paper's, such as cifar10 or digits."""
+    weights: Text = None
+    """Of the unpruned network: a file, "pretrained", "published", or "scratch" to train it. Default: the paper's."""
+    sparse_weights: Text = None
+    """A file that a sparse training left: skips that stage."""
+    train_from_val: Flag = False
+    """Train on one half of the held-out images, for folders that have no others."""
+    as_requested: Flag = False
+    """Train by what the published scripts ask for, also where their code ignores it."""
+    small: Flag = False
+    """Little of everything, to see that it runs."""
+    epochs: Whole = None
+    """Epochs of fine-tuning instead of the paper's."""
+    sparse_epochs: Whole = None
+    """Epochs of sparse training instead of the paper's; 0: no sparse training."""
+    amp: Choice = None
+    """Precision of training instead of the paper's: no (float32), bf16 or fp16."""
+    steps: Whole = None
+    """Pruning steps instead of the paper's; the last one then ends at the target, not past it."""
+    batches: Whole = None
+    """Batches that score the channels in every pruning step, instead of the paper's 50."""
+    train_images: Whole = None
+    """Use at most so many training images."""
+    val_images: Whole = None
+    """Use at most so many held-out images."""
+    device: Choice = None
+    """Where to compute: auto (default), cpu, cuda, ..."""
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields of a job that the options change."""
+        names = ("root", "data", "steps", "batches", "train_images", "val_images", "device")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | ({"train_from_val": True} if self.train_from_val else {})
+
+    def adapted(self, job: PruningJob) -> PruningJob:
+        """Return a job with the epochs, the precision and the sparse weights that the options say."""
+        from dataclasses import replace
+
+        from ..training.recipe import rescaled
+
+        if self.sparse_weights is not None:
+            job = replace(job, sparse=None, sparse_weights=self.sparse_weights)
+        if self.sparse_epochs == 0:
+            job = replace(job, sparse=None)
+        elif self.sparse_epochs is not None and job.sparse is not None:
+            job = replace(job, sparse=rescaled(job.sparse, self.sparse_epochs))
+        if self.epochs is not None:
+            job = replace(job, finetune=rescaled(job.finetune, self.epochs))
+        if self.amp is None:
+            return job
+        return job.with_recipes(amp=self.amp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneExperiment(ExperimentOptions):
+    """One experiment and the folder of its run."""
+
+    experiment: Position
+    """vgg19-cifar100, resnet56-cifar10, resnet50-imagenet, mobilenetv2-imagenet or vit-b16-imagenet."""
+    out: Folder
+    """Folder of the run: metrics, log and checkpoints while it runs, models and figures in the end."""
+    seed: int = 0
+    """Of everything random."""
+
+    def job(self, **chosen: Any) -> PruningJob:
+        """Return the job, with other fields than the options' as well."""
+        from ..runs.run import job_of
+
+        same = {"seed": self.seed, "weights": self.weights, "as_requested": self.as_requested}
+        return self.adapted(job_of(self.experiment, small=self.small, **same, **chosen, **self.changes()))

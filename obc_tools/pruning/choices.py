@@ -1,0 +1,247 @@
+"""What a pruning is asked for, as values: what may go, how it is scored, what stays, what to reach, in which steps.
+
+Each is checked when built, made once where a user's keywords come in, and handed on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnknownNameError
+from ..measure.costs import Cost
+from ..scoring.criteria import Criterion, resolve_criterion
+from ..scoring.objectives import Objective, classification
+from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores, score_groups
+from ..structure.groups import PARTS, ChannelGroup, find_groups
+from ..structure.layers import LayerAxis
+
+SCOPES = ("global", "local", "isomorphic")
+OPERATIONS, TORCH_PRUNING = "operations", "torch_pruning"
+COUNTS = (OPERATIONS, TORCH_PRUNING)
+"""What MACs are: those of the operations that run, or what torch_pruning counts (module types; the paper's count)."""
+
+
+def check_whole(name: str, value: Any, least: int, what: str = "") -> None:
+    """Raise ValueError unless a value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value}: expected at least {least}{what} (a whole number)")
+
+
+def check_name(name: str, value: Any, known: Iterable[str | None]) -> None:
+    """Raise UnknownNameError unless a value is among those that are known."""
+    if value not in known:
+        raise UnknownNameError(name, str(value), [str(entry) for entry in known])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which channels may go at all; see `find_groups`."""
+
+    ignore: tuple[nn.Module | str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
+
+    def __post_init__(self):
+        single = isinstance(self.ignore, nn.Module | str)
+        object.__setattr__(self, "ignore", (self.ignore,) if single else tuple(self.ignore))
+        check_name("only", self.only, PARTS)
+
+    def groups(self, model: nn.Module, example_inputs: Any) -> tuple[ChannelGroup, ...]:
+        """Return a model's groups, those that are kept whole included."""
+        options = {"ignore": self.ignore, "whole_heads": self.whole_heads, "only": self.only}
+        return find_groups(model, example_inputs, **options)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What scores depend on: the criterion, how it is combined over members and scaled within groups, the objective."""
+
+    criterion: Any = "jacobian"
+    group_reduction: str = "sum"
+    normalizer: str | None = None
+    objective: Objective = classification
+
+    def __post_init__(self):
+        check_name("group_reduction", self.group_reduction, REDUCTIONS)
+        check_name("normalizer", self.normalizer, NORMALIZERS)
+        _ = self.resolved
+
+    @property
+    def resolved(self) -> Criterion:
+        """The criterion itself."""
+        return resolve_criterion(self.criterion)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether scores depend on batches."""
+        return self.resolved.needs != "weights"
+
+    def score(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any] | None, seed: int = 0
+    ) -> Scores:
+        """Score every channel of every group; batches are not touched where the criterion needs none."""
+        options = {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
+        return score_groups(model, groups, self.resolved, batches if self.needs_data else None, seed=seed, **options)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every group keeps whatever the scores say, and which channels are ranked together.
+
+    At least ``min_channels`` channels and at most ``max_ratio`` of the original ones removed; the number of kept
+    channels is rounded up to a multiple of ``round_to``. ``max_ratio_of``, by root, takes the place of ``max_ratio``
+    for single groups; 0 keeps the group whole. ``scope`` "global" ranks all channels together, "local" within each
+    group, "isomorphic" among the groups with the same structure (Fang et al. 2024); the last two remove the same share
+    of each pool.
+    """
+
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    round_to: int | None = None
+    max_ratio_of: Mapping[LayerAxis, float] = field(default_factory=dict, hash=False)
+    scope: str = "global"
+
+    def __post_init__(self):
+        check_name("scope", self.scope, SCOPES)
+        check_whole("min_channels", self.min_channels, 1)
+        if not 0 < self.max_ratio <= 1:
+            raise ValueError(f"max_ratio={self.max_ratio}: expected a share in (0, 1]")
+        if self.round_to is not None:
+            check_whole("round_to", self.round_to, 1, ", or None")
+        for root, ratio in self.max_ratio_of.items():
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"max_ratio_of group {LayerAxis(*root)}: {ratio}; expected a share in [0, 1]")
+
+    def fewest(self, root: LayerAxis, initial: int) -> int:
+        """Return the least number of channels that a group keeps which had `initial` channels."""
+        ratio = self.max_ratio_of.get(root, self.max_ratio)
+        return max(self.min_channels, math.ceil(initial * (1 - ratio) - 1e-9))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a pruned model must reach: one of a speed-up (times fewer MACs), MACs, parameters, a ratio of channels.
+
+    MACs are those of the operations that run, or what torch_pruning counts (``counting="torch_pruning"``), in which
+    the paper states its targets.
+    """
+
+    speedup: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    ratio: float | None = None
+    counting: str = OPERATIONS
+
+    def __post_init__(self):
+        check_name("counting", self.counting, COUNTS)
+        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
+        name, value = self.given
+        if name == "ratio" and not 0 < value < 1:
+            raise ValueError(f"ratio={value}: expected a share of channels in (0, 1)")
+        if name == "speedup" and not value > 1:
+            raise ValueError(f"speedup={value}: expected a number above 1")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: expected a positive number, not an infinite one")
+
+    @property
+    def given(self) -> tuple[str, float]:
+        """The kind of target and its value."""
+        return next((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None)
+
+    def met(self, cost: Cost, original: Cost, removed: float = 0.0) -> bool:
+        """Say whether a cost, and the share of channels removed for it, reach the target."""
+        kind, value = self.given
+        if kind == "speedup":
+            return cost.macs * value <= original.macs * (1 + 1e-12)
+        return removed >= value - 1e-9 if kind == "ratio" else getattr(cost, kind) <= value
+
+    def reached(self, cost: Cost, original: Cost, removed: float = 0.0) -> str:
+        """Say how far a cost and a share of channels get, in the target's own terms."""
+        kind, _ = self.given
+        if kind == "ratio":  # not rounded up: asked for what is said, it is met
+            return f"ratio={math.floor(removed * 1e4) / 1e4:g}"
+        return f"speedup={original.macs / cost.macs:.4g}" if kind == "speedup" else f"{kind}={getattr(cost, kind):,.0f}"
+
+    def __str__(self) -> str:
+        kind, value = self.given
+        return f"{kind}={value:g}"
+
+
+TARGETS = ("speedup", "macs", "params", "ratio")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """In how many steps a target is approached, up to which share of all channels, and how the last one ends.
+
+    ``last_step`` "exact" removes as few channels as the target needs; "full", the published rule, the whole step.
+    """
+
+    steps: int = 20
+    schedule_ratio: float = 1.0
+    last_step: str = "exact"
+
+    def __post_init__(self):
+        check_whole("steps", self.steps, 1)
+        if not 0 < self.schedule_ratio <= 1:
+            raise ValueError(f"schedule_ratio={self.schedule_ratio}: expected a share in (0, 1]")
+        check_name("last_step", self.last_step, ("exact", "full"))
+
+    def shares(self, target: Target) -> Iterator[float]:
+        """Yield the share of the channels prunable at the start that is gone at most after each step."""
+        final = self.schedule_ratio if target.ratio is None else target.ratio
+        return (final * step / self.steps for step in range(1, self.steps + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The keywords of `Selection`, `Scoring` and `Limits` side by side, flat as in JSON, for jobs and comparisons.
+
+    Attributes:
+        ignore, whole_heads, only: which channels may go at all (see `find_groups`).
+        group_reduction, normalizer: how scores are combined and scaled (see `score_groups`).
+        scope, min_channels, max_ratio, round_to: what every group keeps (see `Limits`).
+        batches, batch_size: calibration batches of a pruning step, images in one.
+        seed: fixes all that is drawn.
+    """
+
+    ignore: tuple[str, ...] = ()
+    whole_heads: bool = False
+    only: str | None = None
+    group_reduction: str = "sum"
+    normalizer: str | None = None
+    scope: str = "global"
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    round_to: int | None = None
+    batches: int = 50
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("batches", 1), ("batch_size", 1), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        object.__setattr__(self, "ignore", self.selection.ignore)
+        _ = self.scoring(), self.limits
+
+    @property
+    def selection(self) -> Selection:
+        """Which channels may go at all."""
+        return Selection(self.ignore, self.whole_heads, self.only)
+
+    def scoring(self, criterion: Any = "jacobian", objective: Objective = classification) -> Scoring:
+        """Return how channels are scored by a criterion."""
+        return Scoring(criterion, self.group_reduction, self.normalizer, objective)
+
+    @property
+    def limits(self) -> Limits:
+        """What every group keeps."""
+        return Limits(self.min_channels, self.max_ratio, self.round_to, scope=self.scope)
