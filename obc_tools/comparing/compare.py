@@ -25,7 +25,7 @@ from ..data.batches import Batch, Pass, take
 from ..data.data import Data, check_classes
 from ..errors import UnknownNameError
 from ..files import environment
-from ..measure.cost_model import CostModel, cost_model
+from ..measure.costs import CostModel, cost_model
 from ..measure.metrics import Metrics, evaluate
 from ..pruning.order import SCOPES, Limits, Target, removal_order
 from ..pruning.plan import PruningPlan

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..measure.cost_model import CostModel, cost_model
-from ..measure.costs import cost
+from ..measure.costs import CostModel, cost, cost_model
 from ..state import call_model
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel

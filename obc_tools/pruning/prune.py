@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..measure.cost_model import CostModel, cost_model
-from ..measure.costs import Cost
+from ..measure.costs import Cost, CostModel, cost_model
 from ..scoring.criteria import resolve_criterion
 from ..scoring.objectives import Objective, classification
 from ..scoring.scores import score_groups

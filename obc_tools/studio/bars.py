@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..plots.plans import group_names
 from ..pruning.plan import PruningPlan
 from ..structure.groups import ChannelGroup

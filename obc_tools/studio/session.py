@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batches import take
 from ..data.data import Data
-from ..measure.cost_model import cost_model
+from ..measure.costs import cost_model
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, evaluate
 from ..pruning.order import Ranking

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..errors import UnknownNameError
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..pruning.order import SCOPES, Limits, Ranking, Target
 from ..pruning.plan import PlanMismatchError, PruningPlan
 from ..scoring.criteria import resolve_criterion

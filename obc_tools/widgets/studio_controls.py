@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import ipywidgets as W
 
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..pruning.order import SCOPES, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
