@@ -222,6 +222,10 @@ def count(model: nn.Module, example_inputs: Any) -> Ledger:
 
 def _naming(model: nn.Module, stack: list[str]) -> Iterator[torch.utils.hooks.RemovableHandle]:
     """Let modules put their names on a stack while they run."""
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
     for name, module in model.named_modules():
         yield module.register_forward_pre_hook(lambda *_, name=name: stack.append(name), prepend=True)
-        yield module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)
+        yield module.register_forward_hook(leave)
