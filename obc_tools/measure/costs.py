@@ -236,7 +236,7 @@ class CostModel:
         """
         widths = self._widths(plan)
         macs = self.macs.at(widths) / np.where(self.macs.batched, self.examples, 1)
-        return _by_layer(zip(self.macs.owners, macs, strict=True), zip(self.params.owners, self.params.at(widths)))
+        return _by_layer((self.macs.owners, macs), (self.params.owners, self.params.at(widths)))
 
     def _widths(self, plan: Plan) -> np.ndarray:
         gone = np.zeros(self.widths.occurrences.shape[1], dtype=np.int64)
@@ -278,11 +278,14 @@ class CostModel:
         return f"CostModel({self.original!r})"
 
 
-def _by_layer(macs: Iterable[tuple[str, float]], params: Iterable[tuple[str, int]]) -> pd.DataFrame:
-    frames = {name: pd.DataFrame(found, columns=["layer", name]) for name, found in (("MACs", macs), ("parameters", params))}
-    layers = pd.Index(dict.fromkeys((*frames["MACs"]["layer"], *frames["parameters"]["layer"])), name="layer")
-    sums = {name: frame.groupby("layer")[name].sum().reindex(layers, fill_value=0) for name, frame in frames.items()}
-    return pd.DataFrame(sums).astype({"MACs": float, "parameters": int}).reset_index()
+def _by_layer(macs: tuple[Iterable[str], Any], params: tuple[Iterable[str], Any]) -> pd.DataFrame:
+    """Sum up the MACs and the parameters of each layer, given the layers and their numbers."""
+    layers = pd.Index(dict.fromkeys((*macs[0], *params[0])), name="layer")
+    found = {
+        name: pd.Series(numbers, list(owners), dtype=dtype).groupby(level=0).sum().reindex(layers, fill_value=0)
+        for name, (owners, numbers), dtype in (("MACs", macs, float), ("parameters", params, int))
+    }
+    return pd.DataFrame(found).reset_index()
 
 
 def cost_model(
@@ -361,8 +364,9 @@ class ModuleCosts:
         """Return what each layer costs where a plan is carried out, in the columns "layer", "MACs", "parameters"."""
         pruned = self._pruned(plan)
         macs = _count_modules(pruned, self.example_inputs)[1]
-        parameters = ((name.rpartition(".")[0], parameter.numel()) for name, parameter in pruned.named_parameters())
-        return _by_layer(macs.items(), parameters)
+        sizes = {name: parameter.numel() for name, parameter in pruned.named_parameters()}
+        owners = [name.rpartition(".")[0] for name in sizes]
+        return _by_layer((macs.keys(), list(macs.values())), (owners, list(sizes.values())))
 
     def _pruned(self, plan: Plan) -> nn.Module:
         kept = {group: tuple(map(int, channels)) for group, channels in zip(plan.groups, plan.kept, strict=True)}
@@ -382,8 +386,8 @@ class _Called(nn.Module):
 
 def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[str, float]]:
     """Return what torch_pruning counts of a model, and of each of its modules."""
-    examples, entered = example_count(example_inputs), []
-    custom = op_counter.CUSTOM_MODULES_MAPPING
+    examples, custom = example_count(example_inputs), op_counter.CUSTOM_MODULES_MAPPING
+    called, batch, entered = _Called(model, example_inputs), torch.empty(examples), [("", type(model).__name__)]
     handles = [
         module.register_forward_pre_hook(lambda module, _, name=name: entered.append((name, type(module).__name__)))
         for name, module in model.named_modules()
@@ -391,7 +395,7 @@ def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[st
     try:
         with hooks(handles), evaluating(model), torch.no_grad():
             # It divides by the length of what the outermost module is called with.
-            found = op_counter.count_ops_and_params(_Called(model, example_inputs), torch.empty(examples), layer_wise=True)
+            macs, _, by_module, _ = op_counter.count_ops_and_params(called, batch, layer_wise=True)
     except (AttributeError, IndexError, TypeError, ValueError, AssertionError) as error:
         if traceback.extract_tb(error.__traceback__)[-1].filename != op_counter.__file__:
             raise
@@ -399,6 +403,9 @@ def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[st
         raise ValueError(f"module {name!r} ({kind}): torch_pruning cannot count its call, {error!r}") from error
     finally:
         op_counter.CUSTOM_MODULES_MAPPING = custom
-    macs, _, by_module, _ = found
-    counted = {name: by_module[module] / examples for name, module in model.named_modules() if by_module.get(module)}
+    counted = {
+        name: by_module[module] / examples
+        for name, module in model.named_modules()
+        if type(module) in (op_counter.MODULES_MAPPING | custom) and by_module.get(module)
+    }
     return Cost(macs, parameter_count(model)), counted

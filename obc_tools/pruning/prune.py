@@ -1,4 +1,4 @@
-"""Apply a plan (`prune`), and find a plan for a target in steps (`prune_to`)."""
+"""Find a plan for a target in steps."""
 
 from __future__ import annotations
 
@@ -14,37 +14,9 @@ from ..scoring.criteria import resolve_criterion
 from ..scoring.objectives import Objective, classification
 from ..scoring.scores import score_groups
 from ..structure.groups import ChannelGroup, find_groups
-from ..structure.shrinking import shrink_model
+from .check import prove
 from .order import Limits, RemovalOrder, Target, removal_order
-from .plan import PlanMismatchError, PruningPlan
-
-
-def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Return a new model with only the kept channels; the given model is left unchanged.
-
-    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy.
-
-    Raises:
-        PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
-    """
-    plan.validate(model)
-    pruned = shrink_model(model, plan.shrunk, plan.scaled)
-    _tie(model, pruned)
-    return pruned
-
-
-def _tie(model: nn.Module, pruned: nn.Module) -> None:
-    """Let parameters that are one object in the model be one object in the pruned model."""
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        source = first.setdefault(parameter, name)
-        if source == name:
-            continue
-        ours, theirs = pruned.get_parameter(name), pruned.get_parameter(source)
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            raise PlanMismatchError(f"{source!r} and {name!r} are one parameter, but the plan prunes them differently")
-        owner, _, leaf = name.rpartition(".")
-        setattr(pruned.get_submodule(owner), leaf, theirs)
+from .plan import PruningPlan, prune
 
 
 def prune_to(
@@ -71,6 +43,7 @@ def prune_to(
     normalizer: str | None = None,
     objective: Objective = classification,
     seed: int = 0,
+    verify: bool = True,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan that reaches a target, in steps: score, remove the lowest-scored channels, score what is left again.
@@ -89,11 +62,14 @@ def prune_to(
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         round_to, max_ratio, min_channels: what every group keeps (see `order.Limits`).
+        verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
+            `check.prove`).
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
             and what `find_groups` and `score_groups` raise.
+        ProofError: the plan is wrong; the error carries it.
     """
     target = Target(speedup, macs, params, ratio)
     if steps < 1 or not 0 < schedule_ratio <= 1 or last_step not in ("exact", "full"):
@@ -126,12 +102,19 @@ def prune_to(
         candidate = plan.then(order.plan(units))
         if target.met(costs.of(candidate), original):
             if last_step == "full":
-                return candidate
-            return plan.then(order.plan(fewest_units(plan, order, units, target, costs, original)))
+                return _proven(candidate, model, example_inputs, costs, verify)
+            units = fewest_units(plan, order, units, target, costs, original)
+            return _proven(plan.then(order.plan(units)), model, example_inputs, costs, verify)
         plan = candidate
     if ratio is None:
         best = target.reached(costs.of(plan), original)
         raise ValueError(f"{target} is not met: the schedule ends at schedule_ratio={final:g} with {best}")
+    return _proven(plan, model, example_inputs, costs, verify)
+
+
+def _proven(plan: PruningPlan, model: nn.Module, example_inputs: Any, costs: CostModel, verify: bool) -> PruningPlan:
+    if verify:
+        prove(model, plan, example_inputs, costs.of(plan))
     return plan
 
 

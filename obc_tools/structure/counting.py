@@ -52,15 +52,15 @@ Formula = Callable[[Flow, Any, tuple], Iterator[Sequence[Factor]]]
 FORMULAS: dict[str, Formula] = {}
 """What each of torch's operations multiplies, given the labels of its tensors, its result and its arguments."""
 
-WITHOUT_PRODUCTS = frozenset(
-    "_local_scalar_dense equal nonzero is_nonzero unique _unique2 bincount argsort searchsorted bucketize one_hot nms "
-    "roi_align roi_pool ps_roi_align scatter scatter_add scatter_reduce index_add index_copy index_fill masked_select "
-    "masked_scatter take take_along_dim diagonal diag_embed tril triu unfold _embedding_bag unique_consecutive kthvalue "
-    "_thnn_fused_lstm_cell _thnn_fused_gru_cell cummax cummin renorm polar complex view_as_complex view_as_real".split()
-)
+WITHOUT_PRODUCTS = (
+    "_local_scalar_dense", "equal", "nonzero", "_unique2", "bincount", "argsort", "searchsorted", "bucketize", "nms",
+    "roi_align", "roi_pool", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill",
+    "masked_select", "masked_scatter", "take", "diagonal", "tril", "triu", "unfold", "_embedding_bag", "kthvalue",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "view_as_complex", "view_as_real", "complex", "polar",
+)  # fmt: skip
 """Operations that the trace does not follow and that multiply no matrices all the same."""
 
-STRETCHING = frozenset("expand repeat zeros ones full empty new_zeros new_ones new_full new_empty".split())
+STRETCHING = ("expand", "repeat", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 """Operations by which a tensor gets as long as the batch."""
 
 BATCHED, WEIGHTED = 1, 2
@@ -214,9 +214,9 @@ def count(model: nn.Module, example_inputs: Any) -> Ledger:
     """Run a model once, in eval mode and without gradients, and return what its operations multiply."""
     ledger = Ledger(Flow())
     ledger.take(example_inputs)
-    with evaluating(model), torch.no_grad(), no_fused_attention(), hooks(_naming(model, ledger.flow.stack)):
-        with _Counting(ledger):
-            call_model(model, example_inputs)
+    names = hooks(_naming(model, ledger.flow.stack))
+    with evaluating(model), torch.no_grad(), no_fused_attention(), names, _Counting(ledger):
+        call_model(model, example_inputs)
     return ledger
 
 

@@ -368,6 +368,8 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
     handler = handler_of(function)
     if handler is None:
         flow.freeze_all(known, f"passes through {flow.where(name)}, where its channels cannot be followed")
+        for result in tensors_in((out,)):
+            flow.put(result, [None] * result.dim())
         return
     flow.spent = []
     handler(flow, out, args, kwargs)

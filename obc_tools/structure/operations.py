@@ -162,7 +162,8 @@ def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 
 ATTENTIONS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
               "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-              "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math_for_mps")  # fmt: skip
+              "_scaled_dot_product_fused_attention_overrideable",
+              "_scaled_dot_product_attention_math_for_mps")  # fmt: skip
 """Kernels of attention: queries, keys and values come first among their arguments."""
 
 

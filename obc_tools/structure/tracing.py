@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import call_model, copy_borrowing, hooks, no_fused_attention
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, sized_shape
+from .calls import FUNCTIONS, attended_tensors, sized_shape
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
@@ -243,8 +243,7 @@ class Tracer:
         """Follow torch's attention as one layer: its heads, its projections and its inputs are equally wide."""
         projection = f"{name}.out_proj" if name else "out_proj"
         self.saw([*layer.parameters()])
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        tensors = [given[part] for part in ("query", "key", "value")]
+        tensors = attended_tensors(args, kwargs)
         taken = [self.flow.of(tensor) for tensor in tensors]
         keep_tokens(self.flow, taken, range(tensors[0].dim() - 1))
         self.ledger.add(attention_factors(layer, tensors, self.axes.get(LayerAxis(name, "in"))), tensors)
