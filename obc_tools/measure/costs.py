@@ -8,10 +8,12 @@ activations included; a plan's is that of a pruned copy.
 
 from __future__ import annotations
 
+import io
 import math
 import traceback
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence, Sized
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -393,7 +395,7 @@ def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[st
         for name, module in model.named_modules()
     ]
     try:
-        with hooks(handles), evaluating(model), torch.no_grad():
+        with hooks(handles), evaluating(model), torch.no_grad(), redirect_stdout(io.StringIO()):
             # It divides by the length of what the outermost module is called with.
             macs, _, by_module, _ = op_counter.count_ops_and_params(called, batch, layer_wise=True)
     except (AttributeError, IndexError, TypeError, ValueError, AssertionError) as error:
