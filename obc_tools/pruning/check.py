@@ -327,7 +327,7 @@ def _layer_outputs(model: nn.Module, outputs: _Outputs) -> list[tuple[str, Tenso
 
     def keep(name: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            calls.append((name, output))
+            calls.append((name, output.clone()))
 
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output, name=name: keep(name, output))

@@ -136,7 +136,8 @@ class Cells(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase]):
         super().__init__()
-        self.front, self.memory, self.out = nn.Linear(24, 9), kind(9, 7, batch_first=True), nn.Linear(7, 4)
+        self.front, self.memory = nn.Linear(24, 9), kind(9, 7, batch_first=True)
+        self.out = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.memory(self.front(x.transpose(1, 2).flatten(2)).relu())[0][:, -1])
@@ -148,7 +149,7 @@ def own_layers() -> nn.Module:
         nn.ReLU(),
         Subclass(8, 6, 3),
         nn.ReLU(),
-        timm.layers.ScaledStdConv2d(6, 8, 1),
+        timm.layers.ScaledStdConv2d(6, 8, 3),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         Conv1D(10, 8),
