@@ -265,7 +265,7 @@ FIRST = {
     "a consumer's inputs reversed": "conv3",
     "a consumer's inputs rotated": "last",
     "a norm rotated": "bn2",
-    "one branch of a sum rotated": "project.0",
+    "one branch of a sum rotated": "project.1",
     "a depthwise convolution reversed": "depthwise.0",
     "a flattened axis rotated": "11",
     "a transposed convolution reversed": "up",
