@@ -13,3 +13,7 @@ class UnknownNameError(ValueError):
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
         hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(sorted(known)[:20])}"
         super().__init__(f"unknown {what} {name!r}; {hint}")
+
+
+class PlanMismatchError(ValueError):
+    """A plan that does not fit a model or another plan."""

@@ -24,13 +24,12 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Pass, take
 from ..data.data import Data, check_classes
 from ..files import environment
-from ..measure.cost_model import CostModel
-from ..measure.costs import Cost
+from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, evaluate
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
 from ..pruning.order import next_plan
-from ..pruning.plan import PruningPlan
-from ..pruning.prune import check_reachable, costs_of_plans, prune
+from ..pruning.plan import PruningPlan, prune
+from ..pruning.prune import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective, classification
 from .comparison import (
@@ -177,8 +176,8 @@ class _Bench:
         example, _ = next(iter(data.batches("val", 1, device=device).at(0)))
         with torch.no_grad():
             check_classes(model.eval()(example).shape[-1], data)
-        whole = PruningPlan.whole(settings.selection.groups(model, example))
-        costs = costs_of_plans(model, example, settings.selection, settings.counting)
+        groups, costs = settings.selection.analyse(model, example, settings.counting)
+        whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
         bench = cls(factory, data, settings, objective, contenders, whole, costs, _checksum(model), device)
         for contender in contenders:

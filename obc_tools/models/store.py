@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from ..files import entries, replacing
 from ..pruning.equivalent import EquivalentModel
-from ..pruning.plan import PlanMismatchError, PruningPlan
-from ..pruning.prune import prune
+from ..pruning.plan import PlanMismatchError, PruningPlan, prune
 from ..structure.layers import all_axes, get_layer
 from .networks import load_model
 from .weights import load_weights, read_weights

@@ -11,22 +11,23 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..measure.cost_model import CostModel, cost_model
-from ..measure.costs import cost
-from ..state import call_model
+from ..measure.costs import Cost, CostModel, cost, cost_model
+from ..state import call_model, hooks
 from ..structure.groups import loses_heads
+from ..structure.layers import LayerAxis, activation_dim, scored_layers
 from .equivalent import EquivalentModel
 from .masking import masked
-from .plan import PruningPlan
-from .prune import prune
+from .plan import PruningPlan, prune
 
 TOLERANCE = 1e-6
 """Default bound on relative errors: far above double rounding, far below what any wrongly coupled channel causes."""
@@ -35,8 +36,24 @@ DISTURBANCE = 0.1
 """How much random matrices change the signal behind each map of Equivalent Pruning, relative to it."""
 
 
+SINGLE_TOLERANCE = 1e-3
+"""Bound on relative errors of a network that does not run in double precision."""
+
+
+ROUNDING = 1e-9
+"""Bound on the relative error of predicted costs, which are sums of whole numbers."""
+
+
 class CheckError(ValueError):
     """A plan that was proven wrong, or a network on which nothing can be proven."""
+
+
+class ProofError(CheckError):
+    """A plan whose pruned network is not what it must be. ``plan`` is the plan."""
+
+    def __init__(self, message: str, plan: PruningPlan):
+        super().__init__(message)
+        self.plan = plan
 
 
 @dataclass(frozen=True)
@@ -176,7 +193,9 @@ class _Outputs:
 
     @torch.no_grad()
     def of(self, model: nn.Module) -> list[Tensor]:
-        output = call_model(model.eval(), tree_map(_copy, self.inputs))
+        with torch.random.fork_rng():  # networks may add noise
+            torch.manual_seed(0)
+            output = call_model(model.eval(), tree_map(_copy, self.inputs))
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
     def compare(self, name: str, build: Callable[[], nn.Module], expected: list[Tensor]) -> Finding:
@@ -221,8 +240,102 @@ def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | 
         )
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
-    errors = (abs(predicted.macs / counted.macs - 1), abs(predicted.params / counted.params - 1))
-    return [Finding("costs predicted = counted", max(errors), 0.0)]
+    return [Finding("costs predicted = counted", _deviation(predicted, counted), 0.0)]
+
+
+def _deviation(predicted: Cost, counted: Cost) -> float:
+    """Return the largest relative error of predicted costs."""
+    pairs = (predicted.macs, counted.macs), (predicted.params, counted.params)
+    return max(0.0 if one == other else abs(one / other - 1) if other else math.inf for one, other in pairs)
+
+
+def prove(
+    model: nn.Module, plan: PruningPlan, example_inputs: Any, predicted: Cost, *, counting: str = "operations"
+) -> None:
+    """Prove on example inputs that a plan's network runs, equals the masked one (`masking`) and costs what it should.
+
+    Forward passes in eval mode: one that counts and two in double precision, in the model's own where it insists on
+    it. Work that depends on data, such as a detector's boxes, need not cost what was predicted. Behind a layer of zeros
+    all outputs are equal, which proves nothing and is not refused.
+
+    Args:
+        model: the unpruned network; left unchanged.
+        predicted: what a cost model says of the plan, by the same ``counting``.
+
+    Raises:
+        ProofError: it does not; says the first layer that differs.
+    """
+    try:
+        counted = cost(prune(model, plan), example_inputs, counting=counting)
+    except Exception as error:
+        where = _first_difference(model, plan, _Outputs(example_inputs, TOLERANCE))
+        raise ProofError(f"the pruned network does not run: {_describe(error)}; {where}", plan) from error
+    if _deviation(predicted, counted) > ROUNDING and not _depends_on_data(model, plan, example_inputs):
+        where = _first_cost(model, plan, example_inputs)
+        raise ProofError(f"the pruned network costs {counted}, and {predicted} was predicted; {where}", plan)
+    original, outputs = _in_double(model, example_inputs)
+    found = outputs.compare("pruned = masked", lambda: masked(original, plan), outputs.of(prune(original, plan)))
+    if not found.ok:
+        raise ProofError(f"{found}; {_first_difference(original, plan, outputs)}", plan)
+
+
+def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
+    """Return a network in double precision and what runs it, or as it is where it does not run so."""
+    original = copy.deepcopy(model).double()
+    outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float64), inputs), TOLERANCE)
+    try:
+        outputs.of(original)
+    except Exception:
+        return copy.deepcopy(model), _Outputs(inputs, SINGLE_TOLERANCE)
+    return original, outputs
+
+
+def _depends_on_data(model: nn.Module, plan: PruningPlan, inputs: Any) -> bool:
+    """Say whether the network's work changes with its weights alone, their sizes being equal."""
+    return cost(masked(model, plan), inputs).macs != cost(model, inputs).macs
+
+
+def _first_cost(model: nn.Module, plan: PruningPlan, inputs: Any) -> str:
+    """Name the first layer that does not cost what was predicted."""
+    predicted = cost_model(model, inputs, whole_heads=loses_heads(plan.groups)).by_layer(plan)
+    counted = cost_model(prune(model, plan), inputs).by_layer(PruningPlan((), ())).set_index("layer")
+    for layer, *expected in predicted.itertuples(index=False):
+        found = counted.loc[layer].tolist() if layer in counted.index else [0, 0]
+        if not np.allclose(found, expected, rtol=ROUNDING, atol=0):
+            return f"first differs layer {layer!r}: {found} MACs and parameters, {expected} predicted"
+    return "no single layer differs"
+
+
+def _first_difference(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> str:
+    """Name the first layer whose kept outputs are not those of the masked network, or at which the pruned one ends."""
+    expected, found = (_layer_outputs(network, outputs) for network in (masked(model, plan), prune(model, plan)))
+    for number, (name, output) in enumerate(expected):
+        kept = plan.shrunk.get(LayerAxis(name, "out"))
+        if kept is not None:
+            dim = activation_dim(model.get_submodule(name), output)
+            output = output.index_select(dim, torch.tensor(kept, device=output.device))
+        if number >= len(found):
+            return f"it ends at layer {name!r} or before"
+        if relative_error([output], [found[number][1]]) > outputs.tolerance:
+            return f"first differs layer {name!r}"
+    return "no layer's output differs"
+
+
+def _layer_outputs(model: nn.Module, outputs: _Outputs) -> list[tuple[str, Tensor]]:
+    """Return what every call of a layer gave, in order, also where the network fails on the way."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            calls.append((name, output.clone()))
+
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output, name=name: keep(name, output))
+        for name, layer in scored_layers(model)
+    ]
+    with hooks(handles), suppress(Exception):
+        outputs.of(model)
+    return calls
 
 
 @torch.no_grad()

@@ -14,17 +14,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnknownNameError
-from ..measure.costs import Cost
+from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse
 from ..scoring.criteria import Criterion, resolve_criterion
 from ..scoring.objectives import Objective, classification
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores, score_groups
-from ..structure.groups import PARTS, ChannelGroup, find_groups
+from ..structure.groups import PARTS, ChannelGroup
 from ..structure.layers import LayerAxis
 
 SCOPES = ("global", "local", "isomorphic")
-OPERATIONS, TORCH_PRUNING = "operations", "torch_pruning"
-COUNTS = (OPERATIONS, TORCH_PRUNING)
-"""What MACs are: those of the operations that run, or what torch_pruning counts (module types; the paper's count)."""
+OPERATIONS, TORCH_PRUNING = COUNTINGS
 
 
 def check_whole(name: str, value: Any, least: int, what: str = "") -> None:
@@ -52,10 +50,12 @@ class Selection:
         object.__setattr__(self, "ignore", (self.ignore,) if single else tuple(self.ignore))
         check_name("only", self.only, PARTS)
 
-    def groups(self, model: nn.Module, example_inputs: Any) -> tuple[ChannelGroup, ...]:
-        """Return a model's groups, those that are kept whole included."""
+    def analyse(
+        self, model: nn.Module, example_inputs: Any, counting: str = OPERATIONS
+    ) -> tuple[tuple[ChannelGroup, ...], CostModel | ModuleCosts]:
+        """Return a model's groups, those that are kept whole included, and what every plan for them costs."""
         options = {"ignore": self.ignore, "whole_heads": self.whole_heads, "only": self.only}
-        return find_groups(model, example_inputs, **options)
+        return analyse(model, example_inputs, counting=counting, **options)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Target:
     counting: str = OPERATIONS
 
     def __post_init__(self):
-        check_name("counting", self.counting, COUNTS)
+        check_name("counting", self.counting, COUNTINGS)
         given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")

@@ -23,8 +23,7 @@ from torch.func import functional_call
 
 from ..structure.layers import LayerAxis, from_mixing, get_layer, layer_axes, mixing_tensors, own_parameters, to_mixing
 from ..structure.shrinking import is_attribute
-from .plan import PruningPlan
-from .prune import prune
+from .plan import PruningPlan, prune
 
 
 class MixedLayer(nn.Module):

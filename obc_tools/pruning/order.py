@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnknownNameError
-from ..measure.cost_model import CostModel
-from ..measure.costs import Cost
+from ..measure.costs import Cost, CostModel
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import Limits, Target

@@ -13,15 +13,12 @@ from functools import cached_property
 import pandas as pd
 from torch import nn
 
-from ..errors import UnknownNameError
+from ..errors import PlanMismatchError, UnknownNameError
 from ..structure.groups import ChannelGroup, Member, kept_positions
 from ..structure.layers import TEMPERATURE, LayerAxis, all_axes, get_layer
+from ..structure.shrinking import shrink_model
 
 FORMAT = 1
-
-
-class PlanMismatchError(ValueError):
-    """A plan that does not fit a model or another plan."""
 
 
 @dataclass(frozen=True)
@@ -279,3 +276,15 @@ def _integer(value: object) -> int:
     if type(value) is not int:
         raise TypeError(f"expected an integer, found {value!r}")
     return value
+
+
+def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Return a new model with only the kept channels; the given model is left unchanged.
+
+    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy.
+
+    Raises:
+        PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
+    """
+    plan.validate(model)
+    return shrink_model(model, plan.shrunk, plan.scaled)

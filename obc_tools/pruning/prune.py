@@ -1,4 +1,4 @@
-"""Apply a plan (`prune`), and find a plan for a target in steps (`prune_to`)."""
+"""Find a plan for a target in steps."""
 
 from __future__ import annotations
 
@@ -9,41 +9,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..measure.cost_model import CostModel, cost_model
-from ..measure.costs import Cost, cost
+from ..measure.costs import CostModel
 from ..scoring.objectives import Objective, classification
-from ..structure.shrinking import shrink_model
+from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import next_plan, removal_order
-from .plan import PlanMismatchError, PruningPlan
-
-
-def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """Return a new model with only the kept channels; the given model is left unchanged.
-
-    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy.
-
-    Raises:
-        PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
-    """
-    plan.validate(model)
-    pruned = shrink_model(model, plan.shrunk, plan.scaled)
-    _tie(model, pruned)
-    return pruned
-
-
-def _tie(model: nn.Module, pruned: nn.Module) -> None:
-    """Let parameters that are one object in the model be one object in the pruned model."""
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        source = first.setdefault(parameter, name)
-        if source == name:
-            continue
-        ours, theirs = pruned.get_parameter(name), pruned.get_parameter(source)
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            raise PlanMismatchError(f"{source!r} and {name!r} are one parameter, but the plan prunes them differently")
-        owner, _, leaf = name.rpartition(".")
-        setattr(pruned.get_submodule(owner), leaf, theirs)
+from .plan import PruningPlan, prune
 
 
 def prune_to(
@@ -71,6 +42,7 @@ def prune_to(
     normalizer: str | None = None,
     objective: Objective = classification,
     seed: int = 0,
+    verify: bool = True,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan that reaches a target, in steps: score, remove the lowest-scored channels, score what is left again.
@@ -90,11 +62,14 @@ def prune_to(
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         round_to, max_ratio, min_channels: what every group keeps (see `choices.Limits`).
         counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
+        verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
+            `check.prove`).
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
             and what `find_groups` and `score_groups` raise.
+        ProofError: the plan is wrong; the error carries it.
     """
     return prune_in_steps(
         model,
@@ -105,6 +80,7 @@ def prune_to(
         scoring=Scoring(criterion, group_reduction, normalizer, objective),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
+        verify=verify,
         seed=seed,
         progress=progress,
     )
@@ -120,12 +96,12 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
+    verify: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
-    groups = selection.groups(model, example_inputs)
-    costs = costs_of_plans(model, example_inputs, selection, target.counting)
+    groups, costs = selection.analyse(model, example_inputs, target.counting)
     plan = PruningPlan.whole(groups)
     check_reachable(target, plan, limits, costs)
     shares = tqdm(steps.shares(target), f"pruning to {target}", total=steps.steps, disable=not progress, leave=False)
@@ -140,19 +116,11 @@ def prune_in_steps(
             raise ValueError(
                 f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
             )
+    if verify:
+        prove(model, plan, example_inputs, costs.of(plan))
     return plan
 
 
 def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
     """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target."""
     removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)
-
-
-def cost_counted(model: nn.Module, example_inputs: Any, counting: str) -> Cost:
-    """Return what a model costs, in one of the counts of `choices.COUNTS`."""
-    return cost(model, example_inputs)
-
-
-def costs_of_plans(model: nn.Module, example_inputs: Any, selection: Selection, counting: str) -> CostModel:
-    """Return what every plan for a model costs, in one of the counts of `choices.COUNTS`."""
-    return cost_model(model, example_inputs, whole_heads=selection.whole_heads)

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.data import Data, check_classes
 from ..files import replacing, write_text
+from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..measure.metrics import evaluate
 from ..models.networks import load_model
 from ..models.weights import load_weights, read_weights
 from ..pruning.equivalent import EquivalentModel
-from ..pruning.plan import PruningPlan
-from ..pruning.prune import cost_counted, prune, prune_in_steps
+from ..pruning.plan import PruningPlan, prune
+from ..pruning.prune import prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..state import evaluating
 from ..structure.layers import layer_axes
@@ -282,7 +283,7 @@ def _check_equal(difference: float, models: str) -> None:
 def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
     batches = inputs.held_out_batches()
     metrics = {key: evaluate(model, batches, progress=progress) for key, model in models.items()}
-    costs = {key: cost_counted(model, inputs.example, inputs.job.target.counting) for key, model in models.items()}
+    costs = {key: cost(model, inputs.example, counting=inputs.job.target.counting) for key, model in models.items()}
     on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
     timed = latencies(on_cpu, inputs.example.cpu())
     return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}

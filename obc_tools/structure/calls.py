@@ -243,7 +243,17 @@ def _rms_norm(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) ->
 @stand_in("scaled_dot_product_attention")
 def _attention(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     tracer.default_scale = kwargs.get("scale") is None
+    for tensor in attended_tensors(args, kwargs):
+        # Also where neither queries nor keys depend on the input.
+        tracer.flow.attended += [labels for labels in tracer.flow.of(tensor).dims[-3::2] if labels is not None]
     try:
         return function(*args, **kwargs)
     finally:
         tracer.default_scale = False
+
+
+def attended_tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    """Return the queries, keys and values of an attention, however they are given."""
+    names = ("query", "key", "value")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return [given[name] for name in names]

@@ -42,27 +42,34 @@ class Bundle:
     blocks: int
     places: Sequence[Place]
     attributes: Sequence[Place]
-    calls: Sequence[tuple[tuple[str, int], int, np.ndarray]]
     reason: str | None
     attends: bool
 
 
-class Classes:
-    """The classes of a trace: ``of(labels)`` numbers them, ``reasons`` says why some never go."""
+class LostChannelsError(ValueError):
+    """Channels that entered an operation and neither left it nor were summed over or frozen: an error of the trace."""
 
-    def __init__(self, flow: Flow, freeze: Iterable[tuple[np.ndarray, str]] = ()):
+
+class Classes:
+    """The classes of a trace: ``of(labels)`` numbers them, ``reasons`` says why some never go.
+
+    What an operation lost is frozen; in a ``strict`` trace it raises LostChannelsError.
+    """
+
+    def __init__(self, flow: Flow, strict: bool = False):
         self.flow = flow
         rows, columns = (np.concatenate([NONE, *(pair[side].ravel() for pair in flow.joined)]) for side in (0, 1))
         graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(flow.count, flow.count))
         self.count, self.of_label = connected_components(graph, directed=False)
         self.reasons: dict[int, str] = {}
-        for labels, reason in (*flow.frozen, *freeze):
+        for labels, reason in flow.frozen:
             for number in np.unique(self.of_label[labels]).tolist():
                 self.reasons.setdefault(number, reason)
         for size, labels in flow.sizes:
             self._check(size, labels)
         for labels, rows in flow.temperatures:
             self._check_temperature(labels, rows)
+        self._check_passages(strict)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Return the class of each label."""
@@ -88,6 +95,21 @@ class Classes:
         if not np.array_equal(heads, np.unique(self.of(labels))) or (counts != counts[0]).any():
             for number in np.unique(self.of(labels)).tolist():
                 self.reasons.setdefault(number, "is a head of an attention whose queries are not its own")
+
+    def _check_passages(self, strict: bool) -> None:
+        """Freeze the classes that ended in an operation which gives no account of them."""
+        there = np.full(self.count, -1)
+        free = np.ones(self.count, dtype=bool)
+        free[list(self.reasons)] = False
+        for number, passage in enumerate(self.flow.passages):
+            for labels in passage.left:
+                there[self.of(labels)] = number
+            entered = np.concatenate([self.of(labels).ravel() for labels in passage.entered])
+            lost = np.unique(entered[(there[entered] != number) & free[entered]])
+            if lost.size and strict:
+                raise LostChannelsError(f"{passage.operation}: {lost.size} channels are lost in it")
+            free[lost] = False
+            self.reasons |= dict.fromkeys(lost.tolist(), f"is lost in {passage.operation}")
 
     def _labels_of(self, source: Attribute | Dimension) -> Labels:
         return source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
@@ -119,25 +141,27 @@ class _Occurrences:
         return self.positions[inside], found[inside]
 
 
-def bundles(traced: Traced, ignored: Mapping[str, str], is_producer: Callable[[LayerAxis], bool]) -> Iterator[Bundle]:
+def bundles(
+    traced: Traced, classes: Classes, ignored: Mapping[str, str], is_producer: Callable[[LayerAxis], bool]
+) -> Iterator[Bundle]:
     """Yield the bundles of coupled channels of a trace; ``ignored`` maps a layer to why its outputs stay."""
-    outputs = [(axis.layer, labels) for axis, labels in traced.axes.items() if axis.axis != "in"]
-    classes = Classes(traced.flow, [(labels, ignored[layer]) for layer, labels in outputs if layer in ignored])
+    reasons = dict(classes.reasons)
+    for axis, labels in traced.axes.items():
+        if axis.axis != "in" and axis.layer in ignored:
+            reasons = dict.fromkeys(classes.of(labels).tolist(), ignored[axis.layer]) | reasons
     axes = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in traced.axes.items()]
     near = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _attribute_axes(traced)]
     for axis, labels in _temperature_axes(traced):
         near.append(_Occurrences.on(axis, np.where(labels < 0, -1, classes.of(labels))))
-    calls = [_Occurrences.on(axis, classes.of(labels)) for axis, labels in _call_axes(traced)]
     attended = np.zeros(classes.count, dtype=bool)
     for part in traced.flow.attended:
         attended[classes.of(part.ravel())] = True
     parts = _alike(axes, classes.count)
-    members, attributes, passed = (_by_part(found, parts) for found in (axes, near, calls))
+    members, attributes = (_by_part(found, parts) for found in (axes, near))
     for part, numbers in _numbers_of(parts).items():
         if any(is_producer(axis.axis) for axis in members[part]):
-            reason = next((classes.reasons[n] for n in numbers.tolist() if n in classes.reasons), None)
-            attends = bool(attended[numbers].any())
-            yield _bundle(members[part], numbers, attributes[part], passed[part], reason, attends)
+            reason = next((reasons[n] for n in numbers.tolist() if n in reasons), None)
+            yield _bundle(members[part], numbers, attributes[part], reason, bool(attended[numbers].any()))
 
 
 def _alike(axes: Sequence[_Occurrences], count: int) -> np.ndarray:
@@ -167,14 +191,6 @@ def _by_part(axes: Iterable[_Occurrences], parts: np.ndarray) -> Mapping[int, li
     return found
 
 
-def _call_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
-    """Name what calls gave, by the call's number and the dimension: "0.1"."""
-    for (layer, number), dims in traced.calls:
-        for dim, labels in enumerate(dims):
-            if labels is not None:
-                yield LayerAxis(layer, f"{number}.{dim}"), labels
-
-
 def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
     """Name the attributes that follow: ".head_dim", ".sizes.0" of a list, ".scale^-0.5" of a power of a width."""
     for attribute, labels in traced.flow.attributes.items():
@@ -199,7 +215,6 @@ def _bundle(
     axes: Sequence[_Occurrences],
     numbers: np.ndarray,
     attributes: Sequence[_Occurrences],
-    calls: Sequence[_Occurrences],
     reason: str | None,
     attends: bool,
 ) -> Bundle:
@@ -214,12 +229,7 @@ def _bundle(
     def places(found: Sequence[_Occurrences]) -> list[Place]:
         return [_place(axis, numbers, rank, blocks) for axis in found]
 
-    passed = []
-    for place in places(calls):
-        number, dim = map(int, place.axis.axis.split("."))
-        counts = np.bincount(place.channels, minlength=numbers.size * blocks)
-        passed.append(((place.axis.layer, number), dim, counts))
-    return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), passed, reason, attends)
+    return Bundle(numbers.size * blocks, blocks, places(axes), places(attributes), reason, attends)
 
 
 def _place(axis: _Occurrences, numbers: np.ndarray, rank: np.ndarray, blocks: int) -> Place:

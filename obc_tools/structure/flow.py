@@ -168,9 +168,21 @@ class Channels:
         return any(labels is not None for labels in self.dims)
 
 
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """Labels that went into an operation, and those that came out of it or were summed over in it."""
+
+    operation: str
+    entered: Sequence[np.ndarray]
+    left: Sequence[np.ndarray]
+
+
 @dataclass
 class Flow:
-    """What one or more forward passes demand of the labels."""
+    """What one or more forward passes demand of the labels.
+
+    ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off.
+    """
 
     count: int = 0
     joined: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -185,9 +197,21 @@ class Flow:
     requested: Sequence[Any] | None = None
     stretching: bool = False
     whole_heads: bool = False
+    stack: list[str] = field(default_factory=list)
+    spent: list[np.ndarray] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
     multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
     rooted: Callable[[int], None] = lambda size: None
+
+    @property
+    def module(self) -> str:
+        """The name of the module that is running."""
+        return self.stack[-1] if self.stack else ""
+
+    def where(self, operation: str) -> str:
+        """Name an operation and the layer in which it runs."""
+        return f"{operation} in layer {self.module!r}"
 
     def fresh(self, width: int) -> np.ndarray:
         """Return labels that nothing else carries."""
@@ -223,6 +247,20 @@ class Flow:
         """Let channels never go."""
         if labels is not None and labels.size:
             self.frozen.append((labels.ravel(), reason))
+
+    def spend(self, *dims: Labels) -> None:
+        """Note that channels rightly end in the current operation, such as those that a product sums over."""
+        self.spent += [labels for labels in dims if labels is not None]
+
+    def note_passage(self, operation: str, known: Iterable[Channels], results: Iterable[Tensor]) -> None:
+        """Note which labels went into an operation, for the check that none is lost; a single channel never goes."""
+        left = [labels for result in results for labels in self.of(result).dims if labels is not None]
+        left += self.spent
+        same = {id(labels) for labels in left}
+        dims = (labels for entry in known for labels in entry.dims)
+        entered = [labels for labels in dims if labels is not None and labels.size > 1 and id(labels) not in same]
+        if entered:
+            self.passages.append(Passage(self.where(operation), entered, left))
 
     def freeze_all(self, channels: Iterable[Channels], reason: str) -> None:
         """Let no channel of any of these tensors ever go."""
@@ -327,13 +365,22 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
         for result in tensors_in((out,)):
             flow.put(result, [None] * result.dim(), origin)
         return
+    handler = handler_of(function)
+    if handler is None:
+        flow.freeze_all(known, f"passes through {flow.where(name)}, where its channels cannot be followed")
+        for result in tensors_in((out,)):
+            flow.put(result, [None] * result.dim())
+        return
+    flow.spent = []
+    handler(flow, out, args, kwargs)
+    flow.note_passage(name, known, tensors_in((out,)))
+
+
+def handler_of(function: Any) -> Handler | None:
+    """Return what follows the channels through one of torch's operations, or None."""
+    name = function.overloadpacket.__name__
     handler = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
-    if handler is not None:
-        handler(flow, out, args, kwargs)
-    elif torch.Tag.pointwise in function.tags:
-        elementwise(flow, out, args, kwargs)
-    else:
-        flow.freeze_all(known, f"passes through {name}, whose channels cannot be followed")
+    return handler or (elementwise if torch.Tag.pointwise in function.tags else None)
 
 
 @operation(

@@ -16,10 +16,10 @@ import pandas as pd
 from torch import nn
 
 from ..errors import UnknownNameError
-from .coupling import Bundle, Place, bundles
+from .coupling import Bundle, Classes, Place, bundles
 from .layers import LayerAxis, UnknownLayerError, get_layer, layer_axes
 from .operations import HEAD_COUNTS
-from .tracing import ModuleCall, trace_model
+from .tracing import Traced, trace_model
 
 _SCALES = ("Norm", "PReLU", "Parameter")
 
@@ -127,28 +127,6 @@ def kept_positions(kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[LayerAxis
     return {a: tuple(p for p in range(widths[a]) if p not in gone) for a, gone in removed.items() if gone}
 
 
-@dataclass(frozen=True)
-class Follower:
-    """Channels of a group on the axis of a module without parameters (an activation, a pooling), for one of its calls.
-
-    ``positions`` counts the positions that each of the group's channels takes there, shape (width of the group,), along
-    the dimension ``dim`` of what the call gave.
-    """
-
-    call: ModuleCall
-    root: LayerAxis
-    positions: tuple[int, ...]
-    dim: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one traced forward pass tells: the groups, and where their channels pass through unparametrised modules."""
-
-    groups: tuple[ChannelGroup, ...]
-    followers: tuple[Follower, ...]
-
-
 def find_groups(
     model: nn.Module,
     example_inputs: Any,
@@ -179,7 +157,8 @@ def find_groups(
     Raises:
         ValueError: an ignored name that does not exist, or a model that cannot be traced.
     """
-    return trace_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads, only=only).groups
+    traced = trace_model(model, example_inputs, whole_heads=whole_heads)
+    return groups_of(model, traced, Classes(traced.flow), ignore=ignore, only=only)
 
 
 PARTS = {None: ("mlp", "attention", "stream"), "mlp": ("mlp",), "attention": ("attention",),
@@ -193,27 +172,26 @@ def loses_heads(groups: Iterable[ChannelGroup]) -> bool:
     return any(name[1:] in HEAD_COUNTS for name in followers)
 
 
-def trace_groups(
+def groups_of(
     model: nn.Module,
-    example_inputs: Any,
+    traced: Traced,
+    classes: Classes,
     *,
     ignore: Iterable[nn.Module | str] = (),
-    whole_heads: bool = False,
     only: str | None = None,
-) -> Trace:
-    """Trace a model once: its groups as `find_groups` returns them, and the followers of each."""
+) -> tuple[ChannelGroup, ...]:
+    """Return the groups of a model that was traced, as `find_groups` does."""
     if only not in PARTS:
         raise UnknownNameError("only", only, [str(part) for part in PARTS])
     ignored = _ignored_layers(model, ignore)
-    traced = trace_model(model, example_inputs, whole_heads=whole_heads)
     order = {name: index for index, name in enumerate(_layer_names(model))}
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
     reasons = {layer: f"ignored: {layer}" for layer in ignored}
-    found = list(bundles(traced, reasons, lambda axis: ranks[axis][0] < NO_PRODUCER))
+    found = list(bundles(traced, classes, reasons, lambda axis: ranks[axis][0] < NO_PRODUCER))
     found = [bundle for bundle in found if bundle.reason is None or _weightiest(bundle, ranks) < BARE]
     found.sort(key=lambda bundle: min((ranks[place.axis], int(place.positions.min())) for place in bundle.places))
     taken: dict[LayerAxis, int] = {}
-    groups, followers = [], []
+    groups = []
     for bundle in found:
         places = sorted(bundle.places, key=lambda place: ranks[place.axis])
         root = next((place.axis for place in places if place.axis not in taken), None)
@@ -221,10 +199,8 @@ def trace_groups(
             continue
         taken[root] = len(groups)
         groups.append(_group(model, bundle, root, traced.kinds))
-        followers += [Follower(call, root, tuple(counts.tolist()), dim) for call, dim, counts in bundle.calls]
     groups = [_kept_whole_unless(group, PARTS[only], only) for group in groups]
-    groups.sort(key=lambda group: order[group.root.layer])
-    return Trace(tuple(groups), tuple(followers))
+    return tuple(sorted(groups, key=lambda group: order[group.root.layer]))
 
 
 BARE, NO_PRODUCER = 2, 4

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ def _product(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     _multiply(flow, out, *args[:2])
 
 
-@operation("addmm", "baddbmm", "addbmm", "addmv")
+@operation("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation")
 def _product_with_bias(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     _multiply(flow, out, *args[1:3])
     elementwise(flow, out, (args[0], out), {})
@@ -31,11 +32,13 @@ def _multiply(flow: Flow, out: Tensor, left: Tensor, right: Tensor) -> None:
     batch: list[Labels] = []
     if len(a) == len(b) == 3:
         batch = [_both(flow, a[0], b[0], (flow.of(left), flow.of(right)))]
-    flow.put(out, [*batch, *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])
+        flow.spend(a[0], b[0])
+    flow.put(out, [*batch[: out.dim() - 2], *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])
 
 
 def contract(flow: Flow, one: Labels, other: Labels, left: Tensor, right: Tensor) -> None:
     """Join the two sides of a sum of products over channels."""
+    flow.spend(one, other)
     labels = _both(flow, one, other, (flow.of(left), flow.of(right)))
     if labels is not None:
         flow.contracted(labels, left, right)
@@ -47,17 +50,22 @@ def _both(flow: Flow, one: Labels, other: Labels, sources: Sequence[Channels]) -
     return flow.join(one, other, sources[0 if one is None else 1].origin)
 
 
-@operation("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "convolution_overrideable")
+@operation("convolution", "_convolution", "convolution_overrideable")
 def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     taken, weight, bias, stride, padding, dilation, transposed, _, groups = args[:9]
     source, kernel = flow.of(taken), flow.of(weight)
     first = out.dim() - weight.dim() + 2 - 1
     for dim in range(first + 1, taken.dim()):
         flow.freeze(source.dims[dim], "is convolved along its channels")
+    for labels in kernel.dims[2:]:
+        flow.freeze(labels, "is the height or width of a kernel")
     axes = {"out": kernel.dims[1 if transposed else 0], "in": kernel.dims[0 if transposed else 1]}
     if groups > 1:
         axes = flow.grouped.get(kernel.weight_of, {"out": None, "in": None})
         axes = {"in": axes["out"]} | axes
+        if axes["out"] is None:
+            flow.freeze_all([kernel], "is a kernel of a convolution in groups that is not a layer of its own")
+    flow.spend(source.dims[first], axes["in"], kernel.dims[0 if transposed else 1])
     if taken.shape[first] > 1:
         flow.join(source.dims[first], axes["in"], source.origin)
     if groups > 1 and axes["in"] is not None and axes["in"].size == groups < axes["out"].size:
@@ -128,8 +136,9 @@ def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict, frozen: str | N
         return
     asked = range(tensor.dim()) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
     gone = {dim % max(tensor.dim(), 1) for dim in asked}
-    for dim in gone if frozen else ():
-        if tensor.shape[dim] > 1:
+    for dim in gone:
+        flow.spend(source.dims[dim])
+        if frozen and tensor.shape[dim] > 1:
             flow.freeze(source.dims[dim], frozen)
     for result in tensors_in((out,)):
         if result.dim() == tensor.dim():
@@ -151,9 +160,14 @@ def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
         flow.put(result, [d if d is None or d.size == n else None for d, n in zip(dims, result.shape, strict=True)])
 
 
-@operation("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-           "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-           "_scaled_dot_product_fused_attention_overrideable")  # fmt: skip
+ATTENTIONS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+              "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+              "_scaled_dot_product_fused_attention_overrideable",
+              "_scaled_dot_product_attention_math_for_mps")  # fmt: skip
+"""Kernels of attention: queries, keys and values come first among their arguments."""
+
+
+@operation(*ATTENTIONS)
 def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     query, key, value = (flow.of(tensor) for tensor in args[:3])
     contract(flow, query.dims[-1], key.dims[-1], *args[:2])
@@ -163,7 +177,14 @@ def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         heads = _both(flow, heads, flow.of(mask).dims[-3], (query, flow.of(mask)))
+    keep_tokens(flow, [query, key, value], [0, 2])
     flow.put(out[0], [None, heads, None, value.dims[-1]])
+
+
+def keep_tokens(flow: Flow, taken: Sequence[Channels], dims: Iterable[int]) -> None:
+    """Let the tokens of an attention stay: also learned ones are no channels."""
+    for entry, dim in itertools.product(taken, dims):
+        flow.freeze(entry.dims[dim], "is a token of an attention")
 
 
 @operation("embedding")
@@ -302,6 +323,7 @@ def _slice(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     if dims[dim] is not None:
         if step not in (None, 1):
             flow.freeze(dims[dim], "every so manieth of its channels is taken")
+        flow.spend(dims[dim])
         dims[dim] = dims[dim][start:stop:step]
     _keep(flow, out, dims, source)
 
@@ -352,6 +374,7 @@ def _restride(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
 
 @operation("new_zeros", "new_empty", "new_full", "new_ones", "new_empty_strided")
 def _make(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    flow.spend(*flow.of(args[0]).dims)
     flow.put(out, [None] * out.dim())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanMismatchError
 from ..state import copy_borrowing
 from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, layer_axes, own_tensors, scale_outputs, select_channels
 
@@ -25,6 +26,9 @@ def shrink_model(
     """Return a copy of the model in which the given axes keep only these positions (ascending).
 
     ``scaled`` maps a layer whose outputs are cut to original positions of them and the number that multiplies these.
+
+    Raises:
+        PlanMismatchError: tied parameters would be cut differently.
     """
     shrunk, borrowed = copy_borrowing(model)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
@@ -44,7 +48,22 @@ def shrink_model(
         scale_outputs(get_layer(shrunk, name), np.flatnonzero(np.isin(outputs, positions)), factor)
     left = set(shrunk.parameters())
     _own(parameter for parameter in borrowed if parameter in left)
+    _tie(model, shrunk)
     return shrunk
+
+
+def _tie(model: nn.Module, shrunk: nn.Module) -> None:
+    """Let parameters that are one object in the model be one object in its copy."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = first.setdefault(parameter, name)
+        if source == name:
+            continue
+        ours, theirs = shrunk.get_parameter(name), shrunk.get_parameter(source)
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+            raise PlanMismatchError(f"{source!r} and {name!r} are one parameter, but the plan prunes them differently")
+        owner, _, leaf = name.rpartition(".")
+        setattr(shrunk.get_submodule(owner), leaf, theirs)
 
 
 def _own(parameters: Iterable[nn.Parameter]) -> None:

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import call_model, copy_borrowing, hooks, no_fused_attention
-from . import operations  # noqa: F401  (it fills the table of operations)
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, sized_shape
+from .calls import FUNCTIONS, attended_tensors, sized_shape
+from .counting import Factor, Ledger, Product, attention_factors
 from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
 from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
+from .operations import keep_tokens
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -78,24 +79,21 @@ class History:
                 met.setdefault(self.layers[number], len(met))
 
 
-ModuleCall = tuple[str, int]
-"""A module's name and which of its calls in one forward pass, counted from 0."""
-
-
 @dataclass(frozen=True)
 class Traced:
     """What tracing a model tells, all in labels.
 
     ``axes`` holds the labels of every layer axis in the order in which layers first ran, ``kinds`` the layers' types,
-    ``calls`` the labels of each dimension of what every call of a module without children gave, ``met`` the places of
-    convolutions and linear layers in the order in which they are met from the outputs back.
+    ``met`` the places of convolutions and linear layers in the order in which they are met from the outputs back,
+    ``ledger`` what its operations multiplied, ``parameters`` the sizes of all parameters, a shared one once.
     """
 
     flow: Flow
     axes: Mapping[LayerAxis, np.ndarray]
     kinds: Mapping[str, str]
-    calls: Sequence[tuple[ModuleCall, Sequence[np.ndarray | None]]]
     met: Mapping[str, int]
+    ledger: Ledger
+    parameters: Sequence[Product]
 
 
 @dataclass
@@ -111,9 +109,8 @@ class Tracer:
     axes: dict[LayerAxis, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    slots: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     ran: dict[str, None] = field(default_factory=dict)
-    calls: list[tuple[ModuleCall, Sequence[np.ndarray | None]]] = field(default_factory=list)
-    stack: list[str] = field(default_factory=list)
     history: History = field(default_factory=History)
     met: dict[str, int] = field(default_factory=dict)
     shadows: Shadows = field(default_factory=Shadows)
@@ -121,6 +118,9 @@ class Tracer:
     rooted: set[tuple[str, int]] = field(default_factory=set)
     default_scale: bool = False
     paused: int = 0
+
+    def __post_init__(self):
+        self.ledger = Ledger(self.flow)
 
     def register(self) -> None:
         """Give labels to the axes of all layers, bare parameters and buffers."""
@@ -145,6 +145,8 @@ class Tracer:
         labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items()}
         for key, axis in axes.items():
             for slot in axis.slots:
+                full = ".".join(filter(None, (name, slot.tensor)))
+                self.slots[full].append(Factor(axis.width, labels[key], slot.groups))
                 if slot.groups == slot.parts == 1:
                     dims[slot.tensor][slot.dim] = labels[key]
                 if slot.parts == 1 and key == "out" and (slot.groups == 1 or slot.dim == 0):
@@ -178,8 +180,16 @@ class Tracer:
             if leaf == "weight" and dims and dims[0] is not None:
                 self.axes[LayerAxis(name, "out")] = dims[0]
 
+    def parameters(self) -> Iterator[Product]:
+        """Yield the size of every parameter; a shared one is counted with its first layer."""
+        for name, parameter in self.model.named_parameters():
+            owner, known = name if name in self.kinds else name.rpartition(".")[0], self.slots[name]
+            rest = parameter.numel() // Product(owner, tuple(known)).size
+            yield Product(owner, (*known, Factor(rest)), batched=False)
+
     def run(self, example_inputs: Any) -> None:
         """Run the model once and follow the channels through it."""
+        self.ledger.take(example_inputs)
         for leaf in tree_leaves(example_inputs):
             if isinstance(leaf, Tensor):
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
@@ -206,29 +216,22 @@ class Tracer:
                 self.ran[owner] = None
 
     def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        counts: dict[str, int] = {}
-
         def entering(name: str) -> Callable:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self.stack.append(name)
+                self.flow.stack.append(name)
                 self.paused += isinstance(module, nn.MultiheadAttention)
 
             return enter
 
         def leaving(name: str) -> Callable:
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                self.stack.pop()
                 if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
                     self.history.gave(name, output)
                 if isinstance(module, nn.MultiheadAttention):
                     self.paused -= 1
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)
-                if not any(True for _ in module.children()):
-                    first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-                    if first is not None:
-                        self.calls.append(((name, counts.get(name, 0)), list(self.flow.of(first).dims)))
-                    counts[name] = counts.get(name, 0) + 1
+                self.flow.stack.pop()
 
             return leave
 
@@ -240,7 +243,10 @@ class Tracer:
         """Follow torch's attention as one layer: its heads, its projections and its inputs are equally wide."""
         projection = f"{name}.out_proj" if name else "out_proj"
         self.saw([*layer.parameters()])
-        taken = [self.flow.of(leaf) for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)][:3]
+        tensors = attended_tensors(args, kwargs)
+        taken = [self.flow.of(tensor) for tensor in tensors]
+        keep_tokens(self.flow, taken, range(tensors[0].dim() - 1))
+        self.ledger.add(attention_factors(layer, tensors, self.axes.get(LayerAxis(name, "in"))), tensors)
         if LayerAxis(name, "in") not in self.axes:
             self.flow.freeze_all([*taken, *(self.flow.of(p) for p in layer.parameters())], self._unknown(layer, name))
             self.flow.put(output[0], [None] * output[0].dim())
@@ -263,15 +269,14 @@ class Tracer:
 
     def note_root(self, size: int) -> None:
         """Note that a module takes the root of a number that follows pruning, or the like."""
-        self.rooted.add((self.stack[-1] if self.stack else "", int(size)))
+        self.rooted.add((self.flow.module, int(size)))
 
     def _note_contraction(self, labels: np.ndarray, left: Tensor, right: Tensor) -> None:
         queries, keys = self.shadows.of(left), self.shadows.of(right)
         if queries is not None and keys is not None and np.intersect1d(queries, keys).size:
             queries = keys = None
         rows = keys if queries is None else queries
-        name = self.stack[-1] if self.stack else ""
-        self.contractions.append(Contraction(name, labels, rows, self.default_scale))
+        self.contractions.append(Contraction(self.flow.module, labels, rows, self.default_scale))
 
     def _note_product(self, left: Tensor, right: Tensor, labels: Sequence[np.ndarray | None]) -> None:
         """Note the channels of an attention: of queries, keys and values, of which neither is a weight."""
@@ -339,6 +344,7 @@ class _Operations(TorchDispatchMode):
         if not self.tracer.paused:
             self.tracer.saw(tensors_in(args))
             follow(self.tracer.flow, function, out, args, kwargs)
+        self.tracer.ledger.note(function, out, args, kwargs, counted=not self.tracer.paused)
         return out
 
 
@@ -375,7 +381,8 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
             raise ValueError(f"cannot trace this {type(model).__name__}: {type(error).__name__}: {error}") from error
     order = {name: index for index, name in enumerate(tracer.ran)}
     axes = sorted((axis for axis in tracer.axes if axis.layer in order), key=lambda axis: order[axis.layer])
-    return Traced(tracer.flow, {axis: tracer.axes[axis] for axis in axes}, tracer.kinds, tracer.calls, tracer.met)
+    axes = {axis: tracer.axes[axis] for axis in axes}
+    return Traced(tracer.flow, axes, tracer.kinds, tracer.met, tracer.ledger, tuple(tracer.parameters()))
 
 
 def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
@@ -398,7 +405,8 @@ def _run_training(tracer: Tracer, example_inputs: Any) -> None:
     """Trace the parts that run in train mode only, such as auxiliary classifiers; norms stay in eval mode."""
     for module in tracer.model.modules():
         module.training = any(True for _ in module.children()) and not isinstance(module, tuple(LAYERS))
-    calls, ran = len(tracer.calls), set(tracer.ran)
+    ran, ledger = set(tracer.ran), tracer.ledger
+    tracer.ledger = Ledger(tracer.flow)
     try:
         tracer.run(example_inputs)
     except (RuntimeError, ValueError, TypeError):
@@ -407,6 +415,6 @@ def _run_training(tracer: Tracer, example_inputs: Any) -> None:
                 tracer.flow.freeze(labels, "is used in train mode only, in which the model does not run on this input")
     finally:
         tracer.model.eval()
-        tracer.stack.clear()
+        tracer.flow.stack.clear()
         tracer.paused = 0
-    del tracer.calls[calls:]
+        tracer.ledger = ledger

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from ..data.batches import take
 from ..data.data import Data
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, evaluate
 from ..plots.plans import group_names
-from ..pruning.choices import OPERATIONS, Scoring
+from ..pruning.choices import Scoring
 from ..pruning.order import RemovalOrder
-from ..pruning.plan import PruningPlan
-from ..pruning.prune import costs_of_plans, prune
+from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
@@ -63,8 +62,7 @@ class StudioSession:
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
         _check_runs(self.model, self.example)
-        self.groups = setup.selection.groups(self.model, self.example)
-        self.costs = costs_of_plans(self.model, self.example, setup.selection, OPERATIONS)
+        self.groups, self.costs = setup.selection.analyse(self.model, self.example)
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
         self._rankings: dict[Choices, RemovalOrder] = {}

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..errors import UnknownNameError
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..pruning.choices import Limits, Scoring, Selection, Target
 from ..pruning.order import RemovalOrder, removal_order
 from ..pruning.plan import PlanMismatchError, PruningPlan

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..data.data import Data
 from ..files import write_text
-from ..measure.cost_model import CostModel
+from ..measure.costs import CostModel
 from ..models.store import save_pruned
 from ..plots.looks import counted
 from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
-from ..pruning.plan import PruningPlan
-from ..pruning.prune import prune
+from ..pruning.plan import PruningPlan, prune
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..structure.layers import LayerAxis

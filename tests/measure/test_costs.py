@@ -1,17 +1,23 @@
-"""MACs against torch_pruning's own counter, which is the definition."""
+"""MACs against torch's own counter, and against torch_pruning's, which is the definition of its count."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch_pruning as tp
+import torchvision
+from counters import counted_by_torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 from torch_pruning.utils import op_counter
 
-from obc_tools.measure.costs import Cost, cost, example_count
+from obc_tools import Forward
+from obc_tools.measure.costs import Cost, analyse, cost, cost_model, example_count
 from obc_tools.models.networks import load_model
+
+by_modules = partial(cost, counting="torch_pruning")
 
 
 class SharedActivation(nn.Module):
@@ -85,25 +91,53 @@ CASES = {
 def test_layers_cost_what_torch_pruning_says(name, examples):
     build, shape = CASES[name]
     model, inputs = build(), torch.randn(examples, *shape)
-    assert cost(model, inputs) == Cost(*tp.utils.count_ops_and_params(model, inputs))
+    assert by_modules(model, inputs) == Cost(*tp.utils.count_ops_and_params(model, inputs))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_cost_what_torch_pruning_says(name):
     model, images = network(name)
-    assert cost(model, images) == Cost(*tp.utils.count_ops_and_params(model, images))
+    assert by_modules(model, images) == Cost(*tp.utils.count_ops_and_params(model, images))
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_layers_cost_what_runs(name, examples):
+    build, shape = CASES[name]
+    model, inputs = build(), torch.randn(examples, *shape)
+    found = cost(model, inputs)
+    assert found.macs == counted_by_torch(model, inputs) / examples and not found.unknown
+    assert found.params == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_resnet56_costs_what_is_published():
-    found = cost(load_model("resnet56", num_classes=10), torch.zeros(1, 3, 32, 32))
-    assert (found.macs, found.params) == (126_837_386, 855_770)
+    model, image = load_model("resnet56", num_classes=10), torch.zeros(1, 3, 32, 32)
+    assert (by_modules(model, image).macs, by_modules(model, image).params) == (126_837_386, 855_770)
+    assert cost(model, image).macs == counted_by_torch(model, image) == 125_747_840
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "swin_t"])
+def test_torchvisions_published_figures_are_met(name):
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    model = torchvision.models.get_model(name)
+    assert cost(model, torch.zeros(1, 3, 224, 224)).macs / 1e9 == pytest.approx(weights.meta["_ops"], rel=0.005)
+
+
+def test_an_unknown_counting_is_refused():
+    for function in (cost, cost_model, analyse):
+        with pytest.raises(ValueError, match=r"unknown counting 'operation'; closest: operations"):
+            function(nn.Linear(6, 4), torch.zeros(1, 6), counting="operation")
 
 
 def test_several_arguments_and_keyword_arguments_are_counted_for_one_example():
     model, tokens = Keywords(), torch.randn(3, 5, 6)
-    assert cost(model, (tokens, False)).macs == (3 * 5 * 6 * 8 + 8) / 3
-    assert cost(model, {"tokens": tokens}) == cost(model, tokens)
-    assert cost(model, {"tokens": tokens[:1]}) == Cost(*tp.utils.count_ops_and_params(model, {"tokens": tokens[:1]}))
+    assert cost(model, (tokens, False)).macs == 5 * 6 * 8
+    assert by_modules(model, (tokens, False)).macs == (3 * 5 * 6 * 8 + 8) / 3
+    one = {"tokens": tokens[:1]}
+    assert by_modules(model, one) == Cost(*tp.utils.count_ops_and_params(model, one))
+    for count in (cost, by_modules):
+        assert count(model, {"tokens": tokens}) == count(model, tokens)
+        assert count(model, Forward(lambda model, inputs: model(*inputs), (tokens,))) == count(model, tokens)
 
 
 def test_counting_leaves_no_trace(capsys):
@@ -112,7 +146,8 @@ def test_counting_leaves_no_trace(capsys):
     before = copy.deepcopy(model.state_dict())
     marks = {name: (module.training, set(vars(module))) for name, module in model.named_modules()}
     with torch.enable_grad():
-        cost(model, torch.randn(2, 3, 8, 8))
+        for count in (cost, by_modules):
+            count(model, torch.randn(2, 3, 8, 8))
         assert torch.is_grad_enabled()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert marks == {name: (module.training, set(vars(module))) for name, module in model.named_modules()}
@@ -126,13 +161,19 @@ def test_torch_prunings_custom_formulas_count_and_stay(monkeypatch):
 
     custom = {nn.SiLU: five}
     monkeypatch.setattr(op_counter, "CUSTOM_MODULES_MAPPING", custom)
-    assert cost(nn.Sequential(nn.SiLU(), nn.Sequential(nn.SiLU())), torch.zeros(1, 3)).macs == 10
+    assert by_modules(nn.Sequential(nn.SiLU(), nn.Sequential(nn.SiLU())), torch.zeros(1, 3)).macs == 10
     assert op_counter.CUSTOM_MODULES_MAPPING is custom and custom == {nn.SiLU: five}
 
 
 def test_a_call_that_cannot_be_counted_is_named():
     with pytest.raises(ValueError, match=r"module 'attention' \(MultiheadAttention\): torch_pruning cannot count its"):
-        cost(Keywords(), (torch.randn(2, 5, 6), True))
+        by_modules(Keywords(), (torch.randn(2, 5, 6), True))
+    assert cost(Keywords(), (torch.randn(2, 5, 6), True)).macs == 5 * 6 * 8 + 5 * 4 * 8 * 8 + 2 * 5 * 5 * 8
+
+
+def test_an_error_of_the_model_is_its_own():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        by_modules(nn.Linear(6, 4), torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +196,7 @@ def test_inputs_without_examples_are_refused(inputs, message):
         (Cost(126_837_386.0, 855_770), "126.8 MMACs, 0.856 M parameters"),
         (Cost(4_121_925_096.0, 25_557_032), "4.122 GMACs, 25.56 M parameters"),
         (Cost(1234.0, 56), "1.234 kMACs, 56 parameters"),
+        (Cost(1234.0, 56, ("fft in layer 'a'",)), "1.234 kMACs, 56 parameters; not counted: fft in layer 'a'"),
     ],
 )
 def test_a_cost_is_shown_with_units(found, text):

@@ -13,8 +13,7 @@ from obc_tools.models import store
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned, save_pruned
 from obc_tools.pruning.equivalent import EquivalentModel
-from obc_tools.pruning.plan import PlanMismatchError, PruningPlan
-from obc_tools.pruning.prune import prune
+from obc_tools.pruning.plan import PlanMismatchError, PruningPlan, prune
 from obc_tools.structure.groups import find_groups
 
 SOURCE = {"name": "resnet8", "num_classes": 5, "width": 4}

@@ -9,8 +9,8 @@ import torchvision
 from networks import NETWORKS, network, random_plan
 from torch import nn
 
-from obc_tools import PruningPlan, check_plan, cost_model, find_groups
-from obc_tools.pruning.check import Check, CheckError, Finding, relative_error
+from obc_tools import Cost, PruningPlan, check_plan, cost, cost_model, find_groups, make_plan, prune, prune_to
+from obc_tools.pruning.check import Check, CheckError, Finding, ProofError, prove, relative_error
 from obc_tools.pruning.equivalent import EquivalentModel
 from obc_tools.pruning.masking import masked
 from obc_tools.pruning.plan import PlanMismatchError
@@ -245,3 +245,116 @@ def test_masking_keeps_the_size_and_silences_the_removed():
     kept = [channel for channel in range(20) if channel not in gone]
     normed = (hidden[:, kept] - silent[2].bias) / silent[2].weight
     assert normed.mean(1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("counting", ["operations", "torch_pruning"])
+@pytest.mark.parametrize("name", [*NETWORKS, "mlp_layernorm"])
+def test_right_plans_are_proven(name, counting):
+    model, images, plan = random_plan(name)
+    prove(
+        model.float(),
+        plan,
+        images.float(),
+        cost(prune(model, plan), images.float(), counting=counting),
+        counting=counting,
+    )
+    assert model.state_dict()[next(iter(model.state_dict()))].dtype == torch.float32
+
+
+FIRST = {
+    "a consumer's inputs reversed": "conv3",
+    "a consumer's inputs rotated": "last",
+    "a norm rotated": "bn2",
+    "one branch of a sum rotated": "project.1",
+    "a depthwise convolution reversed": "depthwise.0",
+    "a flattened axis rotated": "11",
+    "a transposed convolution reversed": "up",
+    "one position of a layer norm swapped": "2",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_coupling_is_refused_with_the_layer(wrong):
+    name, axis, positions = WRONG[wrong]
+    model, images, plan = random_plan(name)
+    broken = mutated(plan, axis, positions)
+    with pytest.raises(ProofError, match=rf"pruned = masked: .*; first differs layer '{FIRST[wrong]}'") as raised:
+        prove(model, broken, images, cost_model(model, images).of(plan))
+    assert raised.value.plan is broken
+
+
+def test_a_pruned_network_that_does_not_run_is_refused_with_the_layer():
+    model, images, plan = random_plan("residual")
+    groups = tuple(replace(g, members=tuple(m for m in g.members if m.axis != ("conv2", "in"))) for g in plan.groups)
+    with pytest.raises(ProofError, match=r"the pruned network does not run: RuntimeError.*; it ends at layer 'conv2'"):
+        prove(model, PruningPlan(groups, plan.kept), images, cost_model(model, images).original)
+
+
+def test_wrong_costs_are_refused():
+    model, images, plan = random_plan("residual")
+    found = cost_model(model, images).of(plan)
+    prove(model, plan, images, found)
+    for wrong in (Cost(found.macs + 1, found.params), Cost(found.macs, found.params - 1)):
+        with pytest.raises(ProofError, match="the pruned network costs .*, and .* was predicted"):
+            prove(model, plan, images, wrong)
+
+
+class Choosy(nn.Module):
+    """Does more while it is as wide as it was built."""
+
+    def __init__(self, refuses: bool = False):
+        super().__init__()
+        self.first, self.more, self.last, self.refuses = nn.Linear(6, 8), nn.Linear(6, 4), nn.Linear(8, 4), refuses
+
+    def forward(self, x):
+        made = self.first(x)
+        wide = int(made.shape[1]) == 8
+        if self.refuses and not wide:
+            raise RuntimeError("too narrow")
+        return self.last(made) + (self.more(x) if wide else 0)
+
+
+def test_a_network_that_runs_differently_once_pruned_is_refused_by_prune_to():
+    inputs = torch.randn(2, 6)
+    options = {"criterion": "l1", "ratio": 0.5, "steps": 1, "progress": False}
+    with pytest.raises(ProofError, match=r"costs .* was predicted; first differs layer 'more': .0.0, 28.0.") as raised:
+        prune_to(Choosy(), inputs, **options)
+    assert (
+        prune_to(Choosy(), inputs, verify=False, **options).channels_removed == raised.value.plan.channels_removed == 4
+    )
+    with pytest.raises(ProofError, match=r"does not run: RuntimeError: too narrow; it ends at layer"):
+        prune_to(Choosy(refuses=True), inputs, **options)
+
+
+class Selecting(nn.Module):
+    """Works on the rows that come out positive: how many depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.rows = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.last(self.first(x).relu())
+        return self.rows(x[x.sum(1) > 0])
+
+
+def test_work_that_depends_on_data_is_not_compared():
+    torch.manual_seed(0)
+    model, inputs = Selecting(), torch.randn(64, 6)
+    groups = find_groups(model, inputs)
+    plan = make_plan({group: torch.arange(group.width).double() for group in groups}, ratio=0.5)
+    predicted = cost_model(model, inputs).of(plan)
+    assert predicted.macs != cost(prune(model, plan), inputs).macs
+    prove(model, plan, inputs, predicted)
+
+
+def test_a_network_that_insists_on_single_precision_is_proven_in_it():
+    class Single(nn.Linear):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Single(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 6)
+    plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
+    prove(model, plan, inputs, cost_model(model, inputs).of(plan))

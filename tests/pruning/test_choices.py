@@ -15,7 +15,7 @@ from obc_tools.pruning.order import next_plan, removal_order
 def test_a_selection_takes_what_find_groups_takes():
     model, images = network("small_vgg")
     for ignore in ("3", ["3"], (name for name in ["3"]), model[3]):
-        assert Selection(ignore).groups(model, images) == find_groups(model, images, ignore=["3"])
+        assert Selection(ignore).analyse(model, images)[0] == find_groups(model, images, ignore=["3"])
     assert Selection("3") == Selection(["3"])
     with pytest.raises(ValueError, match="unknown only 'heads'"):
         Selection(only="heads")

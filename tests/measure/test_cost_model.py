@@ -4,21 +4,24 @@ import copy
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import timm
 import torch
+import torch_pruning as tp
 import torchvision.models as zoo
+from counters import counted_by_torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import Bottleneck
 
-from obc_tools.measure.cost_model import CostModelError, Widths, cost_model
-from obc_tools.measure.costs import cost, count_calls
-from obc_tools.pruning.plan import PruningPlan
-from obc_tools.pruning.prune import prune
-from obc_tools.structure.groups import ChannelGroup, Follower, Member, trace_groups
+from obc_tools import find_groups
+from obc_tools.measure.costs import Cost, CostModelError, analyse, cost, cost_model
+from obc_tools.pruning.plan import PruningPlan, prune
+from obc_tools.structure.counting import count
 from obc_tools.structure.layers import LayerAxis
 
 
@@ -55,23 +58,6 @@ class Tied(nn.Module):
         return self.fc((x + self.two(x)).mean((2, 3)))
 
 
-class Squared(nn.Module):
-    """An activation on all products of two channels, whose number is no multiple of that of the channels.
-
-    Where it is ``hidden``, the activation sees a tensor that was made from a plain number instead.
-    """
-
-    def __init__(self, hidden: bool = False):
-        super().__init__()
-        self.first, self.watch, self.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)
-        self.hidden = hidden
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        self.watch(torch.ones(2, int(x.shape[1]) ** 2) if self.hidden else x[:, :, None] * x[:, None])
-        return self.fc(x)
-
-
 class TokenMixer(nn.Module):
     """Linear layers, an activation and a norm over tokens, then over channels: two widths vary in what they give."""
 
@@ -87,30 +73,91 @@ class TokenMixer(nn.Module):
         return self.fc((x + self.channels(x)).mean(1))
 
 
-class Strict(nn.Module):
-    """Refuses any width of its first layer but the one it was built with."""
+class FlattenedTokens(nn.Module):
+    """Channels and positions in one axis, in either order."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.fc = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 4)
+        self.stem = nn.Conv2d(3, 6, 4, 4)
+        self.first, self.second = nn.Linear(24, 5), nn.Linear(24, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        if int(x.shape[1]) < 12:
-            raise RuntimeError("too narrow")
-        return self.fc(self.second(x).relu())
+        x = self.stem(x)
+        return self.first(x.flatten(1)).sum(1, keepdim=True) + self.second(x.flatten(2).transpose(1, 2).flatten(1))
 
 
-class Choosy(nn.Module):
-    """Calls its activation only while it is as wide as it was built."""
+class FoldedHeads(nn.Module):
+    """Attention by batched products: heads folded into the batch, tokens too long for one axis of heads."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.act, self.fc = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)
+        self.stem, self.qkv, self.out = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 3 * 12), nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.fc(self.act(x) if int(x.shape[1]) == 8 else x)
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+        mixed = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.4).softmax(-1), v)
+        return self.out(mixed.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)).mean(1)
+
+
+class Scaled(nn.Module):
+    """A linear layer or a convolution that scales its own parameter, as StyleGAN's do."""
+
+    def __init__(self, function, *shape: int):
+        super().__init__()
+        self.function, self.scale = function, shape[1] ** -0.5
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight * self.scale, self.bias)
+
+
+class Subclass(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out), as GPT-2's."""
+
+    def __init__(self, outputs: int, inputs: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Cells(nn.Module):
+    """A recurrent cell over the rows of an image, by torch's own kernels where they are (float32), else in parts."""
+
+    def __init__(self, kind: type[nn.RNNBase]):
+        super().__init__()
+        self.front, self.memory = nn.Linear(24, 9), kind(9, 7, batch_first=True)
+        self.out = nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.memory(self.front(x.transpose(1, 2).flatten(2)).relu())[0][:, -1])
+
+
+def own_layers() -> nn.Module:
+    return nn.Sequential(
+        Scaled(nn.functional.conv2d, 8, 3, 3, 3),
+        nn.ReLU(),
+        Subclass(8, 6, 3),
+        nn.ReLU(),
+        timm.layers.ScaledStdConv2d(6, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        Conv1D(10, 8),
+        nn.Tanh(),
+        Scaled(nn.functional.linear, 6, 10),
+        nn.Tanh(),
+        nn.Linear(6, 4),
+    )
 
 
 def every_activation() -> nn.Module:
@@ -162,6 +209,11 @@ MODELS = {
     "every activation": (every_activation, 8),
     "tied": (Tied, 8),
     "token mixer": (TokenMixer, 8),
+    "flattened axes": (FlattenedTokens, 8),
+    "folded heads": (FoldedHeads, 8),
+    "own layers": (own_layers, 8),
+    "lstm": (partial(Cells, nn.LSTM), 8),
+    "gru": (partial(Cells, nn.GRU), 8),
     "norm with activation": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), timm.layers.BatchNormAct2d(8), zoo_head(8)), 8),
     "mobilenet": (mobilenet, 16),
     "resnext": (resnext, 32),
@@ -182,43 +234,75 @@ def seeded(build, *shape) -> tuple[nn.Module, Tensor]:
         return build().eval(), torch.randn(shape)
 
 
-def random_plan(groups, fixed, seed: int, least: int = 1) -> PruningPlan:
-    """Keep a random number of channels of every group that may shrink, at least `least` a block."""
+def random_plan(groups, seed: int) -> PruningPlan:
+    """Keep a random number of channels of every group that may shrink, at least one a block."""
     draw, kept = random.Random(seed), []
     for group in groups:
         size = group.width // group.blocks
-        count = size if group.root in fixed else draw.randint(min(least, size), size)
+        count = draw.randint(1, size) if group.prunable else size
         inside = sorted(draw.sample(range(size), count))
         kept.append(tuple(block * size + channel for block in range(group.blocks) for channel in inside))
     return PruningPlan(tuple(groups), tuple(kept))
 
 
 def assert_exact(model: nn.Module, inputs: Tensor, seeds: int = 4) -> None:
-    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
+    """Compare what is predicted of plans with three counts of the pruned networks: torch's, ours, the parameters'."""
+    groups, predicted = analyse(model, inputs)
     assert predicted.original == predicted.of(PruningPlan.whole(groups)) == cost(model, inputs)
-    plans = [random_plan(groups, predicted.fixed, seed) for seed in range(seeds)]
-    pruned = [cost(prune(model, plan), inputs) for plan in plans]
-    assert [predicted.of(plan) for plan in plans] == pruned
-    assert min(found.macs for found in pruned) < predicted.original.macs
-    for plan, found in zip(plans, pruned, strict=True):
+    plans = [random_plan(groups, seed) for seed in range(seeds)]
+    for plan in plans:
+        pruned, found, one = prune(model, plan), predicted.of(plan), tree_map(lambda leaf: leaf[:1], inputs)
+        assert found == cost(pruned, inputs)
+        assert found.macs == pytest.approx(counted_by_torch(pruned, one), rel=1e-9)
+        assert found.params == sum(parameter.numel() for parameter in pruned.parameters())
         by_layer = predicted.by_layer(plan)
         assert by_layer["MACs"].sum() == pytest.approx(found.macs, rel=1e-12)
         assert by_layer["parameters"].sum() == found.params
+    assert min(predicted.of(plan).macs for plan in plans) < predicted.original.macs
 
 
 def test_each_layer_costs_what_it_costs_in_the_pruned_network():
     model, inputs = seeded(resnext, 3, 3, 32, 32)
-    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
-    plan = random_plan(groups, predicted.fixed, 0)
+    groups, predicted = analyse(model, inputs)
+    plan = random_plan(groups, 0)
     pruned, found = prune(model, plan), predicted.by_layer(plan).set_index("layer")
     macs = Counter()
-    for call in count_calls(pruned, inputs):
-        macs[call.layer] += call.macs / len(inputs)
+    for product in count(pruned, inputs).products:
+        macs[product.layer] += product.size / len(inputs)
     assert list(found.index[: len(macs)]) == list(macs)
     assert found["MACs"].to_dict() == pytest.approx({name: macs[name] for name in found.index}, rel=1e-12)
     modules = {name: sum(p.numel() for p in pruned.get_submodule(name).parameters()) for name in found.index}
     assert dict(found["parameters"]) == modules
     assert found["MACs"].sum() < predicted.by_layer(PruningPlan.whole(groups))["MACs"].sum()
+
+
+def test_groups_and_costs_of_one_trace_are_those_of_two():
+    model, inputs = seeded(timm_transformer, 2, 3, 16, 16)
+    for options in ({}, {"only": "attention", "whole_heads": True}, {"ignore": ["blocks.0.*"]}):
+        groups, costs = analyse(model, inputs, **options)
+        assert groups == find_groups(model, inputs, **options)
+        plan = random_plan(groups, 0)
+        assert costs.of(plan) == cost_model(model, inputs, whole_heads="whole_heads" in options).of(plan)
+        assert costs.of(plan) == cost(prune(model, plan), inputs)
+
+
+@pytest.mark.parametrize("name", ["residual", "concat"])
+def test_torch_prunings_count_is_that_of_pruned_copies(name):
+    model, inputs = network(name)
+    groups, costs = analyse(model, inputs, counting="torch_pruning")
+    assert costs.original == costs.of(PruningPlan.whole(groups)) == cost(model, inputs, counting="torch_pruning")
+    plan = random_plan(groups, 0)
+    expected = Cost(*tp.utils.count_ops_and_params(prune(model, plan), inputs))
+    assert costs.of(plan) == cost_model(model, inputs, counting="torch_pruning").of(plan) == expected
+    by_layer = costs.by_layer(plan)
+    assert by_layer["MACs"].sum() == pytest.approx(expected.macs) and by_layer["parameters"].sum() == expected.params
+
+
+def test_torch_prunings_count_counts_a_tied_parameter_once():
+    model, inputs = seeded(Tied, 2, 3, 8, 8)
+    groups, costs = analyse(model, inputs, counting="torch_pruning")
+    plan = random_plan(groups, 1)
+    assert costs.of(plan).params == sum(p.numel() for p in prune(model, plan).parameters())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -239,8 +323,7 @@ def test_googlenet_is_predicted_exactly():
 
 def test_the_narrowest_plan_is_predicted_exactly():
     model, inputs = seeded(resnext, 3, 3, 32, 32)
-    groups = trace_groups(model, inputs).groups
-    predicted = cost_model(model, inputs)
+    groups, predicted = analyse(model, inputs)
     least = [group.blocks if group.prunable else group.width for group in groups]
     plan = PruningPlan(
         groups,
@@ -252,29 +335,25 @@ def test_the_narrowest_plan_is_predicted_exactly():
     assert predicted.of(plan) == cost(prune(model, plan), inputs)
 
 
-def test_widths_count_each_channel_where_it_occurs():
-    """Six channels: the last three feed a narrower axis (as v does in attention), the first occurs twice in a call."""
-    root, narrow, call = LayerAxis("qkv", "out"), LayerAxis("proj", "in"), ("act", 1, 2)
-    members = (
-        Member(root, tuple(range(6)), tuple(range(6)), 6, "Linear"),
-        Member(narrow, (1, 2, 3), (3, 4, 5), 4, "Linear"),
-    )
-    group = ChannelGroup(root, 6, members)
-    original = {root: 6, narrow: 4, call: 10}
-    widths = Widths.learn(original, [group], [Follower(call[:2], root, (2, 1, 1, 1, 1, 1), dim=2)])
-
-    def at(*kept):
-        return {width: widths.at({root: kept})[row] for width, row in widths.rows.items()}
-
-    assert at(*range(6)) == original and widths.at({})[0] == 1
-    assert at(1, 2, 3, 4, 5) == {root: 5, narrow: 4, call: 8}
-    assert at(0, 1, 5) == {root: 3, narrow: 2, call: 7}
-    assert at(2) == {root: 1, narrow: 1, call: 4}
+def test_each_channel_counts_where_it_occurs():
+    """Queries, keys and values of one layer: only the values' rows are inputs of the next one."""
+    model, inputs = seeded(FoldedHeads, 1, 3, 8, 8)
+    groups, predicted = analyse(model, inputs)
+    names = {str(member.axis) for group in groups for member in group.members}
+    assert {"qkv.out", "out.in"} <= names
+    for number, group in enumerate(groups):
+        if group.prunable:
+            size = group.width // group.blocks
+            stay = tuple(channel for channel in range(group.width) if channel % size)
+            kept = [stay if other == number else tuple(range(g.width)) for other, g in enumerate(groups)]
+            plan = PruningPlan(groups, tuple(kept))
+            assert predicted.of(plan) == cost(prune(model, plan), inputs)
 
 
 def test_a_plan_is_costed_without_running_anything(monkeypatch):
     model, inputs = network("residual")
-    predicted, plan = cost_model(model, inputs), random_plan(trace_groups(model, inputs).groups, {"fc"}, 0)
+    groups, predicted = analyse(model, inputs)
+    plan = random_plan(groups, 0)
 
     def refuse(*args, **kwargs):
         raise AssertionError("a module was called")
@@ -286,7 +365,7 @@ def test_a_plan_is_costed_without_running_anything(monkeypatch):
 
 def test_a_model_without_anything_to_prune_has_its_own_cost():
     model, inputs = seeded(lambda: nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(12, 4)), 2, 3, 2, 2)
-    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
+    groups, predicted = analyse(model, inputs)
     assert predicted.of(PruningPlan.whole(groups)) == predicted.original == cost(model, inputs)
 
 
@@ -305,42 +384,6 @@ def test_building_leaves_the_model_alone(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_module_that_cannot_be_followed_is_named():
-    message = (
-        r"module 'watch' \(ReLU\), call 0: .* MACs in a pruned copy, \d+ predicted; its output shrinks from \(2, 64\)"
-    )
-    with pytest.raises(CostModelError, match=message):
-        cost_model(*seeded(lambda: Squared(hidden=True), 2, 6))
-
-
-def test_two_dimensions_of_one_group_are_predicted_exactly():
-    assert_exact(*seeded(Squared, 2, 6))
-
-
-def test_a_formula_that_does_not_hold_is_noticed():
-    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Flatten(0), nn.Linear(96, 4))
-    with pytest.raises(CostModelError, match=r"module '1' \(Conv2d\), call 0"):
-        cost_model(convolutions, torch.randn(3, 8, 8))
-
-
-def test_a_model_that_runs_differently_once_pruned_is_refused():
-    with pytest.raises(CostModelError, match=r"modules \['act'\] run in another order or number in a pruned copy"):
-        cost_model(*seeded(Choosy, 2, 6))
-
-
-def test_groups_that_break_the_model_are_refused_and_others_are_not():
-    model, inputs = seeded(Strict, 2, 6)
-    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
-    embedding = next(group for group in groups if group.root == LayerAxis("first", "out"))
-    assert embedding.prunable and predicted.fixed[embedding.root][0] == 12
-    assert "1 groups may shrink, 2 may not" in repr(predicted)
-    message = (
-        rf"the plan prunes group {embedding.root}, but the model does not run then \(.*\); keep it whole with ignore"
-    )
-    with pytest.raises(CostModelError, match=message):
-        predicted.of(random_plan([embedding], {}, seed=1))
-
-
 @dataclass(frozen=True)
 class AnyPlan:
     groups: tuple
@@ -349,11 +392,14 @@ class AnyPlan:
 
 def test_a_plan_of_another_model_is_refused():
     model, inputs = network("small_vgg")
-    predicted, groups = cost_model(model, inputs), trace_groups(model, inputs).groups
-    plan = random_plan(groups, predicted.fixed, seed=3)
-    with pytest.raises(CostModelError, match=r"group 0\.out, \d wide in the plan, is 8 wide in the costed model"):
+    groups, predicted = analyse(model, inputs)
+    plan = random_plan(groups, seed=3)
+    with pytest.raises(
+        CostModelError, match=r"group 0\.out, \d wide in the plan, lies on an axis that is 8 wide in the"
+    ):
         predicted.of(PruningPlan.whole(plan.pruned_groups()))
     stranger = replace(groups[0], root=LayerAxis("stranger", "out"))
+    stranger = replace(stranger, members=(replace(stranger.members[0], axis=stranger.root),))
     with pytest.raises(CostModelError, match=r"group stranger\.out, 8 wide in the plan, does not exist in the costed"):
         predicted.of(PruningPlan.whole([stranger]))
     output = replace(groups[-1], kept_whole=None)
