@@ -63,7 +63,7 @@ class Options:
 def code_version() -> str:
     """Return a digest of the library's sources and of the versions of the libraries that networks come from."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "obc_tools").glob("*.py")):
+    for path in sorted((ROOT / "obc_tools").rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update(" ".join(version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")).encode())
     return digest.hexdigest()[:10]

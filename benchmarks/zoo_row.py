@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from flops import counted_by_torch
 from torch import Tensor, nn
 from zoo_models import Case, build, example, randomize
 
@@ -22,12 +23,15 @@ RATIO, SPEEDUP = 0.3, 1.5
 LEAST_EFFECT = 1e-3
 """How much pruning must change the output, relative to its scale, for an equality to mean something."""
 
+COUNTS_BOUND = 1e-9
+"""Bound on the relative difference of two counts of multiply-adds."""
+
 ONNX_BOUND = 1e-3
 """Bound on the difference of an exported network: random weights amplify rounding (in double from 1e-16 to 1e-12)."""
 
 COLUMNS = (
-    "source", "model", "params", "input", "reduced", "groups", "prunable", "pruned 0.3", "speed-up", "masked = pruned",
-    "EP = naive", "merge = EP", "save/load", "ONNX", "seconds", "ok", "reason",
+    "source", "model", "params", "input", "reduced", "groups", "prunable", "pruned 0.3", "speed-up", "by torch",
+    "MACs = FLOPs/2", "masked = pruned", "EP = naive", "merge = EP", "save/load", "ONNX", "seconds", "ok", "reason",
 )  # fmt: skip
 
 
@@ -86,8 +90,13 @@ class Row:
     def _prune_to_speed(self, model: nn.Module, inputs: Tensor) -> None:
         plan = prune_to(model, inputs, criterion="l1", speedup=SPEEDUP, scope="local", steps=1, progress=False)
         pruned = prune(model, plan)
-        reached = cost(model, inputs).macs / cost(pruned, inputs).macs
-        self.values["speed-up"] = round(reached, 3)
+        ours, torchs = ([count(net, inputs[:1]) for net in (model, pruned)] for count in (_macs, counted_by_torch))
+        reached = ours[0] / ours[1]
+        error = max(abs(one / other - 1) for one, other in zip(ours, torchs, strict=True))
+        self.values |= {"speed-up": round(reached, 3), "by torch": round(torchs[0] / torchs[1], 3)}
+        self.values["MACs = FLOPs/2"] = f"{error:.1e}"
+        if error > COUNTS_BOUND:
+            raise WrongError(f"MACs of the network and pruned to {SPEEDUP}x {ours}, half of torch's FLOPs {torchs}")
         if reached < SPEEDUP or not _run(pruned, inputs).isfinite().all():
             raise WrongError(f"pruned to {SPEEDUP}x: speed-up {reached:.3f}, or an output that is not finite")
 
@@ -121,6 +130,10 @@ class Row:
         with tempfile.TemporaryDirectory() as folder:
             written = export_onnx(Path(folder) / "model.onnx", pruned, inputs, tolerance=ONNX_BOUND)
         self.values["ONNX"] = f"{written.error:.1e}"
+
+
+def _macs(model: nn.Module, inputs: Tensor) -> float:
+    return cost(model, inputs).macs
 
 
 def _kind(failed: list[Finding]) -> type[Exception]:

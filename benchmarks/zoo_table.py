@@ -11,8 +11,9 @@ BOUND = 1e-6
 """The largest relative error that counts as equal."""
 
 _ERRORS = ("masked = pruned", "EP = naive", "merge = EP")
+_COUNTS = "MACs = FLOPs/2"
 _HEADINGS = (
-    "networks", "families", "pruned by 0.3", "pruned to 1.5x", *_ERRORS, "save = load", "ONNX", "all of it",
+    "networks", "families", "pruned by 0.3", "pruned to 1.5x", _COUNTS, *_ERRORS, "save = load", "ONNX", "all of it",
 )  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
         "networks": table["model"].notna(),
         "pruned by 0.3": pd.to_numeric(table["pruned 0.3"], errors="coerce") > 0,
         "pruned to 1.5x": pd.to_numeric(table["speed-up"], errors="coerce") >= 1.5,
+        _COUNTS: pd.to_numeric(table.get(_COUNTS, pd.Series("", table.index)), errors="coerce") <= 1e-9,
         **{name: errors[name] for name in _ERRORS},
         "save = load": table["save/load"] == "equal",
         "ONNX": pd.to_numeric(table["ONNX"], errors="coerce").notna(),
@@ -38,7 +40,8 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
     }
     found = pd.DataFrame(passed).groupby(table["source"]).sum()
     found["families"] = families(table).groupby(table["source"]).nunique()
-    return found.loc[sorted(found.index, reverse=True), list(_HEADINGS)]
+    shown = [name for name in _HEADINGS if name != _COUNTS or _COUNTS in table]  # tables from before lack it
+    return found.loc[sorted(found.index, reverse=True), shown]
 
 
 def failures(table: pd.DataFrame) -> list[str]:

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch_pruning as tp
 import torchvision.models as zoo
-from counters import counted_by_torch
+from flops import counted_by_torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map

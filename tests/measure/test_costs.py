@@ -8,7 +8,7 @@ import timm
 import torch
 import torch_pruning as tp
 import torchvision
-from counters import counted_by_torch
+from flops import counted_by_torch
 from networks import NETWORKS, network
 from torch import Tensor, nn
 from torch_pruning.utils import op_counter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from counters import counted_by_torch
+from flops import counted_by_torch
 from networks import NETWORKS, network
 from structures import STRUCTURES, WHOLE
 from torch import Tensor, nn
