@@ -23,7 +23,6 @@ from ..structure.layers import (
     get_layer,
     is_norm,
     is_standardised,
-    layer_axes,
     layer_type,
     own_tensors,
 )
@@ -89,7 +88,7 @@ def _see_only(norm: nn.Module, kept: Sequence[int], width: int) -> None:
     """Narrow a norm to the kept channels; hooks pick its input's and put its output back among zeros."""
     dim = _channel_dim(norm, width)
     index = torch.tensor(kept)
-    for slot in layer_axes(norm)["out"].slots:
+    for slot in all_axes(norm)["out"].slots:
         parameter = own_tensors(norm)[slot.tensor]
         setattr(norm, slot.tensor, nn.Parameter(parameter.index_select(slot.dim, index.to(parameter.device))))
     for attribute in layer_type(norm).widths:

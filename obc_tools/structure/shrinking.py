@@ -17,7 +17,6 @@ from .layers import (
     all_axes,
     get_layer,
     is_attention,
-    layer_axes,
     own_tensors,
     scale_outputs,
     select_channels,
@@ -84,7 +83,7 @@ def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str 
 
     `kept` maps an axis name to the kept positions, in ascending order. New parameters keep their requires_grad.
     """
-    axes = layer_axes(layer, name) if kept else {}
+    axes = all_axes(layer, name) if kept else {}
     for key, positions in kept.items():
         axis = axes[key]
         for slot in axis.slots:
