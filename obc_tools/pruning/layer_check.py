@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.groups import find_groups
-from ..structure.layers import (
-    activation_dim,
-    channel_sum,
-    fixed_outputs,
-    layer_axes,
-    layer_type,
-    own_parameters,
-)
+from ..structure.layers import activation_dim, channel_sum, fixed_outputs, layer_axes, layer_type, own_parameters
 from ..structure.shrinking import shrink_layer
 from .check import TOLERANCE, Check, CheckError, Finding, check_plan, relative_error
 from .equivalent import MixedLayer, Mixing
@@ -43,15 +36,14 @@ def check_layer(layer: nn.Module, example_input: Tensor, *, tolerance: float = T
         CheckError: none of its channels could go between linear maps.
     """
     layer_axes(layer)
-    layer = copy.deepcopy(layer).double().eval()
+    layer = copy.deepcopy(layer).double().eval().requires_grad_()
     taken = example_input.double() if example_input.is_floating_point() else example_input
     generator = torch.Generator().manual_seed(seed)
     findings = [_compare(name, CHECKS[name], layer, taken, generator, tolerance) for name in CHECKS]
-    model = _Between(layer, taken)
+    model = _Between(layer, taken, generator)
     groups = find_groups(model, taken)
-    plan = make_plan(
-        {group: torch.rand(group.width, generator=generator) for group in groups}, ratio=0.5, scope="local"
-    )
+    scores = {group: torch.rand(group.width, generator=generator) for group in groups}
+    plan = make_plan(scores, ratio=0.5, scope="local")
     if not plan.channels_removed:
         raise CheckError("; ".join(f"{group.root}: {group.kept_whole or 'one channel'}" for group in groups))
     check = check_plan(model, plan, taken, tolerance=tolerance)
@@ -119,15 +111,16 @@ def _maps(layer: nn.Module, taken: Tensor, generator: torch.Generator) -> Sides:
     held = own_parameters(layer)
     weight = mixing.split(held[mixing.weight])
     blocks, outputs, _, inputs = weight.shape
-    compressor = torch.randn(blocks, outputs - 1, outputs, generator=generator, dtype=weight.dtype)
-    decompressor = torch.randn(blocks, inputs, inputs - 1, generator=generator, dtype=weight.dtype)
+    kept = {key: _draw(layer, blocks * size, generator) for key, size in (("out", outputs), ("in", inputs))}
+    shapes = (blocks, len(kept["out"]) // blocks, outputs), (blocks, inputs, len(kept["in"]) // blocks)
+    compressor, decompressor = (torch.randn(shape, generator=generator, dtype=weight.dtype) for shape in shapes)
     bias = held[mixing.bias].view(blocks, outputs) if mixing.bias else None
     mixed = MixedLayer(mixing, weight, bias, compressor, decompressor)
-    small = _shrunk(layer, {"out": _all_but_last(blocks, outputs), "in": _all_but_last(blocks, inputs)})
+    small = _shrunk(layer, kept)
     for name, value in mixed.effective().items():
         setattr(small, name, nn.Parameter(value))
     into = activation_dim(layer, taken)
-    narrow = taken.index_select(into, _all_but_last(blocks, inputs))
+    narrow = taken.index_select(into, kept["in"])
     whole = layer(_map_channels(narrow, decompressor, into))
     return _map_channels(whole, compressor, activation_dim(layer, whole)), small(narrow)
 
@@ -138,11 +131,6 @@ CHECKS = {
     "J·w = δ·z": _products,
     "maps merged = maps inserted": _maps,
 }
-
-
-def _all_but_last(blocks: int, size: int) -> Tensor:
-    """Return the positions of an axis but for the last one of each block."""
-    return torch.arange(blocks * size).view(blocks, size)[:, :-1].flatten()
 
 
 def _map_channels(activation: Tensor, matrices: Tensor, dim: int) -> Tensor:
@@ -168,16 +156,23 @@ def _shrunk(layer: nn.Module, kept: dict[str, Sequence[int]]) -> nn.Module:
 class _Between(nn.Module):
     """A layer between linear maps of its channels, wherever in an activation these lie."""
 
-    def __init__(self, layer: nn.Module, taken: Tensor):
+    def __init__(self, layer: nn.Module, taken: Tensor, generator: torch.Generator):
         super().__init__()
-        self.layer, self.into = layer, activation_dim(layer, taken)
         given = layer(taken)
-        self.out = activation_dim(layer, given)
+        self.layer, self.into, self.out = layer, activation_dim(layer, taken), activation_dim(layer, given)
         width = taken.shape[self.into] if taken.is_floating_point() else 0
-        self.before = nn.Linear(width, width, dtype=torch.float64) if width else None
-        self.after = nn.Linear(given.shape[self.out], 4, dtype=torch.float64)
+        self.before = _linear(width, width, generator) if width else None
+        self.after = _linear(given.shape[self.out], 4, generator)
 
     def forward(self, taken: Tensor) -> Tensor:
         if self.before is not None:
             taken = self.before(taken.movedim(self.into, -1)).movedim(-1, self.into)
         return self.after(self.layer(taken).movedim(self.out, -1))
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    # On no device no numbers are drawn, so that the global generator stays as it is.
+    layer = nn.Linear(inputs, outputs, dtype=torch.float64, device="meta").to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return layer

@@ -16,16 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..structure.layers import (
-    LayerAxis,
-    all_axes,
-    channel_dims,
-    get_layer,
-    is_norm,
-    is_standardised,
-    layer_type,
-    own_tensors,
-)
+from ..structure.layers import LayerAxis, all_axes, channel_dims, get_layer, is_norm, layer_type, own_tensors
 from ..structure.shrinking import is_attribute
 from .plan import PruningPlan
 
@@ -49,7 +40,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
         owner = layer if isinstance(layer, nn.Module) else copied.get_submodule(axis.layer.rpartition(".")[0])
         if is_norm(owner, "channels") and _is_width(owner, axis.axis):
             norms[owner] = kept, widths[axis]
-        elif axis.axis == "in" and is_standardised(layer):
+        elif axis.axis == "in" and layer_type(layer).statistics == "weights":
             _take_only(layer, kept)
     for norm, (kept, width) in norms.items():
         _see_only(norm, kept, width)

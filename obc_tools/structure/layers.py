@@ -225,18 +225,13 @@ def is_known(layer: nn.Module | Tensor) -> bool:
 
 
 def has_role(layer: nn.Module | Tensor, *roles: str) -> bool:
-    """Say whether a layer's type has one of these `ROLES`."""
+    """Say whether a layer's type has one of these `ROLES`; an "attention" calls its projections as functions."""
     return layer_type(layer).role in roles
 
 
 def is_projection(layer: nn.Module | Tensor) -> bool:
     """Say whether a layer makes channels from others: convolutions of all kinds, linear layers."""
     return has_role(layer, "projection")
-
-
-def is_attention(layer: nn.Module | Tensor) -> bool:
-    """Say whether a layer is torch's attention, which calls its projections as functions."""
-    return has_role(layer, "attention")
 
 
 def is_norm(layer: nn.Module | Tensor, *statistics: str) -> bool:

@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..state import copy_borrowing
-from .layers import (
-    TEMPERATURE,
-    LayerAxis,
-    all_axes,
-    get_layer,
-    is_attention,
-    own_tensors,
-    scale_outputs,
-    select_channels,
-)
+from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, has_role, own_tensors, scale_outputs, select_channels
 
 ROOT = "^-0.5"
 """What ends the axis of an attribute that holds a width to the power of −1/2."""
@@ -93,7 +84,7 @@ def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str 
         for attribute in axis.attributes:
             old = getattr(layer, attribute)
             setattr(layer, attribute, (len(positions),) if isinstance(old, tuple) else len(positions))
-    if kept and is_attention(layer):
+    if kept and has_role(layer, "attention"):
         layer.head_dim = layer.embed_dim // layer.num_heads
 
 

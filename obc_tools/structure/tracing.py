@@ -32,7 +32,7 @@ from .layers import (
     UnknownLayerError,
     all_axes,
     get_layer,
-    is_attention,
+    has_role,
     is_known,
     is_projection,
     layer_axes,
@@ -224,7 +224,7 @@ class Tracer:
         def entering(name: str) -> Callable:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.stack.append(name)
-                self.paused += is_attention(module)
+                self.paused += has_role(module, "attention")
 
             return enter
 
@@ -233,7 +233,7 @@ class Tracer:
                 self.stack.pop()
                 if is_projection(module):
                     self.history.gave(name, output)
-                if is_attention(module):
+                if has_role(module, "attention"):
                     self.paused -= 1
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)

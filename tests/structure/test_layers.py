@@ -246,7 +246,7 @@ def test_facts_of_torchs_layers():
     )
     assert table.is_norm(norm, "channels") and table.is_norm(norm) and not table.is_norm(norm, "examples", "positions")
     assert table.is_batch_norm(nn.SyncBatchNorm(3)) and table.is_norm(nn.InstanceNorm1d(3), "positions")
-    assert table.is_attention(nn.MultiheadAttention(4, 2)) and table.has_role(nn.Embedding(2, 3), "embedding")
+    assert table.has_role(nn.MultiheadAttention(4, 2), "attention") and table.has_role(nn.Embedding(2, 3), "embedding")
     assert table.is_standardised(timm.layers.StdConv2d(3, 4, 1)) and not table.is_standardised(conv)
     image, taken = torch.randn(2, 4, 5, 5), torch.tensor([[1.0, -1.0]])
     assert table.activation_dim(conv, image) == 1 and table.activation_dim(conv, image[0]) == 0
