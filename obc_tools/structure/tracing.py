@@ -27,7 +27,19 @@ from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, sized_shape
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
-from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
+from .layers import (
+    LayerAxis,
+    UnknownLayerError,
+    all_axes,
+    get_layer,
+    has_role,
+    is_known,
+    is_projection,
+    layer_axes,
+    layer_type,
+    own_tensors,
+    scalable_slots,
+)
 from .operations import keep_tokens
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -126,7 +138,7 @@ class Tracer:
         """Give labels to the axes of all layers, bare parameters and buffers."""
         for name, module in self.model.named_modules():
             try:
-                known = layer_axes(module, name) if isinstance(module, tuple(LAYERS)) else None
+                known = layer_axes(module, name) if is_known(module) else None
             except UnknownLayerError as error:
                 self._register_unknown(name, module, str(error))
                 continue
@@ -143,6 +155,7 @@ class Tracer:
         tensors = own_tensors(layer)
         dims = {leaf: [None] * tensor.dim() for leaf, tensor in tensors.items()}
         labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items()}
+        weights = {"weight", *layer_type(layer).inputs}
         for key, axis in axes.items():
             for slot in axis.slots:
                 full = ".".join(filter(None, (name, slot.tensor)))
@@ -157,7 +170,7 @@ class Tracer:
             if tensor in self.flow.tensors:
                 self._tie(tensor, dims[leaf], labels)
             else:
-                self.flow.put(tensor, dims[leaf], weight_of=name if leaf == "weight" else None)
+                self.flow.put(tensor, dims[leaf], weight_of=name if leaf in weights else None)
             self.owners[id(tensor)].append(name)
 
     def _tie(self, tensor: Tensor, dims: Sequence[np.ndarray | None], labels: Mapping[str, np.ndarray]) -> None:
@@ -219,15 +232,15 @@ class Tracer:
         def entering(name: str) -> Callable:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.flow.stack.append(name)
-                self.paused += isinstance(module, nn.MultiheadAttention)
+                self.paused += has_role(module, "attention")
 
             return enter
 
         def leaving(name: str) -> Callable:
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                if is_projection(module):
                     self.history.gave(name, output)
-                if isinstance(module, nn.MultiheadAttention):
+                if has_role(module, "attention"):
                     self.paused -= 1
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)
@@ -404,7 +417,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
 def _run_training(tracer: Tracer, example_inputs: Any) -> None:
     """Trace the parts that run in train mode only, such as auxiliary classifiers; norms stay in eval mode."""
     for module in tracer.model.modules():
-        module.training = any(True for _ in module.children()) and not isinstance(module, tuple(LAYERS))
+        module.training = any(True for _ in module.children()) and not is_known(module)
     ran, ledger = set(tracer.ran), tracer.ledger
     tracer.ledger = Ledger(tracer.flow)
     try:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import UnknownNameError
+from ..structure.layers import is_norm
 from .guard import Guard, Where, reading_lag
 from .processes import processes
 from .recipe import Recipe, learning_rate_factor
@@ -66,7 +67,7 @@ class Stepper:
         """Put the network into train mode, norms excepted where the recipe freezes their running statistics."""
         self.model.train()
         for module in self.model.modules() if self._recipe.freeze_statistics else ():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
+            if is_norm(module, "examples", "positions"):
                 module.eval()
 
     def set_lr(self, step: int) -> float:
@@ -198,9 +199,6 @@ def average_of(model: nn.Module, recipe: Recipe, images_a_step: int) -> Averaged
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - min(1.0, forgotten)), use_buffers=True)
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into the groups that a recipe treats apart.
 
@@ -237,7 +235,7 @@ def _group_of(name: str, model: nn.Module) -> str:
     owner, _, leaf = name.rpartition(".")
     if leaf in ("compressor", "decompressor"):
         return "compressor"
-    if leaf.endswith("bias") or isinstance(model.get_submodule(owner), _NORMS):
+    if leaf.endswith("bias") or is_norm(model.get_submodule(owner)):
         return "norm"
     return "rest"
 

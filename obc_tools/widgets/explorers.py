@@ -33,7 +33,7 @@ from ..scoring.interactions import FilterInteractions, filter_interactions
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
 from ..structure.groups import find_groups
-from ..structure.layers import LayerAxis, get_layer, layer_axes, scored_layers
+from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text
 
 T = TypeVar("T")
@@ -64,7 +64,8 @@ class Explorer(View):
         self.network = copy.deepcopy(model).eval()
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
-        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        scored = scored_layers(self.network)
+        layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]
         if not layers:
             raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
         self.layer = dropdown("layer", layers, layers[0])

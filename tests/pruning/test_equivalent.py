@@ -1,13 +1,15 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from networks import NETWORKS, Tied, network, random_plan
 from oracles_pruning import Inserted, inserted
+from own_layers import Blur, Turned, registered
 from torch import nn
 
 from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
-from obc_tools.structure.layers import from_mixing, to_mixing
+from obc_tools.pruning.equivalent import Mixing
 
 
 def train(model, images, steps, lr=0.02):
@@ -41,7 +43,7 @@ def test_it_trains_as_inserted_maps_do(name):
     for key, mixed in equivalent.mixed_layers.items():
         twin, first = oracle.get_submodule(key), start.mixed_layers[key]
         assert isinstance(twin, Inserted)
-        torch.testing.assert_close(from_mixing(twin.layer, mixed.weight), twin.layer.weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mixed.mixing.join(mixed.weight), twin.layer.weight, rtol=0, atol=1e-10)
         for ours, theirs, before in (
             (mixed.compressor, twin.shrink, first.compressor),
             (mixed.decompressor, twin.expand, first.decompressor),
@@ -202,6 +204,42 @@ def test_every_layer_type_trains_as_inserted_maps_do(name):
     assert (equivalent(images) - naive(images)).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("own", "shape"), [(Turned(8, 12), (4, 3)), (Blur(8, 12), (2, 3, 6, 6)), (Blur(8, 12, 2), (2, 3, 6, 6))]
+)
+def test_registered_types_train_as_inserted_maps_do(own, shape):
+    torch.manual_seed(0)
+    around = nn.Linear if len(shape) == 2 else partial(nn.Conv2d, kernel_size=1)
+    model = nn.Sequential(around(3, 8), nn.Tanh(), copy.deepcopy(own), nn.Tanh(), around(12, 4)).double()
+    inputs = torch.randn(shape).double()
+    with registered():
+        scores = {group: torch.rand(group.width) for group in find_groups(model, inputs)}
+        plan = make_plan(scores, ratio=0.5, scope="local")
+        equivalent = EquivalentModel(model, plan)
+        oracle = inserted(model, plan, equivalent)
+        assert set(equivalent.mixed_layers) == {"0", "2", "4"}
+        train(equivalent, inputs, 3)
+        train(oracle, inputs, 3)
+        torch.testing.assert_close(equivalent(inputs), oracle(inputs), rtol=0, atol=1e-10)
+        merged = equivalent.merge()
+        torch.testing.assert_close(merged(inputs), equivalent(inputs), rtol=0, atol=1e-12)
+        naive = prune(model, plan)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in naive.named_parameters()]
+    assert (merged(inputs) - naive(inputs)).abs().max() > 1e-6
+
+
+def test_where_nothing_can_be_mixed_it_says_so(caplog):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Turned(3, 8), nn.Tanh(), Turned(8, 4)), torch.randn(4, 3)
+    plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
+    with caplog.at_level("WARNING"):
+        EquivalentModel(model, plan)
+    assert caplog.messages == ["nothing can be mixed (Parameter, Turned): this trains as the pruned network alone"]
+    with registered(), caplog.at_level("WARNING"):
+        plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
+        assert EquivalentModel(model, plan).mixed_layers and len(caplog.messages) == 1
+
+
 def test_layers_that_lost_nothing_have_no_maps():
     model, images = network("small_vgg")
     whole = PruningPlan.whole(find_groups(model, images))
@@ -238,12 +276,13 @@ def test_flattened_inputs_are_mixed_by_channel():
 )
 def test_mixing_form_round_trip(layer):
     stride = 4 if isinstance(layer, nn.Linear) else 1
-    mixed = to_mixing(layer, layer.weight, stride)
+    mixing = Mixing.of(layer, stride=stride)
+    mixed = mixing.split(layer.weight)
     assert mixed.shape[3] * mixed.shape[0] * (stride if isinstance(layer, nn.Linear) else 1) == (
         layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     )
-    assert torch.equal(from_mixing(layer, mixed), layer.weight)
-    assert from_mixing(layer, mixed).is_contiguous()
+    assert torch.equal(mixing.join(mixed), layer.weight)
+    assert mixing.join(mixed).is_contiguous()
 
 
 def test_its_state_survives_saving():
