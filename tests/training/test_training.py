@@ -349,6 +349,27 @@ def test_refuses_fp16_on_a_cpu():
         fit(network(), TRAIN, VAL, Recipe(epochs=1, amp="fp16"), progress=False)
 
 
+def test_gradient_scaling_trains_and_withholds_what_is_not_finite(monkeypatch):
+    """On the CPU, which computes in float16 too, only slowly: a step, a clipped one, and one that is refused."""
+    monkeypatch.setattr("obc_tools.training.fit.check_precision", lambda recipe, device: None)
+    plain, scaled, stopped = network().float(), network().float(), network().float()
+    train = [(images.float(), labels) for images, labels in TRAIN[:2]]
+    val = [(images.float(), labels) for images, labels in VAL]
+    recipe = Recipe(epochs=1, lr=0.1, clip_norm=1.0)
+    fit(plain, train, val, recipe, progress=False)
+    fit(scaled, train, val, replace(recipe, amp="fp16"), progress=False)
+    assert not same_state(plain, network().float())
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0.01, rtol=0.01)
+    poisoned = [*train, (train[0][0] * torch.nan, train[0][1])]
+    fp16 = replace(recipe, amp="fp16", **CONSTANT)
+    with pytest.raises(DivergenceError, match="epoch 1, step 3 of 3"):
+        fit(stopped, poisoned, val, fp16, progress=False)
+    expected = network().float()
+    fit(expected, train, val, fp16, progress=False)
+    assert same_state(stopped, expected)
+
+
 def test_leaves_the_process_own_accelerator_alone():
     own = Accelerator(cpu=True, mixed_precision="bf16")
     try:
