@@ -3,7 +3,7 @@
 Row n of J is the gradient of a loss L_n with respect to the parameters w of one channel of one layer axis. The
 Jacobian Criterion (Chen et al. 2025, arXiv 2508.05521) scores the channel by wᵀ(JᵀJ)w = Σ_n (J_n w)², so only the
 products J_n w are needed. After one backward pass of a batch's mean loss, W ⊙ ∂L/∂W summed over everything but the
-channels is J_n w of every channel of the layer at once; finer rows come from gates (see `gates`).
+channels is J_n w of every channel of the layer at once; finer rows come from a capture (see `capture`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import UnknownNameError
 from ..state import numbered
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
-from .rows import BatchRows, FinerRows, Rows, examples_per_row, parameter_slots, uncompiled
+from .rows import ProductRows, Rows, examples_per_row, parameter_slots, uncompiled
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def stream_products(
     Nothing is kept between batches, and the model is itself again whenever a batch's products are handed out. Sums are
     at least float32. Raises as `jacobian_products` does.
     """
-    per_row = examples_per_row(rows)
-    read = BatchRows(model, axes, objective) if per_row is None else FinerRows(model, axes, objective, per_row)
+    read = ProductRows(model, axes, objective, examples_per_row(rows))
     for number, batch in numbered(batches):
         yield read(batch, number)
 

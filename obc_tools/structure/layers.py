@@ -384,3 +384,26 @@ def activation_dim(layer: nn.Module, activation: Tensor) -> int:
     if isinstance(layer, nn.modules.conv._ConvNd):
         return activation.dim() - 1 - len(layer.kernel_size)
     return 1
+
+
+def is_projection(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer makes channels from others: convolutions of all kinds, linear layers."""
+    return isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+
+
+def is_attention(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is torch's attention, which calls its projections as functions."""
+    return isinstance(layer, nn.MultiheadAttention)
+
+
+def is_batch_norm(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is a batch norm."""
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
+def fixed_outputs(layer: nn.Module, taken: Tensor) -> Tensor | None:
+    """Return where an output is not linear in the layer's parameters, given the input; None where it is everywhere."""
+    if isinstance(layer, nn.PReLU):
+        return taken >= 0
+    padded = isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+    return (taken == layer.padding_idx).unsqueeze(-1) if padded else None

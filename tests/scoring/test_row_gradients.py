@@ -6,8 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
-from obc_tools.scoring import row_gradients
-from obc_tools.scoring.row_gradients import stream_gradients
+from obc_tools.scoring.rows import GradientRows, stream_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
 
@@ -67,6 +66,23 @@ def make(kind, seed=0):
     return model, batches
 
 
+def pieces_of(model, batches, layers, **options):
+    """Return what a consumer is handed, piece by piece: (layer, tensor) -> (rows, *shape)."""
+    pieces = []
+
+    def consume(layer, gradients):
+        pieces.append({(layer, key): rows.clone() for key, rows in gradients.items()})
+
+    for _ in stream_gradients(model, batches, layers, consume, **options):
+        pass
+    return pieces
+
+
+def joined(pieces):
+    keys = dict.fromkeys(key for piece in pieces for key in piece)
+    return {key: torch.cat([piece[key] for piece in pieces if key in piece]) for key in keys}
+
+
 def oracle(model, batches, layer, rows):
     """One gradient of one loss at a time, through the whole model."""
     model.eval()
@@ -104,29 +120,35 @@ LAYERS = [
 @pytest.mark.parametrize(("kind", "layer"), LAYERS, ids=[f"{kind.__name__}-{layer}" for kind, layer in LAYERS])
 def test_equals_one_gradient_at_a_time(kind, layer, rows):
     model, batches = make(kind)
-    pieces = list(stream_gradients(model, batches, [layer], rows=rows))
+    pieces = pieces_of(model, batches, [layer], rows=rows)
     for key, expected in oracle(model, batches, layer, rows).items():
-        found = torch.cat([piece[layer, key] for piece in pieces])
+        found = joined(pieces)[layer, key]
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_several_layers_at_once_and_in_small_pieces(monkeypatch):
     model, batches = make(Reuse)
-    whole = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
-    monkeypatch.setattr("obc_tools.scoring.row_gradients.BYTES_AT_A_TIME", 1)
-    pieces = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
-    assert (len(whole), len(pieces)) == (2, 8)
-    for key in whole[0]:
-        torch.testing.assert_close(torch.cat([p[key] for p in pieces]), torch.cat([w[key] for w in whole]))
+    whole = pieces_of(model, batches, ["conv", "norm"], rows="sample")
+    monkeypatch.setattr("obc_tools.scoring.capture.BYTES_AT_A_TIME", 1)
+    pieces = pieces_of(model, batches, ["conv", "norm"], rows="sample")
+    assert (len(whole), len(pieces)) == (2 * 2, 2 * 8)
+    for key, rows in joined(whole).items():
+        torch.testing.assert_close(joined(pieces)[key], rows)
 
 
 def test_goes_row_by_row_only_where_examples_see_each_other(monkeypatch):
     def count(kind, layer):
         model, batches = make(kind)
         passes = []
-        real = row_gradients._gradients
-        monkeypatch.setattr(row_gradients, "_gradients", lambda *args: passes.append(1) or real(*args))
-        list(stream_gradients(model, batches, [layer], rows="sample"))
+        real = GradientRows._weight_gradients
+
+        def counted(*args):
+            for gradients in real(*args):
+                passes.append(1)
+                yield gradients
+
+        monkeypatch.setattr(GradientRows, "_weight_gradients", counted)
+        pieces_of(model, batches, [layer], rows="sample")
         monkeypatch.undo()
         return len(passes)
 
@@ -142,14 +164,8 @@ def test_works_on_compiled_models_and_sparse_gradients():
     dense[0].sparse = False
     compiled = torch.compile(model, backend="eager")
     for rows in ("batch", "sample"):
-        (found,) = _joined(stream_gradients(compiled, batches, ["0"], rows=rows))
-        (expected,) = _joined(stream_gradients(dense, batches, ["0"], rows=rows))
-        torch.testing.assert_close(found, expected)
-
-
-def _joined(pieces):
-    pieces = list(pieces)
-    return [torch.cat([piece[key] for piece in pieces]) for key in pieces[0]]
+        found = joined(pieces_of(compiled, batches, ["0"], rows=rows))
+        torch.testing.assert_close(found, joined(pieces_of(dense, batches, ["0"], rows=rows)))
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
@@ -166,7 +182,7 @@ def test_the_model_is_given_back_as_it_was(rows, fails):
         return losses * float("nan") if fails else losses
 
     try:
-        list(stream_gradients(model, batches, ["conv"], rows=rows, objective=objective))
+        pieces_of(model, batches, ["conv"], rows=rows, objective=objective)
         assert not fails
     except ValueError as error:
         assert fails and "batch 1: the loss is nan" in str(error)
@@ -182,20 +198,20 @@ def test_the_model_is_given_back_as_it_was(rows, fails):
 def test_refuses_unknown_rows(rows):
     model, batches = make(BatchCentred)
     with pytest.raises(ValueError, match="expected 'batch', 'sample' or how many"):
-        next(stream_gradients(model, batches, ["first"], rows=rows))
+        pieces_of(model, batches, ["first"], rows=rows)
 
 
 def test_refuses_what_it_cannot_compute():
     model, batches = make(Reuse)
     model.extra = nn.Linear(2, 2).double()
     with pytest.raises(ValueError, match="batch 1: rows=3 does not divide its 4 examples"):
-        list(stream_gradients(model, batches, ["conv"], rows=3))
+        pieces_of(model, batches, ["conv"], rows=3)
     with pytest.raises(ValueError, match="returned one scalar, which allows only rows='batch'"):
-        list(stream_gradients(model, batches, ["conv"], rows=1, objective=lambda m, b: losses_of(m, b).mean()))
+        pieces_of(model, batches, ["conv"], rows=1, objective=lambda m, b: losses_of(m, b).mean())
     with pytest.raises(ValueError, match="unknown layer 'cnov'; closest: conv"):
-        list(stream_gradients(model, batches, ["cnov"]))
+        pieces_of(model, batches, ["cnov"])
     with pytest.raises(ValueError, match="the batches yield no data"):
-        list(stream_gradients(model, iter([]), ["conv"]))
+        pieces_of(model, iter([]), ["conv"])
     for rows in ("batch", "sample"):
         with pytest.raises(ValueError, match=r"does not depend on the model's parameters|layer 'extra' never ran"):
-            list(stream_gradients(model, batches, ["extra"], rows=rows))
+            pieces_of(model, batches, ["extra"], rows=rows)
