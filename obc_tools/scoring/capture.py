@@ -23,7 +23,7 @@ sees them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,6 +89,7 @@ class Seen:
 
     @property
     def changed(self) -> bool:
+        """Whether something was written into it since."""
         return self.value._version != self._version
 
     def copied(self) -> Seen:
@@ -134,11 +135,11 @@ class Family:
 
     def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]):
         self.layers = layers
-        self.uses: Counter[str] = Counter()
+        self.uses = 0
         self.calls: list[tuple[Seen, Tensor]] = []
 
     def consume(self, rows: int, consume: Consume) -> None:
-        """Hand out the gradients of the mean losses of equally many examples a row, some rows at a time; forget them."""
+        """Hand out the gradients of the summed losses of equally many examples a row, some rows a time; forget all."""
         calls, self.calls = self.calls, []
         step = max(1, BYTES_AT_A_TIME // sum(p.nbytes for p in self._parameters()))
         for start in range(0, rows, step) if calls else ():
@@ -153,11 +154,6 @@ class Family:
                 named = {key: totals[id(p)] for key, p in own_parameters(layer).items() if id(p) in totals}
                 consume(name, named)
 
-    def uses_of(self, parameter: int) -> int:
-        """Return how many calls used a parameter, given its id."""
-        owners = [name for name, layer in self.layers.items() if parameter in map(id, own_parameters(layer).values())]
-        return sum(self.uses[name] for name in owners)
-
     def _parameters(self) -> list[nn.Parameter]:
         return list({id(p): p for layer in self.layers.values() for p in own_parameters(layer).values()}.values())
 
@@ -168,31 +164,31 @@ class Capture:
     Takes J·w of ``axes`` or the whole gradients of ``families`` of layers. ``copied`` names the layers whose output the
     model changes in place: their outputs are copied. With ``explore`` all are, and those found changed are added to it.
     After reading, ``unfit`` names the layers whose leading axis cannot be the examples, and ``coarse`` says whether
-    half precision was seen. ``uses`` counts the uses of each axis, ``edges`` those of each parameter in the graph, by id.
+    half precision was seen.
     """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module | nn.Parameter],
-        axes: Sequence[LayerAxis] = (),
-        families: Sequence[Mapping[str, nn.Module | nn.Parameter]] = (),
+        axes: Iterable[LayerAxis] = (),
+        families: Iterable[Mapping[str, nn.Module | nn.Parameter]] = (),
         copied: set[str] | None = None,
         explore: bool = False,
     ):
         self.axes = set(axes)
-        self.families = {name: family for family in map(Family, families) for name in family.layers}
-        self.layers = {axis.layer: layers[axis.layer] for axis in axes}
-        self.layers |= {name: family.layers[name] for name, family in self.families.items()}
+        distinct = {id(layers): Family(layers) for layers in families}
+        self.families = {name: family for family in distinct.values() for name in family.layers}
+        self.layers = {**layers, **{name: family.layers[name] for name, family in self.families.items()}}
         self.copied, self.explore = set() if copied is None else copied, explore
         self.unfit: set[str] = set()
         self.coarse = False
-        self.uses: Counter[LayerAxis] = Counter()
-        self.edges: dict[int, int] = {}
+        self._uses: Counter[tuple[str, str]] = Counter()
+        self._edges: dict[int, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._made: dict[Node, Gate] = {}
         self._norm_inputs: list[tuple[Gate, Node]] = []
         self._taken: list[tuple[Gate, Node]] = []
-        self._watched: list[Seen] = []
+        self._watched: list[tuple[Gate, Seen]] = []
         self._leaves: list[Tensor] = []
         self._sums: dict[LayerAxis, Tensor] | None = None  # None: hooks have nothing to do
         self._examples = self._rows = 0
@@ -213,9 +209,9 @@ class Capture:
             kept.clear()
 
     def read(
-        self, losses: Tensor, scale: Tensor | float, retain: bool, consume: Consume | None = None
+        self, losses: Tensor, retain: bool, consume: Consume | None = None
     ) -> tuple[dict[LayerAxis, Tensor], dict[int, Tensor | None]]:
-        """Backpropagate Σ scale · losses, shape (rows, examples a row); `retain` keeps the graph for another pass.
+        """Backpropagate the sum of losses, shape (rows, examples a row); `retain` keeps the graph for another pass.
 
         The gradients of families of layers go to `consume`, each as soon as the last of its uses has been reached.
 
@@ -225,11 +221,11 @@ class Capture:
         """
         self._sums, self._consume = {}, consume
         self._examples, self._rows = losses.numel(), len(losses)
-        total = (losses * scale).sum()
+        total = losses.sum()
         if not self._leaves:
             uses, leaves = _walk(total.grad_fn)
             self._leaves = [node.variable for node in leaves]
-            self.edges = {id(node.variable): uses[node] for node in leaves}
+            self._edges = {id(node.variable): uses[node] for node in leaves}
             self._share(uses)
         try:
             gradients = torch.autograd.grad(total, self._leaves, retain_graph=retain, allow_unused=True)
@@ -238,6 +234,14 @@ class Capture:
             return self._sums, {id(leaf): gradient for leaf, gradient in zip(self._leaves, gradients, strict=True)}
         finally:
             self._sums = self._consume = None
+
+    def sees_all(self, layer: nn.Module | nn.Parameter) -> bool:
+        """Say whether the graph uses a layer's parameters no more often than was noted, after `read`."""
+        seen: Counter[int] = Counter()
+        for name, owner in self.layers.items():
+            uses = max(self._uses[name, "out"], self._uses[name, "in"])
+            seen.update({id(p): uses for p in own_parameters(owner).values()})
+        return all(self._edges.get(id(p), 0) <= seen[id(p)] for p in own_parameters(layer).values())
 
     def missing(self, layer: str) -> str:
         """Say why a layer has no products after `read`."""
@@ -268,53 +272,50 @@ class Capture:
         if name in self.families:
             alone = len(args) + len(kwargs) == 1 and isinstance(taken, Tensor) and isinstance(output, Tensor)
             return self.call(name, taken, output) if alone else output
-        dim = activation_dim(layer, output)
         if is_batch_norm(layer) and not layer.training and layer.running_mean is not None:
-            return self._put_norm(axis, layer, taken, output)
+            return self.put(axis, output, 1, part=taken, norm=layer)
         fixed = fixed_outputs(layer, taken)
-        return self.put(axis, output, dim, part=None if fixed is None else output.detach().masked_fill(fixed, 0))
+        part = None if fixed is None else output.detach().masked_fill(fixed, 0)
+        return self.put(axis, output, activation_dim(layer, output), part=part)
 
     def call(self, layer: str, taken: Tensor, output: Tensor, order: Callable | None = None) -> Tensor:
         """Note one use of a layer for its parameters' gradients."""
         output = self._with_node(output)
-        self.families[layer].uses[layer] += 1
+        self.families[layer].uses += 1
+        self._uses[layer, "out"] += 1
         output.register_hook(partial(self._on_call, Seen(layer, taken, order)))
         return output
 
     def take(self, axis: LayerAxis, tensor: Tensor, dim: int, order: Callable | None = None) -> Tensor:
         """Gate what a layer takes in: return the same values under a node whose gradient is this use's alone."""
-        gate = self._gate(axis, Seen(axis.layer, tensor, order), dim)
+        gate = Gate(axis, Seen(axis.layer, tensor, order), dim)
+        self._uses[axis] += 1
         alias = _Alias.apply(tensor, self._anchor)
         alias.register_hook(partial(self._on_gradient, gate))
         self._taken.append((gate, alias.grad_fn))
         return alias
 
     def put(
-        self, axis: LayerAxis, tensor: Tensor, dim: int, order: Callable | None = None, part: Tensor | None = None
+        self,
+        axis: LayerAxis,
+        tensor: Tensor,
+        dim: int,
+        order: Callable | None = None,
+        part: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
-        """Gate what a layer puts out; `part` of it is linear in the parameters, by default all."""
+        """Gate what a layer puts out; `part` of it, by default all, is linear in the parameters, or is what a norm took."""
         tensor = self._with_node(tensor)
         seen = Seen(axis.layer, tensor if part is None else part, order)
-        gate = self._gate(axis, seen, dim, whole=part is None)
-        if gate.whole and (self.explore or axis.layer in self.copied):
-            self._watched.append(gate.seen)
-            gate.seen = gate.seen.copied()
-        self._made[tensor.grad_fn] = gate
+        gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, whole=part is None or norm is not None)
+        if part is None and (self.explore or axis.layer in self.copied):
+            self._watched.append((gate, seen))
+            gate.seen = seen.copied()
+        if norm is not None and part.grad_fn is not None:
+            self._norm_inputs.append((gate, part.grad_fn))
+        self._uses[axis] += 1
         tensor.register_hook(partial(self._on_gradient, gate))
         return tensor
-
-    def _put_norm(self, axis: LayerAxis, norm: nn.Module, taken: Tensor, output: Tensor) -> Tensor:
-        output = self._with_node(output)
-        gate = self._gate(axis, Seen(axis.layer, taken), 1, norm=norm)
-        self._made[output.grad_fn] = gate
-        if taken.grad_fn is not None:
-            self._norm_inputs.append((gate, taken.grad_fn))
-        output.register_hook(partial(self._on_gradient, gate))
-        return output
-
-    def _gate(self, axis: LayerAxis, seen: Seen, dim: int, **options: Any) -> Gate:
-        self.uses[axis] += 1
-        return Gate(axis, seen, dim, **options)
 
     def _with_node(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself, or under a node of ours where nothing before it requires grad."""
@@ -336,8 +337,8 @@ class Capture:
                 giver.also.append(given.axis)
                 given.given = True
         if self.explore:
-            given = {id(gate.seen) for gate in self._made.values() if gate.given}
-            self.copied |= {seen.layer for seen in self._watched if seen.changed and id(seen) not in given}
+            changed = {gate.axis.layer for gate, seen in self._watched if seen.changed and not gate.given}
+            self.copied |= changed
 
     def _only_source(self, gate: Gate, node: Node | None, uses: Counter[Node]) -> Gate | None:
         """Return the gate on the output that `node` made, if only `gate` reads it and all of it counts."""
@@ -360,7 +361,7 @@ class Capture:
         gradient = seen.order(gradient)
         if self._fits(seen.layer, gradient) and len(seen.read()) == len(gradient):
             family.calls.append((seen, gradient))
-        if len(family.calls) == family.uses.total():
+        if len(family.calls) == family.uses:
             self._hand_out(family)
 
     def _hand_out(self, family: Family) -> None:

@@ -61,6 +61,9 @@ def jacobian_products(
 ) -> JacobianProducts:
     """Compute J·w for every channel of the given layers, all rows kept.
 
+    A parameter that is used several times, by several layers if it is tied, has the sum over all uses in J·w: each of
+    its names has the same product, which groups count once (see `score_groups`).
+
     Args:
         model: run in eval mode; its mode, gradients, hooks and flags are given back unchanged.
         batches: the calibration batches, whatever `objective` takes; (images, labels) for the default.

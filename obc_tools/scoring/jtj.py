@@ -407,7 +407,8 @@ def group_jtj(
 ) -> GroupJTJ:
     """Compute JᵀJ over the concatenated parameters of all members of a group that belong to one of its channels.
 
-    Members without parameters (a norm without scale) are left out, tied ones are one (see `score_groups`). For the arguments and errors see `dense_jtj`.
+    Members without parameters (a norm without scale) are left out, tied ones are one (see `score_groups`). For the
+    arguments and errors see `dense_jtj`.
     """
     check_channels(f"group {group.root}", [channel], group.width)
     members = distinct_members(uncompiled(model), group.members)

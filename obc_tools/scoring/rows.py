@@ -13,10 +13,13 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from ..state import differentiable, evaluating, keeping_statistics, numbered
 from ..structure.groups import Member
@@ -34,6 +37,8 @@ from .capture import Capture, Consume, never_ran
 from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
+
+NONE: Mapping = MappingProxyType({})
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
@@ -63,84 +68,111 @@ class _Rows(ABC):
     """Rows of `per_row` examples (None: a batch), from a capture where that is exact, else by one backward pass a row.
 
     The first batch with more than one row shows which layers the capture suits. Two backward passes, of Σ_i l_i and of
-    Σ_i c_i l_i with powers of two c_i, must take what differs by exactly c_i: so row i holds nothing of any other
-    example. And the sum over the rows must be what the weights' gradients give, and the graph must use no weight more
-    often than was seen: so no use of a weight was missed.
+    Σ_i c_i l_i with powers of two c_i, must give measures that differ by exactly c_i: so row i holds nothing of any
+    other example. And the sum over the rows must be what the weights' gradients give, and the graph must use no weight
+    more often than was seen: so no use of a weight was missed. The measures are J·v of each axis: what is asked, or a
+    likeness of it.
     """
 
-    def __init__(self, model: nn.Module, keys: Sequence[LayerAxis], objective: Objective, per_row: int | None):
+    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
         # A batch's row needs no hook inside the model, which may stay compiled.
         self.model = model if per_row is None else uncompiled(model)
-        self.keys, self.objective, self.per_row = keys, objective, per_row
-        self.layers = {key.layer: get_layer(uncompiled(model), key.layer) for key in keys}
+        self.axes, self.objective, self.per_row = axes, objective, per_row
+        self.layers = {axis.layer: get_layer(uncompiled(model), axis.layer) for axis in axes}
+        self.families = {} if per_row is None else families(uncompiled(model), self.layers)
         self.by_weights: set[str] = set()
         self.copied: set[str] = set()
         self.checked = False
         self.one_row = per_row is None
 
     def __call__(self, batch: Any, number: int) -> Any:
-        fast, slow = ((), self.keys) if self.one_row else self._apart()
+        fast, slow = ((), self.axes) if self.one_row else self._apart()
         model, capture = self.model, self._capture(fast)
-        wanted = self._parameters(slow if self.checked else self.keys)
+        wanted = self._parameters(slow if self.checked else self.axes)
         with evaluating(model), keeping_statistics(model), differentiable(model, wanted), closing(capture):
             with capture.watching(model), _eagerly() if fast else nullcontext():
                 losses = checked_losses(model, batch, self.objective, number)
             losses = in_rows(losses, self.per_row, number)
             self.one_row = len(losses) == 1
-            if self.one_row and not self.checked:
-                fast, slow = (), self.keys
-            return self._read(capture, losses, fast, slow)
+            if self.checked or not fast:
+                return self._read(capture, losses, fast, slow)
+            if self.one_row:
+                return self._read(capture, losses, (), self.axes)
+            measures = self._check(capture, losses)
+            return self._read(capture, losses, *self._apart(), measures)
 
     def _apart(self) -> tuple[list[LayerAxis], list[LayerAxis]]:
-        """Return the keys that are captured, and those that go one backward pass a row."""
-        fast = [key for key in self.keys if key.layer not in self.by_weights]
-        return fast, [key for key in self.keys if key.layer in self.by_weights]
+        """Return the axes that are captured, and those that go one backward pass a row."""
+        fast = [axis for axis in self.axes if axis.layer not in self.by_weights]
+        return fast, [axis for axis in self.axes if axis.layer in self.by_weights]
 
     @abstractmethod
-    def _capture(self, keys: Sequence[LayerAxis]) -> Capture: ...
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture: ...
 
     @abstractmethod
-    def _read(self, capture: Capture, losses: Tensor, fast: Sequence[LayerAxis], slow: Sequence[LayerAxis]) -> Any:
-        """Return what a batch gives, by `_check` the first time that there is something to capture."""
+    def _read(self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE) -> Any:
+        """Return what a batch gives, which `measures` may be already."""
 
     @abstractmethod
-    def _measure(self, capture: Capture, losses: Tensor, scale: Tensor | float) -> tuple[Mapping, Gradients]:
-        """Return what is proven, key -> (rows or examples, numbers), and the weights' gradients; keeps the graph."""
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
+        """Backpropagate the losses of each row times its factor.
+
+        Returns:
+            J·v, LayerAxis -> (rows or examples, channels), freed of the factors again, and the weights' gradients.
+        """
 
     @abstractmethod
-    def _expect(self, keys: Iterable[LayerAxis], gradients: Gradients, absolute: bool = False) -> Mapping:
-        """Return what the rows must add up to by the weights' gradients, key -> (1, numbers); or Σ of absolute terms."""
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Return v of a parameter, at least in float32."""
 
-    @abstractmethod
-    def _sees_all(self, capture: Capture, key: LayerAxis) -> bool:
-        """Say whether no more uses of the parameters of a key are in the graph than were captured."""
-
-    def _check(self, capture: Capture, losses: Tensor, keys: Sequence[LayerAxis]) -> Mapping[LayerAxis, Tensor]:
-        """Find the layers that the capture does not suit: their rows come from weight gradients. Return the measures."""
-        found, gradients = self._measure(capture, losses, 1.0)
-        expected, terms = self._expect(keys, gradients), self._expect(keys, gradients, absolute=True)
+    def _check(self, capture: Capture, losses: Tensor) -> dict[LayerAxis, Tensor]:
+        """Find the layers that the capture does not suit, whose rows come from weight gradients; return the measures."""
+        measures, gradients = self._measure(capture, losses, losses.new_ones(len(losses)))
+        expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
-        scaled, _ = self._measure(capture, losses, _powers_of_two(losses.shape).to(losses))
-        for key, whole in expected.items():
-            seen = key in found and key in scaled and self._sees_all(capture, key)
-            rounding = 100 * terms[key].max() + largest
-            if not seen or not _agree(found[key], scaled[key], whole[0], rounding, capture.coarse):
-                self.by_weights.add(key.layer)
+        unscaled, _ = self._measure(capture, losses, _powers_of_two(len(losses)).to(losses))
+        for axis, whole in expected.items():
+            seen = axis in measures and axis in unscaled and capture.sees_all(self.layers[axis.layer])
+            rounding = 100 * terms[axis].max() + largest
+            if not seen or not _agree(measures[axis], unscaled[axis], whole[0], rounding, capture.coarse):
+                self.by_weights.add(axis.layer)
         self.checked = True
         if self.by_weights:
             logger.warning("one backward pass a row, exact but slow, for: %s", ", ".join(sorted(self.by_weights)))
-        return found
+        return measures
 
-    def _parameters(self, keys: Iterable[LayerAxis]) -> list[nn.Parameter]:
-        """Return the parameters of the keys' layers, each once."""
-        return list({id(p): p for key in keys for p in own_parameters(self.layers[key.layer]).values()}.values())
+    def _parameters(self, axes: Iterable[LayerAxis]) -> list[nn.Parameter]:
+        """Return the parameters of the axes' layers, each once."""
+        return list({id(p): p for axis in axes for p in own_parameters(self.layers[axis.layer]).values()}.values())
 
-    def _weight_gradients(self, losses: Tensor, keys: Iterable[LayerAxis]) -> Iterable[Gradients]:
+    def _weight_gradients(self, losses: Tensor, axes: Sequence[LayerAxis]) -> Iterator[Gradients]:
         """Yield the weights' gradients of one row after another: exact for whatever the examples share."""
-        parameters = self._parameters(keys)
-        for row, loss in enumerate(losses.mean(1), start=1):
+        parameters = self._parameters(axes)
+        for row, loss in enumerate(losses.mean(1) if axes else (), start=1):
             gradients = torch.autograd.grad(loss, parameters, retain_graph=row < len(losses), allow_unused=True)
             yield dict(zip(map(id, parameters), gradients, strict=True))
+
+    def _products(
+        self, axes: Iterable[LayerAxis], gradients: Gradients, *, absolute: bool = False
+    ) -> dict[LayerAxis, Tensor]:
+        """Turn the gradients of one loss into J·v of each axis, shape (1, channels); or into Σ |J_i v_i|."""
+        wanted: dict[str, list[LayerAxis]] = defaultdict(list)
+        for axis in axes:
+            wanted[axis.layer].append(axis)
+        found = {}
+        for name, own in wanted.items():
+            layer = self.layers[name]
+            products = {key: self._product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
+            if absolute:
+                products = {key: product.abs() for key, product in products.items()}
+            found |= {axis: channel_products(layer, axis, products)[None] for axis in own}
+        return found
+
+    def _product(self, parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
+        direction = self._direction(parameter)
+        return direction * _present(gradient, name).to(direction.dtype)
 
 
 class ProductRows(_Rows):
@@ -148,64 +180,36 @@ class ProductRows(_Rows):
 
     def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
         super().__init__(model, axes, objective, per_row)
-        tied = {} if per_row is None else tied_axes(uncompiled(model))
-        self.alike = {axis: tied.get(places(self.layers[axis.layer], axis), {}) | {axis: None} for axis in axes}
-        self.uses = self.layers | {
-            axis.layer: get_layer(uncompiled(model), axis.layer) for alike in self.alike.values() for axis in alike
-        }
+        self.uses = {axis: tied_axes(axis, self.families[axis.layer]) for axis in axes if self.families}
 
-    def _capture(self, keys: Sequence[LayerAxis]) -> Capture:
-        axes = list(dict.fromkeys(axis for key in keys for axis in self.alike[key]))
-        return Capture(self.uses, axes, copied=self.copied, explore=not self.checked)
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
+        uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])
+        layers = {use.layer: self.families[axis.layer][use.layer] for axis in axes for use in self.uses[axis]}
+        return Capture(layers, uses, copied=self.copied, explore=not self.checked)
 
     def _read(
-        self, capture: Capture, losses: Tensor, fast: Sequence[LayerAxis], slow: Sequence[LayerAxis]
+        self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE
     ) -> dict[LayerAxis, Tensor]:
-        if fast and not self.checked:
-            sums = self._check(capture, losses, fast)
-            fast, slow = self._apart()
-        else:
-            sums = self._joined(capture.read(losses, 1.0, retain=bool(slow))[0]) if fast else {}
-        found = {}
+        if fast and not measures:
+            measures, _ = self._measure(capture, losses, losses.new_ones(len(losses)), retain=bool(slow))
         for axis in fast:
-            if axis not in sums:
+            if axis not in measures:
                 raise ValueError(capture.missing(axis.layer))
-            found[axis] = sums[axis].unflatten(0, losses.shape).mean(1)
-        if slow:
-            rows = [self._expect(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
-            found |= {axis: torch.cat([row[axis] for row in rows]) for axis in slow}
-        return {axis: found[axis] for axis in self.keys}
+        found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast}
+        rows = [self._products(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
+        found |= {axis: torch.cat([row[axis] for row in rows]) for axis in slow}
+        return {axis: found[axis] for axis in self.axes}
 
-    def _measure(self, capture: Capture, losses: Tensor, scale: Tensor | float) -> tuple[Mapping, Gradients]:
-        sums, gradients = capture.read(losses, scale, retain=True)
-        factors = 1 / scale.reshape(-1, 1) if isinstance(scale, Tensor) else 1
-        return {axis: value * factors for axis, value in self._joined(sums).items()}, gradients
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
+        sums, gradients = capture.read(losses * factors[:, None], retain)
+        examples = factors.repeat_interleave(losses.shape[1])[:, None]
+        parts = {axis: [sums[use] for use in uses if use in sums] for axis, uses in self.uses.items()}
+        return {axis: sum(found[1:], found[0]) / examples for axis, found in parts.items() if found}, gradients
 
-    def _joined(self, sums: Mapping[LayerAxis, Tensor]) -> dict[LayerAxis, Tensor]:
-        """Add up the sums of all uses of the same parameters, under whatever names."""
-        uses = {axis: [sums[other] for other in alike if other in sums] for axis, alike in self.alike.items()}
-        return {axis: sum(parts[1:], parts[0]) for axis, parts in uses.items() if parts}
-
-    def _expect(
-        self, keys: Iterable[LayerAxis], gradients: Gradients, absolute: bool = False
-    ) -> dict[LayerAxis, Tensor]:
-        wanted: dict[str, list[LayerAxis]] = defaultdict(list)
-        for axis in keys:
-            wanted[axis.layer].append(axis)
-        row = {}
-        for name, axes in wanted.items():
-            layer = self.layers[name]
-            products = {key: _product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
-            if absolute:
-                products = {key: product.abs() for key, product in products.items()}
-            for axis in axes:
-                slots = parameter_slots(layer, find_axis(layer, axis))
-                row[axis] = sum(channel_sum(products[slot.tensor], slot) for slot in slots)[None]
-        return row
-
-    def _sees_all(self, capture: Capture, key: LayerAxis) -> bool:
-        uses = sum(capture.uses[axis] for axis in self.alike[key])
-        return all(capture.edges.get(place[0], 0) <= uses for place in places(self.layers[key.layer], key))
+    def _direction(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class GradientRows(_Rows):
@@ -218,71 +222,54 @@ class GradientRows(_Rows):
     def __init__(
         self, model: nn.Module, layers: Sequence[str], objective: Objective, per_row: int | None, consume: Consume
     ):
-        plain = uncompiled(model)
-        keys = [LayerAxis(name, key) for name in layers for key in own_parameters(get_layer(plain, name))]
-        super().__init__(model, keys, objective, per_row)
+        super().__init__(model, [LayerAxis(name, "out") for name in layers], objective, per_row)
         self.consume = consume
-        self.families = [] if per_row is None else families(plain, self.layers)
 
-    def _capture(self, keys: Sequence[LayerAxis]) -> Capture:
-        wanted = {key.layer for key in keys}
-        return Capture({}, families=[family for family in self.families if wanted & family.keys()])
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
+        return Capture({}, families=[self.families[axis.layer] for axis in axes])
 
-    def _read(self, capture: Capture, losses: Tensor, fast: Sequence[LayerAxis], slow: Sequence[LayerAxis]) -> None:
-        if fast and not self.checked:
-            self._check(capture, losses, fast)
-            fast, slow = self._apart()
-        left = dict.fromkeys(key.layer for key in fast)
+    def _read(self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE) -> None:
+        left = {axis.layer for axis in fast}
 
         def consume(name: str, gradients: dict[str, Tensor]) -> None:
-            if name in layers:
-                left.pop(name, None)
+            if name in asked:
+                left.discard(name)
                 self.consume(name, {key: gradient / losses.shape[1] for key, gradient in gradients.items()})
 
-        if layers := set(left):
-            capture.read(losses, 1.0, retain=bool(slow), consume=consume)
+        if asked := set(left):
+            capture.read(losses, bool(slow), consume)
         for name in left:
             raise ValueError(capture.missing(name))
-        for gradients in self._weight_gradients(losses, slow) if slow else ():
-            for name in dict.fromkeys(key.layer for key in slow):
+        for gradients in self._weight_gradients(losses, slow):
+            for name, _ in slow:
                 own = own_parameters(self.layers[name])
                 self.consume(name, {key: _present(gradients[id(p)], name)[None] for key, p in own.items()})
 
-    def _measure(self, capture: Capture, losses: Tensor, scale: Tensor | float) -> tuple[Mapping, Gradients]:
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
         found: dict[LayerAxis, list[Tensor]] = defaultdict(list)
 
         def project(name: str, gradients: dict[str, Tensor]) -> None:
-            for key, rows in gradients.items():
-                found[LayerAxis(name, key)].append(rows.flatten(1) @ _direction(rows[0]))
+            if name in self.layers:
+                layer, axis = self.layers[name], LayerAxis(name, "out")
+                directions = {key: self._direction(p) for key, p in own_parameters(layer).items()}
+                products = {key: rows * directions[key] for key, rows in gradients.items()}
+                found[axis].append(vmap(partial(channel_products, layer, axis))(products))
 
-        _, gradients = capture.read(losses, scale, retain=True, consume=project)
-        factors = 1 / scale[:, :1] if isinstance(scale, Tensor) else 1
-        return {key: torch.cat(parts) * factors for key, parts in found.items()}, gradients
+        _, gradients = capture.read(losses * factors[:, None], retain, project)
+        return {axis: torch.cat(parts) / factors[:, None] for axis, parts in found.items()}, gradients
 
-    def _expect(
-        self, keys: Iterable[LayerAxis], gradients: Gradients, absolute: bool = False
-    ) -> dict[LayerAxis, Tensor]:
-        expected = {}
-        for key in keys:
-            gradient = _present(gradients.get(id(own_parameters(self.layers[key.layer])[key.axis])), key.layer)
-            terms = gradient.flatten()[:, None] * _direction(gradient)
-            expected[key] = (terms.abs() if absolute else terms).sum(0)[None]
-        return expected
-
-    def _sees_all(self, capture: Capture, key: LayerAxis) -> bool:
-        place = id(own_parameters(self.layers[key.layer])[key.axis])
-        return capture.edges.get(place, 0) <= capture.families[key.layer].uses_of(place)
+    def _direction(self, parameter: Tensor) -> Tensor:
+        # Not the weights: J·w of what is normalised vanishes whatever J is. Multiples of an irrational are everywhere.
+        numbers = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return ((numbers * GOLDEN) % 1 - 0.5).to(dtype).view(parameter.shape)
 
 
-def _direction(gradient: Tensor) -> Tensor:
-    """Return a direction without structure, the same for all gradients of one size, along which these are compared."""
-    numbers = torch.arange(gradient.numel(), dtype=torch.float64, device=gradient.device)
-    return ((numbers * GOLDEN) % 1 - 0.5).to(gradient.dtype)[:, None]
-
-
-def _powers_of_two(shape: Sequence[int]) -> Tensor:
-    """Return factors that differ between neighbouring rows; a power of two scales without rounding."""
-    return torch.tensor([2.0 ** (int(8 * (i * GOLDEN % 1)) - 3) for i in range(shape[0])])[:, None].expand(*shape)
+def _powers_of_two(count: int) -> Tensor:
+    """Return factors that differ between neighbours; a power of two scales without rounding."""
+    return torch.tensor([2.0 ** (int(8 * (i * GOLDEN % 1)) - 3) for i in range(count)])
 
 
 def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:
@@ -339,11 +326,6 @@ def in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
     return losses.unflatten(0, (-1, per_row))
 
 
-def _product(parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(dtype) * _present(gradient, name).to(dtype)
-
-
 def _present(gradient: Tensor | None, name: str) -> Tensor:
     if gradient is None:
         raise ValueError(never_ran(name))
@@ -385,30 +367,20 @@ def distinct_members(model: nn.Module, members: Iterable[Member]) -> list[Member
     return found
 
 
-def tied_axes(model: nn.Module) -> dict[frozenset[Hashable], dict[LayerAxis, None]]:
-    """Return the axes that lie in parameters with more than one owner, by their `places`."""
-    tied: dict[frozenset[Hashable], dict[LayerAxis, None]] = defaultdict(dict)
-    for name, layer in (owner for owners in _owners(model).values() if len(owners) > 1 for owner in owners):
+def families(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """Return, for each layer, the layers that may share parameters with it, by name: itself, or all tied ones."""
+    owners = _owners(model).values()
+    tied = {name: layer for owning in owners if len(owning) > 1 for name, layer in owning}
+    return {name: tied if name in tied else {name: layer} for name, layer in layers.items()}
+
+
+def tied_axes(axis: LayerAxis, family: Mapping[str, nn.Module | nn.Parameter]) -> list[LayerAxis]:
+    """Return all axes that lie in the same parameters along the same dimensions as an axis; itself first."""
+    found, where = [axis], places(family[axis.layer], axis)
+    for name, layer in family.items() if len(family) > 1 else ():
         with suppress(UnknownLayerError):
-            for key in layer_axes(layer, name):
-                tied[places(layer, LayerAxis(name, key))][LayerAxis(name, key)] = None
-    tied.pop(frozenset(), None)
-    return tied
-
-
-def families(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> list[dict[str, Any]]:
-    """Return the layers, those that share parameters with each other, asked for or not, together: name -> layer."""
-    owners = _owners(model)
-    found: list[dict[str, Any]] = []
-    for name, layer in layers.items():
-        together = {name: layer}
-        for parameter in own_parameters(layer).values():
-            together |= dict(owners[id(parameter)]) if len(owners[id(parameter)]) > 1 else {}
-        joined = [family for family in found if family.keys() & together.keys()]
-        found = [family for family in found if family not in joined] + [together.copy()]
-        for family in joined:
-            found[-1] |= family
-    return found
+            found += [LayerAxis(name, key) for key in layer_axes(layer) if places(layer, LayerAxis(name, key)) == where]
+    return list(dict.fromkeys(found))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -431,3 +403,8 @@ def parameter_slots(layer: nn.Module, axis: Any) -> list:
     """Return the slots of an axis that lie in parameters (running statistics are buffers and have no gradient)."""
     parameters = own_parameters(layer)
     return [slot for slot in axis.slots if slot.tensor in parameters]
+
+
+def channel_products(layer: nn.Module | nn.Parameter, axis: LayerAxis, products: Mapping[str, Tensor]) -> Tensor:
+    """Sum a layer's products, of the shapes of its parameters, over all that belongs to each channel: (channels,)."""
+    return sum(channel_sum(products[slot.tensor], slot) for slot in parameter_slots(layer, find_axis(layer, axis)))

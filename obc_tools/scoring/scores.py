@@ -176,7 +176,9 @@ def score_groups(
     """Score every channel of every group.
 
     A member's score of a channel is the sum over the channel's positions of the criterion's saliency; the group's
-    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group.
+    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group. Parameters
+    that are tied, such as an embedding's and an output layer's, are one member of their group, by the first of their
+    names; its gradient and J·w are the sums over all uses under all names, before anything is squared.
 
     Args:
         criterion: a name of `CRITERIA`, (name, options), a `Criterion`, or a function of weights (channels, d).
