@@ -304,7 +304,7 @@ class Capture:
         part: Tensor | None = None,
         norm: nn.Module | None = None,
     ) -> Tensor:
-        """Gate what a layer puts out; `part` of it, by default all, is linear in the parameters, or is what a norm took."""
+        """Gate what a layer puts out; `part` of it (else all) is linear in the parameters, or is what a norm took."""
         tensor = self._with_node(tensor)
         seen = Seen(axis.layer, tensor if part is None else part, order)
         gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, whole=part is None or norm is not None)

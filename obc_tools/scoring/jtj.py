@@ -28,6 +28,7 @@ from ..structure.layers import (
     UnknownLayerError,
     channel_dims,
     channel_view,
+    find_axis,
     get_layer,
     layer_axes,
     own_parameters,
@@ -256,12 +257,13 @@ def channel_parameters(
     """Return the parameters of some channels of a layer axis; raise ValueError for unknown ones."""
     layer = get_layer(uncompiled(model), axis.layer)
     axes = layer_axes(layer, axis.layer)
-    if axis.axis not in axes:
+    if axis.axis.partition("_")[0] not in axes:
         raise UnknownNameError(f"axis of layer {axis.layer!r}", axis.axis, list(axes))
-    slots = tuple(parameter_slots(layer, axes[axis.axis]))
+    described = find_axis(layer, axis)
+    slots = tuple(parameter_slots(layer, described))
     if not slots:
         raise UnknownLayerError(f"layer {axis.layer!r} ({type(layer).__name__}) has no channels with parameters")
-    width = axes[axis.axis].width
+    width = described.width
     chosen = range(width) if channels is None else [channels] if isinstance(channels, int) else channels
     return ChannelParameters(axis, own_parameters(layer), slots, check_channels(str(axis), chosen, width))
 
@@ -439,8 +441,8 @@ def _part_of_channel(model: nn.Module, member: Member, channel: int) -> ChannelP
     """Return a member's parameters of one channel, at all its positions; None when it has none."""
     positions = [p for p, c in zip(member.positions, member.channels, strict=True) if c == channel]
     layer = get_layer(uncompiled(model), member.axis.layer)
-    axis = layer_axes(layer, member.axis.layer)[member.axis.axis]
-    return channel_parameters(model, member.axis, positions) if positions and parameter_slots(layer, axis) else None
+    slots = parameter_slots(layer, find_axis(layer, member.axis))
+    return channel_parameters(model, member.axis, positions) if positions and slots else None
 
 
 def _blocks(parts: Sequence[ChannelParameters]) -> tuple[tuple[GroupBlock, ...], tuple[str, ...]]:

@@ -128,7 +128,7 @@ class _Rows(ABC):
         """Return v of a parameter, at least in float32."""
 
     def _check(self, capture: Capture, losses: Tensor) -> dict[LayerAxis, Tensor]:
-        """Find the layers that the capture does not suit, whose rows come from weight gradients; return the measures."""
+        """Find the layers that the capture does not suit, whose rows come from weight gradients. Return measures."""
         measures, gradients = self._measure(capture, losses, losses.new_ones(len(losses)))
         expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
