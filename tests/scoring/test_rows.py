@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,10 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
+from obc_tools.scoring.jacobian import jacobian_products
+from obc_tools.scoring.jtj import dense_jtj
 from obc_tools.scoring.rows import GradientRows, stream_gradients
+from obc_tools.scoring.scores import sum_square_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
 
@@ -215,3 +219,70 @@ def test_refuses_what_it_cannot_compute():
     for rows in ("batch", "sample"):
         with pytest.raises(ValueError, match=r"does not depend on the model's parameters|layer 'extra' never ran"):
             pieces_of(model, batches, ["extra"], rows=rows)
+
+
+# What a proof must find out
+
+
+class Running(nn.Module):
+    """Example n sees examples 0..n, or with ``flip`` n.. on, behind a norm if there is one."""
+
+    def __init__(self, flip=False, norm=None):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(3, 4), norm or nn.Identity(), nn.Linear(4, 3)
+        self.flip = flip
+
+    def forward(self, x):
+        # (examples, positions, channels); J·w of what a layer without bias gives a norm over positions is 0.
+        x = self.first(x.flatten(2).mT)
+        x = self.norm(x.mT).mT.tanh().sum(1)
+        x = x.flip(0).cumsum(0).flip(0) if self.flip else x.cumsum(0)
+        return self.head(x / len(x))
+
+
+class Behind(nn.Module):
+    """A layer's weight also used behind the module's back, by a small share."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.head, self.share = nn.Linear(3, 4), nn.Linear(4, 3), share
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return self.head(torch.tanh(self.first(x) + self.share * F.linear(x, self.first.weight)))
+
+
+SHARED = {
+    "running": Running,
+    "from the end": partial(Running, flip=True),
+    "normalised": partial(Running, norm=nn.InstanceNorm1d(4)),
+    "half a percent": partial(Behind, 5e-3),
+    "one in a million": partial(Behind, 1e-6),
+}
+
+
+@pytest.mark.parametrize("rows", ["sample", 2])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_examples_share_is_found_out_by_all_that_reads_rows(name, rows, caplog):
+    model, batches = make(SHARED[name])
+    expected = oracle(model, batches, "first", rows)
+    weights = {key: p.detach() for key, p in own_parameters(model.first).items()}
+    jacobian = torch.cat([expected["weight"], expected["bias"][..., None]], 2)
+    w = torch.cat([weights["weight"], weights["bias"][:, None]], 1)
+    exact = {"rtol": 1e-10, "atol": 1e-20}
+    dense = dense_jtj(model, batches, "first", rows=rows)
+    torch.testing.assert_close(dense.values, torch.einsum("nci,ncj->cij", jacobian, jacobian), **exact)
+    found = jacobian_products(model, batches, rows=rows, layers=["first"])["first", "out"]
+    torch.testing.assert_close(found, torch.einsum("nci,ci->nc", jacobian, w), rtol=1e-10, atol=1e-16)
+    if rows == "sample":
+        squares = sum_square_gradients(model, batches, ["first"])["first"]
+        for key, gradient in expected.items():
+            torch.testing.assert_close(squares[key], gradient.square().sum(0), **exact)
+    assert any("exact but slow, for: first" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
+def test_a_use_behind_the_back_is_seen_at_any_precision(share, caplog):
+    model, batches = make(partial(Behind, share))
+    jacobian_products(model.float(), [(images.float(), labels) for images, labels in batches], rows="sample")
+    assert [record.message for record in caplog.records] == ["one backward pass a row, exact but slow, for: first"]
