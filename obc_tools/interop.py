@@ -23,7 +23,7 @@ from .errors import UnknownNameError
 from .scoring.criteria import Criterion, Evidence, resolve_criterion
 from .scoring.jacobian import model_axes, stream_products
 from .scoring.objectives import Objective, classification
-from .scoring.rows import Rows, parameter_slots
+from .scoring.rows import Rows, parameter_slots, places
 from .scoring.scores import NORMALIZERS, REDUCTIONS, combine, normalize, sum_squares
 from .structure.layers import (
     LayerAxis,
@@ -55,9 +55,13 @@ class _GroupImportance(tp.importance.Importance):
     def __call__(self, group: tp.dependency.Group) -> Tensor | None:
         """Return the score of each channel of a group, shape (channels,), or None where nothing of it can be scored."""
         channels = {channel: index for index, channel in enumerate(group[0].idxs)}
-        parts, parameters = [], 0.0
+        parts, parameters, seen = [], 0.0, set()
         for item in group:
             for layer, key in _axes(item, group._DG):
+                where = (places(layer, LayerAxis("", key)), tuple(item.idxs))
+                if where in seen:  # tied parameters are one member
+                    continue
+                seen.add(where)
                 positions = torch.tensor(item.idxs)
                 saliency = self._saliency(layer, key).detach().double().cpu()[positions]
                 index = torch.tensor([channels[channel] for channel in item.root_idxs])

@@ -275,7 +275,7 @@ CASES = (
     Case("functional_use", FunctionalUse, (4,), by_weights=frozenset({"mix"})),
     Case("next_token", Language, batch=tokens, objective=next_token),
     Case("tied", partial(Language, tied=True), batch=tokens, objective=next_token,
-         by_weights=frozenset({"embedding", "out"})),
+         by_weights=frozenset({"out"})),
     Case("two_inputs", TwoInputs, batch=pairs, objective=matching),
     Case("contrastive", TwoInputs, batch=pairs, objective=contrastive,
          by_weights=frozenset({"words.0", "words.1"})),

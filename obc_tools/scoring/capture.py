@@ -1,27 +1,33 @@
-"""Gates: J·w of every example of a batch from one backward pass, without weight gradients.
+"""The capture: what layers take and give in one forward pass, and the gradients there while a backward pass runs.
 
-A gate is a factor of one, one an example and channel, on what a layer puts out or takes in. The gradient of the summed
-losses at it is J·w of that example's own loss (δ and ε are the gradients at the output z and the input x):
+With x and z what a use of a layer takes and gives, and ε and δ the gradients of the summed losses there, each example's
+share of three things is found from its own positions t alone, without a weight's gradient, for all examples at once:
 
-- at the output, Σ_t δ_t z_t over the example's positions t: the channel's weights and bias together, because z is
-  linear in them (a PReLU or an embedding with a padding row only in a part of z, and only that part counts);
-- at the input, Σ_t ε_t x_t: the weights that read the channel.
+- J·w of an output channel is Σ_t δ_t z_t: its weights and bias together, because z is linear in them (a PReLU or an
+  embedding with a padding row only in a part of z, and only that part counts);
+- J·w of an input channel is Σ_t ε_t x_t: the weights that read the channel;
+- the gradient of the layer's parameters is the layer's own product at (x, δ) (see `sums`).
 
-No factor is ever multiplied: the sums are taken in backward hooks from tensors that the graph keeps anyway. Two
-identities save passes over memory, and are used only where the graph shows that nothing else reads the tensors between:
+Whatever is used several times, under one name or several, has the sum over its uses. All is taken in backward hooks
+from tensors that the graph keeps anyway, and nothing is kept. Two identities save passes over memory, and are used only
+where the graph shows that nothing else reads the tensors between:
 
 - y = BatchNorm(z) in eval mode: Σ δy (z − μ) and Σ δy, from one pass, give the products of the norm *and* of the layer
   that made z;
 - ReLU and max pooling satisfy Σ ε x = Σ δ y for x = relu(y): the input's product is that of the output before it.
+
+Attention's projections and bare parameters are not called as modules. A `TorchFunctionMode`, which is the thread's own,
+sees them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,9 +35,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..state import hooks, no_fused_attention
-from ..structure.layers import LayerAxis, activation_dim, layer_axes
-from .sums import centred_sums, example_sums
+from ..state import hooks
+from ..structure.layers import (
+    LayerAxis,
+    activation_dim,
+    fixed_outputs,
+    has_role,
+    is_batch_norm,
+    layer_axes,
+    own_parameters,
+)
+from .sums import centred_sums, example_sums, layer_row_gradients
+
+Consume = Callable[[str, dict[str, Tensor]], None]
+"""Called with a layer's name and its parameters' gradients of some rows: name -> (rows, *shape)."""
+
+Node = torch.autograd.graph.Node
+
+HOMOGENEOUS = {"ReluBackward0", "MaxPool2DWithIndicesBackward0"}
+"""Autograd nodes of channel-wise functions with Σ ε x = Σ δ y."""
 
 BROADCASTING = {
     getattr(owner, name)
@@ -40,102 +62,7 @@ BROADCASTING = {
 } | {Tensor.__radd__, Tensor.__rmul__, Tensor.__iadd__, Tensor.__imul__}
 """Element-wise functions before which a bare parameter may be copied once an example."""
 
-
-@contextmanager
-def gated_functions(gates: Gates, model: nn.Module) -> Iterator[None]:
-    """Gate the wanted attentions and bare parameters of a model; everything is itself again on the way out."""
-    with ExitStack() as stack:
-        stack.enter_context(no_fused_attention())
-        if names := _attention_weights(gates, model):
-            stack.enter_context(_linear_replaced(_Projection(gates, names)))
-        if bare := {id(layer): name for name, layer in gates.layers.items() if isinstance(layer, nn.Parameter)}:
-            stack.enter_context(_BareParameters(gates, bare))
-        yield
-
-
-@contextmanager
-def _linear_replaced(stand_in: Callable) -> Iterator[None]:
-    """Let torch's functional attention call `stand_in(linear, input, weight, bias)` where it calls its linear."""
-    linear = F.linear
-    F.linear = partial(stand_in, linear)
-    try:
-        yield
-    finally:
-        F.linear = linear
-
-
-def _attention_weights(gates: Gates, model: nn.Module) -> dict[int, str]:
-    """Return the weights of the attentions that have gates, and the layers that they belong to: id -> name."""
-    found = {}
-    for name, module in model.named_modules():
-        output = f"{name}.out_proj" if name else "out_proj"
-        if isinstance(module, nn.MultiheadAttention) and not gates.layers.keys().isdisjoint({name, output}):
-            found[id(module.out_proj.weight)] = output
-            found |= {id(w): name for w in (module.in_proj_weight, module.q_proj_weight) if w is not None}
-    return found
-
-
-class _Projection:
-    """Stand in for torch's linear: gate the projections inside attentions, pass all other calls on."""
-
-    def __init__(self, gates: Gates, names: Mapping[int, str]):
-        self.gates, self.names = gates, names
-        self.examples = 0
-
-    def __call__(self, linear: Callable, taken: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        name = self.names.get(id(weight if weight._base is None else weight._base))
-        if name is None:
-            return linear(taken, weight, bias)
-        if taken.dim() == 3:  # (positions, examples, width); before the output projection the first two are flattened
-            self.examples = taken.shape[1]
-        order = partial(_examples_first, examples=self.examples, width=weight.shape[1])
-        out, into = LayerAxis(name, "out"), LayerAxis(name, "in")
-        if into in self.gates.axes:
-            taken = self.gates.take(into, taken, 3, order)
-        output = linear(taken, weight, bias)
-        return self.gates.put(out, output, 3, order) if out in self.gates.axes else output
-
-
-def _examples_first(tensor: Tensor, *, examples: int, width: int) -> Tensor:
-    """Bring (positions, examples, parts · width) into the order (examples, positions, parts, width)."""
-    return tensor.reshape(-1, examples, tensor.shape[-1] // width, width).transpose(0, 1)
-
-
-class _BareParameters(TorchFunctionMode):
-    """Copy a bare parameter once an example before it is added, multiplied or expanded, and gate the copies."""
-
-    def __init__(self, gates: Gates, names: Mapping[int, str]):
-        super().__init__()
-        self.gates, self.names = gates, names
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is Tensor.expand and id(args[0]) in self.names:
-            sizes = args[1:] if isinstance(args[1], int) else args[1]
-            args = (self._copied(args[0], len(sizes), sizes[0]), *args[1:])
-        elif function in BROADCASTING and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
-            first, second = args
-            if id(first) in self.names and second.dim():
-                args = (self._copied(first, second.dim(), len(second)), second)
-            elif id(second) in self.names and first.dim():
-                args = (first, self._copied(second, first.dim(), len(first)))
-        return function(*args, **(kwargs or {}))
-
-    def _copied(self, parameter: Tensor, dims: int, examples: int) -> Tensor:
-        """Return the parameter with one copy an example along a leading dimension; it broadcasts as the original."""
-        missing = dims - parameter.dim()
-        if missing < 0 or (missing == 0 and parameter.shape[0] != 1) or examples < 1:
-            return parameter
-        layer = self.names[id(parameter)]
-        view = parameter.reshape((1,) * missing + parameter.shape)
-        copies = view.expand(examples, *view.shape[1:])
-        dim = layer_axes(self.gates.layers[layer], layer)["out"].slots[0].dim
-        return self.gates.take(LayerAxis(layer, "out"), copies, missing + dim)
-
-
-Node = torch.autograd.graph.Node
-
-HOMOGENEOUS = {"ReluBackward0", "MaxPool2DWithIndicesBackward0"}
-"""Autograd nodes of channel-wise functions with Σ ε x = Σ δ y."""
+BYTES_AT_A_TIME = 256 * 2**20
 
 
 class _Alias(torch.autograd.Function):
@@ -150,21 +77,47 @@ class _Alias(torch.autograd.Function):
         return gradient, None
 
 
+class Seen:
+    """A tensor of the forward pass, to be read in the backward pass as it was.
+
+    ``order`` brings it and its gradient into the order (examples, ..., channels, ...).
+    """
+
+    def __init__(self, layer: str, value: Tensor, order: Callable[[Tensor], Tensor] | None = None):
+        self.layer, self.value, self.order = layer, value.detach(), order or _same
+        self._version = self.value._version
+
+    @property
+    def changed(self) -> bool:
+        """Whether something was written into it since."""
+        return self.value._version != self._version
+
+    def copied(self) -> Seen:
+        return Seen(self.layer, self.value.clone(), self.order)
+
+    def read(self) -> Tensor:
+        if self.changed:
+            where = f"layer {self.layer!r}"
+            raise RuntimeError(f"{where}: unlike in the first batch, its activations were changed in place after use")
+        return self.order(self.value)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(eq=False)
 class Gate:
     """One use of one layer axis in one forward pass.
 
-    ``value``: the part of the activation that is linear in the parameters. ``arrange`` brings it and its gradient into
-    the order (examples, ..., channels, ...), with the channels at ``activation_dim``. ``norm``: the BatchNorm of which
-    ``value`` is the input. ``also``: the axes that have the same products. ``feeder``: the gate of the layer that made
-    the BatchNorm's input. ``given``: another gate brings this one's products.
+    ``seen``: the part of the activation that is linear in the parameters. ``dim``: that of the channels. ``norm``: the
+    BatchNorm that takes the activation. ``also``: the axes that have the same products. ``feeder``: the gate of the
+    layer that made the BatchNorm's input. ``given``: another gate brings this one's products.
     """
 
     axis: LayerAxis
-    value: Tensor
-    activation_dim: int
-    version: int
-    arrange: Callable[[Tensor], Tensor]
+    seen: Seen
+    dim: int
     norm: nn.Module | None = None
     whole: bool = True
     also: list[LayerAxis] = field(default_factory=list)
@@ -174,63 +127,121 @@ class Gate:
     @property
     def layout(self) -> tuple:
         """What two gates have in common if the same tensor, up to element-wise functions, lies the same way in both."""
-        return self.activation_dim, self.value.dim(), self.arrange
+        return self.dim, self.seen.value.dim(), self.seen.order
 
 
-class Gates:
-    """The gates of one batch: `attached` while the model runs, then `read`.
+class Family:
+    """Layers that share parameters with each other, or one layer alone: its calls, until all have their gradients."""
 
-    ``copied`` names the layers whose output the model changes in place: their outputs are copied. With ``explore`` all
-    are, and those found changed are added to it. After reading, ``unfit`` names the layers whose leading axis cannot be
-    the examples, and ``coarse`` says whether half precision was seen.
+    def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]):
+        self.layers = layers
+        self.uses = 0
+        self.calls: list[tuple[Seen, Tensor]] = []
+
+    def consume(self, rows: int, consume: Consume) -> None:
+        """Hand out the gradients of the summed losses of equally many examples a row, some rows a time; forget all."""
+        calls, self.calls = self.calls, []
+        step = max(1, BYTES_AT_A_TIME // sum(p.nbytes for p in self._parameters()))
+        for start in range(0, rows, step) if calls else ():
+            totals: dict[int, Tensor] = {}
+            for seen, delta in calls:
+                layer = self.layers[seen.layer]
+                pair = (t.unflatten(0, (rows, -1))[start : start + step] for t in (seen.read(), delta))
+                for key, gradient in layer_row_gradients(layer, *pair).items():
+                    place = id(own_parameters(layer)[key])
+                    totals[place] = totals[place] + gradient if place in totals else gradient
+            for name, layer in self.layers.items():
+                named = {key: totals[id(p)] for key, p in own_parameters(layer).items() if id(p) in totals}
+                consume(name, named)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for layer in self.layers.values() for p in own_parameters(layer).values()}.values())
+
+
+class Capture:
+    """The uses of some layers in one batch: `watching` while the model runs, then `read` as often as asked.
+
+    Takes J·w of ``axes`` or the whole gradients of ``families`` of layers. ``copied`` names the layers whose output the
+    model changes in place: their outputs are copied. With ``explore`` all are, and those found changed are added to it.
+    After reading, ``unfit`` names the layers whose leading axis cannot be the examples, and ``coarse`` says whether
+    half precision was seen.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], axes: Sequence[LayerAxis], copied: set[str], explore: bool):
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module | nn.Parameter],
+        axes: Iterable[LayerAxis] = (),
+        families: Iterable[Mapping[str, nn.Module | nn.Parameter]] = (),
+        copied: set[str] | None = None,
+        explore: bool = False,
+    ):
         self.axes = set(axes)
-        self.layers = {axis.layer: layers[axis.layer] for axis in axes}
-        self.copied, self.explore = copied, explore
+        distinct = {id(layers): Family(layers) for layers in families}
+        self.families = {name: family for family in distinct.values() for name in family.layers}
+        self.layers = {**layers, **{name: family.layers[name] for name, family in self.families.items()}}
+        self.copied, self.explore = set() if copied is None else copied, explore
         self.unfit: set[str] = set()
         self.coarse = False
+        self._uses: Counter[tuple[str, str]] = Counter()
+        self._edges: dict[int, int] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._made: dict[Node, Gate] = {}
         self._norm_inputs: list[tuple[Gate, Node]] = []
         self._taken: list[tuple[Gate, Node]] = []
-        self._watched: list[tuple[Gate, Tensor, int]] = []
+        self._watched: list[tuple[Gate, Seen]] = []
         self._leaves: list[Tensor] = []
         self._sums: dict[LayerAxis, Tensor] | None = None  # None: hooks have nothing to do
-        self._examples = 0
+        self._examples = self._rows = 0
+        self._consume: Consume | None = None
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Put hooks on the layers that are called as modules, and let go of the graph on the way out."""
-        try:
-            with hooks(self._hooks()):
-                yield
-        finally:
-            # The graph holds the tensor hooks, these hold the gates, and the gates must not hold the graph.
-            self._made.clear()
-            self._norm_inputs.clear()
-            self._taken.clear()
-            self._leaves.clear()
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Note the uses of the layers while the model runs; nothing stays on it or in torch on the way out."""
+        bare = {id(layer): name for name, layer in self.layers.items() if isinstance(layer, Tensor)}
+        attention = _attention_weights(self.layers, model)
+        functions = _Functions(self, bare, attention) if bare or attention else nullcontext()
+        with hooks(self._hooks()), functions:
+            yield
+
+    def close(self) -> None:
+        """Let go of the graph: it holds the tensor hooks, these hold the gates, and the gates must not hold it."""
+        for kept in (self._made, self._norm_inputs, self._taken, self._leaves, self._watched):
+            kept.clear()
 
     def read(
-        self, losses: Tensor, scale: Tensor | float, retain: bool
+        self, losses: Tensor, retain: bool, consume: Consume | None = None
     ) -> tuple[dict[LayerAxis, Tensor], dict[int, Tensor | None]]:
-        """Backpropagate Σ_n scale_n · losses_n; `retain` keeps the graph for another pass.
+        """Backpropagate the sum of losses, shape (rows, examples a row); `retain` keeps the graph for another pass.
+
+        The gradients of families of layers go to `consume`, each as soon as the last of its uses has been reached.
 
         Returns:
             J·w of each example, LayerAxis -> (examples, channels), for the gates that were reached; and the gradients
             of the parameters that require grad, by id.
         """
-        self._sums = sums = {}
-        self._examples = losses.numel()
-        total = (losses * scale).sum()
+        self._sums, self._consume = {}, consume
+        self._examples, self._rows = losses.numel(), len(losses)
+        total = losses.sum()
         if not self._leaves:
-            uses, self._leaves = _walk(total.grad_fn)
+            uses, leaves = _walk(total.grad_fn)
+            self._leaves = [node.variable for node in leaves]
+            self._edges = {id(node.variable): uses[node] for node in leaves}
             self._share(uses)
-        gradients = torch.autograd.grad(total, self._leaves, retain_graph=retain, allow_unused=True)
-        self._sums = None
-        return sums, {id(leaf): gradient for leaf, gradient in zip(self._leaves, gradients, strict=True)}
+        try:
+            gradients = torch.autograd.grad(total, self._leaves, retain_graph=retain, allow_unused=True)
+            for family in dict.fromkeys(self.families.values()):
+                self._hand_out(family)
+            return self._sums, {id(leaf): gradient for leaf, gradient in zip(self._leaves, gradients, strict=True)}
+        finally:
+            self._sums = self._consume = None
+
+    def sees_all(self, layer: nn.Module | nn.Parameter) -> bool:
+        """Say whether the graph uses a layer's parameters no more often than was noted, after `read`."""
+        seen: Counter[int] = Counter()
+        for name, owner in self.layers.items():
+            uses = max(self._uses[name, "out"], self._uses[name, "in"])
+            seen.update({id(p): uses for p in own_parameters(owner).values()})
+        return all(self._edges.get(id(p), 0) <= seen[id(p)] for p in own_parameters(layer).values())
 
     def missing(self, layer: str) -> str:
         """Say why a layer has no products after `read`."""
@@ -238,15 +249,15 @@ class Gates:
             return (
                 f"layer {layer!r}: the leading axis of its activations is not a multiple of {self._examples} examples"
             )
-        return f"layer {layer!r} never ran, or the loss does not depend on it: score without it (layers=, ignore=)"
+        return never_ran(layer)
 
     def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         for name, layer in self.layers.items():
-            if isinstance(layer, nn.Parameter | nn.MultiheadAttention):
+            if isinstance(layer, Tensor) or has_role(layer, "attention"):
                 continue
             if LayerAxis(name, "in") in self.axes:
                 yield layer.register_forward_pre_hook(partial(self._input, name), with_kwargs=True)
-            if LayerAxis(name, "out") in self.axes:
+            if LayerAxis(name, "out") in self.axes or name in self.families:
                 yield layer.register_forward_hook(partial(self._output, name), with_kwargs=True, prepend=True)
 
     def _input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -258,20 +269,27 @@ class Gates:
     def _output(self, name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         axis = LayerAxis(name, "out")
         taken = args[0] if args else next(iter(kwargs.values()))
-        dim = activation_dim(layer, output)
-        if isinstance(layer, nn.PReLU):
-            return self.put(axis, output, dim, part=output.detach().masked_fill(taken >= 0, 0))
-        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-            padding = (taken == layer.padding_idx).unsqueeze(-1)
-            return self.put(axis, output, dim, part=output.detach().masked_fill(padding, 0))
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.training and layer.running_mean is not None:
-            return self._put_norm(axis, layer, taken, output)
-        return self.put(axis, output, dim)
+        if name in self.families:
+            alone = len(args) + len(kwargs) == 1 and isinstance(taken, Tensor) and isinstance(output, Tensor)
+            return self.call(name, taken, output) if alone else output
+        if is_batch_norm(layer) and not layer.training and layer.running_mean is not None:
+            return self.put(axis, output, 1, part=taken, norm=layer)
+        fixed = fixed_outputs(layer, taken)
+        part = None if fixed is None else output.detach().masked_fill(fixed, 0)
+        return self.put(axis, output, activation_dim(layer, output), part=part)
 
-    def take(self, axis: LayerAxis, tensor: Tensor, activation_dim: int, arrange: Callable | None = None) -> Tensor:
+    def call(self, layer: str, taken: Tensor, output: Tensor, order: Callable | None = None) -> Tensor:
+        """Note one use of a layer for its parameters' gradients."""
+        output = self._with_node(output)
+        self.families[layer].uses += 1
+        self._uses[layer, "out"] += 1
+        output.register_hook(partial(self._on_call, Seen(layer, taken, order)))
+        return output
+
+    def take(self, axis: LayerAxis, tensor: Tensor, dim: int, order: Callable | None = None) -> Tensor:
         """Gate what a layer takes in: return the same values under a node whose gradient is this use's alone."""
-        value = tensor.detach()
-        gate = Gate(axis, value, activation_dim, value._version, arrange or _same)
+        gate = Gate(axis, Seen(axis.layer, tensor, order), dim)
+        self._uses[axis] += 1
         alias = _Alias.apply(tensor, self._anchor)
         alias.register_hook(partial(self._on_gradient, gate))
         self._taken.append((gate, alias.grad_fn))
@@ -281,31 +299,23 @@ class Gates:
         self,
         axis: LayerAxis,
         tensor: Tensor,
-        activation_dim: int,
-        arrange: Callable | None = None,
+        dim: int,
+        order: Callable | None = None,
         part: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
-        """Gate what a layer puts out; `part` of it is linear in the parameters, by default all."""
+        """Gate what a layer puts out; `part` of it (else all) is linear in the parameters, or is what a norm took."""
         tensor = self._with_node(tensor)
-        value = tensor.detach() if part is None else part
-        gate = Gate(axis, value, activation_dim, value._version, arrange or _same, whole=part is None)
+        seen = Seen(axis.layer, tensor if part is None else part, order)
+        gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, whole=part is None or norm is not None)
         if part is None and (self.explore or axis.layer in self.copied):
-            self._watched.append((gate, value, value._version))
-            gate.value = value.clone()
-            gate.version = gate.value._version
-        self._made[tensor.grad_fn] = gate
+            self._watched.append((gate, seen))
+            gate.seen = seen.copied()
+        if norm is not None and part.grad_fn is not None:
+            self._norm_inputs.append((gate, part.grad_fn))
+        self._uses[axis] += 1
         tensor.register_hook(partial(self._on_gradient, gate))
         return tensor
-
-    def _put_norm(self, axis: LayerAxis, norm: nn.Module, taken: Tensor, output: Tensor) -> Tensor:
-        output = self._with_node(output)
-        value = taken.detach()
-        gate = Gate(axis, value, 1, value._version, _same, norm=norm)
-        self._made[output.grad_fn] = gate
-        if taken.grad_fn is not None:
-            self._norm_inputs.append((gate, taken.grad_fn))
-        output.register_hook(partial(self._on_gradient, gate))
-        return output
 
     def _with_node(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself, or under a node of ours where nothing before it requires grad."""
@@ -327,7 +337,7 @@ class Gates:
                 giver.also.append(given.axis)
                 given.given = True
         if self.explore:
-            changed = {g.axis.layer for g, seen, version in self._watched if not g.given and seen._version != version}
+            changed = {gate.axis.layer for gate, seen in self._watched if seen.changed and not gate.given}
             self.copied |= changed
 
     def _only_source(self, gate: Gate, node: Node | None, uses: Counter[Node]) -> Gate | None:
@@ -336,18 +346,38 @@ class Gates:
         alike = source is not None and source.whole and source.layout == gate.layout
         return source if alike and uses[node] == 1 else None
 
+    def _fits(self, layer: str, gradient: Tensor) -> bool:
+        """Say whether the leading axis may be the examples."""
+        self.coarse |= torch.finfo(gradient.dtype).bits < 32
+        if gradient.dim() and len(gradient) % self._examples == 0:
+            return True
+        self.unfit.add(layer)
+        return False
+
+    def _on_call(self, seen: Seen, gradient: Tensor) -> None:
+        if self._consume is None:
+            return
+        family = self.families[seen.layer]
+        gradient = seen.order(gradient)
+        if self._fits(seen.layer, gradient) and len(seen.read()) == len(gradient):
+            family.calls.append((seen, gradient))
+        if len(family.calls) == family.uses:
+            self._hand_out(family)
+
+    def _hand_out(self, family: Family) -> None:
+        if self._consume is not None:
+            family.consume(self._rows, self._consume)
+
     def _on_gradient(self, gate: Gate, gradient: Tensor) -> None:
         if gate.given or self._sums is None:
             return
-        if gate.value._version != gate.version:
-            where = f"layer {gate.axis.layer!r}"
-            raise RuntimeError(f"{where}: unlike in the first batch, its activations were changed in place after use")
-        self.coarse |= torch.finfo(gradient.dtype).bits < 32
-        gradient, value = gate.arrange(gradient), gate.arrange(gate.value)
-        if gradient.shape[0] % self._examples or gate.activation_dim == 0:
+        value, gradient = gate.seen.read(), gate.seen.order(gradient)
+        if not self._fits(gate.axis.layer, gradient):
+            return
+        if gate.dim == 0:
             self.unfit.add(gate.axis.layer)
         elif gate.norm is None:
-            self._add(gate, example_sums(gradient, value, gate.activation_dim))
+            self._add(gate, example_sums(gradient, value, gate.dim))
         else:
             self._add_norm(gate, gradient, value)
 
@@ -367,11 +397,12 @@ class Gates:
             self._sums[axis] = self._sums[axis] + sums if axis in self._sums else sums
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def never_ran(layer: str) -> str:
+    """Say that a layer has no gradient."""
+    return f"layer {layer!r} never ran, or the loss does not depend on it: score without it (layers=, ignore=)"
 
 
-def _walk(root: Node) -> tuple[Counter[Node], list[Tensor]]:
+def _walk(root: Node) -> tuple[Counter[Node], list[Node]]:
     """Return how often the result of each node is used in an autograd graph, and the graph's leaves."""
     uses: Counter[Node] = Counter()
     leaves = []
@@ -379,7 +410,7 @@ def _walk(root: Node) -> tuple[Counter[Node], list[Tensor]]:
     while waiting:
         node = waiting.pop()
         if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
+            leaves.append(node)
         for source, _ in node.next_functions:
             if source is None:
                 continue
@@ -388,3 +419,88 @@ def _walk(root: Node) -> tuple[Counter[Node], list[Tensor]]:
                 seen.add(source)
                 waiting.append(source)
     return uses, leaves
+
+
+def _attention_weights(names: Mapping[str, Any], model: nn.Module) -> dict[int, str]:
+    """Return the weights of the attentions that are wanted, and the layers that they belong to: id -> name."""
+    found = {}
+    for name, module in model.named_modules():
+        output = f"{name}.out_proj" if name else "out_proj"
+        if has_role(module, "attention") and not names.keys().isdisjoint({name, output}):
+            found[id(module.out_proj.weight)] = output
+            found |= {id(w): name for w in (module.in_proj_weight, module.q_proj_weight) if w is not None}
+    return found
+
+
+class _Functions(TorchFunctionMode):
+    """Capture what is not called as a module: projections inside attentions, and bare parameters.
+
+    While it is there, torch takes none of its fused kernels for whole attention layers: these have no backward.
+    """
+
+    def __init__(self, capture: Capture, bare: Mapping[int, str], attention: Mapping[int, str]):
+        super().__init__()
+        self.capture, self.bare, self.weights = capture, bare, attention
+        self.attention = _attention_with(self._linear)
+        self.examples = 0
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.multi_head_attention_forward:
+            function = self.attention
+        elif function is Tensor.expand and id(args[0]) in self.bare:
+            sizes = args[1:] if isinstance(args[1], int) else args[1]
+            args = (self._copied(args[0], len(sizes), sizes[0]), *args[1:])
+        elif function in BROADCASTING and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
+            first, second = args
+            if id(first) in self.bare and second.dim():
+                args = (self._copied(first, second.dim(), len(second)), second)
+            elif id(second) in self.bare and first.dim():
+                args = (first, self._copied(second, first.dim(), len(first)))
+        return function(*args, **(kwargs or {}))
+
+    def _copied(self, parameter: Tensor, dims: int, examples: int) -> Tensor:
+        """Return the parameter with one copy an example along a leading dimension; it broadcasts as the original."""
+        missing = dims - parameter.dim()
+        if missing < 0 or (missing == 0 and parameter.shape[0] != 1) or examples < 1:
+            return parameter
+        layer = self.bare[id(parameter)]
+        view = parameter.reshape((1,) * missing + parameter.shape)
+        copies = view.expand(examples, *view.shape[1:])
+        if layer in self.capture.families:
+            return self.capture.call(layer, copies, copies)
+        dim = layer_axes(self.capture.layers[layer], layer)["out"].slots[0].dim
+        return self.capture.take(LayerAxis(layer, "out"), copies, missing + dim)
+
+    def _linear(self, taken: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Stand in for the linear that torch's attention calls."""
+        whole = weight if weight._base is None else weight._base
+        name = self.weights.get(id(whole))
+        if name is None:
+            return F.linear(taken, weight, bias)
+        if taken.dim() == 3:  # (positions, examples, width); before the output projection the first two are flattened
+            self.examples = taken.shape[1]
+        examples_first = partial(_examples_first, examples=self.examples)
+        order = partial(examples_first, width=weight.shape[1])
+        out, into = LayerAxis(name, "out"), LayerAxis(name, "in")
+        if into in self.capture.axes:
+            taken = self.capture.take(into, taken, 3, order)
+        output = F.linear(taken, weight, bias)
+        if name in self.capture.families and whole is weight:
+            return self.capture.call(name, taken, output, examples_first)
+        return self.capture.put(out, output, 3, order) if out in self.capture.axes else output
+
+
+def _attention_with(linear: Callable) -> Callable:
+    """Return torch's functional attention, of which all that calls torch's linear is copied and calls another."""
+    names: dict[str, Any] = {**vars(F), "linear": linear}
+    for name, function in vars(F).items():
+        if isinstance(function, FunctionType) and "linear" in function.__code__.co_names:
+            names[name] = FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
+            names[name].__kwdefaults__ = function.__kwdefaults__
+    return names[F.multi_head_attention_forward.__name__]
+
+
+def _examples_first(tensor: Tensor, *, examples: int, width: int | None = None) -> Tensor:
+    """Bring (positions, examples, parts · width) into the order (examples, positions, parts, width)."""
+    width = width or tensor.shape[-1]
+    return tensor.reshape(-1, examples, tensor.shape[-1] // width, width).transpose(0, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UnknownNameError
 from ..structure.layers import LayerAxis
 from .jacobian import JacobianProducts
-from .row_gradients import check_channels
+from .jtj import check_channels
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -3,7 +3,7 @@
 Row n of J is the gradient of a loss L_n with respect to the parameters w of one channel of one layer axis. The
 Jacobian Criterion (Chen et al. 2025, arXiv 2508.05521) scores the channel by wᵀ(JᵀJ)w = Σ_n (J_n w)², so only the
 products J_n w are needed. After one backward pass of a batch's mean loss, W ⊙ ∂L/∂W summed over everything but the
-channels is J_n w of every channel of the layer at once; finer rows come from gates (see `gates`).
+channels is J_n w of every channel of the layer at once; finer rows come from a capture (see `capture`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import UnknownNameError
 from ..state import numbered
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
-from .rows import BatchRows, FinerRows, Rows, examples_per_row, parameter_slots, uncompiled
+from .rows import ProductRows, Rows, examples_per_row, parameter_slots, uncompiled
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def jacobian_products(
     max_bytes: int = 4 * 2**30,
 ) -> JacobianProducts:
     """Compute J·w for every channel of the given layers, all rows kept.
+
+    A parameter that is used several times, by several layers if it is tied, has the sum over all uses in J·w: each of
+    its names has the same product, which groups count once (see `score_groups`).
 
     Args:
         model: run in eval mode; its mode, gradients, hooks and flags are given back unchanged.
@@ -112,8 +115,7 @@ def stream_products(
     Nothing is kept between batches, and the model is itself again whenever a batch's products are handed out. Sums are
     at least float32. Raises as `jacobian_products` does.
     """
-    per_row = examples_per_row(rows)
-    read = BatchRows(model, axes, objective) if per_row is None else FinerRows(model, axes, objective, per_row)
+    read = ProductRows(model, axes, objective, examples_per_row(rows))
     for number, batch in numbered(batches):
         yield read(batch, number)
 

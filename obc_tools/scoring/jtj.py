@@ -7,8 +7,9 @@ wᵀ(JᵀJ)w is the channel's score (Chen et al. 2025, arXiv 2508.05521).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,20 +17,86 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from ..errors import UnknownNameError
 from ..plots.jtj import POOLS, _sum_cells, pool_cells
 from ..structure.groups import ChannelGroup, Member
-from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, own_parameters
+from ..structure.layers import (
+    LayerAxis,
+    Slot,
+    UnknownLayerError,
+    channel_dims,
+    channel_view,
+    find_axis,
+    get_layer,
+    layer_axes,
+    own_parameters,
+)
 from .objectives import Objective, classification
-from .row_gradients import ChannelParameters, check_channels, stream_gradients
-from .rows import Rows, parameter_slots, uncompiled
+from .rows import Rows, distinct_members, parameter_slots, stream_gradients, uncompiled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
 MAX_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class ChannelParameters:
+    """The parameters of some channels of one layer axis, as matrices of one row a channel, (channels, d)."""
+
+    axis: LayerAxis
+    tensors: Mapping[str, nn.Parameter]
+    slots: tuple[Slot, ...]
+    channels: tuple[int, ...]
+
+    def weights(self) -> Tensor:
+        """Return w, shape (channels, d), at least float32."""
+        parts = [channel_view(self.tensors[slot.tensor].detach(), slot) for slot in self.slots]
+        return _at_least_float32(torch.cat(parts, dim=1)[list(self.channels)])
+
+    def jacobian(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Return the channels' rows of J, shape (channels, rows, d), at least float32, from those of the layer."""
+        parts = []
+        for slot in self.slots:
+            views = vmap(lambda gradient, slot=slot: channel_view(gradient, slot))
+            parts.append(views(gradients[slot.tensor])[:, list(self.channels)])
+        return _at_least_float32(torch.cat(parts, dim=2).transpose(0, 1))
+
+    def labels(self, taps: bool = True) -> list[str]:
+        """Return the place of each of the d parameters in its tensor, such as "weight[:, 2, 0, 1]".
+
+        ":" stands for the channel. Outputs of a grouped convolution count within their group, and of fused q, k and v
+        the first index is the part. Without ``taps`` the places within a kernel read "*".
+        """
+        return [label for slot in self.slots for label in self._labels(slot, taps)]
+
+    def _labels(self, slot: Slot, taps: bool) -> Iterator[str]:
+        tensor = self.tensors[slot.tensor]
+        split, dims = channel_dims(tensor, slot)
+        kernel = range(split.dim() - max(tensor.dim() - 2, 0), split.dim())
+        name = slot.tensor or self.axis.layer.rpartition(".")[2]
+        first = 1 if slot.groups > 1 else 0
+        for index in itertools.product(*(range(1 if dim in dims else n) for dim, n in enumerate(split.shape))):
+            places = [":" if d in dims else "*" if d in kernel and not taps else str(i) for d, i in enumerate(index)]
+            yield f"{name}[{', '.join(places[first:])}]"
+
+
+def check_channels(what: str, channels: Iterable[int], width: int) -> tuple[int, ...]:
+    """Return the channels as a tuple; raise ValueError when there are none, or one outside an axis of this width."""
+    chosen = tuple(int(channel) for channel in channels)
+    if not chosen:
+        raise ValueError(f"{what}: no channels are asked for")
+    wrong = next((channel for channel in chosen if not 0 <= channel < width), None)
+    if wrong is not None:
+        raise ValueError(f"{what}: no channel {wrong}; the channels are 0 to {width - 1}")
+    return chosen
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,12 +237,16 @@ def dense_jtj(
     _check_size(part, len(blocks), max_bytes)
     cells = torch.tensor([blocks.index(label) for label in labels]) if pool else None
     weights, values = part.weights(), None
-    with closing(stream_gradients(model, batches, [layer], rows=rows, objective=objective)) as stream:
-        for gradients in stream:
-            jacobian = part.jacobian(gradients)
-            if cells is not None:
-                jacobian = _sum_cells(jacobian * weights[:, None], cells)
-            values = _add_gram(values, jacobian)
+
+    def consume(name: str, gradients: Mapping[str, Tensor]) -> None:
+        nonlocal values
+        jacobian = part.jacobian(gradients)
+        if cells is not None:
+            jacobian = _sum_cells(jacobian * weights[:, None], cells)
+        values = _add_gram(values, jacobian)
+
+    for _ in stream_gradients(model, batches, [layer], consume, rows=rows, objective=objective):
+        pass
     weights = torch.ones_like(weights[:, : len(blocks)]) if pool else weights
     return DenseJTJ(part.axis, part.channels, values, weights, tuple(blocks), rows, pool)
 
@@ -186,12 +257,13 @@ def channel_parameters(
     """Return the parameters of some channels of a layer axis; raise ValueError for unknown ones."""
     layer = get_layer(uncompiled(model), axis.layer)
     axes = layer_axes(layer, axis.layer)
-    if axis.axis not in axes:
+    if axis.axis.partition("_")[0] not in axes:
         raise UnknownNameError(f"axis of layer {axis.layer!r}", axis.axis, list(axes))
-    slots = tuple(parameter_slots(layer, axes[axis.axis]))
+    described = find_axis(layer, axis)
+    slots = tuple(parameter_slots(layer, described))
     if not slots:
         raise UnknownLayerError(f"layer {axis.layer!r} ({type(layer).__name__}) has no channels with parameters")
-    width = axes[axis.axis].width
+    width = described.width
     chosen = range(width) if channels is None else [channels] if isinstance(channels, int) else channels
     return ChannelParameters(axis, own_parameters(layer), slots, check_channels(str(axis), chosen, width))
 
@@ -337,10 +409,12 @@ def group_jtj(
 ) -> GroupJTJ:
     """Compute JᵀJ over the concatenated parameters of all members of a group that belong to one of its channels.
 
-    Members without parameters (a norm without scale) are left out. For the arguments and errors see `dense_jtj`.
+    Members without parameters (a norm without scale) are left out, tied ones are one (see `score_groups`). For the
+    arguments and errors see `dense_jtj`.
     """
     check_channels(f"group {group.root}", [channel], group.width)
-    parts = [part for member in group.members if (part := _part_of_channel(model, member, channel)) is not None]
+    members = distinct_members(uncompiled(model), group.members)
+    parts = [part for member in members if (part := _part_of_channel(model, member, channel)) is not None]
     members, labels = _blocks(parts)
     needed = len(labels) ** 2 * parts[0].weights().element_size()
     if needed > max_bytes:
@@ -348,11 +422,17 @@ def group_jtj(
             f"group {group.root}: JᵀJ of {len(labels):,} parameters takes {_gigabytes(needed)}, more than max_bytes "
             f"({_gigabytes(max_bytes)}); look at single layers with dense_jtj, or give a larger max_bytes"
         )
-    values, layers = None, [part.axis.layer for part in parts]
-    with closing(stream_gradients(model, batches, layers, rows=rows, objective=objective)) as stream:
-        for gradients in stream:
-            jacobians = [part.jacobian(gradients).transpose(0, 1).flatten(1) for part in parts]
-            values = _add_gram(values, torch.cat(jacobians, dim=1)[None])
+    values, found = None, defaultdict(list)
+
+    def consume(name: str, gradients: Mapping[str, Tensor]) -> None:
+        for index, part in enumerate(parts):
+            if part.axis.layer == name:
+                found[index].append(part.jacobian(gradients).transpose(0, 1).flatten(1))
+
+    layers = [part.axis.layer for part in parts]
+    for _ in stream_gradients(model, batches, layers, consume, rows=rows, objective=objective):
+        jacobian = torch.cat([torch.cat(found.pop(index)) for index in range(len(parts))], dim=1)
+        values = _add_gram(values, jacobian[None])
     weights = torch.cat([part.weights().flatten() for part in parts])
     return GroupJTJ(group, channel, values[0], weights, members, labels, rows)
 
@@ -361,8 +441,8 @@ def _part_of_channel(model: nn.Module, member: Member, channel: int) -> ChannelP
     """Return a member's parameters of one channel, at all its positions; None when it has none."""
     positions = [p for p, c in zip(member.positions, member.channels, strict=True) if c == channel]
     layer = get_layer(uncompiled(model), member.axis.layer)
-    axis = layer_axes(layer, member.axis.layer)[member.axis.axis]
-    return channel_parameters(model, member.axis, positions) if positions and parameter_slots(layer, axis) else None
+    slots = parameter_slots(layer, find_axis(layer, member.axis))
+    return channel_parameters(model, member.axis, positions) if positions and slots else None
 
 
 def _blocks(parts: Sequence[ChannelParameters]) -> tuple[tuple[GroupBlock, ...], tuple[str, ...]]:

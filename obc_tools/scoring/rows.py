@@ -1,26 +1,47 @@
-"""Rows of J·w from batches: by weight gradients, one backward pass a row, or by gates, one a batch.
+"""Rows of J from batches: from what a capture takes in one backward pass a batch, or from weights' gradients.
 
-`BatchRows` and `FinerRows` are called with one batch after another. Each call borrows the model's mode, flags and hooks
-and gives them back before it returns.
+`ProductRows` and `GradientRows` are called with one batch after another. Each call borrows the model's mode, flags and
+hooks and gives them back before it returns.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
-from ..state import differentiable, evaluating, keeping_statistics
-from ..structure.layers import LayerAxis, channel_sum, find_axis, get_layer, own_parameters
-from .capture import Gates, gated_functions
-from .objectives import Objective, batch_loss, checked_losses
+from ..state import differentiable, evaluating, keeping_statistics, numbered
+from ..structure.groups import Member
+from ..structure.layers import (
+    LayerAxis,
+    UnknownLayerError,
+    channel_sum,
+    find_axis,
+    get_layer,
+    layer_axes,
+    own_parameters,
+    scored_layers,
+)
+from .capture import Capture, Consume, never_ran
+from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
+
+NONE: Mapping = MappingProxyType({})
+
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples spread evenly between whole numbers."""
 
 Rows = str | int
 """One row of J a batch ("batch"), an example ("sample"), or k consecutive examples (a positive whole number)."""
@@ -39,104 +60,216 @@ def examples_per_row(rows: Rows) -> int | None:
     )
 
 
-class BatchRows:
-    """One row a batch, from the weights' gradients of the batch's mean loss."""
-
-    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective):
-        self.model, self.axes, self.objective = model, axes, objective
-        self.layers = _layers(model, axes)
-
-    def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
-        parameters = _parameters(self.layers, self.axes)
-        with evaluating(self.model), keeping_statistics(self.model), differentiable(self.model, parameters):
-            loss = batch_loss(self.model, batch, self.objective, number)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return _row(self.layers, self.axes, dict(zip(map(id, parameters), gradients, strict=True)))
+Gradients = Mapping[int, Tensor | None]
+"""The gradients of parameters, by id."""
 
 
-class FinerRows:
-    """Rows of `per_row` examples, by gates where those are exact and by one backward pass a row elsewhere.
+class _Rows(ABC):
+    """Rows of `per_row` examples (None: a batch), from a capture where that is exact, else by one backward pass a row.
 
-    The first batch with more than one row shows which layers gates suit. Two backward passes, of Σ_i l_i and of
-    Σ_i c_i l_i with powers of two c_i, must give products that differ by exactly c_i: so row i holds nothing of any
-    other example. And the products' sum must be what the weights' gradients give: so no use of a weight was missed.
+    The first batch with more than one row shows which layers the capture suits. Two backward passes, of Σ_i l_i and of
+    Σ_i c_i l_i with powers of two c_i, must give measures that differ by exactly c_i: so row i holds nothing of any
+    other example. And the sum over the rows must be what the weights' gradients give, and the graph must use no weight
+    more often than was seen: so no use of a weight was missed. The measures are J·v of each axis: what is asked, or a
+    likeness of it.
     """
 
-    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int):
-        self.model, self.axes, self.objective, self.per_row = uncompiled(model), axes, objective, per_row
-        self.layers = _layers(model, axes)
+    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
+        # A batch's row needs no hook inside the model, which may stay compiled.
+        self.model = model if per_row is None else uncompiled(model)
+        self.axes, self.objective, self.per_row = axes, objective, per_row
+        self.layers = {axis.layer: get_layer(uncompiled(model), axis.layer) for axis in axes}
+        self.families = {} if per_row is None else families(uncompiled(model), self.layers)
         self.by_weights: set[str] = set()
         self.copied: set[str] = set()
         self.checked = False
-        self.one_row = False
+        self.one_row = per_row is None
 
-    def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
-        gated = [axis for axis in self.axes if not self.one_row and axis.layer not in self.by_weights]
-        plain = [axis for axis in self.axes if axis not in set(gated)]
-        gates = Gates(self.layers, gated, self.copied, explore=not self.checked)
-        wanted = _parameters(self.layers, plain if self.checked else self.axes)
-        model = self.model
-        with evaluating(model), keeping_statistics(model), differentiable(model, wanted), gates.attached():
-            with gated_functions(gates, model), _eagerly():
+    def __call__(self, batch: Any, number: int) -> Any:
+        fast, slow = ((), self.axes) if self.one_row else self._apart()
+        model, capture = self.model, self._capture(fast)
+        wanted = self._parameters(slow if self.checked else self.axes)
+        with evaluating(model), keeping_statistics(model), differentiable(model, wanted), closing(capture):
+            with capture.watching(model), _eagerly() if fast else nullcontext():
                 losses = checked_losses(model, batch, self.objective, number)
-            return self._products(gates, gated, in_rows(losses, self.per_row, number))
+            losses = in_rows(losses, self.per_row, number)
+            self.one_row = len(losses) == 1
+            if self.checked or not fast:
+                return self._read(capture, losses, fast, slow)
+            if self.one_row:
+                return self._read(capture, losses, (), self.axes)
+            measures = self._check(capture, losses)
+            return self._read(capture, losses, *self._apart(), measures)
 
-    def _products(self, gates: Gates, gated: Sequence[LayerAxis], losses: Tensor) -> dict[LayerAxis, Tensor]:
-        """Return the products of a batch whose losses have the shape (rows, examples a row)."""
-        self.one_row = len(losses) == 1
-        if self.one_row and not self.checked:
-            return self._weight_rows(losses, self.axes)
-        sums: dict[LayerAxis, Tensor] = {}
-        if gated:
-            again = not self.checked or len(gated) < len(self.axes)
-            sums, gradients = gates.read(losses.flatten(), 1.0, retain=again)
-            if not self.checked:
-                self._check(gates, losses.flatten(), sums, gated, gradients)
-                gated = [axis for axis in gated if axis.layer not in self.by_weights]
-        for axis in gated:
-            if axis not in sums:
-                raise ValueError(gates.missing(axis.layer))
-        products = {axis: sums[axis].unflatten(0, losses.shape).mean(1) for axis in gated}
-        if plain := [axis for axis in self.axes if axis not in products]:
-            products |= self._weight_rows(losses, plain)
-        return {axis: products[axis] for axis in self.axes}
+    def _apart(self) -> tuple[list[LayerAxis], list[LayerAxis]]:
+        """Return the axes that are captured, and those that go one backward pass a row."""
+        fast = [axis for axis in self.axes if axis.layer not in self.by_weights]
+        return fast, [axis for axis in self.axes if axis.layer in self.by_weights]
 
-    def _weight_rows(self, losses: Tensor, axes: Sequence[LayerAxis]) -> dict[LayerAxis, Tensor]:
-        """One backward pass a row: exact for whatever the examples share."""
-        parameters = _parameters(self.layers, axes)
-        rows = []
-        for loss in losses.mean(1):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            rows.append(_row(self.layers, axes, dict(zip(map(id, parameters), gradients, strict=True))))
-        return {axis: torch.cat([row[axis] for row in rows]) for axis in axes}
+    @abstractmethod
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture: ...
 
-    def _check(
-        self,
-        gates: Gates,
-        losses: Tensor,
-        sums: Mapping[LayerAxis, Tensor],
-        gated: Sequence[LayerAxis],
-        gradients: Mapping[int, Tensor | None],
-    ) -> None:
-        """Find the layers whose gates are not exact: their rows will come from weight gradients."""
-        expected, terms = _row(self.layers, gated, gradients), _row(self.layers, gated, gradients, absolute=True)
+    @abstractmethod
+    def _read(self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE) -> Any:
+        """Return what a batch gives, which `measures` may be already."""
+
+    @abstractmethod
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
+        """Backpropagate the losses of each row times its factor.
+
+        Returns:
+            J·v, LayerAxis -> (rows or examples, channels), freed of the factors again, and the weights' gradients.
+        """
+
+    @abstractmethod
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Return v of a parameter, at least in float32."""
+
+    def _check(self, capture: Capture, losses: Tensor) -> dict[LayerAxis, Tensor]:
+        """Find the layers that the capture does not suit, whose rows come from weight gradients. Return measures."""
+        measures, gradients = self._measure(capture, losses, losses.new_ones(len(losses)))
+        expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
-        powers = _powers_of_two(len(losses)).to(losses)
-        scaled, _ = gates.read(losses, powers, retain=True)
-        for axis, weights in expected.items():
-            known = axis in sums and axis in scaled
-            rows = (sums[axis], scaled[axis] / powers[:, None]) if known else ()
-            if not known or not _agree(*rows, weights[0], 100 * terms[axis].max() + largest, gates.coarse):
+        unscaled, _ = self._measure(capture, losses, _powers_of_two(len(losses)).to(losses))
+        for axis, whole in expected.items():
+            seen = axis in measures and axis in unscaled and capture.sees_all(self.layers[axis.layer])
+            rounding = 100 * terms[axis].max() + largest
+            if not seen or not _agree(measures[axis], unscaled[axis], whole[0], rounding, capture.coarse):
                 self.by_weights.add(axis.layer)
         self.checked = True
         if self.by_weights:
             logger.warning("one backward pass a row, exact but slow, for: %s", ", ".join(sorted(self.by_weights)))
+        return measures
+
+    def _parameters(self, axes: Iterable[LayerAxis]) -> list[nn.Parameter]:
+        """Return the parameters of the axes' layers, each once."""
+        return list({id(p): p for axis in axes for p in own_parameters(self.layers[axis.layer]).values()}.values())
+
+    def _weight_gradients(self, losses: Tensor, axes: Sequence[LayerAxis]) -> Iterator[Gradients]:
+        """Yield the weights' gradients of one row after another: exact for whatever the examples share."""
+        parameters = self._parameters(axes)
+        for row, loss in enumerate(losses.mean(1) if axes else (), start=1):
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=row < len(losses), allow_unused=True)
+            yield dict(zip(map(id, parameters), gradients, strict=True))
+
+    def _products(
+        self, axes: Iterable[LayerAxis], gradients: Gradients, *, absolute: bool = False
+    ) -> dict[LayerAxis, Tensor]:
+        """Turn the gradients of one loss into J·v of each axis, shape (1, channels); or into Σ |J_i v_i|."""
+        wanted: dict[str, list[LayerAxis]] = defaultdict(list)
+        for axis in axes:
+            wanted[axis.layer].append(axis)
+        found = {}
+        for name, own in wanted.items():
+            layer = self.layers[name]
+            products = {key: self._product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
+            if absolute:
+                products = {key: product.abs() for key, product in products.items()}
+            found |= {axis: channel_products(layer, axis, products)[None] for axis in own}
+        return found
+
+    def _product(self, parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
+        direction = self._direction(parameter)
+        return direction * _present(gradient, name).to(direction.dtype)
+
+
+class ProductRows(_Rows):
+    """J·w of layer axes, row by row: a batch -> LayerAxis -> (rows, channels)."""
+
+    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
+        super().__init__(model, axes, objective, per_row)
+        self.uses = {axis: tied_axes(axis, self.families[axis.layer]) for axis in axes if self.families}
+
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
+        uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])
+        layers = {use.layer: self.families[axis.layer][use.layer] for axis in axes for use in self.uses[axis]}
+        return Capture(layers, uses, copied=self.copied, explore=not self.checked)
+
+    def _read(
+        self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE
+    ) -> dict[LayerAxis, Tensor]:
+        if fast and not measures:
+            measures, _ = self._measure(capture, losses, losses.new_ones(len(losses)), retain=bool(slow))
+        for axis in fast:
+            if axis not in measures:
+                raise ValueError(capture.missing(axis.layer))
+        found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast}
+        rows = [self._products(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
+        found |= {axis: torch.cat([row[axis] for row in rows]) for axis in slow}
+        return {axis: found[axis] for axis in self.axes}
+
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
+        sums, gradients = capture.read(losses * factors[:, None], retain)
+        examples = factors.repeat_interleave(losses.shape[1])[:, None]
+        parts = {axis: [sums[use] for use in uses if use in sums] for axis, uses in self.uses.items()}
+        return {axis: sum(found[1:], found[0]) / examples for axis, found in parts.items() if found}, gradients
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+class GradientRows(_Rows):
+    """The gradients of layers' parameters, row by row: of each batch handed to `consume`, some rows of a layer a time.
+
+    Rows of one layer come in their order, layers in that of the backward pass. Of layers that share parameters each
+    has the sum over all uses.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], objective: Objective, per_row: int | None, consume: Consume
+    ):
+        super().__init__(model, [LayerAxis(name, "out") for name in layers], objective, per_row)
+        self.consume = consume
+
+    def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
+        return Capture({}, families=[self.families[axis.layer] for axis in axes])
+
+    def _read(self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE) -> None:
+        left = {axis.layer for axis in fast}
+
+        def consume(name: str, gradients: dict[str, Tensor]) -> None:
+            if name in asked:
+                left.discard(name)
+                self.consume(name, {key: gradient / losses.shape[1] for key, gradient in gradients.items()})
+
+        if asked := set(left):
+            capture.read(losses, bool(slow), consume)
+        for name in left:
+            raise ValueError(capture.missing(name))
+        for gradients in self._weight_gradients(losses, slow):
+            for name, _ in slow:
+                own = own_parameters(self.layers[name])
+                self.consume(name, {key: _present(gradients[id(p)], name)[None] for key, p in own.items()})
+
+    def _measure(
+        self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
+    ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
+        found: dict[LayerAxis, list[Tensor]] = defaultdict(list)
+
+        def project(name: str, gradients: dict[str, Tensor]) -> None:
+            if name in self.layers:
+                layer, axis = self.layers[name], LayerAxis(name, "out")
+                directions = {key: self._direction(p) for key, p in own_parameters(layer).items()}
+                products = {key: rows * directions[key] for key, rows in gradients.items()}
+                found[axis].append(vmap(partial(channel_products, layer, axis))(products))
+
+        _, gradients = capture.read(losses * factors[:, None], retain, project)
+        return {axis: torch.cat(parts) / factors[:, None] for axis, parts in found.items()}, gradients
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        # Not the weights: J·w of what is normalised vanishes whatever J is. Multiples of an irrational are everywhere.
+        numbers = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return ((numbers * GOLDEN) % 1 - 0.5).to(dtype).view(parameter.shape)
 
 
 def _powers_of_two(count: int) -> Tensor:
     """Return factors that differ between neighbours; a power of two scales without rounding."""
-    golden = (5**0.5 - 1) / 2
-    return torch.tensor([2.0 ** (int(8 * (i * golden % 1)) - 3) for i in range(count)])
+    return torch.tensor([2.0 ** (int(8 * (i * GOLDEN % 1)) - 3) for i in range(count)])
 
 
 def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:
@@ -154,14 +287,29 @@ def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coar
     return bool(alone & ((sums.sum(0) - expected).abs().max() <= whole * size + rounding))
 
 
-def _layers(model: nn.Module, axes: Iterable[LayerAxis]) -> dict[str, nn.Module]:
-    model = uncompiled(model)
-    return {axis.layer: get_layer(model, axis.layer) for axis in axes}
+def stream_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[str],
+    consume: Consume,
+    *,
+    rows: Rows = "batch",
+    objective: Objective = classification,
+) -> Iterator[int]:
+    """Hand the gradient of each row's loss with respect to the parameters of layers to `consume`; yield batch numbers.
 
+    `consume` is called with a layer's name and its parameters' gradients of some rows, name -> (rows, *shape), while a
+    batch is worked on: rows in their order, layers in any. The model runs in eval mode and is itself again whenever a
+    batch is done. Nothing is kept.
 
-def _parameters(layers: Mapping[str, nn.Module], axes: Iterable[LayerAxis]) -> list[nn.Parameter]:
-    """Return the parameters of the axes' layers, each once."""
-    return list({id(p): p for axis in axes for p in own_parameters(layers[axis.layer]).values()}.values())
+    Raises:
+        ValueError: no batches, an unknown layer, a layer that never ran, a loss that is not finite, rows that do not
+            divide a batch, or rows finer than a batch of an objective that returns a scalar.
+    """
+    read = GradientRows(model, list(dict.fromkeys(layers)), objective, examples_per_row(rows), consume)
+    for number, batch in numbered(batches):
+        read(batch, number)
+        yield number
 
 
 def in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
@@ -178,37 +326,61 @@ def in_rows(losses: Tensor, per_row: int | None, number: int) -> Tensor:
     return losses.unflatten(0, (-1, per_row))
 
 
-def _row(
-    layers: Mapping[str, nn.Module],
-    axes: Sequence[LayerAxis],
-    gradients: Mapping[int, Tensor | None],
-    *,
-    absolute: bool = False,
-) -> dict[LayerAxis, Tensor]:
-    """Turn the gradients of one loss into J·w of each axis, shape (1, channels); or into Σ |J_i w_i|."""
-    wanted: dict[str, list[str]] = {}
-    for axis in axes:
-        wanted.setdefault(axis.layer, []).append(axis.axis)
-    row = {}
-    for name, keys in wanted.items():
-        layer = layers[name]
-        products = {key: _product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
-        if absolute:
-            products = {key: product.abs() for key, product in products.items()}
-        for key in keys:
-            axis = LayerAxis(name, key)
-            sums = [channel_sum(products[s.tensor], s) for s in parameter_slots(layer, find_axis(layer, axis))]
-            row[axis] = sum(sums[1:], sums[0])[None]
-    return row
-
-
-def _product(parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
+def _present(gradient: Tensor | None, name: str) -> Tensor:
     if gradient is None:
-        raise ValueError(
-            f"layer {name!r} never ran, or the loss does not depend on it: score without it (layers=, ignore=)"
-        )
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(dtype) * gradient.to_dense().to(dtype)
+        raise ValueError(never_ran(name))
+    return gradient.to_dense()
+
+
+def places(layer: nn.Module | nn.Parameter, axis: LayerAxis) -> frozenset[Hashable]:
+    """Return where the channels of an axis lie in parameters: two axes with equal places are tied."""
+    own, slots = own_parameters(layer), parameter_slots(layer, find_axis(layer, axis))
+    return frozenset((id(own[s.tensor]), s.dim, s.parts, s.groups) for s in slots)
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module | nn.Parameter]]]:
+    """Return the layers that own each parameter of a model, by its id; more than one where it is tied."""
+    found: dict[int, list[tuple[str, nn.Module | nn.Parameter]]] = defaultdict(list)
+    known = {name for name, _ in scored_layers(model)}
+    for name, module in model.named_modules():
+        for key, parameter in own_parameters(module).items():
+            bare = (f"{name}.{key}".lstrip("."), parameter)
+            found[id(parameter)].append((name, module) if name in known else bare)
+    return found
+
+
+def distinct_members(model: nn.Module, members: Iterable[Member]) -> list[Member]:
+    """Return the members of a group, tied ones once; what else a tied layer has, such as a bias, stays a member."""
+    seen: set[Hashable] = set()
+    found = []
+    for member in members:
+        layer, axis = get_layer(model, member.axis.layer), member.axis
+        where = (member.positions, member.channels)
+        new = {place for place in places(layer, axis) if (place, where) not in seen}
+        tied = len(new) < len(places(layer, axis))
+        for part in (f"{axis.axis}_w", f"{axis.axis}_b") if tied and new else ():
+            if places(layer, LayerAxis(axis.layer, part)) == new:
+                axis = LayerAxis(axis.layer, part)
+        if new or not tied:
+            found.append(replace(member, axis=axis))
+        seen |= {(place, where) for place in new}
+    return found
+
+
+def families(model: nn.Module, layers: Mapping[str, nn.Module | nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """Return, for each layer, the layers that may share parameters with it, by name: itself, or all tied ones."""
+    owners = _owners(model).values()
+    tied = {name: layer for owning in owners if len(owning) > 1 for name, layer in owning}
+    return {name: tied if name in tied else {name: layer} for name, layer in layers.items()}
+
+
+def tied_axes(axis: LayerAxis, family: Mapping[str, nn.Module | nn.Parameter]) -> list[LayerAxis]:
+    """Return all axes that lie in the same parameters along the same dimensions as an axis; itself first."""
+    found, where = [axis], places(family[axis.layer], axis)
+    for name, layer in family.items() if len(family) > 1 else ():
+        with suppress(UnknownLayerError):
+            found += [LayerAxis(name, key) for key in layer_axes(layer) if places(layer, LayerAxis(name, key)) == where]
+    return list(dict.fromkeys(found))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -231,3 +403,8 @@ def parameter_slots(layer: nn.Module, axis: Any) -> list:
     """Return the slots of an axis that lie in parameters (running statistics are buffers and have no gradient)."""
     parameters = own_parameters(layer)
     return [slot for slot in axis.slots if slot.tensor in parameters]
+
+
+def channel_products(layer: nn.Module | nn.Parameter, axis: LayerAxis, products: Mapping[str, Tensor]) -> Tensor:
+    """Sum a layer's products, of the shapes of its parameters, over all that belongs to each channel: (channels,)."""
+    return sum(channel_sum(products[slot.tensor], slot) for slot in parameter_slots(layer, find_axis(layer, axis)))

@@ -19,8 +19,7 @@ from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parame
 from .criteria import Criterion, Evidence, resolve_criterion
 from .jacobian import stream_products
 from .objectives import Objective, batch_loss, classification, sampled_classification
-from .row_gradients import stream_gradients
-from .rows import parameter_slots
+from .rows import distinct_members, parameter_slots, stream_gradients
 
 Products = Mapping[LayerAxis, Tensor]
 """J·w of the channels of layer axes for some rows: LayerAxis -> (rows, channels)."""
@@ -36,16 +35,20 @@ def sum_squares(stream: Iterable[Products]) -> dict[LayerAxis, Tensor]:
     return totals
 
 
-def sum_group_squares(groups: Sequence[ChannelGroup], stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+Parts = Mapping[ChannelGroup, Sequence[Member]]
+"""The members of each group that are scored."""
+
+
+def sum_group_squares(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
     """Add up Σ_n (Σ_m Σ_p J_{m,p} w_{m,p})² of each channel over all rows, in float64: group -> (width,).
 
     The cross terms between a group's members m and positions p are kept: this is wᵀ(JᵀJ)w over the concatenated
     parameters of all that goes with a channel.
     """
-    totals = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups}
+    totals = {group: torch.zeros(group.width, dtype=torch.float64) for group in parts}
     for products in stream:
         for group, total in totals.items():
-            total += _joined(group, products).square().sum(0)
+            total += _joined(group, parts[group], products).square().sum(0)
     return totals
 
 
@@ -55,14 +58,14 @@ def _product_by_channel(width: int, positions: Sequence[int], channels: Sequence
     return at.new_zeros(len(at), width).index_add_(1, torch.tensor(channels), at)
 
 
-def removal_ranks(groups: Sequence[ChannelGroup], stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+def removal_ranks(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
     """Rank all channels of all groups in the order of a greedy removal together: group -> (width,), 0 goes first.
 
     Next goes the channel c that leaves the least 1ᵀK1 = Σ_n (Σ_{i ∈ S ∪ {c}} J_n w_i)² of the removed set S: the
     first-order squared loss change of removing the set, a group's members joined as in `sum_group_squares`. All rows
     are kept, rows x channels numbers, and the time grows with rows x channels².
     """
-    rows = torch.cat([torch.cat([_joined(group, products) for group in groups], 1) for products in stream])
+    rows = torch.cat([torch.cat([_joined(*part, products) for part in parts.items()], 1) for products in stream])
     squares = rows.square().sum(0)
     removed = rows.new_zeros(len(rows))
     ranks = torch.full_like(squares, torch.inf)
@@ -72,12 +75,11 @@ def removal_ranks(groups: Sequence[ChannelGroup], stream: Iterable[Products]) ->
         channel = int(change.argmin())
         ranks[channel] = rank
         removed += rows[:, channel]
-    return dict(zip(groups, ranks.split([group.width for group in groups]), strict=True))
+    return dict(zip(parts, ranks.split([group.width for group in parts]), strict=True))
 
 
-def _joined(group: ChannelGroup, products: Products) -> Tensor:
+def _joined(group: ChannelGroup, members: Sequence[Member], products: Products) -> Tensor:
     """Return Σ_m Σ_p J_{m,p} w_{m,p} of each channel of a group, (rows, width), in float64 on the CPU."""
-    members = [member for member in group.members if member.axis in products]
     return sum(_product_by_channel(group.width, m.positions, m.channels, products[m.axis]) for m in members)
 
 
@@ -89,11 +91,14 @@ def sum_square_gradients(
     One backward pass a batch where examples do not see each other. Raises ValueError as `stream_gradients` does.
     """
     totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    layers = list(dict.fromkeys(layers))
-    for rows in stream_gradients(model, batches, layers, rows="sample", objective=objective):
-        for (layer, name), gradients in rows.items():
+
+    def consume(layer: str, rows: Mapping[str, Tensor]) -> None:
+        for name, gradients in rows.items():
             squares = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square().sum(0)
             totals[layer][name] = totals[layer][name] + squares if name in totals[layer] else squares
+
+    for _ in stream_gradients(model, batches, list(layers), consume, rows="sample", objective=objective):
+        pass
     return dict(totals)
 
 
@@ -171,7 +176,9 @@ def score_groups(
     """Score every channel of every group.
 
     A member's score of a channel is the sum over the channel's positions of the criterion's saliency; the group's
-    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group.
+    score combines its members' by ``group_reduction`` and is then scaled by ``normalizer`` within the group. Parameters
+    that are tied, such as an embedding's and an output layer's, are one member of their group, by the first of their
+    names; its gradient and J·w are the sums over all uses under all names, before anything is squared.
 
     Args:
         criterion: a name of `CRITERIA`, (name, options), a `Criterion`, or a function of weights (channels, d).
@@ -201,7 +208,7 @@ def score_groups(
     if criterion.coupling in JOINED:
         axes = _axes(model, parts)
         stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
-        combined = JOINED[criterion.coupling](list(parts), stream)
+        combined = JOINED[criterion.coupling](parts, stream)
     else:
         saliencies = _saliencies(model, _axes(model, parts), criterion, batches, objective, seed)
         combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
@@ -244,10 +251,10 @@ def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[
         if criterion.split_bias and member.axis.axis == "out":
             keys = [LayerAxis(member.axis.layer, "out_w"), LayerAxis(member.axis.layer, "out_b")]
         parts += [replace(member, axis=key) for key in keys if parameter_slots(layer, find_axis(layer, key))]
-    return parts
+    return distinct_members(model, parts)
 
 
-def _axes(model: nn.Module, parts: Mapping[ChannelGroup, Sequence[Member]]) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
+def _axes(model: nn.Module, parts: Parts) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
     names = dict.fromkeys(member.axis for members in parts.values() for member in members)
     layers = {name: get_layer(model, name.layer) for name in names}
     return {name: (layer, find_axis(layer, name)) for name, layer in layers.items()}
@@ -325,7 +332,7 @@ def normalize(score: Tensor, normalizer: str | None, parameters: int) -> Tensor:
 def _channel_parameters(model: nn.Module, group: ChannelGroup) -> int:
     """Count the parameters of one channel of a group, over all its members and positions."""
     total = 0
-    for member in group.members:
+    for member in distinct_members(model, group.members):
         layer = get_layer(model, member.axis.layer)
         axis = find_axis(layer, member.axis)
         slots = parameter_slots(layer, axis)

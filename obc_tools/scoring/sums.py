@@ -1,8 +1,8 @@
-"""Sums of gradient · value: of each example and channel, and the gradient of one layer's parameters row by row."""
+"""Sums of δ·z and ε·x, one an example and channel, and the gradients of one layer's parameters from x and δ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
-from ..structure.layers import own_parameters
+from ..structure.layers import fixed_outputs, own_parameters
 
 RowsOf = Callable[[Any, Tensor, Tensor], dict[str, Tensor]]
 
@@ -20,40 +20,50 @@ def layer_row_gradients(layer: nn.Module | nn.Parameter, inputs: Tensor, deltas:
 
     Args:
         layer: called with one tensor, and the leading axis of what it took and gave is the example; or a bare
-            parameter with a leading dimension of 1, of which every example took a copy.
+            parameter, of which every example took a copy; or an attention, whose projection is meant.
         inputs: what it took, (rows, examples a row, ...).
         deltas: the gradient at what it gave, (rows, examples a row, ...).
     """
-    return _way_of(layer)(layer, inputs, deltas)
+    dtype = next(iter(own_parameters(layer).values())).dtype
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    return _way_of(layer)(layer, inputs, deltas.to(dtype))
 
 
 def _way_of(layer: nn.Module | nn.Parameter) -> RowsOf:
-    if isinstance(layer, nn.Parameter):
-        return _broadcast
-    if type(layer) is nn.Linear:
-        return _linear
-    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        return _convolution
+    """Return the formula of a layer's type, should the layer be called as its type is, or the way of all others."""
+    for kind, way in GRADIENTS.items():
+        if isinstance(layer, kind) and getattr(type(layer), "forward", None) is getattr(kind, "forward", None):
+            return way
     return _any
 
 
 def _broadcast(layer: nn.Parameter, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
-    return {"": deltas.sum(1, keepdim=True)}
+    return {"": deltas.reshape(*deltas.shape[:2], *layer.shape).sum(1)}
 
 
-def _linear(layer: nn.Linear, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+def _linear(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
     x, delta = inputs.flatten(1, -2), deltas.flatten(1, -2)
-    return _present(layer, {"weight": delta.mT @ x, "bias": delta.sum(1)})
+    return _named(layer, delta.mT @ x, delta.sum(1))
+
+
+def _embedding(layer: nn.Embedding, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    taken, delta = inputs.flatten(1), deltas.flatten(1, -2)
+    fixed = fixed_outputs(layer, taken)
+    delta = delta if fixed is None else delta.masked_fill(fixed, 0)
+    weight = delta.new_zeros(len(delta), *layer.weight.shape)
+    return {"weight": weight.scatter_add_(1, taken.unsqueeze(-1).expand_as(delta), delta)}
 
 
 def _convolution(layer: nn.Conv2d, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return _any(layer, inputs, deltas)
     rows, size = inputs.shape[:2]
     patches = _patches(layer, inputs.flatten(0, 1)).unflatten(0, (rows, size))
     delta = deltas.flatten(3).unflatten(2, (layer.groups, -1))
     # (rows, groups, channels of a group, places of all examples of the row)
     patches, delta = (part.permute(0, 2, 3, 1, 4).flatten(3) for part in (patches, delta))
     weight = (delta @ patches.mT).flatten(1, 2).unflatten(2, layer.weight.shape[1:])
-    return _present(layer, {"weight": weight, "bias": deltas.sum((1, 3, 4))})
+    return _named(layer, weight, deltas.sum((1, 3, 4)))
 
 
 def _patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -74,8 +84,9 @@ def _patches(layer: nn.Conv2d, images: Tensor) -> Tensor:
     return windows.reshape(len(images), layer.groups, -1, places[0] * places[1])
 
 
-def _present(layer: nn.Module, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: gradients[name] for name in own_parameters(layer)}
+def _named(layer: nn.Module, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    # Those of an attention's projection are the in_proj_weight and the in_proj_bias.
+    return {name: bias if name.endswith("bias") else weight for name in own_parameters(layer)}
 
 
 def _any(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
@@ -85,6 +96,16 @@ def _any(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> dict[str, Tensor]:
         return vjp(lambda given: functional_call(layer, given, (row,)), parameters)[1](delta)[0]
 
     return vmap(of_row)(inputs, deltas)
+
+
+GRADIENTS: Mapping[type, RowsOf] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.MultiheadAttention: _linear,
+    Tensor: _broadcast,
+}
+"""Layer type -> the gradient of its parameters from (x, δ); all others are differentiated once a row."""
 
 
 def example_sums(gradient: Tensor, value: Tensor, channel_dim: int) -> Tensor:

@@ -6,6 +6,14 @@ from torch.func import functional_call
 from obc_tools.scoring.sums import layer_row_gradients
 from obc_tools.structure.layers import own_parameters
 
+
+class Wrapped(nn.Linear):
+    """A linear layer that is called in a way of its own."""
+
+    def forward(self, inputs):
+        return torch.tanh(super().forward(inputs))
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(3, 4), (5, 3)),
     "linear without bias": (lambda: nn.Linear(3, 4, bias=False), (3,)),
@@ -21,6 +29,7 @@ LAYERS = {
     "transposed": (lambda: nn.ConvTranspose2d(3, 4, 2, stride=2), (3, 4, 4)),
     "batch norm": (lambda: nn.BatchNorm2d(3).eval(), (3, 4, 4)),
     "layer norm": (lambda: nn.LayerNorm(3), (5, 3)),
+    "called otherwise": (lambda: Wrapped(3, 4), (5, 3)),
 }
 
 

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
-from obc_tools.scoring import row_gradients
-from obc_tools.scoring.row_gradients import stream_gradients
+from obc_tools.scoring.jacobian import jacobian_products
+from obc_tools.scoring.jtj import dense_jtj
+from obc_tools.scoring.rows import GradientRows, stream_gradients
+from obc_tools.scoring.scores import sum_square_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
 
@@ -67,6 +70,23 @@ def make(kind, seed=0):
     return model, batches
 
 
+def pieces_of(model, batches, layers, **options):
+    """Return what a consumer is handed, piece by piece: (layer, tensor) -> (rows, *shape)."""
+    pieces = []
+
+    def consume(layer, gradients):
+        pieces.append({(layer, key): rows.clone() for key, rows in gradients.items()})
+
+    for _ in stream_gradients(model, batches, layers, consume, **options):
+        pass
+    return pieces
+
+
+def joined(pieces):
+    keys = dict.fromkeys(key for piece in pieces for key in piece)
+    return {key: torch.cat([piece[key] for piece in pieces if key in piece]) for key in keys}
+
+
 def oracle(model, batches, layer, rows):
     """One gradient of one loss at a time, through the whole model."""
     model.eval()
@@ -104,29 +124,35 @@ LAYERS = [
 @pytest.mark.parametrize(("kind", "layer"), LAYERS, ids=[f"{kind.__name__}-{layer}" for kind, layer in LAYERS])
 def test_equals_one_gradient_at_a_time(kind, layer, rows):
     model, batches = make(kind)
-    pieces = list(stream_gradients(model, batches, [layer], rows=rows))
+    pieces = pieces_of(model, batches, [layer], rows=rows)
     for key, expected in oracle(model, batches, layer, rows).items():
-        found = torch.cat([piece[layer, key] for piece in pieces])
+        found = joined(pieces)[layer, key]
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_several_layers_at_once_and_in_small_pieces(monkeypatch):
     model, batches = make(Reuse)
-    whole = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
-    monkeypatch.setattr("obc_tools.scoring.row_gradients.BYTES_AT_A_TIME", 1)
-    pieces = list(stream_gradients(model, batches, ["conv", "norm"], rows="sample"))
-    assert (len(whole), len(pieces)) == (2, 8)
-    for key in whole[0]:
-        torch.testing.assert_close(torch.cat([p[key] for p in pieces]), torch.cat([w[key] for w in whole]))
+    whole = pieces_of(model, batches, ["conv", "norm"], rows="sample")
+    monkeypatch.setattr("obc_tools.scoring.capture.BYTES_AT_A_TIME", 1)
+    pieces = pieces_of(model, batches, ["conv", "norm"], rows="sample")
+    assert (len(whole), len(pieces)) == (2 * 2, 2 * 8)
+    for key, rows in joined(whole).items():
+        torch.testing.assert_close(joined(pieces)[key], rows)
 
 
 def test_goes_row_by_row_only_where_examples_see_each_other(monkeypatch):
     def count(kind, layer):
         model, batches = make(kind)
         passes = []
-        real = row_gradients._gradients
-        monkeypatch.setattr(row_gradients, "_gradients", lambda *args: passes.append(1) or real(*args))
-        list(stream_gradients(model, batches, [layer], rows="sample"))
+        real = GradientRows._weight_gradients
+
+        def counted(*args):
+            for gradients in real(*args):
+                passes.append(1)
+                yield gradients
+
+        monkeypatch.setattr(GradientRows, "_weight_gradients", counted)
+        pieces_of(model, batches, [layer], rows="sample")
         monkeypatch.undo()
         return len(passes)
 
@@ -142,14 +168,8 @@ def test_works_on_compiled_models_and_sparse_gradients():
     dense[0].sparse = False
     compiled = torch.compile(model, backend="eager")
     for rows in ("batch", "sample"):
-        (found,) = _joined(stream_gradients(compiled, batches, ["0"], rows=rows))
-        (expected,) = _joined(stream_gradients(dense, batches, ["0"], rows=rows))
-        torch.testing.assert_close(found, expected)
-
-
-def _joined(pieces):
-    pieces = list(pieces)
-    return [torch.cat([piece[key] for piece in pieces]) for key in pieces[0]]
+        found = joined(pieces_of(compiled, batches, ["0"], rows=rows))
+        torch.testing.assert_close(found, joined(pieces_of(dense, batches, ["0"], rows=rows)))
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
@@ -166,7 +186,7 @@ def test_the_model_is_given_back_as_it_was(rows, fails):
         return losses * float("nan") if fails else losses
 
     try:
-        list(stream_gradients(model, batches, ["conv"], rows=rows, objective=objective))
+        pieces_of(model, batches, ["conv"], rows=rows, objective=objective)
         assert not fails
     except ValueError as error:
         assert fails and "batch 1: the loss is nan" in str(error)
@@ -182,20 +202,87 @@ def test_the_model_is_given_back_as_it_was(rows, fails):
 def test_refuses_unknown_rows(rows):
     model, batches = make(BatchCentred)
     with pytest.raises(ValueError, match="expected 'batch', 'sample' or how many"):
-        next(stream_gradients(model, batches, ["first"], rows=rows))
+        pieces_of(model, batches, ["first"], rows=rows)
 
 
 def test_refuses_what_it_cannot_compute():
     model, batches = make(Reuse)
     model.extra = nn.Linear(2, 2).double()
     with pytest.raises(ValueError, match="batch 1: rows=3 does not divide its 4 examples"):
-        list(stream_gradients(model, batches, ["conv"], rows=3))
+        pieces_of(model, batches, ["conv"], rows=3)
     with pytest.raises(ValueError, match="returned one scalar, which allows only rows='batch'"):
-        list(stream_gradients(model, batches, ["conv"], rows=1, objective=lambda m, b: losses_of(m, b).mean()))
+        pieces_of(model, batches, ["conv"], rows=1, objective=lambda m, b: losses_of(m, b).mean())
     with pytest.raises(ValueError, match="unknown layer 'cnov'; closest: conv"):
-        list(stream_gradients(model, batches, ["cnov"]))
+        pieces_of(model, batches, ["cnov"])
     with pytest.raises(ValueError, match="the batches yield no data"):
-        list(stream_gradients(model, iter([]), ["conv"]))
+        pieces_of(model, iter([]), ["conv"])
     for rows in ("batch", "sample"):
         with pytest.raises(ValueError, match=r"does not depend on the model's parameters|layer 'extra' never ran"):
-            list(stream_gradients(model, batches, ["extra"], rows=rows))
+            pieces_of(model, batches, ["extra"], rows=rows)
+
+
+# What a proof must find out
+
+
+class Running(nn.Module):
+    """Example n sees examples 0..n, or with ``flip`` n.. on, behind a norm if there is one."""
+
+    def __init__(self, flip=False, norm=None):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(3, 4), norm or nn.Identity(), nn.Linear(4, 3)
+        self.flip = flip
+
+    def forward(self, x):
+        # (examples, positions, channels); J·w of what a layer without bias gives a norm over positions is 0.
+        x = self.first(x.flatten(2).mT)
+        x = self.norm(x.mT).mT.tanh().sum(1)
+        x = x.flip(0).cumsum(0).flip(0) if self.flip else x.cumsum(0)
+        return self.head(x / len(x))
+
+
+class Behind(nn.Module):
+    """A layer's weight also used behind the module's back, by a small share."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.first, self.head, self.share = nn.Linear(3, 4), nn.Linear(4, 3), share
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return self.head(torch.tanh(self.first(x) + self.share * F.linear(x, self.first.weight)))
+
+
+SHARED = {
+    "running": Running,
+    "from the end": partial(Running, flip=True),
+    "normalised": partial(Running, norm=nn.InstanceNorm1d(4)),
+    "half a percent": partial(Behind, 5e-3),
+    "one in a million": partial(Behind, 1e-6),
+}
+
+
+@pytest.mark.parametrize("rows", ["sample", 2])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_examples_share_is_found_out_by_all_that_reads_rows(name, rows, caplog):
+    model, batches = make(SHARED[name])
+    expected = oracle(model, batches, "first", rows)
+    weights = {key: p.detach() for key, p in own_parameters(model.first).items()}
+    jacobian = torch.cat([expected["weight"], expected["bias"][..., None]], 2)
+    w = torch.cat([weights["weight"], weights["bias"][:, None]], 1)
+    exact = {"rtol": 1e-10, "atol": 1e-20}
+    dense = dense_jtj(model, batches, "first", rows=rows)
+    torch.testing.assert_close(dense.values, torch.einsum("nci,ncj->cij", jacobian, jacobian), **exact)
+    found = jacobian_products(model, batches, rows=rows, layers=["first"])["first", "out"]
+    torch.testing.assert_close(found, torch.einsum("nci,ci->nc", jacobian, w), rtol=1e-10, atol=1e-16)
+    if rows == "sample":
+        squares = sum_square_gradients(model, batches, ["first"])["first"]
+        for key, gradient in expected.items():
+            torch.testing.assert_close(squares[key], gradient.square().sum(0), **exact)
+    assert any("exact but slow, for: first" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-3, 1e-5])
+def test_a_use_behind_the_back_is_seen_at_any_precision(share, caplog):
+    model, batches = make(partial(Behind, share))
+    jacobian_products(model.float(), [(images.float(), labels) for images, labels in batches], rows="sample")
+    assert [record.message for record in caplog.records] == ["one backward pass a row, exact but slow, for: first"]
