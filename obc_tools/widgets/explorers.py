@@ -26,9 +26,8 @@ from ..plots.jtj import (
     spectrum,
 )
 from ..plots.looks import theme
-from ..scoring.interactions import FilterInteractions, filter_interactions
 from ..scoring.jacobian import JacobianProducts, jacobian_products
-from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
+from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, layer_axes, scored_layers
 from .controls import (
