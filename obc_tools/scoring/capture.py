@@ -234,13 +234,13 @@ class Capture:
         finally:
             self._sums = self._consume = None
 
-    def sees_all(self, layer: nn.Module | nn.Parameter) -> bool:
-        """Say whether the graph uses a layer's parameters no more often than was noted, after `read`."""
+    def used_elsewhere(self) -> set[int]:
+        """Return the ids of the parameters that the graph uses more often than was noted, after `read`."""
         seen: Counter[int] = Counter()
-        for name, owner in self.layers.items():
+        for name, layer in self.layers.items():
             uses = max(self._uses[name, "out"], self._uses[name, "in"])
-            seen.update({id(p): uses for p in own_parameters(owner).values()})
-        return all(self._edges.get(id(p), 0) <= seen[id(p)] for p in own_parameters(layer).values())
+            seen.update({id(p): uses for p in own_parameters(layer).values()})
+        return {parameter for parameter, edges in self._edges.items() if edges > seen[parameter]}
 
     def missing(self, layer: str) -> str:
         """Say why a layer has no products after `read`."""

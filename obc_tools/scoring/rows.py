@@ -133,9 +133,10 @@ class _Rows(ABC):
         expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
         unscaled, _ = self._measure(capture, losses, _powers_of_two(len(losses)).to(losses))
+        elsewhere = capture.used_elsewhere()
         for axis, whole in expected.items():
             known = axis in measures and axis in unscaled and self._fits(capture, axis.layer)
-            seen = known and capture.sees_all(self.layers[axis.layer])
+            seen = known and elsewhere.isdisjoint(map(id, self._parameters([axis])))
             rounding = 100 * terms[axis].max() + largest
             if not seen or not _agree(measures[axis], unscaled[axis], whole[0], rounding, capture.coarse):
                 self.by_weights.add(axis.layer)
