@@ -141,7 +141,8 @@ class Family:
     def consume(self, rows: int, consume: Consume) -> None:
         """Hand out the gradients of the summed losses of equally many examples a row, some rows a time; forget all."""
         calls, self.calls = self.calls, []
-        step = max(1, BYTES_AT_A_TIME // sum(p.nbytes for p in self._parameters()))
+        sizes = {id(p): p.nbytes for layer in self.layers.values() for p in own_parameters(layer).values()}
+        step = max(1, BYTES_AT_A_TIME // sum(sizes.values()))
         for start in range(0, rows, step) if calls else ():
             totals: dict[int, Tensor] = {}
             for seen, delta in calls:
@@ -151,11 +152,9 @@ class Family:
                     place = id(own_parameters(layer)[key])
                     totals[place] = totals[place] + gradient if place in totals else gradient
             for name, layer in self.layers.items():
-                named = {key: totals[id(p)] for key, p in own_parameters(layer).items() if id(p) in totals}
-                consume(name, named)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return list({id(p): p for layer in self.layers.values() for p in own_parameters(layer).values()}.values())
+                named = {key: totals.get(id(p)) for key, p in own_parameters(layer).items()}
+                if all(gradient is not None for gradient in named.values()):
+                    consume(name, named)
 
 
 class Capture:
@@ -235,13 +234,13 @@ class Capture:
         finally:
             self._sums = self._consume = None
 
-    def sees_all(self, layer: nn.Module | nn.Parameter) -> bool:
-        """Say whether the graph uses a layer's parameters no more often than was noted, after `read`."""
+    def used_elsewhere(self) -> set[int]:
+        """Return the ids of the parameters that the graph uses more often than was noted, after `read`."""
         seen: Counter[int] = Counter()
-        for name, owner in self.layers.items():
+        for name, layer in self.layers.items():
             uses = max(self._uses[name, "out"], self._uses[name, "in"])
-            seen.update({id(p): uses for p in own_parameters(owner).values()})
-        return all(self._edges.get(id(p), 0) <= seen[id(p)] for p in own_parameters(layer).values())
+            seen.update({id(p): uses for p in own_parameters(layer).values()})
+        return {parameter for parameter, edges in self._edges.items() if edges > seen[parameter]}
 
     def missing(self, layer: str) -> str:
         """Say why a layer has no products after `read`."""
@@ -346,20 +345,20 @@ class Capture:
         alike = source is not None and source.whole and source.layout == gate.layout
         return source if alike and uses[node] == 1 else None
 
-    def _fits(self, layer: str, gradient: Tensor) -> bool:
+    def _fits(self, layer: str, tensor: Tensor) -> bool:
         """Say whether the leading axis may be the examples."""
-        self.coarse |= torch.finfo(gradient.dtype).bits < 32
-        if gradient.dim() and len(gradient) % self._examples == 0:
-            return True
-        self.unfit.add(layer)
-        return False
+        fits = tensor.dim() > 0 and len(tensor) % self._examples == 0
+        if not fits:
+            self.unfit.add(layer)
+        return fits
 
     def _on_call(self, seen: Seen, gradient: Tensor) -> None:
         if self._consume is None:
             return
         family = self.families[seen.layer]
+        self.coarse |= gradient.dtype.itemsize < 4
         gradient = seen.order(gradient)
-        if self._fits(seen.layer, gradient) and len(seen.read()) == len(gradient):
+        if self._fits(seen.layer, gradient) and self._fits(seen.layer, seen.read()):
             family.calls.append((seen, gradient))
         if len(family.calls) == family.uses:
             self._hand_out(family)
@@ -371,6 +370,7 @@ class Capture:
     def _on_gradient(self, gate: Gate, gradient: Tensor) -> None:
         if gate.given or self._sums is None:
             return
+        self.coarse |= gradient.dtype.itemsize < 4
         value, gradient = gate.seen.read(), gate.seen.order(gradient)
         if not self._fits(gate.axis.layer, gradient):
             return

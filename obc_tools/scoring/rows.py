@@ -133,8 +133,10 @@ class _Rows(ABC):
         expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
         unscaled, _ = self._measure(capture, losses, _powers_of_two(len(losses)).to(losses))
+        elsewhere = capture.used_elsewhere()
         for axis, whole in expected.items():
-            seen = axis in measures and axis in unscaled and capture.sees_all(self.layers[axis.layer])
+            known = axis in measures and axis in unscaled and self._fits(capture, axis.layer)
+            seen = known and elsewhere.isdisjoint(map(id, self._parameters([axis])))
             rounding = 100 * terms[axis].max() + largest
             if not seen or not _agree(measures[axis], unscaled[axis], whole[0], rounding, capture.coarse):
                 self.by_weights.add(axis.layer)
@@ -142,6 +144,10 @@ class _Rows(ABC):
         if self.by_weights:
             logger.warning("one backward pass a row, exact but slow, for: %s", ", ".join(sorted(self.by_weights)))
         return measures
+
+    def _fits(self, capture: Capture, layer: str) -> bool:
+        """Say whether the examples lead in all uses of a layer's parameters that were captured."""
+        return capture.unfit.isdisjoint(self.families[layer])
 
     def _parameters(self, axes: Iterable[LayerAxis]) -> list[nn.Parameter]:
         """Return the parameters of the axes' layers, each once."""
@@ -193,7 +199,7 @@ class ProductRows(_Rows):
         if fast and not measures:
             measures, _ = self._measure(capture, losses, losses.new_ones(len(losses)), retain=bool(slow))
         for axis in fast:
-            if axis not in measures:
+            if axis not in measures or not self._fits(capture, axis.layer):
                 raise ValueError(capture.missing(axis.layer))
         found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast}
         rows = [self._products(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
@@ -238,8 +244,9 @@ class GradientRows(_Rows):
 
         if asked := set(left):
             capture.read(losses, bool(slow), consume)
-        for name in left:
-            raise ValueError(capture.missing(name))
+        for name in asked:
+            if name in left or not self._fits(capture, name):
+                raise ValueError(capture.missing(name))
         for gradients in self._weight_gradients(losses, slow):
             for name, _ in slow:
                 own = own_parameters(self.layers[name])

@@ -52,12 +52,6 @@ def sum_group_squares(parts: Parts, stream: Iterable[Products]) -> dict[ChannelG
     return totals
 
 
-def _product_by_channel(width: int, positions: Sequence[int], channels: Sequence[int], product: Tensor) -> Tensor:
-    """Sum a member's products, (rows, positions of the axis), over the positions of each channel: (rows, width)."""
-    at = product.double().cpu()[:, torch.tensor(positions)]
-    return at.new_zeros(len(at), width).index_add_(1, torch.tensor(channels), at)
-
-
 def removal_ranks(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
     """Rank all channels of all groups in the order of a greedy removal together: group -> (width,), 0 goes first.
 
@@ -80,7 +74,7 @@ def removal_ranks(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup
 
 def _joined(group: ChannelGroup, members: Sequence[Member], products: Products) -> Tensor:
     """Return Σ_m Σ_p J_{m,p} w_{m,p} of each channel of a group, (rows, width), in float64 on the CPU."""
-    return sum(_product_by_channel(group.width, m.positions, m.channels, products[m.axis]) for m in members)
+    return sum(_by_channel(group.width, m, products[m.axis].double().cpu()) for m in members)
 
 
 def sum_square_gradients(
@@ -269,15 +263,11 @@ def _saliencies(
     seed: int,
 ) -> dict[LayerAxis, Tensor]:
     """Return the criterion's saliency of every axis, on the CPU in float64."""
-    products: dict[LayerAxis, Tensor] = {}
-    gradients: dict[str, dict[str, Tensor]] = {}
-    if criterion.needs == "products":
-        products = sum_squares(stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective))
-    if criterion.needs == "gradients":
-        gradients = mean_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
-    squares: dict[str, dict[str, Tensor]] = {}
-    if criterion.needs == "squares":
-        squares = sum_square_gradients(model, batches, [axis.layer for axis in axes], objective=objective)
+    layers, needs = [axis.layer for axis in axes], criterion.needs
+    stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
+    products = sum_squares(stream) if needs == "products" else {}
+    gradients = mean_gradients(model, batches, layers, objective=objective) if needs == "gradients" else {}
+    squares = sum_square_gradients(model, batches, layers, objective=objective) if needs == "squares" else {}
     generator = torch.Generator().manual_seed(seed)
     saliencies = {}
     for name, (layer, axis) in axes.items():
@@ -309,10 +299,10 @@ def combine(parts: Sequence[Tensor], reduction: str) -> Tensor:
     return getattr(stacked, reduction)(0)
 
 
-def _by_channel(width: int, member: Member, saliency: Tensor) -> Tensor:
-    """Sum an axis' saliency over the positions of each of the group's channels."""
-    at = saliency[torch.tensor(member.positions)]
-    return torch.zeros(width, dtype=at.dtype).index_add_(0, torch.tensor(member.channels), at)
+def _by_channel(width: int, member: Member, values: Tensor) -> Tensor:
+    """Sum what is known of an axis, (..., positions), over the positions of each of the group's channels."""
+    at = values[..., torch.tensor(member.positions)]
+    return at.new_zeros(*at.shape[:-1], width).index_add_(-1, torch.tensor(member.channels), at)
 
 
 def normalize(score: Tensor, normalizer: str | None, parameters: int) -> Tensor:

@@ -29,9 +29,8 @@ from ..plots.jtj import (
     spectrum,
 )
 from ..plots.looks import finished
-from ..scoring.interactions import FilterInteractions, filter_interactions
 from ..scoring.jacobian import JacobianProducts, jacobian_products
-from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
+from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text

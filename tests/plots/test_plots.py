@@ -10,8 +10,7 @@ from torch import nn
 from obc_tools import plots
 from obc_tools.plots.looks import COLORS, PALETTE, color_of, theme
 from obc_tools.pruning.plan import PruningPlan
-from obc_tools.scoring.interactions import FilterInteractions
-from obc_tools.scoring.jtj import DenseJTJ, group_jtj
+from obc_tools.scoring.jtj import DenseJTJ, FilterInteractions, group_jtj
 from obc_tools.structure.groups import ChannelGroup, Member, find_groups
 from obc_tools.structure.layers import LayerAxis
 from obc_tools.training.folder import Epoch, History

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from obc_tools.scoring.interactions import FilterInteractions, filter_interactions
 from obc_tools.scoring.jacobian import jacobian_products
+from obc_tools.scoring.jtj import FilterInteractions, filter_interactions
 from obc_tools.structure.layers import LayerAxis
 
 

@@ -286,3 +286,32 @@ def test_a_use_behind_the_back_is_seen_at_any_precision(share, caplog):
     model, batches = make(partial(Behind, share))
     jacobian_products(model.float(), [(images.float(), labels) for images, labels in batches], rows="sample")
     assert [record.message for record in caplog.records] == ["one backward pass a row, exact but slow, for: first"]
+
+
+class Lists(nn.Module):
+    """Uses a layer twice, the second time for a list that is longer than all examples once ``long`` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.long = nn.Linear(3, 4), nn.Linear(4, 3), False
+
+    def forward(self, x):
+        x = x.flatten(2).mT[:, :3]
+        parts = torch.tanh(self.first(x.flatten(0, 1)))
+        listed = self.first(torch.cat([x.flatten(0, 1), x[0, :1]]) if self.long else x.flatten(0, 1))
+        return self.head(parts.unflatten(0, x.shape[:2]).sum(1) + listed[: len(parts)].unflatten(0, x.shape[:2]).sum(1))
+
+
+def test_a_use_that_is_no_longer_led_by_examples_is_an_error():
+    model, batches = make(Lists)
+
+    def lengthened():
+        model.long = False
+        yield batches[0]
+        model.long = True
+        yield batches[1]
+
+    with pytest.raises(ValueError, match="layer 'first': the leading axis of its activations is not a multiple of 4"):
+        jacobian_products(model, lengthened(), rows="sample", layers=["first"])
+    with pytest.raises(ValueError, match="layer 'first': the leading axis of its activations is not a multiple of 4"):
+        pieces_of(model, lengthened(), ["first"], rows="sample")
