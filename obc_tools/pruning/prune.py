@@ -117,7 +117,7 @@ def prune_in_steps(
                 f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
             )
     if verify:
-        prove(model, plan, example_inputs, costs.of(plan))
+        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting)
     return plan
 
 

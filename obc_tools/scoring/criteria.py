@@ -65,7 +65,9 @@ class Evidence:
 
     def _matrix(self, tensors: Mapping[str, Tensor], bias: bool) -> Tensor:
         slots = [s for s in parameter_slots(self.layer, self.axis) if bias or not s.tensor.endswith("bias")]
-        return torch.cat([channel_view(tensors[slot.tensor].detach(), slot) for slot in slots], dim=1)
+        parts = [channel_view(tensors[slot.tensor].detach(), slot) for slot in slots]
+        # What a tied layer has for itself may be its bias alone.
+        return torch.cat(parts, dim=1) if parts else torch.zeros(self.axis.width, 0)
 
 
 Saliency = Callable[[nn.Module, Axis, Evidence], Tensor]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .flow import tensors_in
+from .flow import name_of, tensors_in
 
 REARRANGING = ("view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
                "select", "unbind", "slice", "split", "split_with_sizes", "chunk", "expand", "clone", "contiguous",
@@ -66,7 +66,7 @@ class Shadows:
 
     def note(self, function: Any, out: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Shadow the results of one operation."""
-        name = function.overloadpacket.__name__.removesuffix("_")
+        name = name_of(function).removesuffix("_")
         results = tensors_in((out,))
         if not results:
             return
@@ -148,7 +148,7 @@ class Shadows:
 
 
 def _apply(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    if function.overloadpacket.__name__ in ("view", "_unsafe_view", "_reshape_alias"):
+    if name_of(function) in ("view", "_unsafe_view", "_reshape_alias"):
         return args[0].reshape(args[1])
     return function(*args, **kwargs)
 

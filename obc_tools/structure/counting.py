@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import call_model, evaluating, hooks, no_fused_attention
-from .flow import Flow, Labels, handler_of, tensors_in
+from .flow import Flow, Labels, handler_of, name_of, tensors_in
 from .operations import ATTENTIONS
 
 
@@ -173,7 +173,7 @@ class Ledger:
 
     def note(self, function: Any, out: Any, args: tuple, kwargs: dict, counted: bool = True) -> None:
         """Note one operation, after the labels of its results are known; only what it is made of unless ``counted``."""
-        name = function.overloadpacket.__name__.removesuffix("_")
+        name = name_of(function).removesuffix("_")
         arguments, results = tensors_in((*args, *kwargs.values())), tensors_in((out,))
         mark = self._mark(arguments)
         if self.batch > 1 and name in STRETCHING and any(self.batch in tensor.shape[:2] for tensor in results):

@@ -359,7 +359,7 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
     tensors = tensors_in((*args, *kwargs.values()))
     if not any(tensor in flow.tensors for tensor in tensors):
         return
-    known, name = [flow.of(tensor) for tensor in tensors], function.overloadpacket.__name__
+    known, name = [flow.of(tensor) for tensor in tensors], name_of(function)
     if not any(entry.labelled for entry in known) and not (flow.stretching and name == "expand"):
         origin = INPUT if any(entry.origin == INPUT for entry in known) else FIXED
         for result in tensors_in((out,)):
@@ -378,9 +378,14 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
 
 def handler_of(function: Any) -> Handler | None:
     """Return what follows the channels through one of torch's operations, or None."""
-    name = function.overloadpacket.__name__
+    name = name_of(function)
     handler = OPERATIONS.get(name) or OPERATIONS.get(name.rstrip("_"))
-    return handler or (elementwise if torch.Tag.pointwise in function.tags else None)
+    return handler or (elementwise if torch.Tag.pointwise in getattr(function, "tags", ()) else None)
+
+
+def name_of(function: Any) -> str:
+    """Return the name of one of torch's operations; those of a higher order have no overloads."""
+    return getattr(function, "overloadpacket", function).__name__
 
 
 @operation(

@@ -26,7 +26,7 @@ from ..state import call_model, copy_borrowing, hooks, no_fused_attention
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, sized_shape
 from .counting import Factor, Ledger, Product, attention_factors
-from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
+from .flow import INPUT, Channels, Flow, follow, name_of, tensors_in, track_attributes
 from .layers import (
     LayerAxis,
     UnknownLayerError,
@@ -352,7 +352,7 @@ class _Operations(TorchDispatchMode):
         if function._schema.is_mutable:
             self.tracer.protect(arguments)
         out = function(*args, **kwargs)
-        self.tracer.history.note(function.overloadpacket.__name__, tensors_in((out,)), arguments)
+        self.tracer.history.note(name_of(function), tensors_in((out,)), arguments)
         self.tracer.shadows.note(function, out, args, kwargs)
         if not self.tracer.paused:
             self.tracer.saw(tensors_in(args))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import network
 
-from obc_tools import PruningPlan, Target, cost_model, find_groups, one_shot_plan, prune, prune_to, score_groups
+from obc_tools import PruningPlan, Target, cost, cost_model, find_groups, one_shot_plan, prune, prune_to, score_groups
 from obc_tools.measure.costs import Cost
 from obc_tools.pruning.choices import TORCH_PRUNING, Limits, Scoring, Selection, Settings, Steps
 from obc_tools.pruning.order import next_plan, removal_order
@@ -87,3 +87,11 @@ def test_a_step_after_others_removes_no_unit_too_many():
     assert short == plans[order.up_to(0.25)] and not target.met(costs.of(short), costs.original)
     removed = [sum(map(len, plan.kept)) for plan in plans]
     assert removed == sorted(removed, reverse=True) and plans[0] == first != PruningPlan.whole(groups)
+
+
+@pytest.mark.parametrize("counting", ["operations", TORCH_PRUNING])
+def test_a_target_holds_in_the_count_that_it_is_stated_in(counting):
+    model, images = network("residual")
+    plan = prune_to(model, images, criterion="l2", speedup=1.5, steps=4, counting=counting, progress=False)
+    whole, left = (cost(each, images, counting=counting).macs for each in (model, prune(model, plan)))
+    assert 1.5 <= whole / left < 1.6
