@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .layers import layer_type
+
 
 @dataclass(frozen=True)
 class Attribute:
@@ -132,15 +134,13 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
 def track_attributes(model: nn.Module, rooted: Callable[[int], None]) -> None:
     """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
     for name, module in model.named_modules():
-        plain_torch = type(module).__module__.startswith("torch.nn") and not isinstance(
-            module, nn.LayerNorm | nn.RMSNorm
-        )
+        plain_torch, widths = type(module).__module__.startswith("torch.nn"), layer_type(module).widths
         for key, value in vars(module).items():
             if key.startswith("_"):
                 continue
             if type(value) is int:
                 module.__dict__[key] = Size(value, Attribute(name, key, rooted=rooted))
-            elif type(value) in (list, tuple) and not plain_torch and any(type(item) is int for item in value):
+            elif type(value) in (list, tuple) and (key in widths or not plain_torch) and int in map(type, value):
                 items = enumerate(value)
                 tracked = (Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items)
                 module.__dict__[key] = type(value)(tracked)

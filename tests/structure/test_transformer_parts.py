@@ -80,7 +80,7 @@ def test_each_part_by_itself():
 def test_a_target_is_met_and_right(only, whole_heads):
     model, tokens = made()
     options = {"only": only, "whole_heads": whole_heads, "steps": 2, "progress": False, "seed": 1}
-    plan = prune_to(model, tokens, batches(tokens), ratio=0.4, **options)
+    plan = prune_to(model, tokens, batches(tokens), ratio=1 / 3, **options)
     assert plan.channels_removed > 0
     assert cost_model(model, tokens, whole_heads=whole_heads).of(plan) == cost(prune(model, plan), tokens)
     check = check_plan(model, plan, tokens)
@@ -90,7 +90,7 @@ def test_a_target_is_met_and_right(only, whole_heads):
 def test_heads_go_as_a_whole():
     model, tokens = made()
     plan = prune_to(
-        model, tokens, criterion="l1", ratio=0.4, scope="local", only="attention", whole_heads=True, progress=False
+        model, tokens, criterion="l1", ratio=1 / 3, scope="local", only="attention", whole_heads=True, progress=False
     )
     pruned = prune(model, plan)
     assert [block.attn.num_heads for block in pruned.blocks] == [2, 2]

@@ -129,7 +129,8 @@ def test_wrong_runs_are_refused(tmp_path):
         RunMonitor({})
 
 
-def test_a_note_has_the_figures_and_null_for_what_is_not_finite(tmp_path):
+def test_a_note_has_the_figures_and_null_for_what_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr("obc_tools.training.folder.SECONDS_BETWEEN_NOTES", 1000.0)
     folder = TrainingFolder(tmp_path)
     assert not folder.is_note_due()
     folder.note(Where(1, 2, 3, 0.1), 4, {"loss": float("nan"), "accuracy": 0.5, "gpu_memory": None})
