@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,8 @@ from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import next_plan, removal_order
 from .plan import PruningPlan, prune
+
+logger = logging.getLogger(__name__)
 
 
 def prune_to(
@@ -122,5 +125,10 @@ def prune_in_steps(
 
 
 def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
-    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target."""
+    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target.
+
+    The log says which operations a target of MACs leaves out, for want of a formula.
+    """
+    if costs.original.unknown and target.given[0] in ("speedup", "macs"):
+        logger.warning("%s: MACs leave out %s, which has no formula", target, ", ".join(costs.original.unknown))
     removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)

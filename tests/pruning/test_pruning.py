@@ -172,3 +172,16 @@ def test_bad_requests_are_refused(options, message):
 
 def test_mlp_prunes():
     assert isinstance(prune_mlp(), type(mlp_layernorm()))
+
+
+class Spectrum(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x, dim=1).real
+
+
+@pytest.mark.parametrize(("target", "told"), [({"speedup": 1.2}, 1), ({"ratio": 0.2}, 0)])
+def test_a_target_of_macs_says_once_what_is_not_counted(target, told, caplog):
+    model = nn.Sequential(nn.Linear(4, 6), Spectrum(), nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    prune_to(model, torch.randn(2, 4), criterion="l1", steps=3, progress=False, **target)
+    message = "MACs leave out _fft_r2c in layer '1', which has no formula"
+    assert sum(message in record.message for record in caplog.records) == told
