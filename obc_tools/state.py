@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import register_pytree_node
+from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node, tree_map
 
 
 @contextmanager
@@ -91,6 +91,23 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "FullyShardedDataParallel": "module",
+            "OptimizedModule": "_orig_mod"}  # fmt: skip
+"""Modules around a model, each with the attribute that holds it."""
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model that is wrapped: its layers have other names than the plan's."""
+    name = type(model).__name__
+    if name in WRAPPERS and hasattr(model, WRAPPERS[name]):
+        raise ValueError(f"the model is wrapped in a {name}: give the model itself, model.{WRAPPERS[name]}")
+
+
+def own_inputs(inputs: Any) -> Any:
+    """Return example inputs with copies of their tensors: a model may write into what it is given."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 TABLES = (dict, OrderedDict, set)

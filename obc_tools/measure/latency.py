@@ -172,7 +172,7 @@ def latencies(
 def _timer(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
     """Return a function that runs a model once and returns the seconds that took."""
     device = _device(model)
-    inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, example_inputs)
+    inputs = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, example_inputs)
 
     def on_cpu() -> float:
         start = time.perf_counter()

@@ -204,8 +204,7 @@ def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int)
     means, order = blocks.mean(0).sort(stable=True)
     size = blocks.shape[1]
     stay = min(size, math.ceil(limits.fewest(group.root, initial) / group.blocks))
-    if group.blocks > 1:
-        stay = max(stay, min(size, 2))  # one channel a convolution group would make it depthwise: another layer type
+    stay = max(stay, min(size, group.least))
     return order[: size - stay].numpy(), means[: size - stay].numpy()
 
 

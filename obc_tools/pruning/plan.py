@@ -245,7 +245,13 @@ def _group_to_data(group: ChannelGroup, kept: Sequence[int]) -> dict:
         "members": list(map(_member_to_data, group.members)),
     }
     data |= {"attends": True} if group.attends else {}
+    data |= {"least": group.least} if group.least != _least_of(group.blocks) else {}
     return data | ({"attributes": list(map(_member_to_data, group.attributes))} if group.attributes else {})
+
+
+def _least_of(blocks: int) -> int:
+    """Return what a block keeps at least where a plan does not say so."""
+    return 2 if blocks > 1 else 1
 
 
 def _member_to_data(member: Member) -> dict:
@@ -260,9 +266,8 @@ def _is_identity(member: Member) -> bool:
 def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
     members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in ("members", "attributes"))
     width, blocks, attends = _integer(data["width"]), _integer(data["blocks"]), data.get("attends", False) is True
-    group = ChannelGroup(
-        LayerAxis(*map(str, data["root"])), width, members, data["kept_whole"], blocks, attributes, attends
-    )
+    root, least = LayerAxis(*map(str, data["root"])), _integer(data.get("least", _least_of(blocks)))
+    group = ChannelGroup(root, width, members, data["kept_whole"], blocks, attributes, attends, least)
     return group, tuple(map(_integer, data["kept"]))
 
 

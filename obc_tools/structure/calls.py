@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .flow import Dimension, Flow, Size, tensors_in
 
@@ -50,8 +51,25 @@ def sized_shape(flow: Flow, tensor: Tensor) -> torch.Size:
     sizes = list(shape)
     for dim, labels in enumerate(found.dims):
         if labels is not None:
-            sizes[dim] = Size(sizes[dim], Dimension(labels, flow.require, flow.rooted))
+            sizes[dim] = Size(sizes[dim], Dimension(labels, flow.require, flow.rooted, flow.salt))
     return torch.Size(sizes)
+
+
+TAKES_LAYERS = ("linear", "embedding", "batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+                "conv_transpose2d", "conv_transpose3d", "_conv_forward")  # fmt: skip
+"""Functions whose numbers are a layer's own, or none at all."""
+
+
+def use_as_numbers(values: Any, operation: str) -> None:
+    """Note that a function outside the table takes widths: what it does with them cannot be followed."""
+    for value in tree_leaves(values):
+        if isinstance(value, Size):
+            value.as_number(operation)
+
+
+@stand_in(*TAKES_LAYERS)
+def _layer(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    return function(*args, **kwargs)
 
 
 @stand_in("size")
@@ -137,6 +155,7 @@ def _label_made(flow: Flow, out: Tensor, sizes: Sequence[Any]) -> None:
 def _chunk(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     """Let equal pieces lose the same positions, so that the pieces of the pruned model are cut at the same places."""
     pieces = function(*args, **kwargs)
+    use_as_numbers((args[1:], kwargs), "chunk")
     flow = tracer.flow
     for dim in range(args[0].dim()):
         found = [flow.of(piece).dims[dim] for piece in pieces]
@@ -202,9 +221,9 @@ def _slices(dims: Sequence[Any], index: Any) -> Iterator[tuple[Any, slice]]:
 def _require_slice(flow: Flow, labels: Any, cut: slice) -> None:
     """Demand that both ends of a slice stay where they are among the channels that are kept."""
     for end in (cut.start, cut.stop):
-        if end is None or end == 0 or end >= labels.size:
+        if end is None or int(end) == 0 or int(end) >= labels.size:
             continue
-        if end > 0:
+        if int(end) > 0:
             flow.require(end, labels[: int(end)])
         else:
             flow.require(-end, labels[int(end) :])

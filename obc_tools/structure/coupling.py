@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -44,6 +44,7 @@ class Bundle:
     attributes: Sequence[Place]
     reason: str | None
     attends: bool
+    least: int = 1
 
 
 class LostChannelsError(ValueError):
@@ -156,12 +157,16 @@ def bundles(
     attended = np.zeros(classes.count, dtype=bool)
     for part in traced.flow.attended:
         attended[classes.of(part.ravel())] = True
+    pairs = np.zeros(classes.count, dtype=bool)
+    for part in traced.flow.pairs:
+        pairs[classes.of(part)] = True
     parts = _alike(axes, classes.count)
     members, attributes = (_by_part(found, parts) for found in (axes, near))
     for part, numbers in _numbers_of(parts).items():
         if any(is_producer(axis.axis) for axis in members[part]):
             reason = next((reasons[n] for n in numbers.tolist() if n in reasons), None)
-            yield _bundle(members[part], numbers, attributes[part], reason, bool(attended[numbers].any()))
+            bundle = _bundle(members[part], numbers, attributes[part], reason, bool(attended[numbers].any()))
+            yield replace(bundle, least=2 if pairs[numbers].any() else 1)
 
 
 def _alike(axes: Sequence[_Occurrences], count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ An operation that is not in the table freezes what goes into it, so that nothing
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ from .layers import layer_type
 class Attribute:
     """A whole number that a module keeps; ``index`` is its place where the attribute is a list or tuple.
 
-    ``rooted`` is called with a number made of it that becomes a fraction, such as a root.
+    ``rooted`` is called with a number made of it that shapes nothing, and the operation.
     """
 
     module: str
     name: str
     index: int | None = None
-    rooted: Callable[[int], None] = field(default=lambda size: None, compare=False, repr=False)
+    rooted: Callable[[int, str], None] = field(default=lambda size, operation: None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}" + ("" if self.index is None else f"[{self.index}]")
@@ -42,12 +43,14 @@ class Dimension:
     """The width of a dimension of a tensor, by the labels of its positions.
 
     ``equal_to`` is called with what the width was compared with and found equal to, ``rooted`` with a number made of
-    it that becomes a fraction, such as a root.
+    it that shapes nothing, and the operation. ``salt`` tells the widths of one trace from all other numbers where a
+    table keeps results by them: what is kept for a plain number knows no labels.
     """
 
     labels: np.ndarray
     equal_to: Callable[[int, np.ndarray], None] = lambda size, labels: None
-    rooted: Callable[[int], None] = lambda size: None
+    rooted: Callable[[int, str], None] = lambda size, operation: None
+    salt: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +82,24 @@ class Size(int):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        salts = {source.salt for source in leaves(self) if isinstance(source, Dimension)}
+        return hash((int(self), *sorted(salts))) if any(salts) else hash(int(self))
 
     def __float__(self) -> float:
-        for source in leaves(self):
-            source.rooted(self)
-        return float(int(self))
+        return float(self.as_number("float"))
 
-    def __pow__(self, power: Any) -> Any:
-        return float(self) ** power if isinstance(power, float) else int(self) ** power
+    def __pow__(self, power: Any, *modulus: Any) -> Any:
+        return int.__pow__(self.as_number("root" if isinstance(power, float) else "pow"), plain(power, "pow"), *modulus)
+
+    def as_number(self, operation: str) -> int:
+        """Return the plain number, for an operation that shapes no tensor: it would change with the width."""
+        for source in dict.fromkeys(leaves(self)):
+            source.rooted(self, operation)
+        return int(self)
+
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(function, method)(*(plain(arg, "root") for arg in args), **kwargs)
 
     def __reduce__(self) -> tuple:
         return int, (int(self),)
@@ -96,8 +108,11 @@ class Size(int):
 def _arithmetic(operation: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Size, Any], Any]:
     def combine(self: Size, other: Any) -> Any:
         left, right = (other, self) if swapped else (self, other)
+        if isinstance(other, float | complex):
+            number = self.as_number(operation.__name__)
+            return operation(other, number) if swapped else operation(number, other)
         if not isinstance(other, int):
-            return operation(other, int(self)) if swapped else operation(int(self), other)
+            return NotImplemented
         return Size(operation(int(left), int(right)), Combined(operation, left, right))
 
     return combine
@@ -107,6 +122,40 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     _operation = getattr(operator, _name)
     setattr(Size, f"__{_name}__", _arithmetic(_operation, swapped=False))
     setattr(Size, f"__r{_name}__", _arithmetic(_operation, swapped=True))
+
+
+def plain(value: Any, operation: str) -> Any:
+    """Return a value without its source; the number that it is would change with a width."""
+    return value.as_number(operation) if isinstance(value, Size) else value
+
+
+def _numeric(method: str) -> Callable[..., Any]:
+    name = method.strip("_")
+
+    def compute(self: Size, *others: Any) -> Any:
+        return getattr(int, method)(self.as_number(name), *(plain(other, name) for other in others))
+
+    return compute
+
+
+for _name in ("truediv", "divmod", "lshift", "rshift", "and", "or", "xor"):
+    for _method in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Size, _method, _numeric(_method))
+Size.__rpow__ = _numeric("__rpow__")
+
+
+def _comparison(method: str, trivial: int | None) -> Callable[[Size, Any], bool]:
+    """Compare widths, which are never less than one: `width > 0` is no question."""
+
+    def compare(self: Size, other: Any) -> bool:
+        asks = not (trivial is not None and isinstance(other, int) and other <= trivial)
+        return getattr(int, method)(self.as_number("comparison") if asks else int(self), other)
+
+    return compare
+
+
+for _method, _trivial in {"__lt__": None, "__le__": None, "__gt__": 0, "__ge__": 1}.items():
+    setattr(Size, _method, _comparison(_method, _trivial))
 
 
 def leaves(value: int) -> Iterator[Attribute | Dimension]:
@@ -131,7 +180,7 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
     return value.source.operation(left, right)
 
 
-def track_attributes(model: nn.Module, rooted: Callable[[int], None]) -> None:
+def track_attributes(model: nn.Module, rooted: Callable[[int, str], None]) -> None:
     """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
     for name, module in model.named_modules():
         plain_torch, widths = type(module).__module__.startswith("torch.nn"), layer_type(module).widths
@@ -192,17 +241,19 @@ class Flow:
     scales: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     attended: list[np.ndarray] = field(default_factory=list)
     temperatures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pairs: list[np.ndarray] = field(default_factory=list)
     tensors: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     requested: Sequence[Any] | None = None
     stretching: bool = False
+    salt: int = field(default_factory=itertools.count(1).__next__)
     whole_heads: bool = False
     stack: list[str] = field(default_factory=list)
     spent: list[np.ndarray] = field(default_factory=list)
     passages: list[Passage] = field(default_factory=list)
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
     multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
-    rooted: Callable[[int], None] = lambda size: None
+    rooted: Callable[[int, str], None] = lambda size, operation: None
 
     @property
     def module(self) -> str:
@@ -262,6 +313,11 @@ class Flow:
         if entered:
             self.passages.append(Passage(self.where(operation), entered, left))
 
+    def keep_two(self, labels: Labels) -> None:
+        """Let an axis never be left with one channel, with which an operation does something else."""
+        if labels is not None and labels.size > 1:
+            self.pairs.append(labels.ravel())
+
     def freeze_all(self, channels: Iterable[Channels], reason: str) -> None:
         """Let no channel of any of these tensors ever go."""
         for entry in channels:
@@ -317,7 +373,8 @@ class Flow:
     def _join_share(self, source: Combined, labels: np.ndarray) -> None:
         """Join an axis with the wider one of which it is an equal share: `width // heads` channels a head."""
         whole = source.left.source if isinstance(source.left, Size) else None
-        if isinstance(whole, Dimension) and whole.labels.size == labels.size * int(source.right):
+        shares = isinstance(whole, Dimension) and whole.labels.size == labels.size * int(source.right)
+        if shares and not np.isin(labels, whole.labels).all():  # a part of it is joined as it was cut
             self.join(self.join_rows(whole.labels.reshape(-1, labels.size)), labels)
 
 

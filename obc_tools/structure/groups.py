@@ -62,7 +62,9 @@ class ChannelGroup:
     heads, convolution groups). ``attributes`` are numbers that modules keep beside their weights and that follow the
     width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
     ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
-    narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values.
+    narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values. ``least``: the
+    fewest channels that a block is left with: with one, a grouped convolution becomes another type of layer, and
+    `squeeze` takes the whole axis away.
     """
 
     root: LayerAxis
@@ -72,6 +74,7 @@ class ChannelGroup:
     blocks: int = 1
     attributes: tuple[Member, ...] = ()
     attends: bool = False
+    least: int = 1
 
     def __post_init__(self):
         if self.width < 1 or not self.members:
@@ -243,11 +246,13 @@ def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str
     beside = [place for place in bundle.attributes if not _in_table(model, place.axis)]
     attributes = tuple(_member(place, "attribute") for place in beside)
     reason = bundle.reason
-    if reason is None and bundle.blocks > 1 and bundle.width == bundle.blocks:
+    in_groups = bundle.blocks > 1 and any(_is_grouped(model, place.axis) for place in places)
+    least = 2 if in_groups else bundle.least
+    if reason is None and in_groups and bundle.width == bundle.blocks:
         reason = f"each of its {bundle.blocks} blocks has fewer than two channels"
     if reason is None and bundle.blocks == 1 and any(_is_grouped(model, place.axis) for place in places):
         reason = "its convolution groups cannot be told apart"
-    return ChannelGroup(root, bundle.width, members, reason, bundle.blocks, attributes, bundle.attends)
+    return ChannelGroup(root, bundle.width, members, reason, bundle.blocks, attributes, bundle.attends, least)
 
 
 def _kept_whole_unless(group: ChannelGroup, parts: Sequence[str], only: str | None) -> ChannelGroup:

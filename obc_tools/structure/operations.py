@@ -85,6 +85,9 @@ def _batch_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source = flow.of(taken)
     for parameter in tensors_in(args[1:5]):
         flow.join(flow.of(parameter).dims[0], source.dims[1], source.origin)
+    if kwargs.get("training", any(arg is True for arg in args[5:])):
+        for labels in source.dims[2:]:
+            flow.keep_two(labels)  # a variance of one value is refused
     _like_first(flow, out, source)
 
 
@@ -295,6 +298,8 @@ def _squeeze(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     asked = args[1:] and ([args[1]] if isinstance(args[1], int) else args[1])
     which = {dim % max(tensor.dim(), 1) for dim in asked} if args[1:] else range(tensor.dim())
     gone = {dim for dim in which if tensor.shape[dim] == 1}
+    for dim in which:
+        flow.keep_two(source.dims[dim])
     _keep(flow, out, [labels for dim, labels in enumerate(source.dims) if dim not in gone], source)
 
 

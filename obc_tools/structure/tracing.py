@@ -22,11 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, copy_borrowing, hooks, no_fused_attention
+from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, attended_tensors, sized_shape
+from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
-from .flow import INPUT, Channels, Flow, follow, name_of, tensors_in, track_attributes
+from .flow import (
+    INPUT,
+    Channels,
+    Dimension,
+    Flow,
+    Size,
+    follow,
+    leaves,
+    name_of,
+    tensors_in,
+    track_attributes,
+)
 from .layers import (
     LayerAxis,
     UnknownLayerError,
@@ -44,6 +55,12 @@ from .operations import keep_tokens
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
+
+
+WAY_OUT = "pass Forward(run, inputs) as example inputs, which says what of its output counts"
+
+ROOTS = ("root", "float")
+"""Operations on a width that may give an attention's temperature."""
 
 
 @dataclass
@@ -127,7 +144,7 @@ class Tracer:
     met: dict[str, int] = field(default_factory=dict)
     shadows: Shadows = field(default_factory=Shadows)
     contractions: list[Contraction] = field(default_factory=list)
-    rooted: set[tuple[str, int]] = field(default_factory=set)
+    rooted: list[tuple[str, Size, str]] = field(default_factory=list)
     default_scale: bool = False
     paused: int = 0
 
@@ -201,7 +218,8 @@ class Tracer:
             yield Product(owner, (*known, Factor(rest)), batched=False)
 
     def run(self, example_inputs: Any) -> None:
-        """Run the model once and follow the channels through it."""
+        """Run the model once, on a copy of its inputs, and follow the channels through it."""
+        example_inputs = own_inputs(example_inputs)
         self.ledger.take(example_inputs)
         for leaf in tree_leaves(example_inputs):
             if isinstance(leaf, Tensor):
@@ -210,11 +228,14 @@ class Tracer:
         self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
         with torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self):
             output = call_model(self.model, example_inputs)
-        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in leaves):
-            raise ValueError("the model's output holds no tensor that depends on its parameters")
-        self.flow.freeze_all([self.flow.of(leaf) for leaf in leaves], "reaches the model's output")
-        self.met = self.met or self.history.walk_back(leaves)
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not found:
+            kind = type(output).__name__
+            raise ValueError(f"the model returns a {kind}, in which no tensor is found; {WAY_OUT}")
+        if not any(leaf in self.flow.tensors and self.flow.of(leaf).origin != INPUT for leaf in found):
+            raise ValueError(f"the model's output holds no tensor that depends on its parameters; {WAY_OUT}")
+        self.flow.freeze_all([self.flow.of(leaf) for leaf in found], "reaches the model's output")
+        self.met = self.met or self.history.walk_back(found)
 
     def protect(self, tensors: Sequence[Tensor]) -> None:
         """Give memory of their own to tensors that an operation may write into."""
@@ -280,9 +301,19 @@ class Tracer:
             return str(error)
         return "is not understood"
 
-    def note_root(self, size: int) -> None:
-        """Note that a module takes the root of a number that follows pruning, or the like."""
-        self.rooted.add((self.flow.module, int(size)))
+    def note_root(self, size: Size, operation: str) -> None:
+        """Note that a module computes with a number that may follow pruning, perhaps with its root."""
+        self.rooted.append((self.flow.module, size, operation))
+
+    def keep_numbers(self) -> None:
+        """Let widths stay that modules compute with, but for the roots that are an attention's temperature."""
+        kept = [(found.module, found.labels.size) for found in self.contractions]
+        for module, size, operation in self.rooted:
+            if operation in ROOTS and any(module == name and int(size) % width == 0 for name, width in kept):
+                continue
+            for source in leaves(size):
+                labels = source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
+                self.flow.freeze(labels, f"its width is a number in {operation} in layer {module!r}")
 
     def _note_contraction(self, labels: np.ndarray, left: Tensor, right: Tensor) -> None:
         queries, keys = self.shadows.of(left), self.shadows.of(right)
@@ -300,7 +331,7 @@ class Tracer:
         """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""
         for contraction in self.contractions:
             labels, rows = contraction.labels, contraction.rows
-            taken = [size for module, size in self.rooted if module == contraction.module]
+            taken = [int(size) for module, size, how in self.rooted if how in ROOTS and module == contraction.module]
             if labels.size == 1 or not (contraction.follows or any(size % labels.size == 0 for size in taken)):
                 continue
             if rows is None or not self._can_scale(rows):
@@ -374,6 +405,7 @@ class _Calls(TorchFunctionMode):
         if name == "__get__" and function == Tensor.shape.__get__:
             return sized_shape(flow, args[0])
         if name not in FUNCTIONS:
+            use_as_numbers((args, kwargs), name)
             return function(*args, **kwargs)
         return FUNCTIONS[name](self.tracer, function, args, kwargs)
 
@@ -382,8 +414,9 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
     """Trace a copy of a model in eval mode; once more in train mode where layers are used only then.
 
     Raises:
-        ValueError: the model does not run on its example inputs, or its output depends on no parameter.
+        ValueError: the model does not run on its example inputs, its output depends on no parameter, or it is wrapped.
     """
+    refuse_wrapped(model)
     try:
         tracer = _traced(model, example_inputs, whole_heads, attributes=True)
     except (TypeError, RuntimeError, NotImplementedError) as error:
@@ -411,6 +444,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     if idle:
         _run_training(tracer, example_inputs)
     tracer.keep_temperatures()
+    tracer.keep_numbers()
     return tracer
 
 

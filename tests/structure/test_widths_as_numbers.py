@@ -1,0 +1,125 @@
+"""Widths that a network computes with, tables kept by shapes, inputs written into, and axes that keep two channels."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc_tools import check_plan, cost, find_groups, make_plan, prune_to, score_groups
+
+
+class Between(nn.Module):
+    """Two layers with a function between them."""
+
+    def __init__(self, function, width: int = 12):
+        super().__init__()
+        self.a, self.b, self.o, self.function = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.b(self.function(self.a(x))).relu())
+
+
+def reason(function) -> str | None:
+    torch.manual_seed(0)
+    return find_groups(Between(function).double(), torch.randn(4, 5).double())[0].kept_whole
+
+
+NUMBERS = {
+    "truediv": lambda x: x / x.shape[1],
+    "float": lambda x: x / math.sqrt(x.size(-1)),
+    "root": lambda x: x * np.sqrt(x.shape[1]),
+    "comparison": lambda x: 2 * x if x.shape[-1] >= 7 else x,
+    "pow": lambda x: x * x.shape[1] ** 2 / 9,
+    "mul": lambda x: x * (x.shape[1] * 0.5),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_width_to_compute_with_stays(name):
+    found = reason(NUMBERS[name])
+    assert found is not None and "number in" in found and "layer ''" in found
+
+
+@pytest.mark.parametrize("function", [lambda x: x if x.shape[1] > 0 else -x, lambda x: x.reshape(-1, x.shape[1])])
+def test_a_width_that_only_shapes_may_shrink(function):
+    assert reason(function) is None
+
+
+@functools.lru_cache
+def halves(rows: int, width: int) -> tuple[int, int]:
+    return rows, width
+
+
+TABLE: dict[tuple[int, int], tuple[int, int]] = {}
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.reshape(halves(*x.shape)), lambda x: x.reshape(TABLE.setdefault(tuple(x.shape), x.shape))]
+)
+def test_tables_kept_by_shapes_do_not_mislead(function):
+    halves.cache_clear()
+    TABLE.clear()
+    model, x = Between(function), torch.randn(4, 5)
+    first = find_groups(model, x)
+    model(x)
+    assert find_groups(model, x) == first and first[0].prunable
+    assert find_groups(nn.Sequential(nn.Linear(5, 5), model), x)[1:] != ()
+
+
+def test_the_users_input_is_not_written_into():
+    model, x = Between(lambda x: x), torch.ones(4, 5)
+    model.register_forward_pre_hook(lambda module, args: (args[0].sub_(0.5),))
+    for run in (find_groups, cost):
+        run(model, x)
+        assert (x == 1).all()
+    prune_to(model, x, criterion="l1", ratio=0.3, progress=False)
+    assert (x == 1).all()
+
+
+@pytest.mark.parametrize("squeeze", [lambda x: x.squeeze(), lambda x: x.squeeze(3).squeeze(2).squeeze()])
+def test_a_width_that_may_be_squeezed_keeps_two(squeeze):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.o(squeeze(F.adaptive_avg_pool2d(self.a(x).relu(), 1)))
+
+    model, x = Pooled(), torch.randn(4, 3, 6, 6)
+    plan = make_plan(score_groups(model, find_groups(model, x), "l1"), ratio=0.9, scope="local")
+    assert len(plan.kept[0]) == 2 and check_plan(model, plan, x).ok
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_a_norm_may_be_left_with_one_channel_a_group(groups):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(groups, 16), nn.ReLU(), nn.Conv2d(16, 3, 1))
+    x = torch.randn(2, 3, 8, 8)
+    plan = make_plan(score_groups(model, find_groups(model, x), "l1"), ratio=0.9, scope="local")
+    assert len(plan.kept[0]) == groups and check_plan(model, plan, x).ok
+    assert type(plan).from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("share", [lambda c: c // 4, lambda c: -1])
+def test_a_view_by_a_share_of_the_width(share):
+    model = nn.Sequential(nn.Linear(5, 24), nn.Linear(6, 3))
+    model[0].register_forward_hook(lambda m, args, out: out.view(len(out), share(out.shape[1]), 4).amax(2))
+    assert find_groups(model, torch.randn(4, 5))[0].prunable
+
+
+def test_outputs_without_tensors_and_wrapped_models_are_refused():
+    @dataclass
+    class Result:
+        logits: Tensor
+
+    model, x = Between(lambda x: x), torch.randn(4, 5)
+    with pytest.raises(ValueError, match=r"wrapped in a DataParallel: give the model itself, model\.module"):
+        find_groups(nn.DataParallel(model), x)
+    model.register_forward_hook(lambda module, args, out: Result(out))
+    with pytest.raises(ValueError, match=r"returns a Result.*Forward"):
+        find_groups(model, x)
