@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
-from ..state import call_model
+from ..state import Forward, call_model
 
 TOLERANCE = 1e-4
 """Default bound on the difference between onnxruntime's output and torch's, relative to the largest output."""
@@ -45,21 +45,27 @@ def export_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool
 
     Args:
         model: what `prune` or the merge of Equivalent Pruning returned; left unchanged.
-        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-        dynamic_batch: leave the size of every input's leading axis open; the examples then have a batch of at least 2.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a `Forward`, whose ``run`` is
+            what is exported, as a function of its ``inputs``.
+        dynamic_batch: leave the size of every input's leading axis open; a batch of one example is doubled for it.
 
     Raises:
         ExportError: an `EquivalentModel`, or a model that torch.export cannot trace.
     """
     if isinstance(model, EquivalentModel):
         raise ExportError("an EquivalentModel is exported after merging: pass model.merge()")
+    module = copy.deepcopy(model).eval()
+    if isinstance(example_inputs, Forward):
+        module, example_inputs = _Run(module, example_inputs), (example_inputs.inputs,)
+    if dynamic_batch:
+        example_inputs = tree_map(_doubled, example_inputs)
     args, kwargs = _arguments(example_inputs)
     shapes = tree_map(_open_batch, (args, kwargs)) if dynamic_batch else None
     if shapes is not None:
         shapes = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]
     try:
         with torch.no_grad():
-            return torch.export.export(copy.deepcopy(model).eval(), args, kwargs, dynamic_shapes=shapes)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise ExportError(f"torch.export cannot export this {type(model).__name__}: {_first_line(error)}") from error
 
@@ -91,7 +97,10 @@ def export_onnx(
             torch.onnx.export(program, dynamo=True, verbose=False).save(new, external_data=False)
         except Exception as error:
             raise ExportError(f"this {type(model).__name__} has no ONNX form: {_first_line(error)}") from error
-        error = _compare(new, model, example_inputs)
+        try:
+            error = _compare(new, model, example_inputs)
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot run this {type(model).__name__}: {_first_line(error)}") from error
         if not error <= tolerance:
             raise ExportError(f"onnxruntime's output differs from torch's by {error:.2g} of it, above {tolerance:.2g}")
     return OnnxExport(Path(path), error)
@@ -108,6 +117,22 @@ def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+class _Run(nn.Module):
+    """A model that is run by a `Forward`."""
+
+    def __init__(self, model: nn.Module, forward: Forward):
+        super().__init__()
+        self.model, self._run = model, forward.run
+
+    def forward(self, inputs: Any) -> Any:
+        return self._run(self.model, inputs)
+
+
+def _doubled(leaf: Any) -> Any:
+    """Return a batch of one example twice: torch.export takes a size of one for fixed."""
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
 
 
 def _open_batch(leaf: Any) -> dict[int, Any] | None:

@@ -13,16 +13,17 @@ weights, norms and bare parameters cannot be mixed; they are plainly selected.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
@@ -83,7 +84,8 @@ class MixedLayer(nn.Module):
     """The full weights of one layer with its compressor and decompressor, in the form of a `Mixing`.
 
     Shapes: weight (blocks, outputs, rest, inputs), bias (blocks, outputs), compressor (blocks, kept, outputs),
-    decompressor (blocks, inputs, kept). A compressor or decompressor is None where its axis lost nothing.
+    decompressor (blocks, inputs, kept). A compressor or decompressor is None where its axis lost nothing. Weight and
+    bias train where those given do, the maps where the weight does.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class MixedLayer(nn.Module):
     ):
         super().__init__()
         self.mixing = mixing
-        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-        self.bias = None if bias is None else nn.Parameter(bias.clone())
-        self.compressor = None if compressor is None else nn.Parameter(compressor)
-        self.decompressor = None if decompressor is None else nn.Parameter(decompressor)
+        trains = weight.requires_grad
+        values = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(values, requires_grad=trains)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.compressor = None if compressor is None else nn.Parameter(compressor, requires_grad=trains)
+        self.decompressor = None if decompressor is None else nn.Parameter(decompressor, requires_grad=trains)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,6 +142,14 @@ class MixedLayer(nn.Module):
 class EquivalentModel(nn.Module):
     """The pruned network with every original connection still contributing; call and train it like the model.
 
+    Methods, attributes and layers of the network are reached by their names (`generate`, `encode_image`, `config`) and
+    run on effective weights; `skeleton` itself is not to be called. Activation checkpointing works.
+
+    A weight that is frozen (``requires_grad`` False) stays what it is in the pruned network: its W, C and D are frozen,
+    because a trained C or D would change it as surely as a trained W. A frozen bias of a weight that trains is plainly
+    selected. Merging hands the flags on. Tied weights (an embedding and a head) share W and one map, and are merged
+    tied.
+
     Args:
         model: the unpruned model; left unchanged.
         plan: which channels stay.
@@ -146,13 +158,13 @@ class EquivalentModel(nn.Module):
 
     Raises:
         PlanMismatchError: the plan does not fit the model.
+        ValueError: a weight that is shared by layers which mix it differently (says which).
     """
 
     def __init__(self, model: nn.Module, plan: PruningPlan):
         super().__init__()
         self.skeleton = prune(model, plan)
         self.mixed = nn.ModuleDict()
-        tied = _tied_parameters(model)
         kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for axis, positions in plan.shrunk.items():
             if not is_attribute(axis.axis) and isinstance(get_layer(model, axis.layer), nn.Module):
@@ -160,11 +172,11 @@ class EquivalentModel(nn.Module):
         for name, positions in kept.items():
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
-                _refuse_tied(model, name, tied)
                 self.mixed[_key(name)] = mixed
-                held = self.skeleton.get_submodule(name)._parameters
-                # Where they were: merged parameters come in the order of the pruned model's.
-                held.update(dict.fromkeys(mixed.names))
+        self._tied = _share_tied(model, self.mixed_layers)
+        for layer, leaf in self._places():
+            # Where they were: merged parameters come in the order of the pruned model's.
+            layer._parameters[leaf] = None
         if plan.shrunk and not self.mixed:
             kinds = sorted({type(get_layer(model, axis.layer)).__name__ for axis in plan.shrunk})
             logger.warning("nothing can be mixed (%s): this trains as the pruned network alone", ", ".join(kinds))
@@ -176,14 +188,54 @@ class EquivalentModel(nn.Module):
         return {_name(key): mixed for key, mixed in self.mixed.items()}
 
     def effective_parameters(self) -> dict[str, Tensor]:
-        """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D."""
+        """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D.
+
+        Tied ones are one tensor.
+        """
         found = {}
         for name, mixed in self.mixed_layers.items():
-            found |= {f"{name}.{leaf}".strip("."): value for leaf, value in mixed.effective().items()}
-        return found
+            found |= {_join(name, leaf): value for leaf, value in mixed.effective().items()}
+        return found | {name: found[source] for name, source in self._tied.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.skeleton, self.effective_parameters(), args, kwargs)
+        with self._effective():
+            return self.skeleton(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "skeleton" not in self.__dict__.get("_modules", ()):
+                raise
+        return _reach(self, self.skeleton, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and files take W, C and D; what the last pass left in the layers is no leaf and cannot be copied.
+        for layer, leaf in self._places():
+            layer.__dict__.pop(leaf, None)
+        return self.__dict__
+
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        """Return the layers of the skeleton whose parameters are effective ones, with the parameters' names there."""
+        names = [_join(name, leaf) for name, mixed in self.mixed_layers.items() for leaf in mixed.names]
+        return [_place(self.skeleton, name) for name in dict.fromkeys((*names, *self._tied))]
+
+    @contextmanager
+    def _effective(self) -> Iterator[None]:
+        """Let the skeleton's layers hold their effective parameters.
+
+        Afterwards these are plain attributes, no parameters: activation checkpointing recomputes in the backward pass.
+        """
+        found = [(*_place(self.skeleton, name), value) for name, value in self.effective_parameters().items()]
+        for layer, leaf, value in found:
+            layer.__dict__.pop(leaf, None)
+            layer._parameters[leaf] = value
+        try:
+            yield
+        finally:
+            for layer, leaf, value in found:
+                layer._parameters[leaf] = None
+                layer.__dict__[leaf] = value
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -196,19 +248,84 @@ class EquivalentModel(nn.Module):
         for name, value in effective.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"cannot merge: the effective {name!r} is not finite; training diverged")
-        merged = copy.deepcopy(self.skeleton)
+        merged = copy.deepcopy(self).skeleton
+        trains = self._trained()
+        # In the order in which a saved weight comes back, or convolutions round differently after loading.
+        made = {
+            id(value): nn.Parameter(value.clone(memory_format=torch.contiguous_format), requires_grad=trains[name])
+            for name, value in effective.items()
+        }
         for name, value in effective.items():
-            owner, _, leaf = name.rpartition(".")
-            # In the order in which a saved weight comes back, or convolutions round differently after loading.
-            value = value.clone(memory_format=torch.contiguous_format)
-            merged.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+            layer, leaf = _place(merged, name)
+            layer._parameters[leaf] = made[id(value)]
         return merged
+
+    def _trained(self) -> dict[str, bool]:
+        """Say which of the effective parameters are not frozen."""
+        found = {}
+        for name, mixed in self.mixed_layers.items():
+            held = zip(mixed.names, (mixed.weight, mixed.bias), strict=False)
+            found |= {_join(name, leaf): parameter.requires_grad for leaf, parameter in held}
+        return found | {name: found[source] for name, source in self._tied.items()}
 
     def extra_repr(self) -> str:
         mixed = self.mixed.values()
         compressors = sum(layer.compressor is not None for layer in mixed)
         decompressors = sum(layer.decompressor is not None for layer in mixed)
         return f"{compressors} compressors, {decompressors} decompressors"
+
+
+class _Part:
+    """A layer inside an `EquivalentModel`, reached by its name: it and what it holds run on effective weights."""
+
+    def __init__(self, equivalent: EquivalentModel, layer: nn.Module):
+        self._equivalent, self._layer = equivalent, layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._equivalent._effective():
+            return self._layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return _reach(self._equivalent, self._layer, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Part(self._equivalent, self._layer[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_Part(self._equivalent, layer) for layer in self._layer)
+
+    def __len__(self) -> int:
+        return len(self._layer)
+
+    def __repr__(self) -> str:
+        return repr(self._layer)
+
+
+def _reach(equivalent: EquivalentModel, layer: nn.Module, name: str) -> Any:
+    """Return an attribute of a layer of the skeleton so that what it runs sees the effective weights."""
+    with equivalent._effective():
+        found = getattr(layer, name)
+    if isinstance(found, nn.Module):
+        return _Part(equivalent, found)
+    if getattr(found, "__self__", None) is not layer:
+        return found
+
+    @functools.wraps(found)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with equivalent._effective():
+            return found(*args, **kwargs)
+
+    return run
+
+
+def _join(layer: str, leaf: str) -> str:
+    return f"{layer}.{leaf}".strip(".")
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the layer that holds a parameter, and the parameter's name there."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _key(name: str) -> str:
@@ -227,13 +344,14 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     if mixing is None:
         return None
     held = own_parameters(layer)
-    weight = mixing.split(held[mixing.weight].detach())
+    weight = mixing.split(held[mixing.weight])
     blocks, outputs, _, inputs = weight.shape
     compressor = decompressor = bias = None
     if "out" in kept:
         positions = _in_parts(kept["out"], mixing.parts, outputs)
         compressor = (selection_matrix(positions, blocks, outputs) * _factors(plan, name, positions, blocks)).to(weight)
-        bias = None if mixing.bias is None else held[mixing.bias].detach().view(blocks, outputs)
+        bias = _mixed_bias(held, mixing)
+        bias = None if bias is None else bias.view(blocks, outputs)
     if "in" in kept:
         units = _in_parts([position // stride for position in kept["in"][::stride]], mixing.parts, inputs)
         decompressor = selection_matrix(units, blocks, inputs).mT.contiguous().to(weight)
@@ -259,16 +377,45 @@ def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
     return nn.functional.one_hot(inside, width)
 
 
-def _tied_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that more than one layer holds."""
-    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {parameter for parameter, count in owners.items() if count > 1}
+def _mixed_bias(held: Mapping[str, Tensor], mixing: Mixing) -> Tensor | None:
+    """Return the bias that goes through the compressor: none that is frozen goes through one that is trained."""
+    if mixing.bias is None or (held[mixing.weight].requires_grad and not held[mixing.bias].requires_grad):
+        return None
+    return held[mixing.bias]
 
 
-def _refuse_tied(model: nn.Module, name: str, tied: set[nn.Parameter]) -> None:
-    for leaf, parameter in own_parameters(get_layer(model, name)).items():
-        if parameter in tied:
-            raise ValueError(f"layer {name!r}: its {leaf} is shared with another layer and cannot be mixed; ignore it")
+def _share_tied(model: nn.Module, mixed: Mapping[str, MixedLayer]) -> dict[str, str]:
+    """Let layers that share a parameter share W and the maps; return which parameter takes its value from which.
+
+    Raises:
+        ValueError: they mix it differently.
+    """
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    effective = {_join(name, leaf): name for name, layer in mixed.items() for leaf in layer.names}
+    tied = {}
+    for shared in names.values():
+        source, *others = sorted(shared, key=lambda name: name not in effective)
+        for other in others if source in effective else ():
+            if _place(model, source) == _place(model, other):
+                continue  # One layer under two names.
+            if other in effective:
+                _share_one(source, mixed[effective[source]], other, mixed[effective[other]])
+            tied[other] = source
+    return tied
+
+
+def _share_one(source: str, first: MixedLayer, other: str, second: MixedLayer) -> None:
+    """Let two layers with one weight share it and its maps."""
+    if source.rpartition(".")[2] == first.mixing.bias:
+        second.bias = first.bias
+        return
+    for leaf in ("weight", "compressor", "decompressor"):
+        ours, theirs = getattr(first, leaf), getattr(second, leaf)
+        if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+            raise ValueError(f"{source!r} and {other!r} are one parameter, but the two layers mix it differently")
+        setattr(second, leaf, ours)
 
 
 def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from obc_tools import EquivalentModel, export_onnx, export_program, prune
 from obc_tools.models import export
 from obc_tools.models.export import ExportError
+from obc_tools.state import Forward
 
 
 def merged(name="residual"):
@@ -104,3 +105,17 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
         ExportError, match=r"needs the packages onnx, onnxscript, onnxruntime: pip install obc_tools\[export\]"
     ):
         export_onnx(tmp_path / "model.onnx", prune(model, plan), images)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_forward_is_exported_with_an_open_batch_of_any_example(batch):
+    model, images = merged()
+    forward = Forward(lambda network, x: 2 * network(x), images[:batch])
+    program = export_program(model, forward, dynamic_batch=True)
+    torch.testing.assert_close(program.module()(images[:3]), 2 * model(images[:3]), rtol=1e-5, atol=1e-5)
+
+
+def test_what_onnxruntime_cannot_run_is_one_error(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2)).bfloat16()
+    with pytest.raises(ExportError, match="onnxruntime cannot run this Sequential"):
+        export_onnx(tmp_path / "half.onnx", model, torch.randn(2, 4, dtype=torch.bfloat16))

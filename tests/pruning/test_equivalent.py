@@ -3,12 +3,12 @@ from functools import partial
 
 import pytest
 import torch
-from networks import NETWORKS, Tied, network, random_plan
+from networks import NETWORKS, network, random_plan
 from oracles_pruning import Inserted, inserted
 from own_layers import Blur, Turned, registered
 from torch import nn
 
-from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
+from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune
 from obc_tools.pruning.equivalent import Mixing
 
 
@@ -307,7 +307,3 @@ def test_what_cannot_be_merged_or_mixed_is_refused():
         equivalent.mixed_layers["conv1"].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="the effective 'conv1.weight' is not finite"):
         equivalent.merge()
-    tied, x = Tied(), torch.randn(2, 6)
-    plan = prune_to(tied, x, criterion="l1", ratio=0.4, steps=1, progress=False)
-    with pytest.raises(ValueError, match=r"its weight is shared with another layer"):
-        EquivalentModel(tied, plan)
