@@ -56,6 +56,7 @@ def compensate(
     *,
     forward: ForwardPass = run_batch,
     ridge: float = 1e-3,
+    positions: int | None = None,
     ignore: Iterable[str] = (),
     max_bytes: int = 4 * 2**30,
     progress: bool = False,

@@ -9,7 +9,7 @@ taps. A depthwise convolution has as many groups as channels, a linear layer one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -114,27 +114,44 @@ def taps(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
 
 
-def unfolded_chunks(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what a layer saw in a call, and what it gave, in the canonical layout, a few examples at a time."""
+def unfolded_chunks(
+    layer: nn.Module, inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a layer saw in a call, and what it gave, in the canonical layout, a few examples at a time.
+
+    ``draw``: of the number of output positions of an example, which of them to take; None takes all.
+    """
     if isinstance(layer, nn.Linear):
-        pairs = zip(*(t.flatten(0, -2).split(max(1, CHUNK // inputs.shape[-1])) for t in (inputs, outputs)), strict=True)
-        yield from ((x.T[None, None], y.T[None, None]) for x, y in pairs)
+        yield from _linear_chunks(inputs, outputs, draw)
         return
     if inputs.dim() == len(layer.kernel_size) + 1:  # an example without a batch
         inputs, outputs = inputs[None], outputs[None]
-    one = inputs.shape[1] * taps(layer) * math.prod(outputs.shape[2:])
-    step = max(1, CHUNK // max(1, one))
+    places = math.prod(outputs.shape[2:])
+    step = max(1, CHUNK // max(1, inputs.shape[1] * taps(layer) * places))
+    plain = type(layer).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
-        yield _unfolded(layer, x), y.flatten(2).unflatten(1, (layer.groups, -1))
+        y = y.flatten(2).unflatten(1, (layer.groups, -1))
+        if draw is None:
+            yield (_windows(layer, x) if plain else _probed(layer, x)), y
+            continue
+        at = draw(places)
+        yield (_windows(layer, x, at) if plain else _probed(layer, x)[..., at]), y[..., at]
 
 
-def _unfolded(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
-    plain = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-    return _windows(layer, inputs) if type(layer).forward in plain else _probed(layer, inputs)
+def _linear_chunks(
+    inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (1, 1, channels, positions) of inputs and outputs with their channels last."""
+    if draw is not None and inputs.dim() > 2:
+        at = draw(math.prod(inputs.shape[1:-1]))
+        inputs, outputs = (tensor.flatten(1, -2)[:, at] for tensor in (inputs, outputs))
+    step = max(1, CHUNK // inputs.shape[-1])
+    for x, y in zip(inputs.flatten(0, -2).split(step), outputs.flatten(0, -2).split(step), strict=True):
+        yield x.T[None, None], y.T[None, None]
 
 
-def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
-    """Return a convolution's windows, (examples, groups, d, places), by striding."""
+def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None = None) -> Tensor:
+    """Return a convolution's windows at some output places, (examples, groups, d, places), by striding."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
     kernel, steps = layer.kernel_size, layer.stride
@@ -147,7 +164,9 @@ def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
     windows = padded.as_strided(
         (*padded.shape[:2], *kernel, *places), (example, channel, *inside, *between), padded.storage_offset()
     )
-    return windows.reshape(len(inputs), layer.groups, -1, math.prod(places))
+    if at is not None:
+        windows = windows[(..., *torch.unravel_index(at, places))]
+    return windows.reshape(len(inputs), layer.groups, inputs.shape[1] // layer.groups * taps(layer), -1)
 
 
 def _probed(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
