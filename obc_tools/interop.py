@@ -25,7 +25,16 @@ from .scoring.jacobian import model_axes, stream_products
 from .scoring.objectives import Objective, classification
 from .scoring.rows import Rows, parameter_slots
 from .scoring.scores import NORMALIZERS, REDUCTIONS, combine, normalize, sum_squares
-from .structure.layers import LayerAxis, channel_sum, find_axis, get_layer, layer_axes, own_parameters, scored_layers
+from .structure.layers import (
+    LayerAxis,
+    channel_sum,
+    find_axis,
+    get_layer,
+    is_attention,
+    layer_axes,
+    own_parameters,
+    scored_layers,
+)
 
 Axes = dict[tuple[nn.Module | nn.Parameter, str], Tensor]
 """(layer, "out" | "in") -> Σ_n (J_n w)² of its channels."""
@@ -177,7 +186,7 @@ def _parameters_of_one(layer: nn.Module, key: str) -> int:
 
 def expand_axes(module: nn.Module | nn.Parameter, name: str, key: str) -> list[tuple[str, str, int]]:
     """Return (layer, axis, width) of all axes that torch_pruning treats as one item, given its module and direction."""
-    if isinstance(module, nn.MultiheadAttention):
+    if is_attention(module):
         both = [(name, "in", module.embed_dim), (name, "out", module.embed_dim)]
         projection = f"{name}.out_proj" if name else "out_proj"
         return [*both, (projection, "in", module.embed_dim), (projection, "out", module.embed_dim)]

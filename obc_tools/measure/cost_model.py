@@ -21,13 +21,14 @@ from torch_pruning.utils import op_counter
 
 from ..structure.groups import ChannelGroup, Follower, kept_positions, trace_groups
 from ..structure.layers import (
-    CHANNELS_LAST,
     Axis,
     LayerAxis,
     UnknownLayerError,
     all_axes,
     get_layer,
+    kernel_dims,
     layer_axes,
+    layer_type,
     own_tensors,
 )
 from ..structure.shrinking import shrink_model
@@ -113,7 +114,7 @@ def _value(term: Term, widths: Mapping[Width, int]) -> int:
 def _proportional(layer: nn.Module, call: Call, widths: Mapping[Width, int]) -> list[Term]:
     axis = LayerAxis(call.layer, "out")
     if axis in widths:
-        own = len(call.output) - 1 if isinstance(layer, CHANNELS_LAST) else 1
+        own = len(call.output) - 1 if layer_type(layer).channels is None and not kernel_dims(layer) else 1
         factors = ((axis, 1), *_passing(call, widths, own))
     else:
         factors = _passing(call, widths)

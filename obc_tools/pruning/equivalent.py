@@ -13,7 +13,10 @@ weights, norms and bare parameters cannot be mixed; they are plainly selected.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -21,33 +24,98 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..structure.layers import LayerAxis, from_mixing, get_layer, layer_axes, mixing_tensors, own_parameters, to_mixing
+from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
 from .plan import PruningPlan
 from .prune import prune
 
+logger = logging.getLogger(__name__)
 
-class MixedLayer(nn.Module):
-    """The full weights of one layer with its compressor and decompressor, in mixing form (see `layers.to_mixing`).
 
-    Shapes: weight (groups, outputs, rest, inputs), bias (groups, outputs), compressor (groups, kept, outputs),
-    decompressor (groups, inputs, kept). A compressor or decompressor is None where its axis lost nothing.
+@dataclass(frozen=True)
+class Mixing:
+    """How a weight is mixed: in the form (blocks, outputs, rest, inputs), for any number of outputs and inputs.
+
+    ``out`` and ``into`` are the dimensions of the weight that run over them. ``blocks``: the convolution groups or
+    ``parts`` (q, k, v) into which its first dimension is split. ``rest`` holds the kernel and the ``stride`` positions
+    of one input channel, above 1 behind a flattening.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, compressor: Tensor | None, decompressor: Tensor | None):
+    weight: str
+    bias: str | None
+    out: int
+    into: int
+    blocks: int
+    parts: int
+    stride: int
+    rest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: nn.Module, name: str = "", stride: int = 1) -> Mixing | None:
+        """Return how a layer is mixed, or None where it cannot be."""
+        axes, parameters = layer_axes(layer, name), own_parameters(layer)
+        if not any(axis.mixable for axis in axes.values()):
+            return None
+        into = axes["in"].slots[0]
+        out = next(slot for slot in axes["out"].slots if slot.tensor == into.tensor)
+        bias = next((slot.tensor for slot in axes["out"].slots if slot is not out), None)
+        shape = parameters[out.tensor].shape
+        rest = [stride if dim == into.dim else size for dim, size in enumerate(shape) if dim != out.dim]
+        blocks = max(out.parts, out.groups, into.groups)
+        return cls(out.tensor, bias, out.dim, into.dim, blocks, out.parts, stride, tuple(rest))
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        """Where outputs and inputs lie in a weight with its blocks before and the stride behind the inputs."""
+        return self.out + 1 + (self.out > self.into), self.into + 1
+
+    def split(self, weight: Tensor) -> Tensor:
+        """Return the layer's weight in mixing form."""
+        apart = weight.unflatten(0, (self.blocks, -1)).unflatten(self.into + 1, (-1, self.stride))
+        return apart.movedim(self._dims, (1, -1)).flatten(2, -2)
+
+    def join(self, mixed: Tensor) -> Tensor:
+        """Return a weight in the layer's own layout, contiguous: the inverse of `split`."""
+        apart = mixed.unflatten(2, self.rest).movedim((1, -1), self._dims)
+        return apart.flatten(self.into + 1, self.into + 2).flatten(0, 1).contiguous()
+
+
+class MixedLayer(nn.Module):
+    """The full weights of one layer with its compressor and decompressor, in the form of a `Mixing`.
+
+    Shapes: weight (blocks, outputs, rest, inputs), bias (blocks, outputs), compressor (blocks, kept, outputs),
+    decompressor (blocks, inputs, kept). A compressor or decompressor is None where its axis lost nothing.
+    """
+
+    def __init__(
+        self,
+        mixing: Mixing,
+        weight: Tensor,
+        bias: Tensor | None,
+        compressor: Tensor | None,
+        decompressor: Tensor | None,
+    ):
         super().__init__()
+        self.mixing = mixing
         self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.clone())
         self.compressor = None if compressor is None else nn.Parameter(compressor)
         self.decompressor = None if decompressor is None else nn.Parameter(decompressor)
 
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """Return C·W·D, shape (groups, kept outputs, rest, kept inputs), and C·b, shape (kept channels,)."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What of the layer is mixed."""
+        return (self.mixing.weight,) if self.bias is None else (self.mixing.weight, self.mixing.bias)
+
+    def effective(self) -> dict[str, Tensor]:
+        """Return C·W·D and, where it is mixed, C·b, by their names in the layer and in its own layout."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            bias = None if self.bias is None else (self.compressor @ self.bias[..., None]).flatten()
             if self._compress_first():
-                return self._decompress(self._compress(self.weight)), bias
-            return self._compress(self._decompress(self.weight)), bias
+                weight = self._decompress(self._compress(self.weight))
+            else:
+                weight = self._compress(self._decompress(self.weight))
+            bias = None if self.bias is None else (self.compressor @ self.bias[..., None]).flatten()
+            return dict(zip(self.names, (self.mixing.join(weight), bias), strict=False))
 
     def _compress_first(self) -> bool:
         """Say which product first costs fewer multiplications."""
@@ -95,7 +163,12 @@ class EquivalentModel(nn.Module):
             if mixed is not None:
                 _refuse_tied(model, name, tied)
                 self.mixed[_key(name)] = mixed
-                _detach(self.skeleton.get_submodule(name), mixed)
+                held = self.skeleton.get_submodule(name)._parameters
+                # Where they were: merged parameters come in the order of the pruned model's.
+                held.update(dict.fromkeys(mixed.names))
+        if plan.shrunk and not self.mixed:
+            kinds = sorted({type(get_layer(model, axis.layer)).__name__ for axis in plan.shrunk})
+            logger.warning("nothing can be mixed (%s): this trains as the pruned network alone", ", ".join(kinds))
         self.train(model.training)
 
     @property
@@ -105,16 +178,10 @@ class EquivalentModel(nn.Module):
 
     def effective_parameters(self) -> dict[str, Tensor]:
         """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D."""
-        effective = {}
+        found = {}
         for name, mixed in self.mixed_layers.items():
-            layer = self.skeleton.get_submodule(name)
-            prefix = f"{name}." if name else ""
-            names = mixing_tensors(layer)
-            weight, bias = mixed.effective()
-            effective[f"{prefix}{names[0]}"] = from_mixing(layer, weight)
-            if bias is not None:
-                effective[f"{prefix}{names[1]}"] = bias
-        return effective
+            found |= {f"{name}.{leaf}".strip("."): value for leaf, value in mixed.effective().items()}
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.skeleton, self.effective_parameters(), args, kwargs)
@@ -133,13 +200,9 @@ class EquivalentModel(nn.Module):
         merged = copy.deepcopy(self.skeleton)
         for name, value in effective.items():
             owner, _, leaf = name.rpartition(".")
-            layer = merged.get_submodule(owner)
-            delattr(layer, leaf)
             # In the order in which a saved weight comes back, or convolutions round differently after loading.
             value = value.clone(memory_format=torch.contiguous_format)
-            layer.register_parameter(leaf, nn.Parameter(value))
-        for name in self.mixed_layers:
-            _restore_order(merged.get_submodule(name))
+            merged.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
         return merged
 
     def extra_repr(self) -> str:
@@ -160,27 +223,27 @@ def _name(key: str) -> str:
 def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]) -> MixedLayer | None:
     """Return the mixed form of a layer of the unpruned model, or None where nothing that it lost can be mixed."""
     layer = get_layer(model, name)
-    axes = layer_axes(layer, name)
-    mixable = {key: positions for key, positions in kept.items() if axes[key].mixable}
-    if not mixable:
+    stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in kept else 1
+    mixing = Mixing.of(layer, name, stride)
+    if mixing is None:
         return None
-    stride = _stride(plan, layer, LayerAxis(name, "in")) if "in" in mixable else 1
     held = own_parameters(layer)
-    whole, added = (held.get(leaf) for leaf in mixing_tensors(layer))
-    weight = to_mixing(layer, whole.detach(), stride)
-    groups, outputs, _, inputs = weight.shape
-    if isinstance(layer, nn.MultiheadAttention):
-        parts = {"out": outputs, "in": inputs}
-        mixable = {k: tuple(part * parts[k] + p for part in range(3) for p in kept) for k, kept in mixable.items()}
+    weight = mixing.split(held[mixing.weight].detach())
+    blocks, outputs, _, inputs = weight.shape
     compressor = decompressor = bias = None
-    if "out" in mixable:
-        selection = selection_matrix(mixable["out"], groups, outputs)
-        compressor = (selection * _factors(plan, name, mixable["out"], groups)).to(weight)
-        bias = None if added is None else added.detach().view(groups, outputs)
-    if "in" in mixable:
-        units = tuple(position // stride for position in mixable["in"][::stride])
-        decompressor = selection_matrix(units, groups, inputs).mT.contiguous().to(weight)
-    return MixedLayer(weight, bias, compressor, decompressor)
+    if "out" in kept:
+        positions = _in_parts(kept["out"], mixing.parts, outputs)
+        compressor = (selection_matrix(positions, blocks, outputs) * _factors(plan, name, positions, blocks)).to(weight)
+        bias = None if mixing.bias is None else held[mixing.bias].detach().view(blocks, outputs)
+    if "in" in kept:
+        units = _in_parts([position // stride for position in kept["in"][::stride]], mixing.parts, inputs)
+        decompressor = selection_matrix(units, blocks, inputs).mT.contiguous().to(weight)
+    return MixedLayer(mixing, weight, bias, compressor, decompressor)
+
+
+def _in_parts(kept: Sequence[int], parts: int, width: int) -> tuple[int, ...]:
+    """Return kept positions of an axis for all parts (q, k and v) one after the other."""
+    return tuple(part * width + position for part in range(parts) for position in kept)
 
 
 def _factors(plan: PruningPlan, name: str, kept: tuple[int, ...], groups: int) -> Tensor:
@@ -222,23 +285,7 @@ def _stride(plan: PruningPlan, layer: nn.Module, axis: LayerAxis) -> int:
         for m in members
         for unit in {p // stride for p in m.positions}
     )
-    return stride if regular and isinstance(layer, nn.Linear) else 1
-
-
-def _detach(layer: nn.Module, mixed: MixedLayer) -> None:
-    """Take the parameters that are mixed out of a skeleton's layer; empty buffers hold their place."""
-    names = mixing_tensors(layer)
-    for name in names if mixed.bias is not None else names[:1]:
-        parameter = own_parameters(layer)[name]
-        delattr(layer, name)
-        layer.register_buffer(name, parameter.new_empty(0), persistent=False)
-
-
-def _restore_order(layer: nn.Module) -> None:
-    """Put weight before bias again, so that parameters come in the same order as in the pruned model."""
-    for name in mixing_tensors(layer):
-        if name in layer._parameters:
-            layer._parameters[name] = layer._parameters.pop(name)
+    return stride if regular and is_projection(layer) and not kernel_dims(layer) else 1
 
 
 def removed_shares(start: EquivalentModel, trained: EquivalentModel) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError
-from ..structure.layers import Axis, channel_view, own_parameters
+from ..structure.layers import Axis, channel_view, is_batch_norm, is_projection, own_parameters
 from .rows import Rows, parameter_slots
 
 NEEDS = ("weights", "gradients", "squares", "products")
@@ -178,15 +178,6 @@ def _random(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
     return torch.rand(axis.width, generator=evidence.generator)
 
 
-def _is_batch_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
-
-
-def _is_projection(layer: nn.Module) -> bool:
-    """Say whether a layer is a convolution or linear."""
-    return isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
-
-
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
         criterion.name: criterion
@@ -194,12 +185,12 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
             Criterion("jacobian", "products", _jacobian),
             Criterion("taylor", "gradients", _taylor),
             Criterion("hessian", "squares", _hessian),
-            Criterion("obdc", "squares", _obdc, applies=_is_projection, axes=("out",), sampled_labels=True),
+            Criterion("obdc", "squares", _obdc, applies=is_projection, axes=("out",), sampled_labels=True),
             Criterion("l1", "weights", _l1),
             Criterion("l2", "weights", _l2),
-            Criterion("fpgm", "weights", _fpgm, applies=_is_projection),
+            Criterion("fpgm", "weights", _fpgm, applies=is_projection),
             Criterion("whc", "weights", _whc),
-            Criterion("bn_scale", "weights", _bn_scale, applies=_is_batch_norm),
+            Criterion("bn_scale", "weights", _bn_scale, applies=is_batch_norm),
             Criterion("lamp", "weights", _l2, rescale=_lamp),
             Criterion("random", "weights", _random),
         )

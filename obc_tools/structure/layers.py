@@ -13,6 +13,7 @@ depthwise convolution   ``weight`` along 0, ``bias``                          (t
 ...with a multiplier    ``weight`` along 0, ``bias``                          none: its groups
 standardised weights    with ``gain`` (timm); they cannot be mixed
 linear                  ``weight`` along 0, ``bias``                          ``weight`` along 1
+...of (in, out) order   ``weight`` along 1, ``bias`` (transformers' Conv1D)   ``weight`` along 0
 norms                   ``weight``, ``bias``, running statistics              (the same axis)
 PReLU                   ``weight``                                            (the same axis)
 embedding               ``weight`` along 1
@@ -20,15 +21,19 @@ MultiheadAttention X    ``in_proj`` along 0, three times over (q, k, v)       ``
 bare parameter          its last dimension longer than 1
 ======================  ====================================================  =========================================
 
-``X.out_proj`` of a MultiheadAttention is a linear layer of its own. No other module of the library knows layer types.
+``X.out_proj`` of a MultiheadAttention is a linear layer of its own. `register_layer` adds a type of the user's own. No
+other module of the library knows layer types: they ask the functions here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,121 +71,288 @@ class Slot:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a layer: its width, its tensors, the attributes that hold its width, and what may be mixed.
+    """An axis of a layer: its width, its tensors, the attributes that hold its width, and whether it may be mixed.
 
     ``mixable``: the layer is linear along this axis, so that a compressor or decompressor can be merged into it.
-    ``blocks``: equal runs of channels that must keep the same positions (convolution groups, heads, norm groups).
     """
 
     width: int
     slots: tuple[Slot, ...]
     attributes: tuple[str, ...] = ()
     mixable: bool = False
-    blocks: int = 1
 
 
 class UnknownLayerError(ValueError):
     """A layer whose parameters the table does not describe."""
 
 
-def _convolution(layer: nn.modules.conv._ConvNd) -> dict[str, Axis]:
-    out = (Slot("weight", 0), Slot("bias", 0), Slot("gain", 0))
-    plain = not is_standardised(layer)
-    if is_depthwise(layer):
-        return {"out": Axis(layer.out_channels, out, ("out_channels", "in_channels", "groups"))}
-    if layer.groups == layer.in_channels > 1 and not layer.transposed:
-        return {
-            "out": Axis(layer.out_channels, out, ("out_channels",)),
-            "in": Axis(layer.in_channels, (), ("in_channels", "groups")),
-        }
-    inputs = (Slot("weight", 1, groups=layer.groups),)
-    return {
-        "out": Axis(layer.out_channels, out, ("out_channels",), plain, layer.groups),
-        "in": Axis(layer.in_channels, inputs, ("in_channels",), plain, layer.groups),
-    }
+class LayerTypeError(ValueError):
+    """A description of a layer type that contradicts itself, the table, or a layer of the type."""
 
 
-def _transposed_convolution(layer: nn.modules.conv._ConvTransposeNd) -> dict[str, Axis]:
-    if is_depthwise(layer):
-        return _convolution(layer)
-    out = (Slot("weight", 1, groups=layer.groups), Slot("bias", 0))
-    return {
-        "out": Axis(layer.out_channels, out, ("out_channels",), True, layer.groups),
-        "in": Axis(layer.in_channels, (Slot("weight", 0),), ("in_channels",), True, layer.groups),
-    }
+ROLES = ("projection", "embedding", "attention", "norm", "scale", "parameter")
+STATISTICS = (None, "examples", "positions", "channels", "weights")
 
 
-def _linear(layer: nn.Linear) -> dict[str, Axis]:
-    return {
-        "out": Axis(layer.out_features, (Slot("weight", 0), Slot("bias", 0)), ("out_features",), True),
-        "in": Axis(layer.in_features, (Slot("weight", 1),), ("in_features",), True),
-    }
+@dataclass(frozen=True)
+class LayerType:
+    """What is known of a type of layers.
+
+    ``role``: a "projection" makes channels from others (convolutions, linear layers), an "embedding" looks them up, a
+    "norm" or a "scale" (PReLU) passes its own on.
+    ``outputs``, ``inputs``: its tensors, each with the dimension that runs over the channels that it makes or reads.
+    ``widths``: attributes that hold a width, each with the axis "out" or "in"; ``groups``: the one that holds a number
+    of convolution groups, into which dimension 0 of the weight is split.
+    ``channels``: the dimension of an activation that runs over the channels; None is the last but for a kernel's.
+    ``parts``: how many times the output channels follow each other (q, k, v).
+    ``mixes``: linear in its inputs, channel by channel, so that C·layer(D·x) is the layer of weight C·W·D and bias C·b.
+    ``linear``: linear in all that ``outputs`` names together, but where ``fixed(layer, taken)`` is true.
+    ``statistics``: over what means are taken: "examples" (and positions), "positions", "channels", or "weights" (each
+    output's weights are standardised over its inputs). Zeros would count in the last two.
+    ``declared``: by a user, so that every layer is held against it.
+    """
+
+    role: str
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    inputs: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, str] = field(default_factory=dict)
+    groups: str | None = None
+    channels: int | None = None
+    parts: int = 1
+    mixes: bool = False
+    linear: bool = True
+    statistics: str | None = None
+    fixed: Callable[[Any, Tensor], Tensor] | None = None
+    declared: bool = False
+
+    def __post_init__(self):
+        for name in ("outputs", "inputs", "widths"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        if self.role not in ROLES:
+            raise UnknownNameError("role of a layer type", str(self.role), ROLES)
+        if self.statistics not in STATISTICS:
+            raise UnknownNameError(
+                "statistics of a layer type", str(self.statistics), [str(name) for name in STATISTICS]
+            )
+        dims = [*self.outputs.items(), *self.inputs.items()]
+        wrong = [f"{tensor!r}: {dim!r}" for tensor, dim in dims if type(dim) is not int or dim < 0]
+        if wrong:
+            raise LayerTypeError(f"{', '.join(wrong)}: a dimension is a number from 0 on")
+        if set(self.widths.values()) - {"out", "in"}:
+            raise LayerTypeError(f"widths={dict(self.widths)}: each attribute holds the width of 'out' or of 'in'")
+        shared = self.outputs.keys() & self.inputs.keys()
+        if self.inputs and (shared != self.inputs.keys() or len(shared) > 1 or self.outputs == self.inputs):
+            raise LayerTypeError("inputs name one tensor, the weight, which outputs name too, along another dimension")
+        if not self.inputs and (self.mixes or self.groups):
+            raise LayerTypeError("mixes and groups go with inputs, which are missing")
+        if self.mixes and len(self.outputs) > 2:
+            raise LayerTypeError("what mixes has a weight and at most a bias; other outputs would have to be mixed too")
+        if self.groups and {self.outputs[weight] for weight in shared} | set(self.inputs.values()) != {0, 1}:
+            raise LayerTypeError("groups split dimension 0 of a weight with its channels along dimensions 0 and 1")
 
 
-def _norm(width_attribute: str) -> Callable[[nn.Module], dict[str, Axis]]:
-    slots = tuple(Slot(name, 0) for name in ("weight", "bias", "running_mean", "running_var"))
-    return lambda layer: {"out": Axis(getattr(layer, width_attribute), slots, (width_attribute,))}
+_BOTH = {"weight": 0, "bias": 0}
+_RUNNING = {"running_mean": 0, "running_var": 0}
+_LINEAR = LayerType("projection", _BOTH, {"weight": 1}, {"out_features": "out", "in_features": "in"}, mixes=True)
+_CONVOLUTION = replace(_LINEAR, widths={"out_channels": "out", "in_channels": "in"}, groups="groups")
+_STANDARDISED = replace(_CONVOLUTION, outputs={**_BOTH, "gain": 0}, mixes=False, linear=False, statistics="weights")
+_BATCH_NORM = LayerType("norm", _BOTH | _RUNNING, {}, {"num_features": "out"}, channels=1, statistics="examples")
+_LAYER_NORM = LayerType("norm", _BOTH, {}, {"normalized_shape": "out"}, statistics="channels")
+_IMAGE_NORM = replace(_LAYER_NORM, channels=1)
+_TIMM_NORMS = {
+    f"timm.layers.norm.{kind}Norm{form}": _IMAGE_NORM if "2d" in form else _LAYER_NORM
+    for kind in ("Rms", "Simple")
+    for form in ("", "Fp32", "2d", "2dFp32")
+} | {f"timm.layers.norm.LayerNorm{form}": _IMAGE_NORM for form in ("2d", "2dFp32", "Exp2d")}
+_TIMM_STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
-def _group_norm(layer: nn.GroupNorm) -> dict[str, Axis]:
-    slots = (Slot("weight", 0), Slot("bias", 0))
-    return {"out": Axis(layer.num_channels, slots, ("num_channels",), blocks=layer.num_groups)}
+def _fixed_at_padding(layer: nn.Embedding, taken: Tensor) -> Tensor | None:
+    return None if layer.padding_idx is None else (taken == layer.padding_idx).unsqueeze(-1)
 
 
-def _layer_norm(layer: nn.LayerNorm | nn.RMSNorm) -> dict[str, Axis]:
-    if len(layer.normalized_shape) != 1:
-        raise UnknownLayerError(f"normalizes over {len(layer.normalized_shape)} dimensions {layer.normalized_shape}")
-    return {"out": Axis(layer.normalized_shape[0], (Slot("weight", 0), Slot("bias", 0)), ("normalized_shape",))}
-
-
-def _prelu(layer: nn.PReLU) -> dict[str, Axis]:
-    if layer.num_parameters == 1:
-        return {}
-    return {"out": Axis(layer.num_parameters, (Slot("weight", 0),), ("num_parameters",))}
-
-
-def _embedding(layer: nn.Embedding) -> dict[str, Axis]:
-    return {"out": Axis(layer.embedding_dim, (Slot("weight", 1),), ("embedding_dim",))}
-
-
-def _attention(layer: nn.MultiheadAttention) -> dict[str, Axis]:
-    if layer.in_proj_weight is None or layer.bias_k is not None:
-        raise UnknownLayerError("has separate q, k and v widths or learned biases of k and v")
-    out = (Slot("in_proj_weight", 0, parts=3), Slot("in_proj_bias", 0, parts=3))
-    widths = ("embed_dim", "kdim", "vdim")
-    return {
-        "out": Axis(layer.embed_dim, out, widths, True, layer.num_heads),
-        "in": Axis(layer.embed_dim, (Slot("in_proj_weight", 1),), widths, True),
-    }
-
-
-def _parameter(parameter: Tensor) -> dict[str, Axis]:
-    longer = [dim for dim, size in enumerate(parameter.shape) if size > 1]
-    return {"out": Axis(parameter.shape[longer[-1]], (Slot("", longer[-1]),))} if longer else {}
-
-
-LAYERS: Mapping[type, Callable[..., dict[str, Axis]]] = {
-    nn.modules.conv._ConvTransposeNd: _transposed_convolution,
-    nn.modules.conv._ConvNd: _convolution,
-    nn.Linear: _linear,
-    nn.modules.batchnorm._BatchNorm: _norm("num_features"),
-    nn.modules.instancenorm._InstanceNorm: _norm("num_features"),
-    nn.GroupNorm: _group_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _layer_norm,
-    nn.PReLU: _prelu,
-    nn.Embedding: _embedding,
-    nn.MultiheadAttention: _attention,
-    Tensor: _parameter,
+_TABLE: dict[type | str, LayerType] = {
+    nn.modules.conv._ConvNd: _CONVOLUTION,
+    nn.modules.conv._ConvTransposeNd: replace(_CONVOLUTION, outputs={"weight": 1, "bias": 0}, inputs={"weight": 0}),
+    **{f"timm.layers.std_conv.{name}": _STANDARDISED for name in _TIMM_STANDARDISED},
+    nn.Linear: _LINEAR,
+    "transformers.pytorch_utils.Conv1D": replace(
+        _LINEAR, outputs={"weight": 1, "bias": 0}, inputs={"weight": 0}, widths={"nf": "out", "nx": "in"}
+    ),
+    nn.modules.batchnorm._BatchNorm: _BATCH_NORM,
+    nn.modules.instancenorm._InstanceNorm: replace(_BATCH_NORM, statistics="positions"),
+    nn.GroupNorm: replace(_IMAGE_NORM, widths={"num_channels": "out"}),
+    nn.LayerNorm: _LAYER_NORM,
+    nn.RMSNorm: _LAYER_NORM,
+    **_TIMM_NORMS,
+    "torchvision.models.convnext.LayerNorm2d": _IMAGE_NORM,
+    "timm.layers.grn.GlobalResponseNorm": replace(_LAYER_NORM, widths={}),
+    nn.PReLU: LayerType(
+        "scale", {"weight": 0}, {}, {"num_parameters": "out"}, channels=1, fixed=lambda layer, taken: taken >= 0
+    ),
+    nn.Embedding: LayerType("embedding", {"weight": 1}, {}, {"embedding_dim": "out"}, fixed=_fixed_at_padding),
+    nn.MultiheadAttention: LayerType(
+        "attention",
+        {"in_proj_weight": 0, "in_proj_bias": 0},
+        {"in_proj_weight": 1},
+        {"embed_dim": "out", "kdim": "out", "vdim": "out"},
+        parts=3,
+        mixes=True,
+    ),
+    Tensor: LayerType("parameter"),
 }
-"""Layer type -> its axes. First match by isinstance wins."""
+"""Layer type, or the full name of one that is not imported -> what is known of it. The most specific one counts."""
 
 
-def is_depthwise(layer: nn.Module) -> bool:
-    """Say whether a layer is a depthwise convolution: one filter a channel, its inputs and outputs one axis."""
-    if not isinstance(layer, nn.modules.conv._ConvNd) or layer.groups == 1:
-        return False
-    return layer.groups == layer.out_channels == layer.in_channels
+@cache
+def _type_of(kind: type) -> LayerType | None:
+    names = ((ancestor, f"{ancestor.__module__}.{ancestor.__qualname__}") for ancestor in kind.__mro__)
+    return next((_TABLE[key] for pair in names for key in pair if key in _TABLE), None)
+
+
+def layer_type(layer: nn.Module | Tensor) -> LayerType | None:
+    """Return what the table knows of a layer, or None."""
+    return _type_of(type(layer))
+
+
+def is_known(layer: nn.Module | Tensor) -> bool:
+    """Say whether the table describes a layer's type."""
+    return layer_type(layer) is not None
+
+
+def has_role(layer: nn.Module | Tensor, *roles: str) -> bool:
+    """Say whether a layer's type has one of these `ROLES`."""
+    return is_known(layer) and layer_type(layer).role in roles
+
+
+def is_projection(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer makes channels from others: convolutions of all kinds, linear layers."""
+    return has_role(layer, "projection")
+
+
+def is_attention(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is torch's attention, which calls its projections as functions."""
+    return has_role(layer, "attention")
+
+
+def is_norm(layer: nn.Module | Tensor, *statistics: str) -> bool:
+    """Say whether a layer is a norm; with ``statistics``, one that takes its means over one of these `STATISTICS`."""
+    return has_role(layer, "norm") and (not statistics or layer_type(layer).statistics in statistics)
+
+
+def is_batch_norm(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is a batch norm."""
+    return is_norm(layer, "examples")
+
+
+def is_standardised(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
+    return is_known(layer) and layer_type(layer).statistics == "weights"
+
+
+def is_grouped(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is a grouped convolution of several inputs a group."""
+    return is_projection(layer) and any(slot.groups > 1 for axis in layer_axes(layer).values() for slot in axis.slots)
+
+
+def kernel_dims(layer: nn.Module | Tensor) -> int:
+    """Return how many dimensions the kernel of a projection has: 2 for images, 0 for linear layers and all others."""
+    return max(0, own_tensors(layer)[next(iter(layer_type(layer).inputs))].dim() - 2) if is_projection(layer) else 0
+
+
+def activation_dim(layer: nn.Module, activation: Tensor) -> int:
+    """Return the dimension of a layer's input or output that runs over channels; 0 where there is none for examples."""
+    dim = layer_type(layer).channels
+    return activation.dim() - 1 - kernel_dims(layer) if dim is None else dim % activation.dim()
+
+
+def fixed_outputs(layer: nn.Module, taken: Tensor) -> Tensor | None:
+    """Return where an output is not linear in the layer's parameters, given the input; None where it is everywhere."""
+    fixed = layer_type(layer).fixed
+    return None if fixed is None else fixed(layer, taken)
+
+
+@dataclass(frozen=True)
+class Registration(AbstractContextManager):
+    """A registered layer type: `remove` brings back what the table held before, as leaving a ``with`` block does."""
+
+    kind: type
+    before: LayerType | None
+
+    def remove(self) -> None:
+        """Forget the type."""
+        _TABLE.pop(self.kind, None)
+        if self.before is not None:
+            _TABLE[self.kind] = self.before
+        _type_of.cache_clear()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def register_layer(
+    kind: type[nn.Module],
+    *,
+    outputs: Mapping[str, int],
+    inputs: Mapping[str, int] = MappingProxyType({}),
+    widths: Mapping[str, str] = MappingProxyType({}),
+    groups: str | None = None,
+    channels: int | None = None,
+    mixes: bool = False,
+    linear: bool = True,
+    statistics: str | None = None,
+    role: str | None = None,
+    replace: bool = False,
+) -> Registration:
+    """Describe a layer type of your own; all that works on torch's layers works on its layers from then on.
+
+    Subclasses of known types need it only where they have parameters of their own. Prove what you wrote with
+    `check_layer`. A registration holds for this process.
+
+    Args:
+        kind: the class. Its subclasses are described too, unless by themselves.
+        outputs: its tensors (parameters or buffers), each with the dimension that runs over the channels that it makes
+            or, for a norm, passes on. A tensor that a layer has as None is left out.
+        inputs: its weight with the dimension that runs over the channels that it reads; nothing for norms and look-ups.
+        widths: attributes that hold a width, each with "out" or "in"; they follow pruning.
+        groups: the attribute that holds the number of convolution groups, in torch's layout of weights.
+        channels: the dimension of what it takes and gives that runs over the channels; by default the last one but for
+            as many as the weight has beyond two.
+        mixes: it is linear in its input, channel by channel, with biases for all other outputs, so that Equivalent
+            Pruning may mix its channels.
+        linear: its output is linear in all of ``outputs`` together.
+        statistics: over what it takes means: None, "examples" (a batch norm), "positions" (an instance norm),
+            "channels" (a layer norm), or "weights" (it standardises each output's weights).
+        role: one of `ROLES`; by default "projection" with inputs, else "norm" with statistics, else "scale".
+        replace: the type is in the table already, and this takes its place.
+
+    Returns:
+        The registration; `Registration.remove`, or the end of a ``with`` block, undoes it.
+
+    Raises:
+        LayerTypeError: a description that contradicts itself, or a type that is known already.
+
+    Example:
+        >>> register_layer(  # weight (inputs, outputs), as in GPT-2
+        ...     Conv1D,
+        ...     outputs={"weight": 1, "bias": 0},
+        ...     inputs={"weight": 0},
+        ...     widths={"nf": "out", "nx": "in"},
+        ...     mixes=True,
+        ... )
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise LayerTypeError(f"{kind!r} is no class of modules: register the type of a layer, not a layer")
+    if kind in _TABLE and not replace:
+        raise LayerTypeError(f"{kind.__name__} is in the table of layer types already: replace=True takes its place")
+    if not outputs:
+        raise LayerTypeError(f"{kind.__name__}: outputs name no tensor, so that nothing of it could be pruned")
+    role = role or ("projection" if inputs else "norm" if statistics in STATISTICS[1:4] else "scale")
+    described = (outputs, inputs, widths, groups, channels, 1, mixes, linear, statistics, None, True)
+    registration = Registration(kind, _TABLE.get(kind))
+    _TABLE[kind] = LayerType(role, *described)
+    _type_of.cache_clear()
+    return registration
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module | Tensor:
@@ -218,21 +390,83 @@ def layer_axes(layer: nn.Module | nn.Parameter, name: str = "") -> dict[str, Axi
 
     Raises:
         UnknownLayerError: the type is not in the table, or the layer owns a parameter that the table does not describe.
+        LayerTypeError: the layer is not as its registered type says.
     """
-    describe = next((entry for kind, entry in LAYERS.items() if isinstance(layer, kind)), None)
-    if describe is None:
-        raise UnknownLayerError(f"layer {name!r}: type {type(layer).__name__} is not in the table of layer types")
-    tensors = own_tensors(layer)
-    try:
-        axes = describe(layer)
-    except UnknownLayerError as error:
-        raise UnknownLayerError(f"layer {name!r} ({type(layer).__name__}) {error}") from None
-    described = {slot.tensor for axis in axes.values() for slot in axis.slots}
-    strange = sorted(set(own_parameters(layer)) - described) if axes else []
+    kind, where = layer_type(layer), f"layer {name!r} ({type(layer).__name__})"
+    if kind is None:
+        what = f"layer {name!r}: type {type(layer).__name__} is not in the table of layer types"
+        raise UnknownLayerError(f"{what}; register_layer describes it")
+    if isinstance(layer, Tensor):
+        longer = [dim for dim, size in enumerate(layer.shape) if size > 1]
+        return {"out": Axis(layer.shape[longer[-1]], (Slot("", longer[-1]),))} if longer else {}
+    strange = sorted(own_parameters(layer).keys() - kind.outputs.keys() - kind.inputs.keys())
     if strange or "parametrizations" in getattr(layer, "_modules", {}):
         what = f"parameters {strange}" if strange else "a parametrization (remove it first)"
-        raise UnknownLayerError(f"layer {name!r} ({type(layer).__name__}) has {what} that its type does not explain")
-    return {key: _with_slots(axis, tensors) for key, axis in axes.items()}
+        raise UnknownLayerError(f"{where} has {what} that its type does not explain")
+    if kind.declared:
+        _check_layer_fits(layer, kind, where)
+    axes = _described_axes(layer, kind, where)
+    if kind.declared:
+        _check_sizes(layer, axes, where)
+    return {} if kind.role == "scale" and axes and axes["out"].width == 1 else axes
+
+
+def _described_axes(layer: nn.Module, kind: LayerType, where: str) -> dict[str, Axis]:
+    """Return the axes of a layer as its type describes them."""
+    groups = getattr(layer, kind.groups) if kind.groups else 1
+    tensors, axes = own_tensors(layer), {}
+    for key, described in (("out", kind.outputs), ("in", kind.inputs)):
+        parts = kind.parts if key == "out" else 1
+        present = [(tensor, dim) for tensor, dim in described.items() if tensor in tensors]
+        slots = tuple(Slot(tensor, dim, parts, groups if dim == 1 else 1) for tensor, dim in present)
+        attributes = tuple(attribute for attribute, axis in kind.widths.items() if axis == key)
+        held = getattr(layer, attributes[0]) if attributes else None
+        if isinstance(held, tuple) and len(held) != 1:
+            raise UnknownLayerError(f"{where} normalizes over {len(held)} dimensions {held}")
+        if slots or attributes:
+            width = channel_view(tensors[slots[0].tensor], slots[0]).shape[0] if held is None else held
+            axes[key] = Axis(width[0] if isinstance(width, tuple) else width, slots, attributes, kind.mixes)
+    return _grouped_axes(axes, groups, kind.groups) if groups > 1 else axes
+
+
+def _grouped_axes(axes: dict[str, Axis], groups: int, attribute: str) -> dict[str, Axis]:
+    """Return the axes of a convolution whose groups may each have one input: depthwise, or with a multiplier."""
+    out, into = axes["out"], axes["in"]
+    along_first = tuple(replace(slot, dim=0, groups=1) for slot in out.slots)
+    if groups == out.width == into.width:
+        return {"out": Axis(out.width, along_first, (*out.attributes, *into.attributes, attribute))}
+    if groups == into.width and into.slots[0].groups > 1:
+        return {
+            "out": replace(out, mixable=False),
+            "in": Axis(into.width, (), (*into.attributes, attribute)),
+        }
+    return axes
+
+
+def _check_layer_fits(layer: nn.Module, kind: LayerType, where: str) -> None:
+    """Raise LayerTypeError unless a layer has all that its registered type names."""
+    tensors = own_tensors(layer)
+    for name, dim in (*kind.outputs.items(), *kind.inputs.items()):
+        if name not in tensors and getattr(layer, name, layer) is not None:
+            raise LayerTypeError(f"{where} has no tensor {name!r}, which its type names; it has {sorted(tensors)}")
+        if name in tensors and dim >= tensors[name].dim():
+            shape = tuple(tensors[name].shape)
+            raise LayerTypeError(f"{where}: its {name!r} of shape {shape} has no dimension {dim}, as its type says")
+    for name in (*kind.widths, *([kind.groups] if kind.groups else ())):
+        if not hasattr(layer, name):
+            raise LayerTypeError(f"{where} has no attribute {name!r}, which its type names")
+
+
+def _check_sizes(layer: nn.Module, axes: Mapping[str, Axis], where: str) -> None:
+    """Raise LayerTypeError unless all that holds an axis of a layer is equally wide."""
+    tensors = own_tensors(layer)
+    for key, axis in axes.items():
+        sizes = {f"{s.tensor} along {s.dim}": len(channel_view(tensors[s.tensor], s)) for s in axis.slots}
+        held = {name: getattr(layer, name) for name in axis.attributes}
+        sizes |= {name: value[0] if isinstance(value, tuple) else value for name, value in held.items()}
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{name} is {size}" for name, size in sizes.items())
+            raise LayerTypeError(f"{where}: the sizes of its axis {key!r} do not agree: {found}")
 
 
 def all_axes(layer: nn.Module | Tensor, name: str = "") -> dict[str, Axis]:
@@ -245,15 +479,10 @@ def all_axes(layer: nn.Module | Tensor, name: str = "") -> dict[str, Axis]:
     return axes
 
 
-def _with_slots(axis: Axis, tensors: Mapping[str, Tensor]) -> Axis:
-    present = tuple(slot for slot in axis.slots if slot.tensor in tensors)
-    return replace(axis, slots=present)
-
-
 def scored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the modules that own parameters described by the table (bare parameters are not modules)."""
     for name, module in model.named_modules():
-        if isinstance(module, tuple(LAYERS)) and own_parameters(module):
+        if is_known(module) and own_parameters(module):
             yield name, module
 
 
@@ -322,42 +551,6 @@ def scale_outputs(layer: nn.Module | Tensor, positions: Sequence[int], factor: f
         tensor.movedim(slot.dim, 0)[torch.as_tensor(positions, device=tensor.device)] *= factor
 
 
-def is_standardised(layer: nn.Module | Tensor) -> bool:
-    """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
-    return type(layer).__module__.startswith("timm.layers.std_conv")
-
-
-def mixing_tensors(layer: nn.Module) -> tuple[str, str]:
-    """Return the names of the weight and the bias that compressors and decompressors act on."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return "in_proj_weight", "in_proj_bias"
-    return "weight", "bias"
-
-
-def to_mixing(layer: nn.Module, weight: Tensor, stride: int = 1) -> Tensor:
-    """Return a mixable layer's weight in mixing form: (groups, outputs a group, rest, inputs a group).
-
-    Outputs and inputs are what compressors and decompressors act on. ``rest`` holds the kernel, or, for a linear layer
-    behind a flattening, the ``stride`` positions of one input channel. The groups of an attention are q, k and v.
-    """
-    if isinstance(layer, nn.MultiheadAttention):
-        return weight.unflatten(0, (3, -1)).unsqueeze(2)
-    if isinstance(layer, nn.Linear):
-        return weight.unflatten(1, (-1, stride)).transpose(1, 2)[None]
-    grouped = weight.flatten(2).unflatten(0, (layer.groups, -1))
-    return grouped.permute(0, 2, 3, 1) if layer.transposed else grouped.permute(0, 1, 3, 2)
-
-
-def from_mixing(layer: nn.Module, mixed: Tensor) -> Tensor:
-    """Return a weight in the layer's own layout, contiguous: the inverse of `to_mixing` for any number of channels."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return mixed.flatten(0, 2)
-    if isinstance(layer, nn.Linear):
-        return mixed[0].transpose(1, 2).flatten(1)
-    grouped = mixed.permute(0, 3, 1, 2) if layer.transposed else mixed.permute(0, 1, 3, 2)
-    return grouped.flatten(0, 1).unflatten(2, layer.kernel_size).contiguous()
-
-
 def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
     """Return one axis of a layer by its name.
 
@@ -371,16 +564,3 @@ def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
     if not part:
         return axes[key]
     return replace(axes[key], slots=tuple(s for s in axes[key].slots if s.tensor.endswith("bias") == (part == "b")))
-
-
-CHANNELS_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
-"""Layers whose activations have their channels in the last dimension; all others have them behind the examples."""
-
-
-def activation_dim(layer: nn.Module, activation: Tensor) -> int:
-    """Return the dimension of a layer's input or output that runs over channels; 0 where there is none for examples."""
-    if isinstance(layer, CHANNELS_LAST):
-        return activation.dim() - 1
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return activation.dim() - 1 - len(layer.kernel_size)
-    return 1

@@ -27,7 +27,7 @@ from . import operations  # noqa: F401  (it fills the table of operations)
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, sized_shape
 from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
-from .layers import LAYERS, LayerAxis, UnknownLayerError, all_axes, get_layer, layer_axes, own_tensors, scalable_slots
+from .layers import LayerAxis, UnknownLayerError, all_axes, get_layer, is_known, layer_axes, own_tensors, scalable_slots
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -126,7 +126,7 @@ class Tracer:
         """Give labels to the axes of all layers, bare parameters and buffers."""
         for name, module in self.model.named_modules():
             try:
-                known = layer_axes(module, name) if isinstance(module, tuple(LAYERS)) else None
+                known = layer_axes(module, name) if is_known(module) else None
             except UnknownLayerError as error:
                 self._register_unknown(name, module, str(error))
                 continue
@@ -397,7 +397,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
 def _run_training(tracer: Tracer, example_inputs: Any) -> None:
     """Trace the parts that run in train mode only, such as auxiliary classifiers; norms stay in eval mode."""
     for module in tracer.model.modules():
-        module.training = any(True for _ in module.children()) and not isinstance(module, tuple(LAYERS))
+        module.training = any(True for _ in module.children()) and not is_known(module)
     calls, ran = len(tracer.calls), set(tracer.ran)
     try:
         tracer.run(example_inputs)

@@ -7,7 +7,7 @@ from oracles_pruning import Inserted, inserted
 from torch import nn
 
 from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
-from obc_tools.structure.layers import from_mixing, to_mixing
+from obc_tools.pruning.equivalent import Mixing
 
 
 def train(model, images, steps, lr=0.02):
@@ -41,7 +41,7 @@ def test_it_trains_as_inserted_maps_do(name):
     for key, mixed in equivalent.mixed_layers.items():
         twin, first = oracle.get_submodule(key), start.mixed_layers[key]
         assert isinstance(twin, Inserted)
-        torch.testing.assert_close(from_mixing(twin.layer, mixed.weight), twin.layer.weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(mixed.mixing.join(mixed.weight), twin.layer.weight, rtol=0, atol=1e-10)
         for ours, theirs, before in (
             (mixed.compressor, twin.shrink, first.compressor),
             (mixed.decompressor, twin.expand, first.decompressor),
@@ -238,12 +238,13 @@ def test_flattened_inputs_are_mixed_by_channel():
 )
 def test_mixing_form_round_trip(layer):
     stride = 4 if isinstance(layer, nn.Linear) else 1
-    mixed = to_mixing(layer, layer.weight, stride)
+    mixing = Mixing.of(layer, stride=stride)
+    mixed = mixing.split(layer.weight)
     assert mixed.shape[3] * mixed.shape[0] * (stride if isinstance(layer, nn.Linear) else 1) == (
         layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     )
-    assert torch.equal(from_mixing(layer, mixed), layer.weight)
-    assert from_mixing(layer, mixed).is_contiguous()
+    assert torch.equal(mixing.join(mixed), layer.weight)
+    assert mixing.join(mixed).is_contiguous()
 
 
 def test_its_state_survives_saving():
