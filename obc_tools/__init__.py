@@ -19,6 +19,7 @@ _NAMES = {
     "models.networks": ("load_model",),
     "models.store": ("load_pruned", "save_pruned"),
     "pruning.check": ("Check", "check_plan"),
+    "pruning.compensation": ("compensate", "recalibrate"),
     "pruning.equivalent": ("EquivalentModel",),
     "pruning.order": ("Target", "make_plan", "one_shot_plan"),
     "pruning.plan": ("PruningPlan",),

@@ -6,10 +6,10 @@ that map the *pruned network's own* inputs x onto the original's outputs y befor
 
     W' = W_k + E[(y − W_k x − b) xᵀ] (E[x xᵀ] + λI)⁻¹,    b' = E[y − W' x],
 
-W_k and b as plain pruning leaves them, the moments about their means. Each layer so corrects the errors of those before
-it, too. (He et al. 2017, arXiv 1707.06168, and ThiNet, Luo et al. 2017, arXiv 1707.06342, reconstruct outputs of chains
-of convolutions in this way; Optimal Brain Surgeon, Hassibi & Stork 1993, and SparseGPT, Frantar & Alistarh 2023, make up
-for single weights.) No labels are needed, and nothing is trained.
+W_k and b as plain pruning leaves them, the moments about their means. So each layer also corrects the errors of those
+before it. (He et al. 2017, arXiv 1707.06168, and ThiNet, Luo et al. 2017, arXiv 1707.06342, rebuild outputs of chains
+of convolutions in this way; Optimal Brain Surgeon, Hassibi & Stork 1993, and SparseGPT, Frantar & Alistarh 2023, make
+up for single weights.) No labels are needed, and nothing is trained.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError
 from ..state import call_model, evaluating, hooks, numbered
-from ..structure.layers import LayerAxis
+from ..structure.layers import LayerAxis, activation_dim, is_batch_norm
 from .lockstep import PausableCall, pause
-from .moments import Moments, from_weight_matrix, unfolded_chunks, weight_matrix
+from .moments import Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan
 from .prune import prune
-from .readings import LinearMap, Normalization, Reading, Stop, Survey, linear_map, stopping, survey
+from .readings import Reading, Stop, Survey, linear_map, stopping, survey
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def compensate(
     forward: ForwardPass = run_batch,
     ridge: float = 1e-3,
     positions: int | None = None,
+    seed: int = 0,
     ignore: Iterable[str] = (),
     max_bytes: int = 4 * 2**30,
     progress: bool = False,
@@ -69,10 +70,10 @@ def compensate(
     them, with the reason (see `left_plain`; also logged): embeddings, layers that share parameters or run several times
     a pass, standardised weights, unknown types.
 
-    The cost is one forward pass of either network over the batches, one of a single batch, and the second moments, which
-    for a 3x3 convolution are 9 · (kept inputs / outputs) times its own MACs. All batches are under way at once: the memory
-    is their inputs, both networks' live activations at one layer, and that layer's moments. Batch norms need no
-    recalibration afterwards.
+    The cost is one forward pass of either network over the batches, one of a single batch, and the second moments: all
+    positions of a 3x3 convolution take 9 · (kept inputs / kept outputs) times the MACs of its own pass; ``positions``
+    takes less. All batches are under way at once, so that the memory is theirs: both networks' live activations at one
+    layer, with that layer's moments. Batch norms need no recalibration afterwards.
 
     Args:
         model: the unpruned model; run in eval mode and left unchanged.
@@ -80,6 +81,8 @@ def compensate(
         forward: how a batch is put through a model. By default batches are tensors, pairs (inputs, labels), dicts of
             keyword arguments or `Forward`s.
         ridge: λ over the mean variance of a layer's inputs; 0 is plain least squares.
+        positions: take at most so many positions of an example's output (pixels, tokens), drawn for every layer and
+            batch by ``seed``; None takes all.
         ignore: names or globs of layers that are left as they were pruned.
         max_bytes: refuse a layer whose moments would take more.
 
@@ -91,8 +94,8 @@ def compensate(
         ValueError: no batches, activations that are not finite (says the layer), a layer over `max_bytes`, batches that
             run different layers, an ignored name that does not exist.
     """
-    if ridge < 0:
-        raise ValueError(f"ridge={ridge}; expected 0 or more, a share of the inputs' mean variance")
+    if ridge < 0 or (positions is not None and positions < 1):
+        raise ValueError(f"ridge={ridge}, positions={positions}: ridge is 0 or more, positions at least 1 or None")
     pruned = prune(model, plan)
     data = _frozen(model, batches)
     with evaluating(model), evaluating(pruned):
@@ -100,14 +103,19 @@ def compensate(
         for name, reason in found.plain.items():
             logger.info("layer %r stays as it was pruned: %s", name, reason)
         _check_sizes(pruned, found, max_bytes)
-        _walk(model, pruned, plan, found, data, forward, ridge, progress)
+        draw = None if positions is None else partial(_draw, torch.Generator().manual_seed(seed), positions)
+        fitting = Fitting(model, pruned, plan, found.norms, ridge, draw)
+        _walk(fitting, found.readings, forward, data, progress)
     return pruned
 
 
+def _draw(generator: torch.Generator, most: int, positions: int) -> Tensor:
+    """Draw some of an example's positions, ascending."""
+    return torch.randperm(positions, generator=generator)[:most].sort().values
+
+
 @torch.no_grad()
-def left_plain(
-    model: nn.Module, plan: PruningPlan, batch: Any, *, forward: ForwardPass = run_batch
-) -> dict[str, str]:
+def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, forward: ForwardPass = run_batch) -> dict[str, str]:
     """Return the layers that `compensate` leaves as they are pruned although they lose inputs, with the reasons."""
     lose = {axis.layer for axis in plan.shrunk}
     with evaluating(model):
@@ -136,7 +144,7 @@ def _ignoring(model: nn.Module, found: Survey, ignore: Iterable[str]) -> Survey:
 def _check_sizes(pruned: nn.Module, found: Survey, max_bytes: int) -> None:
     for reading in found.readings:
         layer = linear_map(pruned, reading)
-        groups, outputs, inputs = weight_matrix(layer, layer.weight).shape
+        groups, outputs, inputs = weight_matrix(layer, weight_of(layer)).shape
         if (size := Moments.nbytes(groups, inputs, outputs)) > max_bytes:
             raise ValueError(
                 f"{reading}: the second moments of its {groups * inputs:,} inputs take {size:,} bytes, over "
@@ -144,30 +152,82 @@ def _check_sizes(pruned: nn.Module, found: Survey, max_bytes: int) -> None:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """The two networks, and how layers of the pruned one are fitted (see `compensate`)."""
+
+    model: nn.Module
+    pruned: nn.Module
+    plan: PruningPlan
+    norms: Mapping[str, str]
+    ridge: float
+    draw: Callable[[int], Tensor] | None
+
+    def fit(self, reading: Reading, full: Sequence[Stop], own: Sequence[Stop]) -> None:
+        """Give a layer of the pruned network the weights and the intercept of least squares, in place."""
+        layer = linear_map(self.pruned, reading)
+        bias, norm = bias_of(layer), self.norms.get(reading.layer)
+        moments = self._moments(layer, reading, full, own, centred=bias is not None or norm is not None)
+        if moments.count <= moments.squares.shape[1]:
+            few = "%s: %d positions of calibration data for %d inputs: there are many solutions, and the ridge decides"
+            logger.warning(few, reading, moments.count, moments.squares.shape[1])
+        change, intercept = moments.solve(self.ridge)
+        weight_of(layer).add_(from_weight_matrix(layer, change).to(weight_of(layer)))
+        if bias is not None:
+            bias.add_(intercept.flatten().to(bias))
+        elif norm is not None:
+            mean = self.pruned.get_submodule(norm).running_mean
+            mean.sub_(intercept.flatten().to(mean))
+
+    def _moments(
+        self, layer: nn.Module, reading: Reading, full: Sequence[Stop], own: Sequence[Stop], centred: bool
+    ) -> Moments:
+        """Sum up the moments of a layer's inputs and of what is missing in its outputs, over all batches."""
+        dtype = torch.promote_types(weight_of(layer).dtype, torch.float32)
+        weight = weight_matrix(layer, weight_of(layer).to(dtype))
+        groups, outputs, inputs = weight.shape
+        bias = weight.new_zeros(groups * outputs) if bias_of(layer) is None else bias_of(layer).to(dtype)
+        moments = Moments(groups, inputs, outputs, centred=centred, device=weight.device)
+        for number, (theirs, ours) in enumerate(zip(full, own, strict=True), start=1):
+            target = self._target(reading, layer, theirs.outputs.to(dtype))
+            for x, y in unfolded_chunks(layer, ours.inputs.to(dtype), target, self.draw):
+                moments.add(x, y - weight @ x - bias.view(groups, outputs, 1))
+            if not moments.finite:
+                raise ValueError(f"{reading}: what it takes or gives is not finite in batch {number}; look for NaN")
+        return moments
+
+    def _target(self, reading: Reading, layer: nn.Module, outputs: Tensor) -> Tensor:
+        """Return the original's outputs that stay; queries grow as far as narrower heads need."""
+        axis, dim, parts = LayerAxis(reading.layer, "out"), activation_dim(layer, outputs), reading.parts or (0,)
+        positions, factor = self.plan.scaled.get(reading.layer, ((), 1.0))
+        if positions and parts[0] == 0:
+            factors = outputs.new_ones(outputs.shape[dim])
+            factors[torch.tensor(positions, device=outputs.device)] = factor
+            outputs = outputs * factors.view([-1 if d == dim else 1 for d in range(outputs.dim())])
+        if axis not in self.plan.shrunk:
+            return outputs
+        kept = torch.tensor(self.plan.shrunk[axis], device=outputs.device)
+        width = outputs.shape[dim] // len(parts)
+        return outputs.index_select(dim, torch.cat([kept + width * number for number in range(len(parts))]))
+
+
 def _walk(
-    model: nn.Module,
-    pruned: nn.Module,
-    plan: PruningPlan,
-    found: Survey,
-    data: Sequence[Any],
-    forward: ForwardPass,
-    ridge: float,
-    progress: bool,
+    fitting: Fitting, readings: Sequence[Reading], forward: ForwardPass, data: Sequence[Any], progress: bool
 ) -> None:
     """Run both networks on all batches from reading to reading, and fit the pruned one's at each."""
-    layers = list(dict.fromkeys(reading.layer for reading in found.readings))
+    layers = list(dict.fromkeys(reading.layer for reading in readings))
     with ExitStack() as stack:
-        stack.enter_context(stopping(model, layers, pause, after=True))
-        stack.enter_context(stopping(pruned, layers, pause, after=False))
+        stack.enter_context(stopping(fitting.model, layers, pause, after=True))
+        stack.enter_context(stopping(fitting.pruned, layers, pause, after=False))
         calls = [
             [stack.enter_context(PausableCall(partial(forward, network, batch))) for batch in data]
-            for network in (model, pruned)
+            for network in (fitting.model, fitting.pruned)
         ]
-        for reading in tqdm(found.readings, desc="compensating", disable=not progress, leave=False):
+        for reading in tqdm(readings, desc="compensating", disable=not progress, leave=False):
             full, own = ([_next_stop(call, reading, n) for n, call in enumerate(side, 1)] for side in calls)
             if not _same_inputs(full, own):
-                _fit(model, pruned, plan, found, reading, full, own, ridge)
-            del full, own  # or they outlive the activations of the next layer
+                fitting.fit(reading, full, own)
+            del full, own  # or they would outlive the next layer's
 
 
 def _next_stop(call: PausableCall, reading: Reading, number: int) -> Stop:
@@ -180,75 +240,8 @@ def _next_stop(call: PausableCall, reading: Reading, number: int) -> Stop:
 
 def _same_inputs(full: Sequence[Stop], own: Sequence[Stop]) -> bool:
     """Say whether a layer gets exactly what it got in the original, so that its weights are right as they are."""
-    return all(
-        a.inputs.shape == b.inputs.shape and torch.equal(a.inputs, b.inputs) for a, b in zip(full, own, strict=True)
-    )
-
-
-def _fit(
-    model: nn.Module,
-    pruned: nn.Module,
-    plan: PruningPlan,
-    found: Survey,
-    reading: Reading,
-    full: Sequence[Stop],
-    own: Sequence[Stop],
-    ridge: float,
-) -> None:
-    """Give a layer of the pruned network the weights and the intercept of least squares, in place."""
-    layer = linear_map(pruned, reading)
-    norm = found.norms.get(reading.layer) if layer.bias is None else None
-    moments = _moments(layer, reading, partial(_target, model, plan, reading), full, own, layer.bias is not None or norm)
-    groups, inputs = moments.input_sums.shape
-    if moments.count <= inputs:
-        few = "%s: %d positions of calibration data for %d inputs; only the ridge decides between many solutions"
-        logger.warning(few, reading, moments.count, inputs)
-    change, intercept = moments.solve(ridge)
-    layer.weight += from_weight_matrix(layer, change).to(layer.weight)
-    if layer.bias is not None:
-        layer.bias += intercept.flatten().to(layer.bias)
-    elif norm is not None:
-        mean = pruned.get_submodule(norm).running_mean
-        mean -= intercept.flatten().to(mean)
-
-
-def _moments(
-    layer: LinearMap,
-    reading: Reading,
-    target: Callable[[Tensor], Tensor],
-    full: Sequence[Stop],
-    own: Sequence[Stop],
-    centred: Any,
-) -> Moments:
-    """Sum up the moments of a layer's inputs and of what is missing in its outputs, over all batches."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    weight = weight_matrix(layer, layer.weight.to(dtype))
-    bias = weight.new_zeros(weight.shape[:2]) if layer.bias is None else layer.bias.to(dtype).view(weight.shape[:2])
-    groups, outputs, inputs = weight.shape
-    moments = Moments(groups, inputs, outputs, centred=bool(centred), device=weight.device)
-    for number, (theirs, ours) in enumerate(zip(full, own, strict=True), start=1):
-        for x, y in unfolded_chunks(layer, ours.inputs.to(dtype), target(theirs.outputs.to(dtype))):
-            moments.add(x, y - weight @ x - bias[..., None])
-        if not moments.finite:
-            raise ValueError(f"{reading}: its inputs or outputs are not finite in batch {number}; look for NaN there")
-    return moments
-
-
-def _target(model: nn.Module, plan: PruningPlan, reading: Reading, outputs: Tensor) -> Tensor:
-    """Return the original's outputs that stay; queries grow as far as narrower heads need."""
-    axis = LayerAxis(reading.layer, "out")
-    layer = model.get_submodule(reading.layer)
-    dim = outputs.dim() - (1 if isinstance(layer, nn.Linear | nn.MultiheadAttention) else 1 + len(layer.kernel_size))
-    positions, factor = plan.scaled.get(reading.layer, ((), 1.0))
-    width, parts = outputs.shape[dim] // max(1, len(reading.parts)), reading.parts or (0,)
-    kept = torch.tensor(plan.shrunk.get(axis, range(width)), device=outputs.device)
-    if positions and parts[0] == 0:
-        factors = outputs.new_ones(outputs.shape[dim])
-        factors[torch.tensor(positions, device=outputs.device)] = factor
-        outputs = outputs * factors.view([-1 if d == dim else 1 for d in range(outputs.dim())])
-    elif axis not in plan.shrunk:
-        return outputs
-    return outputs.index_select(dim, torch.cat([kept + width * number for number in range(len(parts))]))
+    pairs = zip(full, own, strict=True)
+    return all(a.inputs.shape == b.inputs.shape and torch.equal(a.inputs, b.inputs) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -260,13 +253,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: ForwardPas
     ResNet, since there the running means carry the intercepts.
 
     Raises:
-        ValueError: no batches, no batch norm with running statistics, or statistics that are not finite (says the norm).
+        ValueError: no batches, no batch norm with running statistics, statistics that are not finite (says the norm).
     """
     copied = copy.deepcopy(model)
     norms = {
-        name: layer
-        for name, layer in copied.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+        name: layer for name, layer in copied.named_modules() if is_batch_norm(layer) and layer.running_mean is not None
     }
     if not norms:
         raise ValueError("the model has no batch norm with running statistics: there is nothing to recalibrate")

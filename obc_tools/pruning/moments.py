@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..structure.layers import from_mixing, to_mixing
+from ..structure.layers import kernel_dims, layer_type, own_parameters
+from .equivalent import Mixing
 
 CHUNK = 2**22
 """The most numbers of unfolded inputs held at once, unless one example has more."""
@@ -85,7 +86,7 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups whose inputs are all dead."""
+    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups of dead inputs."""
     diagonal = second.diagonal(dim1=1, dim2=2)
     scale = diagonal.mean(1, keepdim=True)
     level = ridge * torch.where(scale > 0, scale, 1)
@@ -99,19 +100,36 @@ def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
     return cross @ (vectors * inverse[:, None]) @ vectors.mT
 
 
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a layer that reads channels by a linear map."""
+    return own_parameters(layer)[_weight_name(layer)]
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """Return what a layer adds to its outputs, or None."""
+    return next((value for name, value in own_parameters(layer).items() if name != _weight_name(layer)), None)
+
+
+def _weight_name(layer: nn.Module) -> str:
+    return next(iter(layer_type(layer).inputs))
+
+
 def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight of a layer as (groups, outputs of a group, d)."""
-    return to_mixing(layer, weight).transpose(2, 3).flatten(2)
+    mixing = Mixing.of(layer)
+    if mixing is None:  # depthwise: a group a channel
+        return weight.unflatten(0, (layer.groups, -1)).flatten(2)
+    return mixing.split(weight).transpose(2, 3).flatten(2)
 
 
 def from_weight_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
     """Return a weight in the layer's own layout: the inverse of `weight_matrix`, for any number of outputs."""
-    return from_mixing(layer, matrix.unflatten(2, (-1, taps(layer))).transpose(2, 3))
-
-
-def taps(layer: nn.Module) -> int:
-    """Return how many numbers of one input channel an output position sees."""
-    return 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+    kernel = weight_of(layer).shape[2:]
+    mixing = Mixing.of(layer)
+    if mixing is not None:
+        return mixing.join(matrix.unflatten(2, (-1, kernel.numel())).transpose(2, 3))
+    filters = matrix if layer_type(layer).inputs[_weight_name(layer)] == 0 else matrix.flatten(0, 1)[:, None]
+    return filters.unflatten(2, kernel)
 
 
 def unfolded_chunks(
@@ -121,16 +139,17 @@ def unfolded_chunks(
 
     ``draw``: of the number of output positions of an example, which of them to take; None takes all.
     """
-    if isinstance(layer, nn.Linear):
+    if not kernel_dims(layer):
         yield from _linear_chunks(inputs, outputs, draw)
         return
-    if inputs.dim() == len(layer.kernel_size) + 1:  # an example without a batch
+    if inputs.dim() == kernel_dims(layer) + 1:  # an example without a batch
         inputs, outputs = inputs[None], outputs[None]
     places = math.prod(outputs.shape[2:])
-    step = max(1, CHUNK // max(1, inputs.shape[1] * taps(layer) * places))
+    groups, _, d = weight_matrix(layer, weight_of(layer)).shape
+    step = max(1, CHUNK // max(1, groups * d * places))
     plain = type(layer).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
-        y = y.flatten(2).unflatten(1, (layer.groups, -1))
+        y = y.flatten(2).unflatten(1, (groups, -1))
         if draw is None:
             yield (_windows(layer, x) if plain else _probed(layer, x)), y
             continue
@@ -166,18 +185,18 @@ def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None =
     )
     if at is not None:
         windows = windows[(..., *torch.unravel_index(at, places))]
-    return windows.reshape(len(inputs), layer.groups, inputs.shape[1] // layer.groups * taps(layer), -1)
+    inputs_of_group = inputs.shape[1] // layer.groups * math.prod(kernel)
+    return windows.reshape(len(inputs), layer.groups, inputs_of_group, -1)
 
 
-def _probed(layer: nn.modules.conv._ConvNd, inputs: Tensor) -> Tensor:
-    """Return the same by running the layer on weights that are zero but for one tap of one input channel each."""
-    d = inputs.shape[1] // layer.groups * taps(layer)
-    one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(layer.groups, -1, -1)
-    probes = {"weight": from_weight_matrix(layer, one)}
-    if layer.bias is not None:
-        probes["bias"] = inputs.new_zeros(layer.groups * d)
-    probed = {f"layer.{name}": value for name, value in probes.items()}
-    return functional_call(_Unhooked(layer), probed, (inputs,)).flatten(2).unflatten(1, (layer.groups, d))
+def _probed(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the same of any layer, by running it on weights that are zero but for one tap of one input each."""
+    groups, _, d = weight_matrix(layer, weight_of(layer)).shape
+    one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(groups, -1, -1)
+    probes = {f"layer.{_weight_name(layer)}": from_weight_matrix(layer, one)}
+    if bias_of(layer) is not None:
+        probes |= {f"layer.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
+    return functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2).unflatten(1, (groups, d))
 
 
 class _Unhooked(nn.Module):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,10 +16,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import hooks, no_fused_attention
-from ..structure.layers import UnknownLayerError, is_standardised, layer_axes
-
-Normalization = nn.modules.batchnorm._NormBase
-LinearMap = nn.Linear | nn.modules.conv._ConvNd
+from ..structure.layers import (
+    UnknownLayerError,
+    has_role,
+    is_attention,
+    is_norm,
+    is_projection,
+    is_standardised,
+    layer_axes,
+    layer_type,
+    own_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,10 @@ class Survey:
     plain: Mapping[str, str]
 
 
-def linear_map(model: nn.Module, reading: Reading) -> LinearMap:
+def linear_map(model: nn.Module, reading: Reading) -> nn.Module:
     """Return the layer of a reading; of an attention, a linear layer on the memory of its in_proj's rows."""
     layer = model.get_submodule(reading.layer)
-    if not isinstance(layer, nn.MultiheadAttention):
+    if not is_attention(layer):
         return layer
     width = layer.in_proj_weight.shape[0] // 3
     rows = slice(width * reading.parts[0], width * (reading.parts[-1] + 1))
@@ -78,9 +84,9 @@ def readers(model: nn.Module) -> dict[str, str | None]:
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Embedding):
+        if has_role(layer, "embedding"):
             found[name] = "a look-up reads no channels"
-        elif isinstance(layer, LinearMap | nn.MultiheadAttention):
+        elif is_projection(layer) or is_attention(layer):
             found[name] = _unfit(layer, name, owners)
     return found
 
@@ -92,7 +98,9 @@ def _unfit(layer: nn.Module, name: str, owners: Counter[nn.Parameter]) -> str | 
         return str(error)
     if is_standardised(layer):
         return "its weights are standardised before they are used"
-    if any(owners[parameter] > 1 for parameter in layer._parameters.values() if parameter is not None):
+    if not layer_type(layer).mixes:
+        return "its type is not linear in what it reads"
+    if any(owners[parameter] > 1 for parameter in own_parameters(layer).values()):
         return "its parameters are shared with another layer"
     return None
 
@@ -127,11 +135,11 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
 
 def _is_fixed_norm(layer: nn.Module) -> bool:
     """Say whether a layer takes off a running mean in eval mode, channel by channel."""
-    return isinstance(layer, Normalization) and layer.running_mean is not None
+    return is_norm(layer, "examples", "positions") and layer.running_mean is not None
 
 
 class _Uses(TorchDispatchMode):
-    """Count the operations that take the outputs of layers: ``made`` maps tensor to layer, ``count`` layer to number."""
+    """Count the operations that take the outputs of layers: ``made`` maps tensor to layer, ``count`` layer to uses."""
 
     def __init__(self):
         super().__init__()
@@ -151,16 +159,12 @@ def stopping(model: nn.Module, layers: list[str], visit: Visit, *, after: bool) 
     Torch's attention calls its projections functionally; its readings are those of `X` (in_proj) and `X.out_proj`.
     """
     modules = {name: model.get_submodule(name) for name in layers}
-    inner = {name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if _attends(m)}
+    inner = {name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if is_attention(m)}
     outside = {n: m for n, m in modules.items() if n not in inner and n not in inner.values()}
     places = {_memory(m.in_proj_weight): (name, m) for name, m in modules.items() if name in inner}
     places |= {_memory(m.weight): (name, None) for name, m in modules.items() if name in inner.values()}
     with hooks(list(_hooks(outside, visit, after))), no_fused_attention(), _linear_seen(places, visit, after):
         yield
-
-
-def _attends(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.MultiheadAttention)
 
 
 def _memory(tensor: Tensor) -> int:
