@@ -78,5 +78,7 @@ class PausableCall:
 
 
 def pause(value: Any) -> None:
-    """Stop the running `PausableCall` here and hand a value, not None, to whoever resumed it."""
-    _here.call._pause(value)
+    """Stop the running `PausableCall` here and hand a value, not None, to whoever resumed it; elsewhere do nothing."""
+    call = getattr(_here, "call", None)
+    if call is not None:  # none in another thread that happens to run the same network
+        call._pause(value)
