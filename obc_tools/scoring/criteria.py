@@ -174,7 +174,7 @@ def _bn_scale(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
 
 
 def _residual(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
-    """E ε_i² Var(x_i | all other x): what compensation cannot give back (after Hassibi & Stork 1993; see `residual`).
+    """(1 − R_i²) Σ_n (J_n w)², R_i² the share of x_i that other channels explain: lost after compensation (`residual`).
 
     It is of a group, not of one of its axes: `score_groups` asks `residual.residual_scores`.
     """

@@ -2,22 +2,27 @@
 
 When the channels S of a group go and what reads them makes up for it in least squares (`pruning.compensation`), a
 consumer still misses r = x_S − E[x_S | x_K], the part of the removed channels that no mixture of the kept ones K gives.
-With ε the gradient of an example's loss at one position of what the consumer takes in, the loss changes by ε_Sᵀ r there
-in first order. Residuals are uncorrelated with what is kept, and taken to be so with ε and from position to position,
+With ε the gradient of an example's loss at one position of what the consumer takes in, the loss changes by Σ_t ε_tᵀ r_t
+in first order. Taken to be independent of the gradients, the residuals have in the mean over squares
 
-    E (Σ_t ε_tᵀ r_t)² = Σ_t tr(M R),    M = E[ε εᵀ],    R = Cov(x_S | x_K),
+    E (Σ_t ε_tᵀ r_t)² = tr(M R),    M = Σ ε εᵀ,    R = Cov(x_S | x_K),
 
 and when the channel i goes next, tr(M R) grows by
 
     s_i = b_iᵀ M b_i / P_ii,    P = Cov(x_K)⁻¹,
 
 where 1 / P_ii is the conditional variance of x_i given the other kept channels, and b_i holds 1 for i itself and, for
-each channel that is gone already, the weight of x_i in what stood in for it. For a single channel this is its
-conditional variance times E ε_i², zero only for a mixture of the others or where the loss does not look. (Optimal
-Brain Surgeon, Hassibi & Stork 1993, equation 5, with channels for weights: w_i² / [H⁻¹]_ii; SparseGPT, Frantar &
-Alistarh 2023, downdates P in the same way.) A group with several consumers adds up their s_i.
+each channel that is gone already, the weight of x_i in what stood in for it. Positions of an example are alike, so that
+M is scaled, channel by channel, to say what the example's own Jacobian product says. For the first channel that goes
 
-Both matrices are summed in one pass, forward and backward; P and Q = BᵀMB are then downdated once for each channel:
+    s_i = (1 − R_i²) Σ_n (Σ_t ε_nti (x_nti − E x_i))²,
+
+R_i² the share of its variance that the others explain: a Jacobian score of what is left, zero only for a mixture of the
+others or where the loss does not look. (Jacobian: Chen et al. 2025. 1 / P_ii as in w_i² / [H⁻¹]_ii: Optimal Brain
+Surgeon, Hassibi & Stork 1993, equation 5. P downdated: SparseGPT, Frantar & Alistarh 2023.) Several consumers add up
+their s_i.
+
+The sums take one pass, forward and backward; P and Q = BᵀMB are then downdated once for each channel:
 
     P ← P − P_:i P_i: / P_ii,    Q ← (I − u e_iᵀ) Q (I − e_i uᵀ),    u = P_:i / P_ii,    s = diag(Q) / diag(P).
 """
@@ -44,30 +49,44 @@ At least 16 times the resolution in which products are taken.
 
 
 class Reader:
-    """The second moments of what a layer takes in, and of the gradients there, in float64."""
+    """The second moments of what a layer takes in, and of the gradients there, in float64.
+
+    Activations and gradients come as (examples, positions, channels).
+    """
 
     def __init__(self):
         self.squares: Tensor | float = 0.0
         self.sums: Tensor | float = 0.0
         self.gradients: Tensor | float = 0.0
+        self.products: Tensor | float = 0.0
         self.count = 0
         self.ridge = RIDGE
 
-    def take(self, inputs: Tensor) -> None:
-        """Add inputs, (positions, channels)."""
-        self.squares = self.squares + (inputs.T @ inputs).double()
-        self.sums = self.sums + inputs.sum(0).double()
-        self.count += len(inputs)
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Add what was taken in a batch, and the gradients there."""
         self.ridge = max(RIDGE, 16 * torch.finfo(inputs.dtype).eps)
-
-    def weigh(self, gradients: Tensor) -> None:
-        """Add the gradients at inputs, (positions, channels)."""
-        self.gradients = self.gradients + (gradients.T @ gradients).double()
+        rows, slopes = inputs.flatten(0, 1), gradients.flatten(0, 1)
+        self.squares = self.squares + (rows.T @ rows).double()
+        self.sums = self.sums + rows.sum(0).double()
+        self.count += len(rows)
+        self.gradients = self.gradients + (slopes.T @ slopes).double()
+        products, slopes = (inputs * gradients).sum(1).double(), gradients.sum(1).double()
+        self.products = self.products + torch.stack(
+            [(products**2).sum(0), (products * slopes).sum(0), (slopes**2).sum(0)]
+        )
 
     def covariance(self) -> Tensor:
         """Return the covariance of the inputs."""
         mean = self.sums / self.count
         return self.squares / self.count - mean[:, None] * mean
+
+    def weights(self) -> Tensor:
+        """Return M, Σ εεᵀ scaled so that Var(x_i) M_ii is Σ_n (Σ_t ε_ti (x_ti − E x_i))² over examples n."""
+        mean, variances = self.sums / self.count, self.covariance().diagonal()
+        whole = self.products[0] - 2 * mean * self.products[1] + mean**2 * self.products[2]
+        alone = variances * self.gradients.diagonal()
+        factors = torch.where(alone > 0, whole / alone, 0).clamp(min=0).sqrt()
+        return factors[:, None] * self.gradients * factors
 
 
 def watch_readers(
@@ -84,7 +103,6 @@ def watch_readers(
         def hook(layer: nn.Module, args: tuple) -> tuple:
             dim = activation_dim(layer, args[0])
             alias = args[0].view_as(args[0])  # its gradient is this use's alone
-            readers[name].take(_positions(alias, dim))
             taken.append((name, dim, alias))
             return (alias, *args[1:])
 
@@ -95,17 +113,17 @@ def watch_readers(
         for number, batch in numbered(batches):
             losses = checked_losses(model, batch, objective, number)
             gradients = torch.autograd.grad(losses.sum(), [alias for *_, alias in taken], allow_unused=True)
-            for (name, dim, _), gradient in zip(taken, gradients, strict=True):
+            for (name, dim, alias), gradient in zip(taken, gradients, strict=True):
                 if gradient is not None:
-                    readers[name].weigh(_positions(gradient, dim))
+                    readers[name].add(_positions(alias, dim), _positions(gradient, dim))
             taken.clear()
     return {name: reader for name, reader in readers.items() if isinstance(reader.gradients, Tensor)}
 
 
 def _positions(activation: Tensor, dim: int) -> Tensor:
-    """Return an activation as (positions, channels), at least in float32."""
-    rows = activation.detach().movedim(dim, -1).flatten(0, -2)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    """Return an activation as (examples, positions, channels), at least in float32."""
+    rows = activation.detach().movedim(dim, -1)
+    return rows.reshape(len(rows), -1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass
@@ -117,7 +135,7 @@ class Removal:
 
     @classmethod
     def of(cls, reader: Reader, layer: nn.Module, member: Member, width: int) -> Removal:
-        """Return the start, P = Cov(x)⁻¹ and Q = Σ εεᵀ over a group's channels.
+        """Return the start, P = Cov(x)⁻¹ and Q = M over a group's channels.
 
         Channels in different convolution groups cannot stand in for each other. The positions that a channel has on a
         flattened axis count like those of an image.
@@ -129,7 +147,7 @@ class Removal:
         covariance /= len(member.positions) / len(set(member.channels))
         level = (reader.ridge * covariance.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
         precision = torch.linalg.inv(covariance + level * torch.eye(width, dtype=torch.float64))
-        return cls(precision, _by_channel(reader.gradients.cpu().masked_fill(apart, 0), member, width))
+        return cls(precision, _by_channel(reader.weights().cpu().masked_fill(apart, 0), member, width))
 
     def losses(self) -> Tensor:
         """Return s of every channel; of those that are gone, 0."""
