@@ -30,7 +30,7 @@ from .structure.layers import (
     channel_sum,
     find_axis,
     get_layer,
-    is_attention,
+    has_role,
     layer_axes,
     own_parameters,
     scored_layers,
@@ -186,7 +186,7 @@ def _parameters_of_one(layer: nn.Module, key: str) -> int:
 
 def expand_axes(module: nn.Module | nn.Parameter, name: str, key: str) -> list[tuple[str, str, int]]:
     """Return (layer, axis, width) of all axes that torch_pruning treats as one item, given its module and direction."""
-    if is_attention(module):
+    if has_role(module, "attention"):
         both = [(name, "in", module.embed_dim), (name, "out", module.embed_dim)]
         projection = f"{name}.out_proj" if name else "out_proj"
         return [*both, (projection, "in", module.embed_dim), (projection, "out", module.embed_dim)]

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 PACKAGE = Path(__file__).parents[1] / "obc_tools"
 ORDER = (
@@ -93,3 +94,34 @@ def test_tests_import_helpers_not_each_other():
     for path in Path(__file__).parent.rglob("test_*.py"):
         froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         assert not [node.module for node in froms if (node.module or "").startswith(("test_", "tests."))], path.name
+
+
+STILL_ASKING = ("state", "scoring.capture", "scoring.sums", "structure.flow")
+"""Modules that name layer types themselves and are to ask `structure.layers`; state stands below it."""
+
+
+def layer_types_named(tree: ast.Module) -> set[str]:
+    """Return the types of torch's layers that code names without making a layer or annotating one: what tests types."""
+    nodes = list(ast.walk(tree))
+    calls = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    annotations = [getattr(node, "annotation", None) or getattr(node, "returns", None) for node in nodes]
+    free = {id(inner) for outer in annotations if outer is not None for inner in ast.walk(outer)} | calls
+    named = [node for node in nodes if isinstance(node, ast.Attribute) and id(node) not in free]
+    return {ast.unparse(node) for node in named if is_layer_type(ast.unparse(node))}
+
+
+def is_layer_type(name: str) -> bool:
+    if not name.startswith("nn."):
+        return False
+    found = nn
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return isinstance(found, type) and issubclass(found, nn.Module) and found is not nn.Module
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "structure.layers"])
+def test_only_the_table_tests_layer_types(name):
+    named = layer_types_named(MODULES[name])
+    assert bool(named) == (name in STILL_ASKING), f"{name} tests {named}: ask structure.layers"
+    modules = {node.module or "" for node in ast.walk(MODULES[name]) if isinstance(node, ast.ImportFrom)}
+    assert not [module for module in modules if module.startswith("timm.layers")]

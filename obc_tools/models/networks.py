@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from ..structure.layers import kernel_dims
 from .weights import load_weights, other_classes, read_weights
 
 OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
@@ -192,7 +193,7 @@ def _vgg_block(in_channels: int, channels: int, convolutions: int) -> nn.Sequent
 def _initialize_convolutions(model: nn.Module) -> None:
     """Draw convolution weights after He et al. (2015), fan-out; start their biases at zero."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if kernel_dims(module) == 2:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PlanMismatchError, PruningPlan
 from ..pruning.prune import prune
-from ..structure.layers import all_axes, get_layer
+from ..structure.layers import all_axes, get_layer, is_projection, layer_axes
 from .networks import load_model
 from .weights import load_weights, read_weights
 
@@ -232,10 +232,10 @@ def _complete_source(source: str | Mapping[str, Any], model: nn.Module) -> dict[
 
 
 def _output_width(model: nn.Module) -> int:
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    layers = [layer for layer in model.modules() if is_projection(layer)]
     if not layers:
         raise StoreError(f"{type(model).__name__} has no output layer to read num_classes from: put it into source")
-    return layers[-1].out_features if isinstance(layers[-1], nn.Linear) else layers[-1].out_channels
+    return layer_axes(layers[-1])["out"].width
 
 
 def _check_source(source: object) -> None:

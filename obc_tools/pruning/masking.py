@@ -16,17 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..structure.layers import (
-    LayerAxis,
-    all_axes,
-    channel_dims,
-    get_layer,
-    is_norm,
-    is_standardised,
-    layer_axes,
-    layer_type,
-    own_tensors,
-)
+from ..structure.layers import LayerAxis, all_axes, channel_dims, get_layer, is_norm, layer_type, own_tensors
 from ..structure.shrinking import is_attribute
 from .plan import PruningPlan
 
@@ -50,7 +40,7 @@ def masked(model: nn.Module, plan: PruningPlan) -> nn.Module:
         owner = layer if isinstance(layer, nn.Module) else copied.get_submodule(axis.layer.rpartition(".")[0])
         if is_norm(owner, "channels") and _is_width(owner, axis.axis):
             norms[owner] = kept, widths[axis]
-        elif axis.axis == "in" and is_standardised(layer):
+        elif axis.axis == "in" and layer_type(layer).statistics == "weights":
             _take_only(layer, kept)
     for norm, (kept, width) in norms.items():
         _see_only(norm, kept, width)
@@ -89,7 +79,7 @@ def _see_only(norm: nn.Module, kept: Sequence[int], width: int) -> None:
     """Narrow a norm to the kept channels; hooks pick its input's and put its output back among zeros."""
     dim = _channel_dim(norm, width)
     index = torch.tensor(kept)
-    for slot in layer_axes(norm)["out"].slots:
+    for slot in all_axes(norm)["out"].slots:
         parameter = own_tensors(norm)[slot.tensor]
         setattr(norm, slot.tensor, nn.Parameter(parameter.index_select(slot.dim, index.to(parameter.device))))
     for attribute in layer_type(norm).widths:

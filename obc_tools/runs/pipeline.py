@@ -32,7 +32,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.prune import prune, prune_to
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..state import evaluating
-from ..structure.layers import layer_axes
+from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
 from ..training.folder import History
 from ..training.processes import processes
@@ -298,7 +298,7 @@ def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool)
 
 def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     """Return JᵀJ of the first filters of the first convolution, over one set of calibration batches."""
-    found = [(name, layer) for name, layer in inputs.model.named_modules() if isinstance(layer, nn.Conv2d)]
+    found = [(name, layer) for name, layer in inputs.model.named_modules() if kernel_dims(layer) == 2]
     if not found or found[0][1].weight[0].numel() > LARGEST_SHOWN_FILTER:
         return None
     name, layer = found[0]

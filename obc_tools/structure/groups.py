@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UnknownNameError
 from .coupling import Bundle, Place, bundles
-from .layers import LayerAxis, UnknownLayerError, get_layer, layer_axes
+from .layers import LayerAxis, UnknownLayerError, get_layer, has_role, is_grouped, layer_axes
 from .operations import HEAD_COUNTS
 from .tracing import ModuleCall, trace_model
 
@@ -249,7 +249,7 @@ def _rank(model: nn.Module, axis: LayerAxis, order: Mapping[str, int], met: Mapp
         kind = NO_PRODUCER + 1
     elif axis.layer in met:
         return 0, met[axis.layer], axis.axis
-    elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding | nn.MultiheadAttention):
+    elif has_role(layer, "projection", "embedding", "attention"):
         kind = 1
     else:
         kind = NO_PRODUCER
@@ -295,8 +295,7 @@ def _in_table(model: nn.Module, axis: LayerAxis) -> bool:
 
 
 def _is_grouped(model: nn.Module, axis: LayerAxis) -> bool:
-    layer = get_layer(model, axis.layer)
-    return isinstance(layer, nn.modules.conv._ConvNd) and 1 < layer.groups < layer.in_channels
+    return is_grouped(get_layer(model, axis.layer))
 
 
 def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:

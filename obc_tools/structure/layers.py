@@ -27,9 +27,10 @@ other module of the library knows layer types: they ask the functions here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import MappingProxyType
@@ -90,7 +91,7 @@ class LayerTypeError(ValueError):
     """A description of a layer type that contradicts itself, the table, or a layer of the type."""
 
 
-ROLES = ("projection", "embedding", "attention", "norm", "scale", "parameter")
+ROLES = ("projection", "embedding", "attention", "norm", "scale", "parameter", "unknown")
 STATISTICS = (None, "examples", "positions", "channels", "weights")
 
 
@@ -204,35 +205,33 @@ _TABLE: dict[type | str, LayerType] = {
 """Layer type, or the full name of one that is not imported -> what is known of it. The most specific one counts."""
 
 
+UNKNOWN = LayerType("unknown")
+
+
 @cache
-def _type_of(kind: type) -> LayerType | None:
+def _type_of(kind: type) -> LayerType:
     names = ((ancestor, f"{ancestor.__module__}.{ancestor.__qualname__}") for ancestor in kind.__mro__)
-    return next((_TABLE[key] for pair in names for key in pair if key in _TABLE), None)
+    return next((_TABLE[key] for pair in names for key in pair if key in _TABLE), UNKNOWN)
 
 
-def layer_type(layer: nn.Module | Tensor) -> LayerType | None:
-    """Return what the table knows of a layer, or None."""
+def layer_type(layer: nn.Module | Tensor) -> LayerType:
+    """Return what the table knows of a layer; `UNKNOWN` where that is nothing."""
     return _type_of(type(layer))
 
 
 def is_known(layer: nn.Module | Tensor) -> bool:
     """Say whether the table describes a layer's type."""
-    return layer_type(layer) is not None
+    return layer_type(layer) is not UNKNOWN
 
 
 def has_role(layer: nn.Module | Tensor, *roles: str) -> bool:
-    """Say whether a layer's type has one of these `ROLES`."""
-    return is_known(layer) and layer_type(layer).role in roles
+    """Say whether a layer's type has one of these `ROLES`; an "attention" calls its projections as functions."""
+    return layer_type(layer).role in roles
 
 
 def is_projection(layer: nn.Module | Tensor) -> bool:
     """Say whether a layer makes channels from others: convolutions of all kinds, linear layers."""
     return has_role(layer, "projection")
-
-
-def is_attention(layer: nn.Module | Tensor) -> bool:
-    """Say whether a layer is torch's attention, which calls its projections as functions."""
-    return has_role(layer, "attention")
 
 
 def is_norm(layer: nn.Module | Tensor, *statistics: str) -> bool:
@@ -247,7 +246,7 @@ def is_batch_norm(layer: nn.Module | Tensor) -> bool:
 
 def is_standardised(layer: nn.Module | Tensor) -> bool:
     """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
-    return is_known(layer) and layer_type(layer).statistics == "weights"
+    return layer_type(layer).statistics == "weights"
 
 
 def is_grouped(layer: nn.Module | Tensor) -> bool:
@@ -257,7 +256,8 @@ def is_grouped(layer: nn.Module | Tensor) -> bool:
 
 def kernel_dims(layer: nn.Module | Tensor) -> int:
     """Return how many dimensions the kernel of a projection has: 2 for images, 0 for linear layers and all others."""
-    return max(0, own_tensors(layer)[next(iter(layer_type(layer).inputs))].dim() - 2) if is_projection(layer) else 0
+    weights = (own_tensors(layer).get(name) for name in layer_type(layer).inputs if is_projection(layer))
+    return max((weight.dim() - 2 for weight in weights if weight is not None), default=0)
 
 
 def activation_dim(layer: nn.Module, activation: Tensor) -> int:
@@ -272,87 +272,51 @@ def fixed_outputs(layer: nn.Module, taken: Tensor) -> Tensor | None:
     return None if fixed is None else fixed(layer, taken)
 
 
-@dataclass(frozen=True)
-class Registration(AbstractContextManager):
-    """A registered layer type: `remove` brings back what the table held before, as leaving a ``with`` block does."""
-
-    kind: type
-    before: LayerType | None
-
-    def remove(self) -> None:
-        """Forget the type."""
-        _TABLE.pop(self.kind, None)
-        if self.before is not None:
-            _TABLE[self.kind] = self.before
-        _type_of.cache_clear()
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-
-def register_layer(
-    kind: type[nn.Module],
-    *,
-    outputs: Mapping[str, int],
-    inputs: Mapping[str, int] = MappingProxyType({}),
-    widths: Mapping[str, str] = MappingProxyType({}),
-    groups: str | None = None,
-    channels: int | None = None,
-    mixes: bool = False,
-    linear: bool = True,
-    statistics: str | None = None,
-    role: str | None = None,
-    replace: bool = False,
-) -> Registration:
+def register_layer(kind: type[nn.Module], described: LayerType, *, replace: bool = False) -> ExitStack:
     """Describe a layer type of your own; all that works on torch's layers works on its layers from then on.
 
     Subclasses of known types need it only where they have parameters of their own. Prove what you wrote with
-    `check_layer`. A registration holds for this process.
+    `check_layer`. A registration holds for this process; put it beside the class.
 
     Args:
         kind: the class. Its subclasses are described too, unless by themselves.
-        outputs: its tensors (parameters or buffers), each with the dimension that runs over the channels that it makes
-            or, for a norm, passes on. A tensor that a layer has as None is left out.
-        inputs: its weight with the dimension that runs over the channels that it reads; nothing for norms and look-ups.
-        widths: attributes that hold a width, each with "out" or "in"; they follow pruning.
-        groups: the attribute that holds the number of convolution groups, in torch's layout of weights.
-        channels: the dimension of what it takes and gives that runs over the channels; by default the last one but for
-            as many as the weight has beyond two.
-        mixes: it is linear in its input, channel by channel, with biases for all other outputs, so that Equivalent
-            Pruning may mix its channels.
-        linear: its output is linear in all of ``outputs`` together.
-        statistics: over what it takes means: None, "examples" (a batch norm), "positions" (an instance norm),
-            "channels" (a layer norm), or "weights" (it standardises each output's weights).
-        role: one of `ROLES`; by default "projection" with inputs, else "norm" with statistics, else "scale".
+        described: what is to be known of it.
         replace: the type is in the table already, and this takes its place.
 
     Returns:
-        The registration; `Registration.remove`, or the end of a ``with`` block, undoes it.
+        What undoes the registration by its ``close()``, or at the end of a ``with`` block.
 
     Raises:
-        LayerTypeError: a description that contradicts itself, or a type that is known already.
+        LayerTypeError: no class of modules, a type that is known already, or one without tensors. Later, where a layer
+            is looked at: tensors or attributes that it does not have, or sizes that do not agree.
 
     Example:
-        >>> register_layer(  # weight (inputs, outputs), as in GPT-2
-        ...     Conv1D,
+        >>> described = LayerType(  # weight (inputs, outputs), as in GPT-2
+        ...     "projection",
         ...     outputs={"weight": 1, "bias": 0},
         ...     inputs={"weight": 0},
         ...     widths={"nf": "out", "nx": "in"},
         ...     mixes=True,
         ... )
+        >>> register_layer(Conv1D, described)
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise LayerTypeError(f"{kind!r} is no class of modules: register the type of a layer, not a layer")
     if kind in _TABLE and not replace:
         raise LayerTypeError(f"{kind.__name__} is in the table of layer types already: replace=True takes its place")
-    if not outputs:
+    if not described.outputs:
         raise LayerTypeError(f"{kind.__name__}: outputs name no tensor, so that nothing of it could be pruned")
-    role = role or ("projection" if inputs else "norm" if statistics in STATISTICS[1:4] else "scale")
-    described = (outputs, inputs, widths, groups, channels, 1, mixes, linear, statistics, None, True)
-    registration = Registration(kind, _TABLE.get(kind))
-    _TABLE[kind] = LayerType(role, *described)
+    undo = ExitStack()
+    undo.callback(_enter, kind, _TABLE.get(kind))
+    _enter(kind, dataclasses.replace(described, declared=True))
+    return undo
+
+
+def _enter(kind: type, described: LayerType | None) -> None:
+    """Let the table say this of a type, or nothing."""
+    _TABLE.pop(kind, None)
+    _TABLE.update({} if described is None else {kind: described})
     _type_of.cache_clear()
-    return registration
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module | Tensor:
@@ -393,18 +357,18 @@ def layer_axes(layer: nn.Module | nn.Parameter, name: str = "") -> dict[str, Axi
         LayerTypeError: the layer is not as its registered type says.
     """
     kind, where = layer_type(layer), f"layer {name!r} ({type(layer).__name__})"
-    if kind is None:
+    if kind is UNKNOWN:
         what = f"layer {name!r}: type {type(layer).__name__} is not in the table of layer types"
         raise UnknownLayerError(f"{what}; register_layer describes it")
     if isinstance(layer, Tensor):
         longer = [dim for dim, size in enumerate(layer.shape) if size > 1]
         return {"out": Axis(layer.shape[longer[-1]], (Slot("", longer[-1]),))} if longer else {}
+    if kind.declared:
+        _check_layer_fits(layer, kind, where)
     strange = sorted(own_parameters(layer).keys() - kind.outputs.keys() - kind.inputs.keys())
     if strange or "parametrizations" in getattr(layer, "_modules", {}):
         what = f"parameters {strange}" if strange else "a parametrization (remove it first)"
         raise UnknownLayerError(f"{where} has {what} that its type does not explain")
-    if kind.declared:
-        _check_layer_fits(layer, kind, where)
     axes = _described_axes(layer, kind, where)
     if kind.declared:
         _check_sizes(layer, axes, where)

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..state import copy_borrowing
-from .layers import (
-    TEMPERATURE,
-    LayerAxis,
-    all_axes,
-    get_layer,
-    is_attention,
-    layer_axes,
-    own_tensors,
-    scale_outputs,
-    select_channels,
-)
+from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, has_role, own_tensors, scale_outputs, select_channels
 
 ROOT = "^-0.5"
 """What ends the axis of an attribute that holds a width to the power of −1/2."""
@@ -84,7 +74,7 @@ def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str 
 
     `kept` maps an axis name to the kept positions, in ascending order. New parameters keep their requires_grad.
     """
-    axes = layer_axes(layer, name) if kept else {}
+    axes = all_axes(layer, name) if kept else {}
     for key, positions in kept.items():
         axis = axes[key]
         for slot in axis.slots:
@@ -94,7 +84,7 @@ def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str 
         for attribute in axis.attributes:
             old = getattr(layer, attribute)
             setattr(layer, attribute, (len(positions),) if isinstance(old, tuple) else len(positions))
-    if kept and is_attention(layer):
+    if kept and has_role(layer, "attention"):
         layer.head_dim = layer.embed_dim // layer.num_heads
 
 

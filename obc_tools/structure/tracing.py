@@ -27,7 +27,19 @@ from . import operations  # noqa: F401  (it fills the table of operations)
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, sized_shape
 from .flow import INPUT, Channels, Flow, follow, tensors_in, track_attributes
-from .layers import LayerAxis, UnknownLayerError, all_axes, get_layer, is_known, layer_axes, own_tensors, scalable_slots
+from .layers import (
+    LayerAxis,
+    UnknownLayerError,
+    all_axes,
+    get_layer,
+    has_role,
+    is_known,
+    is_projection,
+    layer_axes,
+    layer_type,
+    own_tensors,
+    scalable_slots,
+)
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -143,6 +155,7 @@ class Tracer:
         tensors = own_tensors(layer)
         dims = {leaf: [None] * tensor.dim() for leaf, tensor in tensors.items()}
         labels = {key: self.flow.fresh(axis.width) for key, axis in axes.items()}
+        weights = {"weight", *layer_type(layer).inputs}
         for key, axis in axes.items():
             for slot in axis.slots:
                 if slot.groups == slot.parts == 1:
@@ -155,7 +168,7 @@ class Tracer:
             if tensor in self.flow.tensors:
                 self._tie(tensor, dims[leaf], labels)
             else:
-                self.flow.put(tensor, dims[leaf], weight_of=name if leaf == "weight" else None)
+                self.flow.put(tensor, dims[leaf], weight_of=name if leaf in weights else None)
             self.owners[id(tensor)].append(name)
 
     def _tie(self, tensor: Tensor, dims: Sequence[np.ndarray | None], labels: Mapping[str, np.ndarray]) -> None:
@@ -211,16 +224,16 @@ class Tracer:
         def entering(name: str) -> Callable:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.stack.append(name)
-                self.paused += isinstance(module, nn.MultiheadAttention)
+                self.paused += has_role(module, "attention")
 
             return enter
 
         def leaving(name: str) -> Callable:
             def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 self.stack.pop()
-                if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+                if is_projection(module):
                     self.history.gave(name, output)
-                if isinstance(module, nn.MultiheadAttention):
+                if has_role(module, "attention"):
                     self.paused -= 1
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Batches
 from ..measure.metrics import Metrics, evaluate
 from ..state import evaluating
+from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
 from .guard import DivergenceError, Where
 from .processes import Processes, accelerating, processes, random_state, seeded, set_random_state
@@ -344,9 +345,8 @@ def _spared(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _channels_last(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     """Store the kernels of 2-d convolutions channels last, if the recipe says so; bring back the usual order."""
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    kernels = [layer.weight for layer in model.modules() if recipe.channels_last and isinstance(layer, kinds)]
-    kernels = [kernel for kernel in kernels if kernel.ndim == 4]
+    layers = [layer for layer in model.modules() if recipe.channels_last and kernel_dims(layer) == 2]
+    kernels = [kernel for layer in layers for kernel in own_parameters(layer).values() if kernel.ndim == 4]
     try:
         for kernel in kernels:
             kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import UnknownNameError
+from ..structure.layers import is_norm
 from .guard import Guard, Where, reading_lag
 from .recipe import Recipe, learning_rate_factor
 
@@ -223,14 +224,6 @@ class WeightAverage:
         model.load_state_dict(self.model.state_dict())
 
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
-
-
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Sort a model's trainable parameters into the groups that a recipe treats apart.
 
@@ -267,7 +260,7 @@ def _group_of(name: str, model: nn.Module) -> str:
     owner, _, leaf = name.rpartition(".")
     if leaf in ("compressor", "decompressor"):
         return "compressor"
-    if leaf.endswith("bias") or isinstance(model.get_submodule(owner), _NORMS):
+    if leaf.endswith("bias") or is_norm(model.get_submodule(owner)):
         return "norm"
     return "rest"
 
@@ -312,5 +305,5 @@ def set_train_mode(model: nn.Module, recipe: Recipe) -> None:
     model.train()
     if recipe.freeze_statistics:
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
+            if is_norm(module, "examples", "positions"):
                 module.eval()

@@ -30,7 +30,7 @@ from ..scoring.interactions import FilterInteractions, filter_interactions
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, GroupJTJ, dense_jtj, group_jtj
 from ..structure.groups import find_groups
-from ..structure.layers import LayerAxis, get_layer, layer_axes, scored_layers
+from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from .controls import (
     COLUMN,
     REST,
@@ -93,7 +93,9 @@ class Explorer(W.VBox):
 
     def choose_layer(self) -> W.Dropdown:
         """Return the choice of a layer whose channels can be looked at; raise ValueError where there is none."""
-        layers = [name for name, layer in scored_layers(self.network) if isinstance(layer, nn.Conv2d | nn.Linear)]
+        layers = [
+            name for name, layer in scored_layers(self.network) if is_projection(layer) and kernel_dims(layer) in (0, 2)
+        ]
         if not layers:
             raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
         return dropdown("layer", layers, layers[0])

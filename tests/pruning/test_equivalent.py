@@ -1,9 +1,11 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from networks import NETWORKS, Tied, network, random_plan
 from oracles_pruning import Inserted, inserted
+from own_layers import Blur, Turned, registered
 from torch import nn
 
 from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
@@ -200,6 +202,42 @@ def test_every_layer_type_trains_as_inserted_maps_do(name):
     torch.testing.assert_close(equivalent(images), oracle(images), rtol=0, atol=1e-10)
     torch.testing.assert_close(equivalent.merge()(images), equivalent(images), rtol=0, atol=1e-12)
     assert (equivalent(images) - naive(images)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("own", "shape"), [(Turned(8, 12), (4, 3)), (Blur(8, 12), (2, 3, 6, 6)), (Blur(8, 12, 2), (2, 3, 6, 6))]
+)
+def test_registered_types_train_as_inserted_maps_do(own, shape):
+    torch.manual_seed(0)
+    around = nn.Linear if len(shape) == 2 else partial(nn.Conv2d, kernel_size=1)
+    model = nn.Sequential(around(3, 8), nn.Tanh(), copy.deepcopy(own), nn.Tanh(), around(12, 4)).double()
+    inputs = torch.randn(shape).double()
+    with registered():
+        scores = {group: torch.rand(group.width) for group in find_groups(model, inputs)}
+        plan = make_plan(scores, ratio=0.5, scope="local")
+        equivalent = EquivalentModel(model, plan)
+        oracle = inserted(model, plan, equivalent)
+        assert set(equivalent.mixed_layers) == {"0", "2", "4"}
+        train(equivalent, inputs, 3)
+        train(oracle, inputs, 3)
+        torch.testing.assert_close(equivalent(inputs), oracle(inputs), rtol=0, atol=1e-10)
+        merged = equivalent.merge()
+        torch.testing.assert_close(merged(inputs), equivalent(inputs), rtol=0, atol=1e-12)
+        naive = prune(model, plan)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in naive.named_parameters()]
+    assert (merged(inputs) - naive(inputs)).abs().max() > 1e-6
+
+
+def test_where_nothing_can_be_mixed_it_says_so(caplog):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Turned(3, 8), nn.Tanh(), Turned(8, 4)), torch.randn(4, 3)
+    plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
+    with caplog.at_level("WARNING"):
+        EquivalentModel(model, plan)
+    assert caplog.messages == ["nothing can be mixed (Parameter, Turned): this trains as the pruned network alone"]
+    with registered(), caplog.at_level("WARNING"):
+        plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
+        assert EquivalentModel(model, plan).mixed_layers and len(caplog.messages) == 1
 
 
 def test_layers_that_lost_nothing_have_no_maps():
