@@ -43,7 +43,6 @@ from obc_tools import (
 )
 from obc_tools.files import environment
 
-
 STEPS = 5
 
 
