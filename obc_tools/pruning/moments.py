@@ -114,6 +114,10 @@ def _weight_name(layer: nn.Module) -> str:
     return next(iter(layer_type(layer).inputs))
 
 
+def _is_transposed(layer: nn.Module) -> bool:
+    return layer_type(layer).inputs[_weight_name(layer)] == 0
+
+
 def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return the weight of a layer as (groups, outputs of a group, d)."""
     mixing = Mixing.of(layer)
@@ -128,7 +132,7 @@ def from_weight_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
     mixing = Mixing.of(layer)
     if mixing is not None:
         return mixing.join(matrix.unflatten(2, (-1, kernel.numel())).transpose(2, 3))
-    filters = matrix if layer_type(layer).inputs[_weight_name(layer)] == 0 else matrix.flatten(0, 1)[:, None]
+    filters = matrix if _is_transposed(layer) else matrix.flatten(0, 1)[:, None]
     return filters.unflatten(2, kernel)
 
 
@@ -147,7 +151,7 @@ def unfolded_chunks(
     places = math.prod(outputs.shape[2:])
     groups, _, d = weight_matrix(layer, weight_of(layer)).shape
     step = max(1, CHUNK // max(1, groups * d * places))
-    plain = type(layer).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    plain = type(layer).forward.__module__ == "torch.nn.modules.conv" and not _is_transposed(layer)
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
         y = y.flatten(2).unflatten(1, (groups, -1))
         if draw is None:

@@ -19,7 +19,6 @@ from ..state import hooks, no_fused_attention
 from ..structure.layers import (
     UnknownLayerError,
     has_role,
-    is_attention,
     is_norm,
     is_projection,
     is_standardised,
@@ -68,7 +67,7 @@ class Survey:
 def linear_map(model: nn.Module, reading: Reading) -> nn.Module:
     """Return the layer of a reading; of an attention, a linear layer on the memory of its in_proj's rows."""
     layer = model.get_submodule(reading.layer)
-    if not is_attention(layer):
+    if not has_role(layer, "attention"):
         return layer
     width = layer.in_proj_weight.shape[0] // 3
     rows = slice(width * reading.parts[0], width * (reading.parts[-1] + 1))
@@ -86,7 +85,7 @@ def readers(model: nn.Module) -> dict[str, str | None]:
     for name, layer in model.named_modules():
         if has_role(layer, "embedding"):
             found[name] = "a look-up reads no channels"
-        elif is_projection(layer) or is_attention(layer):
+        elif is_projection(layer) or has_role(layer, "attention"):
             found[name] = _unfit(layer, name, owners)
     return found
 
@@ -159,7 +158,9 @@ def stopping(model: nn.Module, layers: list[str], visit: Visit, *, after: bool) 
     Torch's attention calls its projections functionally; its readings are those of `X` (in_proj) and `X.out_proj`.
     """
     modules = {name: model.get_submodule(name) for name in layers}
-    inner = {name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if is_attention(m)}
+    inner = {
+        name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if has_role(m, "attention")
+    }
     outside = {n: m for n, m in modules.items() if n not in inner and n not in inner.values()}
     places = {_memory(m.in_proj_weight): (name, m) for name, m in modules.items() if name in inner}
     places |= {_memory(m.weight): (name, None) for name, m in modules.items() if name in inner.values()}
