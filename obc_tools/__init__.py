@@ -19,6 +19,7 @@ _NAMES = {
     "models.store": ("load_pruned", "save_pruned"),
     "pruning.check": ("Check", "check_plan"),
     "pruning.choices": ("Target",),
+    "pruning.compensation": ("compensate", "recalibrate"),
     "pruning.equivalent": ("EquivalentModel",),
     "pruning.layer_check": ("check_layer",),
     "pruning.order": ("make_plan", "one_shot_plan"),

@@ -117,5 +117,5 @@ def test_torch_prunings_fpgm_measures_between_squared_weights():
 
 def test_every_criterion_of_torch_pruning_is_here():
     names = {"taylor", "hessian", "obdc", "l1", "l2", "fpgm", "bn_scale", "lamp", "random"}
-    assert set(CRITERIA) == names | {"jacobian", "whc"}
+    assert set(CRITERIA) == names | {"jacobian", "whc", "residual"}
     assert CRITERIA["obdc"].applies(nn.Linear(1, 1)) and not CRITERIA["obdc"].applies(nn.BatchNorm2d(1))

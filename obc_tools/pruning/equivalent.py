@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
-from .plan import PruningPlan, prune
+from .plan import PlanMismatchError, PruningPlan, prune
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,11 @@ class MixedLayer(nn.Module):
         """What of the layer is mixed."""
         return (self.mixing.weight,) if self.bias is None else (self.mixing.weight, self.mixing.bias)
 
+    def of_start(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return a pruned layer's weight in the mixing form and, where it is mixed, its bias, (blocks, kept)."""
+        bias = None if self.bias is None else parameters[self.mixing.bias].detach().view(len(self.bias), -1)
+        return self.mixing.split(parameters[self.mixing.weight].detach()), bias
+
     def effective(self) -> dict[str, Tensor]:
         """Return C·W·D and, where it is mixed, C·b, by their names in the layer and in its own layout."""
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -119,6 +124,26 @@ class MixedLayer(nn.Module):
                 weight = self._compress(self._decompress(self.weight))
             bias = None if self.bias is None else (self.compressor @ self.bias[..., None]).flatten()
             return dict(zip(self.names, (self.mixing.join(weight), bias), strict=False))
+
+    @torch.no_grad()
+    def begin_at(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Move D to the least squares of C·W·D on a weight, in the mixing form, and W and b by what is still missing.
+
+        Afterwards C·W·D is that weight and C·b that bias. All other rows of W and b stay.
+        """
+        if self.decompressor is not None:
+            compressed = self._compress(self.weight).flatten(1, 2)
+            missing = weight.flatten(1, 2) - compressed @ self.decompressor
+            self.decompressor += torch.linalg.pinv(compressed) @ missing
+        effective = self._compress(self._decompress(self.weight))
+        missing = (weight - effective).flatten(1, 2)
+        if self.decompressor is not None:
+            missing = missing @ torch.linalg.pinv(self.decompressor)
+        missing = missing.unflatten(1, weight.shape[1:3])
+        back = None if self.compressor is None else torch.linalg.pinv(self.compressor)
+        self.weight += missing if back is None else (back @ missing.flatten(2)).unflatten(2, missing.shape[2:])
+        if self.bias is not None:
+            self.bias += (back @ (bias - (self.compressor @ self.bias[..., None])[..., 0])[..., None])[..., 0]
 
     def _compress_first(self) -> bool:
         """Say which product first costs fewer multiplications."""
@@ -153,17 +178,23 @@ class EquivalentModel(nn.Module):
     Args:
         model: the unpruned model; left unchanged.
         plan: which channels stay.
+        start: a network with the keys and shapes of `prune(model, plan)`, such as `compensate` returns, to begin at;
+            left unchanged.
 
-    Before training it computes what `prune(model, plan)` computes. `merge` returns the plain pruned network.
+    Before training it computes what `prune(model, plan)` computes, or what `start` does: its decompressors begin where
+    C·W·D is nearest to the start's weights, and the full weights take what a mixture of channels cannot express.
+    `merge` returns the plain pruned network.
 
     Raises:
-        PlanMismatchError: the plan does not fit the model.
+        PlanMismatchError: the plan does not fit the model, or the start is not what the plan leaves of it.
         ValueError: a weight that is shared by layers which mix it differently (says which).
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan):
+    def __init__(self, model: nn.Module, plan: PruningPlan, *, start: nn.Module | None = None):
         super().__init__()
         self.skeleton = prune(model, plan)
+        if start is not None:
+            self.skeleton = _like(self.skeleton, start)
         self.mixed = nn.ModuleDict()
         kept: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for axis, positions in plan.shrunk.items():
@@ -172,6 +203,8 @@ class EquivalentModel(nn.Module):
         for name, positions in kept.items():
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
+                if start is not None:
+                    mixed.begin_at(*mixed.of_start(self.skeleton.get_submodule(name)._parameters))
                 self.mixed[_key(name)] = mixed
         self._tied = _share_tied(model, self.mixed_layers)
         for layer, leaf in self._places():
@@ -326,6 +359,16 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the layer that holds a parameter, and the parameter's name there."""
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
+
+
+def _like(pruned: nn.Module, start: nn.Module) -> nn.Module:
+    """Return a copy of a start; raise PlanMismatchError unless it has the keys and shapes of the pruned network."""
+    ours, theirs = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (pruned, start))
+    wrong = next((key for key in ours | theirs if ours.get(key) != theirs.get(key)), None)
+    if wrong is not None:
+        found = f"{theirs.get(wrong, 'missing')} in the start, {ours.get(wrong, 'missing')} by the plan"
+        raise PlanMismatchError(f"the start is not what the plan leaves of the model: {wrong!r} is {found}")
+    return copy.deepcopy(start)
 
 
 def _key(name: str) -> str:

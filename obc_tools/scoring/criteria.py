@@ -19,7 +19,7 @@ from ..errors import UnknownNameError
 from ..structure.layers import Axis, channel_view, is_batch_norm, is_projection, own_parameters
 from .rows import Rows, parameter_slots
 
-NEEDS = ("weights", "gradients", "squares", "products")
+NEEDS = ("weights", "gradients", "squares", "products", "residuals")
 COUPLINGS = ("member", "group", "set")
 
 
@@ -77,8 +77,8 @@ Saliency = Callable[[nn.Module, Axis, Evidence], Tensor]
 class Criterion:
     """A saliency of one layer axis and what it needs to see.
 
-    ``needs``: "weights" (no data), "gradients" (of the mean loss), "squares" (of each example's gradient) or "products"
-    (J·w, row by row).
+    ``needs``: "weights" (no data), "gradients" (of the mean loss), "squares" (of each example's gradient), "products"
+    (J·w, row by row) or "residuals" (of activations, a group at a time).
     ``applies``, ``axes``: which layers and axes it scores; a group's other members are left out. All dimensions of a
     bare parameter but its last count as "in".
     ``rescale``: of the group's combined scores, shape (width,), before any normalizer.
@@ -175,6 +175,14 @@ def _bn_scale(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
     return evidence.weights.abs().sum(1)
 
 
+def _residual(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
+    """(1 − R_i²) Σ_n (J_n w)², R_i² the share of x_i that other channels explain: lost after compensation (`residual`).
+
+    It is of a group, not of one of its axes: `score_groups` asks `residual.residual_scores`.
+    """
+    raise ValueError("the residual of a channel is of its whole group: call score_groups")
+
+
 def _random(layer: nn.Module, axis: Axis, evidence: Evidence) -> Tensor:
     """Uniform in [0, 1), drawn from the seed."""
     return torch.rand(axis.width, generator=evidence.generator)
@@ -195,6 +203,7 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
             Criterion("bn_scale", "weights", _bn_scale, applies=is_batch_norm),
             Criterion("lamp", "weights", _l2, rescale=_lamp),
             Criterion("random", "weights", _random),
+            Criterion("residual", "residuals", _residual, axes=("in",)),
         )
     }
 )

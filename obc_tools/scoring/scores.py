@@ -19,6 +19,7 @@ from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parame
 from .criteria import Criterion, Evidence, resolve_criterion
 from .jacobian import stream_products
 from .objectives import Objective, batch_loss, classification, sampled_classification
+from .residual import residual_scores
 from .rows import distinct_members, parameter_slots, stream_gradients
 
 Products = Mapping[LayerAxis, Tensor]
@@ -199,7 +200,9 @@ def score_groups(
             raise ValueError(f"group {group.root}: criterion {criterion.name!r} scores none of its members")
     if criterion.sampled_labels:
         objective = _sampling(criterion, objective, seed)
-    if criterion.coupling in JOINED:
+    if criterion.needs == "residuals":
+        combined = residual_scores(model, parts, batches, objective)
+    elif criterion.coupling in JOINED:
         axes = _axes(model, parts)
         stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
         combined = JOINED[criterion.coupling](parts, stream)
@@ -220,10 +223,10 @@ def _check_request(criterion: Criterion, batches: Any, group_reduction: str, nor
         raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
     if criterion.needs != "weights" and batches is None:
         raise ValueError(f"criterion {criterion.name!r} needs {criterion.needs}: give it batches")
-    if criterion.coupling in JOINED and group_reduction != "sum":
-        raise ValueError(
-            f"group_reduction={group_reduction!r}: coupling={criterion.coupling!r} already joins the members, leave sum"
-        )
+    joined = f"coupling={criterion.coupling!r}" if criterion.coupling in JOINED else None
+    joined = f"criterion {criterion.name!r}" if criterion.needs == "residuals" else joined
+    if joined and group_reduction != "sum":
+        raise ValueError(f"group_reduction={group_reduction!r}: {joined} already joins the members, leave sum")
 
 
 def _sampling(criterion: Criterion, objective: Objective, seed: int) -> Objective:

@@ -313,6 +313,6 @@ def test_sampled_labels_need_classification():
 
 def test_what_draws_is_repeated():
     drawing = {name for name, criterion in CRITERIA.items() if criterion.draws}
-    assert drawing == {"jacobian", "taylor", "hessian", "obdc", "random"}
+    assert drawing == {"jacobian", "taylor", "hessian", "obdc", "random", "residual"}
     with pytest.raises(ValueError, match=r"batches=0; expected at least 1"):
         Criterion("mine", "weights", lambda layer, axis, evidence: evidence.weights.sum(1), batches=0)

@@ -1,0 +1,214 @@
+"""Least squares of a layer's outputs on its inputs, from second moments that are summed up batch by batch.
+
+The canonical layout. Whatever its type, a layer linear in its inputs is one matrix a convolution group, and what it
+sees at one output position is d numbers: inputs ``(examples, groups, d, positions)``, outputs ``(examples, groups, o,
+positions)``, weight ``(groups, o, d)``, where d runs over the input channels of a group and then over the kernel's
+taps. A depthwise convolution has as many groups as channels, a linear layer one example with many positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ..structure.layers import kernel_dims, layer_type, own_parameters
+from .equivalent import Mixing
+
+CHUNK = 2**22
+"""The most numbers of unfolded inputs held at once, unless one example has more."""
+
+
+class Moments:
+    """Sums over positions of products of inputs x and outputs y, in float64; the products are at least float32.
+
+    With ``centred``, of both less their means. They are taken less the first chunk's means, so that little cancels.
+    """
+
+    def __init__(self, groups: int, inputs: int, outputs: int, *, centred: bool, device: torch.device):
+        make = {"dtype": torch.float64, "device": device}
+        self.squares = torch.zeros(groups, inputs, inputs, **make)
+        self.products = torch.zeros(groups, outputs, inputs, **make)
+        self.input_sums, self.output_sums = torch.zeros(groups, inputs, **make), torch.zeros(groups, outputs, **make)
+        self.count, self.centred = 0, centred
+        self._shifts: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def nbytes(groups: int, inputs: int, outputs: int) -> int:
+        """Return how many bytes the sums and their solution take."""
+        return 16 * groups * inputs * (inputs + outputs)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add positions: inputs (examples, groups, d, positions), outputs (examples, groups, o, positions)."""
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        inputs, outputs = inputs.to(dtype), outputs.to(dtype)
+        if self.centred:
+            if self._shifts is None:
+                self._shifts = inputs.mean((0, 3)), outputs.mean((0, 3))
+            inputs, outputs = inputs - self._shifts[0][..., None], outputs - self._shifts[1][..., None]
+            self.input_sums += inputs.sum((0, 3))
+            self.output_sums += outputs.sum((0, 3))
+        self.squares += _summed_products(inputs, inputs)
+        self.products += _summed_products(outputs, inputs)
+        self.count += inputs.shape[0] * inputs.shape[3]
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither NaN nor infinity has come in."""
+        return bool(self.squares.diagonal(dim1=1, dim2=2).isfinite().all() and self.products.isfinite().all())
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Return S = E[y xᵀ](E[x xᵀ] + λI)⁻¹, shape (groups, o, d), and the intercept E[y] − S E[x], (groups, o).
+
+        λ is ``ridge`` times the mean second moment of a group's inputs. Without a ridge S is the least of all
+        solutions, where inputs depend on each other and there are several.
+        """
+        second, cross = self.squares / self.count, self.products / self.count
+        x, y = self.input_sums / self.count, self.output_sums / self.count
+        second -= x[:, :, None] * x[:, None]
+        cross -= y[:, :, None] * x[:, None]
+        solution = _solve(second, cross, ridge)
+        if self._shifts is not None:
+            x, y = x + self._shifts[0], y + self._shifts[1]
+        return solution, y - (solution @ x[..., None])[..., 0]
+
+
+def _summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ left · rightᵀ over examples and positions, (groups, left's rows, right's rows)."""
+    if left.shape[1] == 1:
+        zero = left.new_zeros(left.shape[2], right.shape[2])
+        return torch.addbmm(zero, left[:, 0], right[:, 0].mT)[None]
+    return (left @ right.mT).sum(0)
+
+
+def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups of dead inputs."""
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    scale = diagonal.mean(1, keepdim=True)
+    level = ridge * torch.where(scale > 0, scale, 1)
+    if ridge:
+        factor, failed = torch.linalg.cholesky_ex(second + torch.diag_embed(level.expand_as(diagonal)))
+        if not failed.any():
+            return torch.cholesky_solve(cross.mT, factor).mT
+    values, vectors = torch.linalg.eigh(second)
+    least = values[:, -1:].clamp(min=0) * values.shape[1] * torch.finfo(values.dtype).eps
+    inverse = torch.where(values > least, 1 / (values + level), 0)
+    return cross @ (vectors * inverse[:, None]) @ vectors.mT
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of a layer that reads channels by a linear map."""
+    return own_parameters(layer)[_weight_name(layer)]
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """Return what a layer adds to its outputs, or None."""
+    return next((value for name, value in own_parameters(layer).items() if name != _weight_name(layer)), None)
+
+
+def _weight_name(layer: nn.Module) -> str:
+    return next(iter(layer_type(layer).inputs))
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return layer_type(layer).inputs[_weight_name(layer)] == 0
+
+
+def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return the weight of a layer as (groups, outputs of a group, d)."""
+    mixing = Mixing.of(layer)
+    if mixing is None:  # depthwise: a group a channel
+        return weight.unflatten(0, (layer.groups, -1)).flatten(2)
+    return mixing.split(weight).transpose(2, 3).flatten(2)
+
+
+def from_weight_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """Return a weight in the layer's own layout: the inverse of `weight_matrix`, for any number of outputs."""
+    kernel = weight_of(layer).shape[2:]
+    mixing = Mixing.of(layer)
+    if mixing is not None:
+        return mixing.join(matrix.unflatten(2, (-1, kernel.numel())).transpose(2, 3))
+    filters = matrix if _is_transposed(layer) else matrix.flatten(0, 1)[:, None]
+    return filters.unflatten(2, kernel)
+
+
+def unfolded_chunks(
+    layer: nn.Module, inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a layer saw in a call, and what it gave, in the canonical layout, a few examples at a time.
+
+    ``draw``: of the number of output positions of an example, which of them to take; None takes all.
+    """
+    if not kernel_dims(layer):
+        yield from _linear_chunks(inputs, outputs, draw)
+        return
+    if inputs.dim() == kernel_dims(layer) + 1:  # an example without a batch
+        inputs, outputs = inputs[None], outputs[None]
+    places = math.prod(outputs.shape[2:])
+    groups, _, d = weight_matrix(layer, weight_of(layer)).shape
+    step = max(1, CHUNK // max(1, groups * d * places))
+    plain = type(layer).forward.__module__ == "torch.nn.modules.conv" and not _is_transposed(layer)
+    for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
+        y = y.flatten(2).unflatten(1, (groups, -1))
+        if draw is None:
+            yield (_windows(layer, x) if plain else _probed(layer, x)), y
+            continue
+        at = draw(places)
+        yield (_windows(layer, x, at) if plain else _probed(layer, x)[..., at]), y[..., at]
+
+
+def _linear_chunks(
+    inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (1, 1, channels, positions) of inputs and outputs with their channels last."""
+    if draw is not None and inputs.dim() > 2:
+        at = draw(math.prod(inputs.shape[1:-1]))
+        inputs, outputs = (tensor.flatten(1, -2)[:, at] for tensor in (inputs, outputs))
+    step = max(1, CHUNK // inputs.shape[-1])
+    for x, y in zip(inputs.flatten(0, -2).split(step), outputs.flatten(0, -2).split(step), strict=True):
+        yield x.T[None, None], y.T[None, None]
+
+
+def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None = None) -> Tensor:
+    """Return a convolution's windows at some output places, (examples, groups, d, places), by striding."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
+    kernel, steps = layer.kernel_size, layer.stride
+    extents = [d * (k - 1) + 1 for d, k in zip(layer.dilation, kernel, strict=True)]
+    places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extents, steps, strict=True)]
+    example, channel, *along = padded.stride()
+    inside = [d * s for d, s in zip(layer.dilation, along, strict=True)]
+    between = [d * s for d, s in zip(steps, along, strict=True)]
+    # Copying a strided view takes a third of the time of F.unfold on a CPU.
+    windows = padded.as_strided(
+        (*padded.shape[:2], *kernel, *places), (example, channel, *inside, *between), padded.storage_offset()
+    )
+    if at is not None:
+        windows = windows[(..., *torch.unravel_index(at, places))]
+    inputs_of_group = inputs.shape[1] // layer.groups * math.prod(kernel)
+    return windows.reshape(len(inputs), layer.groups, inputs_of_group, -1)
+
+
+def _probed(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the same of any layer, by running it on weights that are zero but for one tap of one input each."""
+    groups, _, d = weight_matrix(layer, weight_of(layer)).shape
+    one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(groups, -1, -1)
+    probes = {f"layer.{_weight_name(layer)}": from_weight_matrix(layer, one)}
+    if bias_of(layer) is not None:
+        probes |= {f"layer.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
+    return functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2).unflatten(1, (groups, d))
+
+
+class _Unhooked(nn.Module):
+    """A layer called past its hooks."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer.forward(inputs)

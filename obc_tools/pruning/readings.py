@@ -1,0 +1,220 @@
+"""Where a network reads channels by a linear map: which layers do, in which order, and how to stop a pass at them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..state import hooks, no_fused_attention
+from ..structure.layers import (
+    UnknownLayerError,
+    has_role,
+    is_norm,
+    is_projection,
+    is_standardised,
+    layer_axes,
+    layer_type,
+    own_parameters,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One call of a linear map: a layer's, or of the rows of an attention's in_proj that make these parts (q, k, v)."""
+
+    layer: str
+    parts: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"layer {self.layer!r}" + (f" ({', '.join('qkv'[part] for part in self.parts)})" if self.parts else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """What a reading took and, where the pass stopped after it, gave."""
+
+    reading: Reading
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+
+Visit = Callable[[Stop], None]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the pass of one batch tells: the readings in running order, and the norms that follow.
+
+    ``norms`` maps a layer to the norm with running statistics that alone reads its outputs. ``plain`` maps a layer that
+    reads channels to the reason why its weights cannot be fitted.
+    """
+
+    readings: tuple[Reading, ...]
+    norms: Mapping[str, str]
+    plain: Mapping[str, str]
+
+
+def linear_map(model: nn.Module, reading: Reading) -> nn.Module:
+    """Return the layer of a reading; of an attention, a linear layer on the memory of its in_proj's rows."""
+    layer = model.get_submodule(reading.layer)
+    if not has_role(layer, "attention"):
+        return layer
+    width = layer.in_proj_weight.shape[0] // 3
+    rows = slice(width * reading.parts[0], width * (reading.parts[-1] + 1))
+    linear = nn.Linear(1, 1, bias=layer.in_proj_bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.in_proj_weight.detach()[rows])
+    if layer.in_proj_bias is not None:
+        linear.bias = nn.Parameter(layer.in_proj_bias.detach()[rows])
+    return linear
+
+
+def readers(model: nn.Module) -> dict[str, str | None]:
+    """Return the layers that read channels by a linear map, with the reason why one cannot be fitted, or None."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = {}
+    for name, layer in model.named_modules():
+        if has_role(layer, "embedding"):
+            found[name] = "a look-up reads no channels"
+        elif is_projection(layer) or has_role(layer, "attention"):
+            found[name] = _unfit(layer, name, owners)
+    return found
+
+
+def _unfit(layer: nn.Module, name: str, owners: Counter[nn.Parameter]) -> str | None:
+    try:
+        layer_axes(layer, name)
+    except UnknownLayerError as error:
+        return str(error)
+    if is_standardised(layer):
+        return "its weights are standardised before they are used"
+    if not layer_type(layer).mixes:
+        return "its type is not linear in what it reads"
+    if any(owners[parameter] > 1 for parameter in own_parameters(layer).values()):
+        return "its parameters are shared with another layer"
+    return None
+
+
+def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
+    """Run a model once (in eval mode, without gradients) and see which of its linear maps read channels, and when."""
+    plain = {name: reason for name, reason in readers(model).items() if reason is not None}
+    names = [name for name in readers(model) if name not in plain]
+    uses = _Uses()
+    seen: list[Reading] = []
+    normed: list[tuple[str, str | None]] = []
+
+    def visit(stop: Stop) -> None:
+        seen.append(stop.reading)
+        uses.made[stop.outputs] = stop.reading.layer
+
+    def visit_norm(name: str, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        normed.append((name, uses.made.get(inputs[0])))
+
+    norms = {name: layer for name, layer in model.named_modules() if _is_fixed_norm(layer)}
+    handles = [layer.register_forward_pre_hook(partial(visit_norm, name)) for name, layer in norms.items()]
+    with hooks(handles), stopping(model, names, visit, after=True), uses:
+        run()
+    times = Counter(seen)
+    plain |= {reading.layer: f"runs {n} times a pass" for reading, n in times.items() if n > 1}
+    plain |= {name: "never runs as a module" for name in names if name not in {reading.layer for reading in seen}}
+    readings = tuple(reading for reading in seen if reading.layer not in plain)
+    once = Counter(name for name, _ in normed)
+    following = {source: name for name, source in normed if once[name] == 1 and uses.count[source] == 1}
+    return Survey(readings, following, plain)
+
+
+def _is_fixed_norm(layer: nn.Module) -> bool:
+    """Say whether a layer takes off a running mean in eval mode, channel by channel."""
+    return is_norm(layer, "examples", "positions") and layer.running_mean is not None
+
+
+class _Uses(TorchDispatchMode):
+    """Count the operations that take the outputs of layers: ``made`` maps tensor to layer, ``count`` layer to uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = WeakIdKeyDictionary()
+        self.count: Counter[str | None] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        taken = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor) and leaf in self.made]
+        self.count.update(self.made[tensor] for tensor in taken)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def stopping(model: nn.Module, layers: list[str], visit: Visit, *, after: bool) -> Iterator[None]:
+    """Call `visit` at every reading of the named layers, before it is computed or, with ``after``, with its outputs.
+
+    Torch's attention calls its projections functionally; its readings are those of `X` (in_proj) and `X.out_proj`.
+    """
+    modules = {name: model.get_submodule(name) for name in layers}
+    inner = {
+        name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if has_role(m, "attention")
+    }
+    outside = {n: m for n, m in modules.items() if n not in inner and n not in inner.values()}
+    places = {_memory(m.in_proj_weight): (name, m) for name, m in modules.items() if name in inner}
+    places |= {_memory(m.weight): (name, None) for name, m in modules.items() if name in inner.values()}
+    with hooks(list(_hooks(outside, visit, after))), no_fused_attention(), _linear_seen(places, visit, after):
+        yield
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Iterator[Any]:
+    for name, module in modules.items():
+        reading = Reading(name)
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict, reading: Reading = reading) -> None:
+            visit(Stop(reading, args[0] if args else next(iter(kwargs.values()))))
+
+        def behind(_module: nn.Module, args: tuple, kwargs: dict, outputs: Tensor, reading: Reading = reading) -> None:
+            visit(Stop(reading, args[0] if args else next(iter(kwargs.values())), outputs))
+
+        if after:
+            yield module.register_forward_hook(behind, with_kwargs=True)
+        else:
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@contextmanager
+def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visit, after: bool) -> Iterator[None]:
+    """Let torch's functional attention visit the linear maps whose weights lie at these places in memory."""
+    linear = F.linear
+
+    def seen(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        name, attention = places.get(_memory(weight), (None, None))
+        if name is None:
+            return linear(inputs, weight, bias)
+        reading = Reading(name, () if attention is None else _parts(attention, weight))
+        if after:
+            outputs = linear(inputs, weight, bias)
+            visit(Stop(reading, inputs, outputs))
+            return outputs
+        visit(Stop(reading, inputs))
+        return linear(inputs, weight, bias)
+
+    if places:
+        F.linear = seen
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
+def _parts(attention: nn.MultiheadAttention, weight: Tensor) -> tuple[int, ...]:
+    """Return which of q, k and v the rows of an in_proj make."""
+    width = attention.in_proj_weight.shape[0] // 3
+    first = (weight.storage_offset() - attention.in_proj_weight.storage_offset()) // attention.in_proj_weight.shape[1]
+    return tuple(range(first // width, (first + weight.shape[0]) // width))
