@@ -253,7 +253,7 @@ class Study:
                 with locked(self.work / f"{training.name()}.lock", wait=wait) as mine:
                     # Another process may have done it since.
                     if mine and training not in done(self.table):
-                        append_row(self.table, self.train(training))
+                        append_row(self.table, self.train(training), self.work / "table.lock")
                         shutil.rmtree(self.work / training.name(), ignore_errors=True)
 
     def train(self, training: Training) -> dict[str, Any]:
@@ -364,9 +364,9 @@ def done(table: Path) -> set[Training]:
     return {Training(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in read_rows(table)}
 
 
-def append_row(table: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV, whole or not at all; several processes may do so at once."""
-    with locked(table.with_name(f".{table.name}.lock"), wait=True):
+def append_row(table: Path, row: Mapping[str, Any], lock: Path) -> None:
+    """Add a row to a CSV, whole or not at all; several processes with the same lock may do so at once."""
+    with locked(lock, wait=True):
         rows = [*read_rows(table), row]
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
