@@ -106,15 +106,14 @@ def markdown(table: pd.DataFrame, code: str) -> str:
 
 def plot_differences(table: pd.DataFrame, code: str | None = None, *, look: str = "light") -> go.Figure:
     """Draw each setting's pairs, their mean and its 95 % interval; right of zero, the setting beats naive."""
-    frame, single = differences(table, code), pairs(table)
-    frame["label"], single["label"] = frame.apply(label, axis=1) + frame["other code"], single.apply(label, axis=1)
+    frame = differences(table, code)
+    single = pairs(table).groupby([*SETTING, "code"], sort=False, dropna=False)["difference"]
     figure = go.Figure()
-    for _, row in frame.iterrows():
-        dots = single.merge(row[[*SETTING, "code"]].to_frame().T.infer_objects(), on=[*SETTING, "code"])
+    for (_, row), (_, dots) in zip(frame.iterrows(), single, strict=True):
         shared = {"mode": "markers", "showlegend": False}
-        name = f"{row['label']} (n = {row['n']})"
+        name = f"{label(row)}{row['other code']} (n = {row['n']})"
         faint = {"color": COLORS["ep"], "opacity": 0.35, "size": 7}
-        figure.add_scatter(x=dots["difference"], y=[name] * len(dots), marker=faint, **shared)
+        figure.add_scatter(x=dots, y=[name] * len(dots), marker=faint, **shared)
         bar = {"type": "data", "array": [None if math.isnan(row["half"]) else row["half"]], "color": COLORS["ep"]}
         strong = {"color": COLORS["ep"], "size": 11, "symbol": "diamond"}
         figure.add_scatter(x=[row["difference"]], y=[name], error_x=bar, marker=strong, **shared)
@@ -134,7 +133,7 @@ def plot_curves(table: pd.DataFrame, block: str, *, look: str = "light") -> go.F
     for _, row in found.merge(centre, on=SETTING).sort_values("seed").iterrows():
         for name, curve in (("naive", row["curve_naive"]), ("ep", row["curve"])):
             values = [100 * float(value) for value in curve.split()]
-            shared = {"legendgroup": name, "showlegend": row["seed"] == found["seed"].min(), "mode": "lines"}
+            shared = {"legendgroup": name, "showlegend": bool(row["seed"] == found["seed"].min()), "mode": "lines"}
             style = {"color": COLORS[name], "width": 1.5}
             text = f"{name}, seed {row['seed']}: %{{y:.2f}} %<extra></extra>"
             x = list(range(1, len(values) + 1))

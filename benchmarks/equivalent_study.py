@@ -201,9 +201,10 @@ def code_digest() -> str:
     """Return a digest of the package's sources that results depend on, and of this file's protocol."""
     digest = hashlib.sha256(PROTOCOL.encode())
     package = Path(obc.__file__).parent
-    for name in SOURCES:
-        for path in sorted((package / name).rglob("*.py")) if (package / name).is_dir() else [package / name]:
-            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package)
+        if name.parts[0] in SOURCES:
+            digest.update(name.as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:10]
 
 
