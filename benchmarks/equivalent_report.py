@@ -1,7 +1,7 @@
 """What the study of Equivalent Pruning found so far: paired differences with intervals, tables and figures.
 
 Reads the table that equivalent_study.py writes, complete or not. A pair is one EP training and the naive one of the
-same plan, images, order, epochs and code; differences are EP minus naive, in points of test accuracy.
+same network, plan, images, order, epochs and code; differences are EP minus naive, in points of test accuracy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from scipy import stats
 from obc_tools.plots.looks import COLORS, theme
 
 PLACE = ["block", "speedup", "epochs", "criterion", "start"]
-"""What an EP training shares with the naive one of its pair, beside the seed and the code."""
+SHARED = [*PLACE, "seed", "original", "plan", "code"]
+"""What an EP training shares with the naive one of its pair."""
+TEXTS = ("block", "purpose", "method", "criterion", "start", "original", "plan", "curve", "code", "torch", "cpu")
 SETTING = [*PLACE, "scale", "decay", "method"]
 
 
@@ -30,8 +32,24 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Return the table of finished trainings, accuracies in [0, 1]."""
-    return pd.read_csv(path, dtype={"code": str})
+    """Return the table of finished trainings, accuracies in [0, 1]; numbers also where it is empty."""
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
+    return table.astype({name: float for name in table if name not in TEXTS and table[name].dtype == object})
+
+
+def tuning(table: pd.DataFrame, code: str | None = None) -> pd.DataFrame:
+    """Return one row a block and learning rate: validation accuracies in %, how many seeds, EP minus naive of them.
+
+    The difference is a mean over the seeds that both methods have. ``other code`` is as in `differences`.
+    """
+    rows = table[table["purpose"] == "tune"].assign(accuracy=100 * table["val_accuracy"])
+    wide = rows.pivot_table(index=["block", "lr", "seed"], columns="method", values="accuracy")
+    wide = wide.reindex(columns=["naive", "ep"]).assign(both=lambda frame: frame["ep"] - frame["naive"])
+    grouped = wide.groupby(["block", "lr"])
+    frame = grouped.mean().rename(columns={"both": "difference"}).assign(n=grouped["both"].count())
+    stale = rows.groupby(["block", "lr"])["code"].agg(lambda found: set(found) != {code})
+    frame["other code"] = "" if code is None else stale.map({True: "†", False: ""})
+    return frame.reset_index()
 
 
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
@@ -41,9 +59,8 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """
     runs = table[table["purpose"] == "run"]
     naive = runs[runs["method"] == "naive"]
-    columns = [*PLACE, "seed", "code"]
-    own = naive[[*columns, "test_accuracy", "cpu_seconds", "curve"]]
-    found = runs[runs["method"] != "naive"].merge(own, on=columns, suffixes=("", "_naive"))
+    own = naive[[*SHARED, "test_accuracy", "cpu_seconds", "curve"]]
+    found = runs[runs["method"] != "naive"].merge(own, on=SHARED, suffixes=("", "_naive"))
     found["difference"] = 100 * (found["test_accuracy"] - found["test_accuracy_naive"])
     found["cost"] = found["cpu_seconds"] / found["cpu_seconds_naive"]
     return found
@@ -89,11 +106,12 @@ def label(row: pd.Series) -> str:
 
 def markdown(table: pd.DataFrame, code: str) -> str:
     """Return the tables of learning rates and of paired differences, in Markdown; † marks other code than ``code``."""
-    tuned = table[table["purpose"] == "tune"]
-    lines = ["| block | method | learning rate | validation accuracy (%) | n |", "| --- | --- | --- | --- | --- |"]
-    for (block, method, lr), rows in tuned.groupby(["block", "method", "lr"]):
-        mark = "" if set(rows["code"]) == {code} else " †"
-        lines.append(f"| {block} | {method} | {lr:g} | {100 * rows['val_accuracy'].mean():.2f}{mark} | {len(rows)} |")
+    head = ("block", "learning rate", "naive (%)", "EP (%)", "EP - naive on validation images (points)", "n")
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for _, row in tuning(table, code).iterrows():
+        figures = ("" if math.isnan(row[name]) else f"{row[name]:.2f}" for name in ("naive", "ep", "difference"))
+        cells = (row["block"], f"{row['lr']:g} {row['other code']}".strip(), *figures, row["n"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     head = ("block", "setting", "n", "naive (%)", "this (%)", "difference, 95 % interval (points)", "CPU time")
     lines += ["", f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for _, row in differences(table, code).iterrows():
@@ -124,16 +142,21 @@ def plot_differences(table: pd.DataFrame, code: str | None = None, *, look: str 
     return figure
 
 
-def plot_curves(table: pd.DataFrame, block: str, *, look: str = "light") -> go.Figure:
-    """Draw the validation accuracy of the pairs at the centre of a block over the epochs, seed by seed."""
+def plot_curves(table: pd.DataFrame, block: str | None = None, *, look: str = "light") -> go.Figure:
+    """Draw the validation accuracy over the epochs of the EP setting with the most pairs, and of naive, seed by seed.
+
+    Args:
+        block: None: whichever has the most pairs.
+    """
     found = pairs(table)
-    found = found[(found["block"] == block) & (found["method"] == "ep")]
-    centre = found[SETTING].value_counts().index[:1].to_frame(index=False)
+    found = found[(found["method"] == "ep") & ((found["block"] == block) | (block is None))]
+    most = found[SETTING].value_counts().index[:1].to_frame(index=False)
+    chosen = most.merge(found, on=SETTING).sort_values("seed") if len(found) else found
     figure = go.Figure()
-    for _, row in found.merge(centre, on=SETTING).sort_values("seed").iterrows():
+    for _, row in chosen.iterrows():
         for name, curve in (("naive", row["curve_naive"]), ("ep", row["curve"])):
             values = [100 * float(value) for value in curve.split()]
-            shared = {"legendgroup": name, "showlegend": bool(row["seed"] == found["seed"].min()), "mode": "lines"}
+            shared = {"legendgroup": name, "showlegend": bool(row["seed"] == chosen["seed"].min()), "mode": "lines"}
             style = {"color": COLORS[name], "width": 1.5}
             text = f"{name}, seed {row['seed']}: %{{y:.2f}} %<extra></extra>"
             x = list(range(1, len(values) + 1))

@@ -99,7 +99,7 @@ class Block:
 
 
 BLOCKS = {
-    "first": Block("first", images=5_000, original_epochs=30, epochs=(3, 10, 30)),
+    "first": Block("first", images=5_000, original_epochs=30, epochs=(2, 6, 18), validation=1_000),
     "full": Block("full", images=10_000, original_epochs=40, epochs=(5, 20, 60)),
 }
 
@@ -142,7 +142,7 @@ class Training:
 
 KEY = tuple(field.name for field in fields(Training))
 RESULTS = ("images", "val_accuracy", "test_accuracy", "test_loss", "before", "parameters", "curve")
-CIRCUMSTANCES = ("seconds", "cpu_seconds", "code", "torch", "threads", "cpu")
+CIRCUMSTANCES = ("original", "plan", "seconds", "cpu_seconds", "code", "torch", "threads", "cpu")
 COLUMNS = (*KEY, *RESULTS, *CIRCUMSTANCES)
 
 
@@ -227,12 +227,17 @@ class Study:
 
     def tune(self) -> dict[str, float]:
         """Climb the ladder of learning rates for both methods; return the best of each."""
-        for method in ("naive", "ep"):
-            while lrs := next_rungs(tuned_lrs(read_rows(self.table), self.block)[method]):
-                pairs = [(lr, seed) for lr in lrs for seed in TUNING_SEEDS]
-                centre = self.block.centre
-                self._do([make_training(self.block, "tune", method, {method: lr}, s, centre) for lr, s in pairs])
+        while todo := self._next_to_tune():
+            self._do(todo)
         return self.best_lrs()
+
+    def _next_to_tune(self) -> list[Training]:
+        """Return the trainings of the next rungs, naive and EP side by side: at equal rates they are pairs."""
+        found = tuned_lrs(read_rows(self.table), self.block)
+        rungs = [(lr, seed, method) for method in found for lr in next_rungs(found[method]) for seed in TUNING_SEEDS]
+        centre = self.block.centre
+        ordered = sorted(rungs, key=lambda rung: (rung[0], rung[1], rung[2] == "ep"))
+        return [make_training(self.block, "tune", method, {method: lr}, seed, centre) for lr, seed, method in ordered]
 
     def best_lrs(self) -> dict[str, float]:
         """Return the learning rate of each method; raise ValueError while tuning is not done."""
@@ -276,6 +281,8 @@ class Study:
             "parameters": sum(parameter.numel() for parameter in final.parameters()),
             "seconds": round(sum(epoch.seconds for epoch in history), 1),
             "cpu_seconds": clock.total(training.epochs),
+            "original": digest_of(original),
+            "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:10],
             "code": self._code,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -330,6 +337,14 @@ class Clock:
 
     def total(self, epochs: int) -> float | str:
         return round(self._spent * epochs / self._epochs, 1) if self._epochs else ""
+
+
+def digest_of(model: nn.Module) -> str:
+    """Return a digest of a network's weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:10]
 
 
 def balanced(data: Any, images: int, validation: int) -> Any:
@@ -408,7 +423,7 @@ class Options:
 
     Attributes:
         root: where CIFAR-10 lies, as `load_data` reads it.
-        block: "first" (5,000 images, 10 epochs) or "full" (10,000 images, 20 epochs).
+        block: "first" (5,000 images, 6 epochs) or "full" (10,000 images, 20 epochs).
         table: the CSV of finished trainings.
         work: folder of the original network, the plans and the trainings under way.
         threads: CPU threads.

@@ -13,7 +13,7 @@ import equivalent_study
 import pandas as pd
 import pytest
 import torch
-from equivalent_report import differences, markdown, pairs, plot_curves, plot_differences, read_table
+from equivalent_report import differences, markdown, pairs, plot_curves, plot_differences, read_table, tuning
 from equivalent_study import COLUMNS, LADDER, Block, Cell, Study, Training, make_training, next_rungs, trainings_of
 
 import obc_tools as obc
@@ -156,7 +156,15 @@ def row(method: str, seed: int, accuracy: float, code: str = "now", **changes) -
     cell = replace(Cell(), **{key: changes.pop(key) for key in list(changes) if key in Cell.__dataclass_fields__})
     training = Training("full", changes.pop("purpose", "run"), method, 0.1, seed, **vars(cell))
     own = {"val_accuracy": accuracy, "test_accuracy": accuracy, "cpu_seconds": 100 if method == "naive" else 110}
-    return {**dict.fromkeys(COLUMNS, ""), **vars(training), **own, "curve": "0.1 0.5", "code": code} | changes
+    return {
+        **dict.fromkeys(COLUMNS, ""),
+        **vars(training),
+        **own,
+        "curve": "0.1 0.5",
+        "code": code,
+        "original": "a",
+        "plan": "b",
+    } | changes
 
 
 def table_of(path: Path, rows: list[dict]) -> pd.DataFrame:
@@ -185,16 +193,21 @@ def test_pairs_and_intervals_of_made_up_rows(tmp_path):
     assert found["cost"].tolist() == pytest.approx([1.1, 1.1])
 
 
-def test_rows_of_other_code_are_marked_and_never_paired_with_the_present(tmp_path):
+def test_rows_of_other_code_are_marked_and_other_code_or_plans_make_no_pair(tmp_path):
     rows = [*MADE_UP, row("ep", 0, 0.9, code="old", speedup=8.0), row("ep", 1, 0.6, code="old")]
-    table = table_of(tmp_path / "t.csv", [*rows, row("naive", 1, 0.5, code="old")])
+    rows += [
+        row("naive", 1, 0.5, code="old"),
+        row("naive", 0, 0.5, speedup=2.0),
+        row("ep", 0, 0.9, speedup=2.0, plan="c"),
+    ]
+    table = table_of(tmp_path / "t.csv", rows)
     found = differences(table, "now")
     assert found.loc[found["code"] == "old", ["n", "difference"]].to_numpy().tolist() == [[1, pytest.approx(10)]]
     assert found["other code"].tolist() == ["", "", "†"]
     text = markdown(table, "now")
     assert "| +2.00 ± 2.48 |" in text and "| +10.00 † |" in text
-    assert "| full | naive | 0.1 | 55.00 | 1 |" in text
-    assert "| full | naive | 0.1 | 55.00 † | 1 |" in markdown(table, "later")
+    assert "| full | 0.1 | 55.00 |  |  | 0 |" in text
+    assert "| full | 0.1 † | 55.00 |  |  | 0 |" in markdown(table, "later")
 
 
 def test_figures_show_every_pair_and_mean(tmp_path):
@@ -207,7 +220,17 @@ def test_figures_show_every_pair_and_mean(tmp_path):
     assert len(curves) == 6 and curves[0].y == (10, 50)
 
 
-def test_tables_and_figures_of_a_study_that_has_only_begun(tmp_path):
+def test_tables_and_figures_of_a_study_that_has_not_begun_or_only_begun(tmp_path):
+    path = tmp_path / "none.csv"
+    path.write_text(",".join(COLUMNS) + "\n")
     table = table_of(tmp_path / "t.csv", [row("naive", 100, 0.55, purpose="tune", test_accuracy="")])
-    assert len(differences(table)) == 0 and not plot_differences(table).data and not plot_curves(table, "full").data
-    assert "| full | naive | 0.1 | 55.00 | 1 |" in markdown(table, "now")
+    for early in (read_table(path), table):
+        assert len(differences(early)) == 0 and not plot_differences(early).data and not plot_curves(early).data
+    assert len(tuning(read_table(path))) == 0
+    assert "| full | 0.1 | 55.00 |  |  | 0 |" in markdown(table, "now")
+
+
+def test_learning_rates_are_compared_on_the_seeds_that_both_methods_have(tmp_path):
+    rows = [row(m, s, a, purpose="tune") for m, s, a in (("naive", 100, 0.5), ("naive", 101, 0.6), ("ep", 100, 0.53))]
+    found = tuning(table_of(tmp_path / "t.csv", rows))
+    assert found[["naive", "ep", "difference", "n"]].to_numpy().tolist() == [[55, 53, pytest.approx(3), 1]]
