@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from equivalent_report import markdown, read_rows, read_table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import obc_tools as obc
@@ -214,7 +215,7 @@ class Study:
     Args:
         root: where the data lies.
         table: the CSV of finished trainings.
-        work: folder of the original network, the plans and the trainings under way.
+        work: folder of the plans and the trainings under way.
     """
 
     def __init__(self, block: Block, root: Path | None, table: Path, work: Path):
@@ -294,17 +295,18 @@ class Study:
         return row
 
     def original(self) -> nn.Module:
-        """Return the network before pruning, trained once."""
-        block, path = self.block, self.work / f"{self.block.name}_original.pth"
+        """Return the network before pruning, trained once and kept beside the table: all rows speak of it."""
+        block, path = self.block, self.table.with_suffix("") / f"{self.block.name}_original.safetensors"
         options = {"in_channels": self._data.image_shape[0], "width": block.width}
-        with locked(path.with_suffix(".lock"), wait=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.work / f"{path.stem}.lock", wait=True):
             if not path.is_file():
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(0)
                     model = obc.load_model("resnet20", num_classes=len(self._data.classes), **options)
                 recipe = {"epochs": block.original_epochs, "lr": 0.1, "batch_size": block.batch_size}
                 self._fit(model, obc.Recipe(**recipe, warmup_epochs=1, channels_last=True), path.stem)
-                write_whole(path, lambda fresh: torch.save(model.state_dict(), fresh))
+                write_whole(path, lambda fresh: save_file(model.state_dict(), fresh))
         return obc.load_model("resnet20", num_classes=len(self._data.classes), weights=path, **options)
 
     def plan(self, original: nn.Module, training: Training) -> obc.PruningPlan:
@@ -425,7 +427,7 @@ class Options:
         root: where CIFAR-10 lies, as `load_data` reads it.
         block: "first" (5,000 images, 6 epochs) or "full" (10,000 images, 20 epochs).
         table: the CSV of finished trainings.
-        work: folder of the original network, the plans and the trainings under way.
+        work: folder of the plans and the trainings under way.
         threads: CPU threads.
     """
 
