@@ -1,6 +1,6 @@
 """Time a training step of Equivalent Pruning against a naive one: the same pruned network, batch and optimizer.
 
-    python benchmarks/equivalent.py [--model resnet56 --speedup 2.11 --batch-size 128 --pairs 30]
+    python benchmarks/equivalent.py [--model resnet56 --speedup 2.11 --batch-size 128 --pairs 30 --precision bf16]
 
 Steps alternate in one process (naive, EP, naive, ...) after a warm-up; the ratio is taken pair by pair and its median
 and quartiles are printed. The plan comes from L2 scores with random weights: timing does not depend on which channels
@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -33,9 +34,10 @@ class Options:
     pairs: int = 30
     warmup: int = 3
     device: str = "cpu"
+    precision: Literal["no", "bf16"] = "no"
 
 
-def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str = "no"):
     """Return a function that takes one SGD step of the model and returns its seconds."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -43,7 +45,9 @@ def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor):
     def step() -> float:
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(images), labels).backward()
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
         optimizer.step()
         if images.is_cuda:
             torch.cuda.synchronize()
@@ -59,11 +63,14 @@ def main(options: Options) -> None:
     labels = torch.randint(options.classes, (options.batch_size,), device=options.device)
     plan = prune_to(model, images[:1], criterion="l2", speedup=options.speedup, scope="local", progress=False)
     naive, equivalent = prune(model, plan), EquivalentModel(model, plan)
-    steps = [stepper(each, images, labels) for each in (naive, equivalent)]
+    steps = [stepper(each, images, labels, options.precision) for each in (naive, equivalent)]
     pairs = [[step() for step in steps] for _ in range(options.warmup + options.pairs)][options.warmup :]
     ratios = sorted(ours / theirs for theirs, ours in pairs)
     low, median, high = statistics.quantiles(ratios, n=4)
-    print(f"{options.model} at {options.speedup}x: {cost(naive, images[:1])}, batch {options.batch_size}")
+    print(
+        f"{options.model} at {options.speedup}x: {cost(naive, images[:1])}, batch {options.batch_size}, precision "
+        f"{options.precision}"
+    )
     print(
         f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, torch {torch.__version__}"
     )
