@@ -1,9 +1,9 @@
 """Least squares of a layer's outputs on its inputs, from second moments that are summed up batch by batch.
 
 The canonical layout. Whatever its type, a layer linear in its inputs is one matrix a convolution group, and what it
-sees at one output position is d numbers: inputs ``(examples, groups, d, positions)``, outputs ``(examples, groups, o,
-positions)``, weight ``(groups, o, d)``, where d runs over the input channels of a group and then over the kernel's
-taps. A depthwise convolution has as many groups as channels, a linear layer one example with many positions.
+sees at one output position is d numbers: inputs ``(groups, d, positions)``, outputs ``(groups, o, positions)``, weight
+``(groups, o, d)``, where d runs over the input channels of a group and then over the kernel's taps, and positions over
+examples and places. A depthwise convolution has as many groups as channels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .equivalent import Mixing
 
 CHUNK = 2**22
 """The most numbers of unfolded inputs held at once, unless one example has more."""
+BLOCK = 64
+"""The least rows of products that are worth a call of their own."""
 
 
 class Moments:
@@ -43,18 +45,18 @@ class Moments:
         return 16 * groups * inputs * (inputs + outputs)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add positions: inputs (examples, groups, d, positions), outputs (examples, groups, o, positions)."""
+        """Add positions: inputs (groups, d, positions), outputs (groups, o, positions)."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         inputs, outputs = inputs.to(dtype), outputs.to(dtype)
         if self.centred:
             if self._shifts is None:
-                self._shifts = inputs.mean((0, 3)), outputs.mean((0, 3))
+                self._shifts = inputs.mean(2), outputs.mean(2)
             inputs, outputs = inputs - self._shifts[0][..., None], outputs - self._shifts[1][..., None]
-            self.input_sums += inputs.sum((0, 3))
-            self.output_sums += outputs.sum((0, 3))
-        self.squares += _summed_products(inputs, inputs)
-        self.products += _summed_products(outputs, inputs)
-        self.count += inputs.shape[0] * inputs.shape[3]
+            self.input_sums += inputs.sum(2)
+            self.output_sums += outputs.sum(2)
+        self.squares += _squares(inputs)
+        self.products += outputs @ inputs.mT
+        self.count += inputs.shape[2]
 
     @property
     def finite(self) -> bool:
@@ -77,12 +79,14 @@ class Moments:
         return solution, y - (solution @ x[..., None])[..., 0]
 
 
-def _summed_products(left: Tensor, right: Tensor) -> Tensor:
-    """Return Σ left · rightᵀ over examples and positions, (groups, left's rows, right's rows)."""
-    if left.shape[1] == 1:
-        zero = left.new_zeros(left.shape[2], right.shape[2])
-        return torch.addbmm(zero, left[:, 0], right[:, 0].mT)[None]
-    return (left @ right.mT).sum(0)
+def _squares(inputs: Tensor) -> Tensor:
+    """Return x xᵀ; of a large one, the block that is the other's mirror image is not computed."""
+    half = inputs.shape[1] // 2
+    if half < BLOCK:
+        return inputs @ inputs.mT
+    first, second = inputs[:, :half], inputs[:, half:]
+    corner = first @ second.mT
+    return torch.cat([torch.cat([_squares(first), corner], 2), torch.cat([corner.mT, _squares(second)], 2)], 1)
 
 
 def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -153,31 +157,28 @@ def unfolded_chunks(
     step = max(1, CHUNK // max(1, groups * d * places))
     plain = type(layer).forward.__module__ == "torch.nn.modules.conv" and not _is_transposed(layer)
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
-        y = y.flatten(2).unflatten(1, (groups, -1))
-        if draw is None:
-            yield (_windows(layer, x) if plain else _probed(layer, x)), y
-            continue
-        at = draw(places)
-        yield (_windows(layer, x, at) if plain else _probed(layer, x)[..., at]), y[..., at]
+        at = slice(None) if draw is None else draw(places)
+        unfolded = _windows(layer, x, at) if plain else _probed(layer, x, at)
+        yield unfolded, y.flatten(2)[..., at].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _linear_chunks(
     inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (1, 1, channels, positions) of inputs and outputs with their channels last."""
+    """Yield (1, channels, positions) of inputs and outputs with their channels last."""
     if draw is not None and inputs.dim() > 2:
         at = draw(math.prod(inputs.shape[1:-1]))
         inputs, outputs = (tensor.flatten(1, -2)[:, at] for tensor in (inputs, outputs))
     step = max(1, CHUNK // inputs.shape[-1])
     for x, y in zip(inputs.flatten(0, -2).split(step), outputs.flatten(0, -2).split(step), strict=True):
-        yield x.T[None, None], y.T[None, None]
+        yield x.T[None], y.T[None]
 
 
-def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None = None) -> Tensor:
-    """Return a convolution's windows at some output places, (examples, groups, d, places), by striding."""
+def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | slice) -> Tensor:
+    """Return a convolution's windows at some output places, (groups, d, positions), by striding."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
-    kernel, steps = layer.kernel_size, layer.stride
+    kernel, steps, channels = layer.kernel_size, layer.stride, padded.shape[1]
     extents = [d * (k - 1) + 1 for d, k in zip(layer.dilation, kernel, strict=True)]
     places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extents, steps, strict=True)]
     example, channel, *along = padded.stride()
@@ -185,22 +186,22 @@ def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None =
     between = [d * s for d, s in zip(steps, along, strict=True)]
     # Copying a strided view takes a third of the time of F.unfold on a CPU.
     windows = padded.as_strided(
-        (*padded.shape[:2], *kernel, *places), (example, channel, *inside, *between), padded.storage_offset()
+        (channels, *kernel, len(padded), *places), (channel, *inside, example, *between), padded.storage_offset()
     )
-    if at is not None:
+    if isinstance(at, Tensor):
         windows = windows[(..., *torch.unravel_index(at, places))]
-    inputs_of_group = inputs.shape[1] // layer.groups * math.prod(kernel)
-    return windows.reshape(len(inputs), layer.groups, inputs_of_group, -1)
+    return windows.reshape(layer.groups, channels // layer.groups * math.prod(kernel), -1)
 
 
-def _probed(layer: nn.Module, inputs: Tensor) -> Tensor:
+def _probed(layer: nn.Module, inputs: Tensor, at: Tensor | slice) -> Tensor:
     """Return the same of any layer, by running it on weights that are zero but for one tap of one input each."""
     groups, _, d = weight_matrix(layer, weight_of(layer)).shape
     one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(groups, -1, -1)
     probes = {f"layer.{_weight_name(layer)}": from_weight_matrix(layer, one)}
     if bias_of(layer) is not None:
         probes |= {f"layer.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
-    return functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2).unflatten(1, (groups, d))
+    made = functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2)[..., at]
+    return made.unflatten(1, (groups, d)).permute(1, 2, 0, 3).flatten(2)
 
 
 class _Unhooked(nn.Module):
