@@ -108,7 +108,8 @@ class Prune(PruningOptions):
     ratio: Number = None
     """Target: share of all channels to remove, between 0 and 1."""
     criterion: Name = "jacobian"
-    """What channels are scored by: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp or random."""
+    """What channels are scored by: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp,
+    residual or random."""
     steps: int = 20
     """Pruning steps; what is left is scored again in each."""
     epochs: int = 0
@@ -154,7 +155,8 @@ class Compare(PruningOptions):
     hold_out: Number = None
     """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
     criteria: Names = ("jacobian", "taylor", "hessian", "l1", "fpgm", "whc", "bn_scale", "random")
-    """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, random."""
+    """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, residual,
+    random."""
     steps: int = 18
     """Pruning steps."""
     ratio: Number = None

@@ -529,6 +529,7 @@ def test_trains_compiled(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
+    torch.compiler.reset()  # what other tests compiled counts towards a limit of the process
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend=count_graphs))
     fit(plain, TRAIN, VAL, Recipe(epochs=1), progress=False)
     fit(compiled, TRAIN, VAL, Recipe(epochs=1, compile=True), progress=False)
