@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -396,9 +397,25 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else model
 
 
-def _eagerly() -> AbstractContextManager:
-    """Let compiled parts of a model run eagerly: gates are hooks inside them."""
-    return nullcontext() if _compiler() is None else torch.compiler.set_stance("force_eager")
+_STANCE, _EAGER = threading.Lock(), []
+"""What runs eagerly now. The stance is the process's: the first one takes it, the last gives it back."""
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Let compiled parts of a model run eagerly, since a capture is hooks inside them; threads may overlap."""
+    if _compiler() is None:
+        yield
+        return
+    with _STANCE:
+        _EAGER.append(_EAGER[0] if _EAGER else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _STANCE:
+            stance = _EAGER.pop()
+            if not _EAGER:
+                stance.__exit__(None, None, None)
 
 
 def _compiler() -> Any:

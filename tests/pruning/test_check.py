@@ -8,12 +8,14 @@ import torch
 import torchvision
 from networks import NETWORKS, network, random_plan
 from torch import nn
+from torch.nn import functional as F
 
 from obc_tools import Cost, PruningPlan, check_plan, cost, cost_model, find_groups, make_plan, prune, prune_to
 from obc_tools.pruning.check import Check, CheckError, Finding, ProofError, prove, relative_error
 from obc_tools.pruning.equivalent import EquivalentModel
 from obc_tools.pruning.masking import masked
 from obc_tools.pruning.plan import PlanMismatchError
+from obc_tools.structure.layers import LayerAxis
 
 NAMES = ("pruned = masked", "EP = naive", "merge = EP, maps disturbed", "disturbed maps change the output")
 
@@ -358,3 +360,35 @@ def test_a_network_that_insists_on_single_precision_is_proven_in_it():
     model, inputs = nn.Sequential(Single(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 6)
     plan = make_plan({group: torch.rand(group.width) for group in find_groups(model, inputs)}, ratio=0.5)
     prove(model, plan, inputs, cost_model(model, inputs).of(plan))
+
+
+class OwnNorm(nn.Module):
+    """A norm over channels that no table knows."""
+
+    def __init__(self, width, run):
+        super().__init__()
+        self.weight, self.run = nn.Parameter(torch.rand(width)), run
+
+    def forward(self, x):
+        return self.run(x) * self.weight[:, None, None]
+
+
+OWN_NORMS = {
+    "layer_norm": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],)).permute(0, 3, 1, 2),
+    "group_norm": lambda x: F.group_norm(x, 4),
+    "normalize": lambda x: F.normalize(x.sigmoid(), dim=1),
+}
+
+
+@pytest.mark.parametrize("name", OWN_NORMS)
+def test_a_proof_says_where_it_cannot_tell(name, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), OwnNorm(16, OWN_NORMS[name]), nn.ReLU(), nn.Conv2d(16, 3, 1)).double()
+    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    plan = prune_to(model, images, criterion="l1", ratio=0.25, progress=False)
+    assert "cannot tell whether the plan is right: layers '1' take statistics over channels" in caplog.text
+    kept = list(plan.kept_of(LayerAxis("0", "out")))
+    assert len(kept) < 16
+    hidden = OWN_NORMS[name](F.conv2d(images, model[0].weight[kept], model[0].bias[kept]))
+    by_hand = F.conv2d((hidden * model[1].weight[kept][:, None, None]).relu(), model[3].weight[:, kept], model[3].bias)
+    torch.testing.assert_close(prune(model, plan)(images), by_hand, rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from obc_tools.scoring.jacobian import jacobian_products
 from obc_tools.scoring.jtj import dense_jtj
-from obc_tools.scoring.rows import GradientRows, stream_gradients
+from obc_tools.scoring.rows import GradientRows, _eagerly, stream_gradients
 from obc_tools.scoring.scores import sum_square_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
@@ -315,3 +315,15 @@ def test_a_use_that_is_no_longer_led_by_examples_is_an_error():
         jacobian_products(model, lengthened(), rows="sample", layers=["first"])
     with pytest.raises(ValueError, match="layer 'first': the leading axis of its activations is not a multiple of 4"):
         pieces_of(model, lengthened(), ["first"], rows="sample")
+
+
+def test_scorings_that_overlap_leave_the_compiler_as_it_was():
+    """One begins, another begins, the first ends, the second ends: as threads may."""
+    torch.compile(nn.Linear(3, 2), backend="eager")
+    before = torch._dynamo.eval_frame._stance
+    first, second = _eagerly(), _eagerly()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance == before
