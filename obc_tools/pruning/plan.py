@@ -126,7 +126,7 @@ class PruningPlan:
         kept = set(self.kept_of(root))
         index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
         group = self.groups[index]
-        back, gone = (_with_blocks(group, channels) for channels in (keep, remove))
+        back, gone = (with_blocks(group, channels) for channels in (keep, remove))
         if back & gone:
             raise PlanMismatchError(f"group {group.root}: channel {min(back & gone)} is to be kept and to be removed")
         chosen = tuple(sorted((kept | back) - gone))
@@ -207,7 +207,7 @@ def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
         raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
 
 
-def _with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
+def with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
     """Return the channels, and those at the same positions of the group's other blocks."""
     size = group.width // group.blocks
     found = set()
