@@ -62,7 +62,7 @@ RIGHT, WRONG, CANNOT_TELL = "right", "wrong", "cannot tell"
 
 
 HIDDEN = (
-    "the output does not show what goes, with random weights neither: give inputs on which it does, or "
+    "the output does not show what goes, nor with random weights: give inputs on which it does, or "
     "Forward(run, inputs) whose run returns what comes before"
 )
 

@@ -280,7 +280,7 @@ def _attend(call: Call) -> tuple[Any, Sequence[Mask]]:
 def _moments(call: Call, tensor: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the living entries' mean over some dimensions, their mean square distance from it, and their number."""
     dead = call.whole(tensor)
-    count = (~dead).sum(dims, keepdim=True)
+    count = (~dead).sum(dims, keepdim=True, dtype=tensor.dtype)
     mean = call.filled(tensor).sum(dims, keepdim=True) / count
     return mean, (tensor - mean).masked_fill(dead, 0).square().sum(dims, keepdim=True) / count, count
 

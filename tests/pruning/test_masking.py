@@ -65,7 +65,7 @@ NORMS = {
     "share of the smallest": lambda x, w, b: (x / (x.min(1, keepdim=True).values.abs() + 1)) * column(w),
     "softmax": lambda x, w, b: x.softmax(1) * column(w) + column(b),
     "softmax by logsumexp": lambda x, w, b: (x - x.logsumexp(1, keepdim=True)).exp() * column(w) + column(b),
-    "log_softmax": lambda x, w, b: F.log_softmax(x, 1) * column(w),
+    "log_softmax": lambda x, w, b: -F.log_softmax(x, 1) * column(w),
     "instance norm by hand": instance_norm_by_hand,
     "F.instance_norm": lambda x, w, b: F.instance_norm(x, None, None, w, b),
     "global response norm": global_response,
