@@ -73,7 +73,11 @@ def state(model, inputs):
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "random numbers": torch.get_rng_state(),
-        "global hooks": [len(getattr(nn.modules.module, key)) for key in dir(nn.modules.module) if key.startswith("_global_") and key.endswith("hooks")],
+        "global hooks": [
+            len(getattr(nn.modules.module, key))
+            for key in dir(nn.modules.module)
+            if key.startswith("_global_") and key.endswith("hooks")
+        ],
         "compiler stance": torch.compiler.is_compiling(),
     }
 

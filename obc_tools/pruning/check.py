@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.costs import Cost, CostModel, cost, cost_model
-from ..state import call_model, hooks, no_fused_attention, own_inputs
+from ..state import call_model, hooks, no_fused_attention, own_inputs, within
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
 from .masking import Masking, dead_entries
@@ -291,13 +291,11 @@ class _Outputs:
     inputs: Any
     tolerance: float
 
-    @torch.no_grad()
     def of(self, model: nn.Module, under: AbstractContextManager | None = None) -> list[Tensor]:
-        with torch.random.fork_rng(), no_fused_attention():  # networks may add noise
-            torch.manual_seed(0)
-            inputs = own_inputs(self.inputs)
-            with under or nullcontext():
-                output = call_model(model.eval(), inputs)
+        inputs, model = own_inputs(self.inputs), model.eval()
+        with within(torch.no_grad(), torch.random.fork_rng(), no_fused_attention(), under or nullcontext()):
+            torch.manual_seed(0)  # networks may add noise
+            output = call_model(model, inputs)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
     def compare(
