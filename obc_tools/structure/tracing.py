@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped
+from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped, within
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
@@ -227,7 +227,8 @@ class Tracer:
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
                 self.shadows.move([leaf])
         self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
-        with torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self):
+        borrowed = torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self)
+        with within(*borrowed):
             output = call_model(self.model, example_inputs)
         found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..pruning.choices import Scoring
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
+from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .state import Choices, Setup
@@ -59,7 +59,7 @@ class StudioSession:
     """
 
     def __init__(self, model: nn.Module, data: Data, setup: Setup, held_out: int = 4):
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_of(model).eval()
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
         _check_runs(self.model, self.example)

@@ -14,7 +14,9 @@ from obc_tools.files import entries
 from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
+from obc_tools.pruning.check import ProofError
 from obc_tools.pruning.choices import Target
+from obc_tools.pruning.plan import PruningPlan
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
 from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
@@ -263,3 +265,28 @@ def test_reading_what_is_no_run(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(RunFolderError, match="not of format 1"):
         read_results(tmp_path)
+
+
+def test_a_refused_plan_is_kept(tmp_path, monkeypatch):
+    job = replace(TINY, pretrain=Recipe(epochs=1), finetune=None, equivalent=False, criterion="l1", steps=1)
+
+    def refuse(model, plan, *args, **options):
+        raise ProofError("the plan is wrong", plan)
+
+    def prepared(job):
+        inputs = prepare(job)
+        monkeypatch.setattr("obc_tools.pruning.prune.prove", refuse)
+        return inputs
+
+    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    with pytest.raises(ProofError, match="the plan is wrong; the plan is kept in '.*run/refused_plan.json'") as raised:
+        work_on(job, tmp_path / "run", progress=False)
+    kept = PruningPlan.from_json((tmp_path / "run" / "refused_plan.json").read_text())
+    assert kept == raised.value.plan and not (tmp_path / "run" / "plan.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    place = tmp_path / "whole.refused_plan.json"
+    with pytest.raises(ProofError) as raised:
+        run_job(job, tmp_path / "whole", progress=False)
+    assert str(raised.value) == f"the plan is wrong; the plan is kept in '{place}'"
+    assert PruningPlan.from_json(place.read_text()) == kept and not (tmp_path / "whole").exists()
