@@ -225,10 +225,10 @@ class Evaluate:
     def run(self) -> None:
         from ..data.data import load_data
         from ..measure.costs import cost
-        from ..measure.metrics import evaluate
         from ..models.networks import load_model
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_device
+        from ..scoring.tasks import evaluate
 
         device, data = find_device(self.device), load_data(self.data, self.root, normalize=self.normalize)
         if (Path(self.model) / MANIFEST).is_file():

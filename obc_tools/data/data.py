@@ -19,9 +19,10 @@ import torch
 
 from .batches import Augmentation, Batches, Sampling, augment_batches
 from .cifar import CLASSES, read_cifar
+from .examples import Examples
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
 
-Split = Images | ImageFiles
+Split = Images | ImageFiles | Examples
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 
 _LARGE = {
@@ -53,15 +54,15 @@ class Data:
     Attributes:
         train: Images to learn from; None where only held-out images are there.
         val: Held-out images; the test images of a data set that has no others.
-        classes: Names, in the order in which labels count them.
-        normalization: Of every batch.
+        classes: Names, in the order in which labels count them; none where examples have no single label.
+        normalization: Of every batch of images; None for examples that are ready as they are.
         name: As given to ``load_data``.
     """
 
     train: Split | None
     val: Split | None
     classes: tuple[str, ...]
-    normalization: Normalization
+    normalization: Normalization | None
     name: str = "data"
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class Data:
         if not splits:
             raise ValueError(f"{self.name}: there are neither train nor val images")
         for name, split in splits.items():
+            if isinstance(split, Examples):
+                continue
             if (label := int(split.labels.max())) >= len(self.classes):
                 raise ValueError(f"{self.name}: {name} label {label} is out of range for {len(self.classes)} classes")
             if len(self.normalization.mean) != split.image_shape[0]:
@@ -105,7 +108,7 @@ class Data:
             size: Images in a batch.
             seed: Fixes the order and the augmentation of every pass, the same on every device.
             augment: Random crops and flips, as in training, or all that an `Augmentation` says. Off by default, also
-                for "train".
+                for "train". Examples of one's own are augmented by their data set alone.
             shuffle: A new order each pass. None: for "train" only.
             drop_last: Leave out a last batch that is smaller than ``size``.
             device: Where batches are made, normalised and returned; the model's.
@@ -120,6 +123,10 @@ class Data:
         shuffle = split == "train" if shuffle is None else shuffle
         chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
         sampling = Sampling(size, seed, shuffle, chosen.crop, drop_last, chosen.repeats, share, split == "train")
+        if isinstance(images, Examples):
+            if chosen.changes_batches or chosen.rand_augment:
+                raise ValueError(f"{self.name}: only images with one label each are mixed or erased in here")
+            return images.batches(sampling, device)
         if isinstance(images, ImageFiles):
             drawn = images.batches(sampling, self.normalization, device, workers, chosen.rand_augment)
         elif chosen.rand_augment:
@@ -150,6 +157,8 @@ class Data:
             raise ValueError(f"unknown split '{split}'; there are 'train' and 'val'")
         images = self.train if split == "train" else self.val
         if images is None:
+            if self.normalization is None:
+                raise ValueError(f"{self.name} was made without {split} examples: pass as_data(train, val)")
             raise ValueError(
                 f"{self.name} was loaded from a folder without {split} images; there is only the other split"
             )
@@ -220,7 +229,7 @@ def load_data(
 
 def check_classes(outputs: int, data: Data) -> None:
     """Raise ValueError unless a model with so many outputs can tell the classes of a data set apart."""
-    if outputs != len(data.classes):
+    if data.classes and outputs != len(data.classes):
         raise ValueError(f"model has {outputs} outputs, data has {len(data.classes)} classes")
 
 

@@ -25,6 +25,7 @@ TITLES = {
     "train_loss": "training loss (nats)",
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MOST_PANELS = 4
 PANELS = ("train_accuracy", "accuracy", "train_loss", "loss")
 
 
@@ -42,22 +43,23 @@ def criteria_curves(
     """
     figure = go.Figure()
     _draw(figure, comparison, metric, over)
-    _label(figure, metric, over)
-    title = f"{TITLES[metric].partition(' (')[0].capitalize()} after pruning"
+    _label(figure, _title(comparison, metric), over)
+    title = f"{_title(comparison, metric).partition(' (')[0].capitalize()} after pruning"
     return finished(figure, look, 480, title=title, legend={"y": -0.16, "yanchor": "top"})
 
 
 def criteria_panels(
-    comparison: Any, metrics: Sequence[str] = PANELS, axes: Sequence[str] = tuple(AXES), *, look: str = "light"
+    comparison: Any, metrics: Sequence[str] | None = None, axes: Sequence[str] = tuple(AXES), *, look: str = "light"
 ) -> go.Figure:
     """Draw the paper's panels (Fig. 5–7): a row a metric, of those that were measured, and a column an axis."""
-    shown = [metric for metric in metrics if metric in comparison.measured()]
+    usual = PANELS if "accuracy" in comparison.directions else (comparison.headline, *comparison.directions)
+    shown = [metric for metric in dict.fromkeys(metrics or usual) if metric in comparison.measured()][:MOST_PANELS]
     figure = make_subplots(len(shown), len(axes), shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.09)
     for row, metric in enumerate(shown, 1):
         for column, over in enumerate(axes, 1):
             place = {"row": row, "col": column}
             _draw(figure, comparison, metric, over, legend=row == column == 1, **place)
-            _label(figure, metric, over, title=column == 1, **place)
+            _label(figure, _title(comparison, metric) if column == 1 else None, over, **place)
     legend = {"y": -0.25 / max(len(shown), 1), "yanchor": "top"}
     return finished(figure, look, 130 + 260 * len(shown), title="Pruned without fine-tuning", legend=legend)
 
@@ -84,7 +86,7 @@ def _draw(figure: go.Figure, comparison: Any, metric: str, over: str, *, legend:
     values = comparison.values_of(metric)
     left = 100 * comparison.left(over)
     frame = comparison.frame.assign(x=100 - left if over == "channels" else left)
-    frame["y"] = values * (1 if "loss" in metric else 100)
+    frame["y"] = values * (100 if "%" in _title(comparison, metric) else 1)
     used: Counter[str] = Counter()
     for label in comparison.criteria:
         mine = frame[frame["criterion"] == label]
@@ -130,9 +132,18 @@ def _band(steps: pd.DataFrame, label: str, color: str) -> go.Scatter:
     )
 
 
-def _label(figure: go.Figure, metric: str, over: str, *, title: bool = True, **place: int) -> None:
+def _title(comparison: Any, metric: str) -> str:
+    """Return what a metric is called; of other tasks its name and which way is better."""
+    if metric in TITLES:
+        return TITLES[metric]
+    name = f"training {metric.removeprefix('train_')}" if metric.startswith("train_") else f"held-out {metric}"
+    better = "higher is better" if comparison.directions.get(metric) == "higher" else "lower is better"
+    return f"{name.replace('_', ' ')} ({better})"
+
+
+def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> None:
     figure.update_xaxes(title=AXES[over], autorange=None if over == "channels" else "reversed", **place)
-    figure.update_yaxes(title=TITLES[metric] if title else None, **place)
+    figure.update_yaxes(title=title, **place)
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:

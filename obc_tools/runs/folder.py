@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ..files import entries, environment, logging_to_file, read_json, replacing, write_json, write_text
-from ..measure.metrics import evaluate
 from ..models.store import load_pruned, save_pruned
 from ..pruning.choices import TORCH_PRUNING
+from ..scoring.tasks import evaluate
 from ..state import evaluating
 from ..training.processes import processes
 from .job import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobInputs, JobResult, Measured, PruningJob

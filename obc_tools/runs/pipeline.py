@@ -24,13 +24,13 @@ from ..data.data import Data, check_classes
 from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
-from ..measure.metrics import evaluate
 from ..models.networks import load_model
 from ..models.weights import load_weights, read_weights
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
+from ..scoring.tasks import evaluate
 from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit

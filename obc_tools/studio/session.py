@@ -16,12 +16,13 @@ from ..data.batches import take
 from ..data.data import Data
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
-from ..measure.metrics import Metrics, evaluate
+from ..measure.metrics import Metrics
 from ..plots.plans import group_names
 from ..pruning.choices import Scoring
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
+from ..scoring.tasks import evaluate
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .state import Choices, Setup
