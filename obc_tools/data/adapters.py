@@ -49,9 +49,9 @@ def as_data(
     return Data(*splits, names, None, name)
 
 
-def _split(given: Any, collate: Callable[[list[Any]], Any] | None) -> Examples:
+def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tuple[type, ...] = (list,)) -> Examples:
     if isinstance(given, DataLoader):
-        split = _split(given.dataset, collate or given.collate_fn)
+        split = _split(given.dataset, collate or given.collate_fn, refused=())
         return replace(split, workers=given.num_workers)
     if isinstance(given, TensorDataset):
         given = given.tensors if collate in (None, default_collate) else given
@@ -59,7 +59,7 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None) -> Examples:
     if isinstance(given, Tensor | tuple | Mapping) and leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
         return Examples(Tensors(given), as_is)
     whole = hasattr(given, "__getitem__") and hasattr(given, "__len__")
-    if isinstance(given, list | tuple | Mapping | IterableDataset) or not whole:
+    if isinstance(given, (*refused, tuple, Mapping, IterableDataset)) or not whole:
         raise ValueError(
             f"as_data: a {type(given).__name__} holds no examples that could be drawn by number; pass a DataLoader or "
             "a data set with __getitem__ and __len__, or tensors whose first axes are examples"

@@ -268,7 +268,7 @@ def first_examples(batch: Any, count: int) -> Any:
 
 def _slice(batch: Any, chosen: slice, examples: int, outermost: bool = True) -> Any:
     if isinstance(batch, Mapping):
-        return {key: _slice(part, chosen, examples) for key, part in batch.items()}
+        return {key: _slice(part, chosen, examples, False) for key, part in batch.items()}
     if isinstance(batch, tuple | list) and outermost:
         return type(batch)(_slice(part, chosen, examples, False) for part in batch)
     if not isinstance(batch, Tensor | tuple | list) or (isinstance(batch, Tensor) and not batch.ndim):

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..data.batches import inputs_and_targets, to_device
+from ..data.data import Data
 from ..errors import UnknownNameError
 from ..measure.metrics import Metrics, TaskMetrics, classification_metrics
 from ..measure.task_metrics import (
@@ -374,6 +375,13 @@ def as_metrics(task: Task, found: Any) -> TaskMetrics:
     if not isinstance(found, Mapping):
         raise ValueError(f"its metrics returned {type(found).__name__}; expected a mapping from names to numbers")
     return TaskMetrics(task.name, found, task.directions)
+
+
+def example_inputs(task: Task, data: Data, device: torch.device | str) -> Any:
+    """Return example inputs of a task, one example of some data; of classification zeros of an image's shape."""
+    if task is CLASSIFICATION:
+        return torch.zeros(1, *data.image_shape, device=device)
+    return task.example(next(iter(data.batches("val" if data.train is None else "train", 1, device=device).at(0))))
 
 
 @contextmanager

@@ -185,7 +185,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("message", "value"), [(message, value) for message, value in BAD.items()])
+@pytest.mark.parametrize(("message", "value"), BAD.items())
 def test_metrics_that_say_nothing_are_refused(message, value):
     case = case_of("segmentation")
 
