@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .batches import Augmentation, Batches, Sampling, augment_batches
 from .cifar import CLASSES, read_cifar
+from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
 from .examples import Examples
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
 
 Split = Images | ImageFiles | Examples
-DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder", *EMBEDDED)
 
 _LARGE = {
     "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -192,6 +192,9 @@ def load_data(
 
     - "digits": 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn; nothing is downloaded. Split
       once and for all into 1,438 train and 359 val images.
+    - "digit_scenes": several of those digits on a canvas of 64 x 64, with their boxes and a mask, for detection and
+      segmentation; "digit_captions": two of them beside each other, and words that say which, for image and text;
+      "stdlib_text": the source text of the Python installation that runs, for language models (see `data.embedded`).
     - "cifar10", "cifar100": from torchvision's files, class folders ``train`` and ``test`` or ``val``, or one .npz.
     - "imagenet": class folders ``train`` and ``val``, 1,000 each, in the order of their names; ``val`` alone is enough.
     - "folder": any class folders ``train`` and ``val`` or ``test``, one of them at least; read as ImageNet is.
@@ -218,6 +221,11 @@ def load_data(
     if download and name not in CLASSES:
         raise ValueError(f"{name} cannot be downloaded; only cifar10 and cifar100 can")
     root = None if root is None else Path(root).expanduser()
+    if name in EMBEDDED:
+        if root is not None or normalize is not None:
+            raise ValueError(f"{name} is made of what is installed, ready as it is: root and normalize must be None")
+        train, val, classes = EMBEDDED[name]()
+        return Data(train, val, classes, None, name)
     if name == "digits":
         train, val, classes = _read_digits(root)
     elif name in CLASSES:
@@ -255,26 +263,10 @@ def _normalization(name: str, normalize: str | tuple | None, train: Split | None
 def _read_digits(root: Path | None) -> tuple[Images, Images, tuple[str, ...]]:
     if root is not None:
         raise ValueError("digits come with scikit-learn: root must be None")
-    # Here, since no other data set needs scikit-learn, which takes its time to import.
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # 17 grey levels, 0 to 16, spread over a byte.
-    pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    held_out = _hold_out(digits.target)
+    pixels, labels = read_digits()
+    held_out = hold_out_digits(labels)
     train, val = (Images(pixels[chosen], labels[chosen], padding=2, flip=False) for chosen in (~held_out, held_out))
-    return train, val, tuple(str(label) for label in digits.target_names)
-
-
-def _hold_out(labels: np.ndarray) -> torch.Tensor:
-    """Choose a fifth of each class, always the same: numpy keeps the stream of RandomState for ever."""
-    random = np.random.RandomState(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        chosen[members[: round(len(members) / 5)]] = True
-    return chosen
+    return train, val, DIGITS
 
 
 def _read_folders(

@@ -25,9 +25,12 @@ MOST_BYTE_TOKENS = 512
 def mask_targets(batch: Any, logits: Tensor) -> Tensor:
     """Return the class of every pixel, int64 (examples, height, width); raise ValueError where they do not fit logits.
 
-    Logits are (examples, classes, height, width). Pixels of 255 or -100 do not count.
+    Logits are (examples, classes, height, width). Pixels of 255 or -100 do not count. Targets are masks, or a list of
+    mappings that hold one as "mask".
     """
     _, masks = inputs_and_targets(batch)
+    if isinstance(masks, list) and all(isinstance(target, Mapping) and "mask" in target for target in masks):
+        masks = torch.stack([target["mask"] for target in masks])
     if not isinstance(masks, Tensor) or masks.is_floating_point() or masks.ndim != 3 or logits.ndim != 4:
         got = f"{masks.dtype} {tuple(masks.shape)}" if isinstance(masks, Tensor) else type(masks).__name__
         raise ValueError(

@@ -149,12 +149,16 @@ def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> Non
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:
     """Draw loss and accuracy of several trainings over the epochs: validation solid, training dotted.
 
+    Of another task its headline instead of the accuracy.
+
     Raises:
         ValueError: no history, or an unknown look.
     """
     if not histories:
         raise ValueError("no history to draw: give {'name': history}")
-    figure = make_subplots(1, 2, subplot_titles=("Loss", "Accuracy"), horizontal_spacing=0.1)
+    headlines = {next(iter(history.last.values), "accuracy") for history in histories.values()}
+    named = ", ".join(sorted(headlines)).replace("_", " ")
+    figure = make_subplots(1, 2, subplot_titles=("Loss", named.capitalize()), horizontal_spacing=0.1)
     for index, (label, history) in enumerate(histories.items()):
         frame = history.to_frame()
         for part, name, dash in (("val", "validation", "solid"), ("train", "training", "dot")):
@@ -162,11 +166,17 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
             shared = {"x": frame["epoch"], "name": f"{label}, {name}", "legendgroup": f"{label} {part}", "line": style}
             shared["mode"] = "lines+markers" if len(frame) <= 20 else "lines"
             shared["marker"] = {"size": 5}
-            figure.add_scatter(y=frame[f"{part}_loss"], hovertemplate="%{y:.4f}", **shared, row=1, col=1)
-            percent = 100 * frame[f"{part}_accuracy"]
-            figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
-    figure.update_yaxes(title="cross entropy (nats)", row=1, col=1)
-    figure.update_yaxes(title="accuracy (%)", row=1, col=2)
+            if f"{part}_loss" in frame:
+                figure.add_scatter(y=frame[f"{part}_loss"], hovertemplate="%{y:.4f}", **shared, row=1, col=1)
+            headline = next(iter(history.last.values), None)
+            if headline is None:
+                percent = 100 * frame[f"{part}_accuracy"]
+                figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
+            elif part == "val":
+                figure.add_scatter(y=frame[f"val_{headline}"], hovertemplate="%{y:.4g}", **shared, row=1, col=2)
+    of_images = headlines == {"accuracy"}
+    figure.update_yaxes(title="cross entropy (nats)" if of_images else "loss", row=1, col=1)
+    figure.update_yaxes(title="accuracy (%)" if of_images else named, row=1, col=2)
     figure.update_annotations(font_size=12)
     x = {"title": "epoch", "rangemode": "tozero"}
     return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)

@@ -129,7 +129,7 @@ def detector_losses(model: nn.Module, batch: Any) -> Tensor:
     try:
         for module in () if model.training else modes:
             module.training = any(True for _ in module.children())
-        losses = model(images, targets)
+        losses = model(list(images), targets)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -140,7 +140,7 @@ def detector_losses(model: nn.Module, batch: Any) -> Tensor:
 
 def detect(model: nn.Module, batch: Any) -> Any:
     """Return what a detector finds in a batch (images, targets)."""
-    return model(inputs_and_targets(batch)[0])
+    return model(list(inputs_and_targets(batch)[0]))
 
 
 def embed_pairs(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
