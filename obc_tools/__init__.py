@@ -15,6 +15,7 @@ _NAMES = {
     "measure.costs": ("Cost", "analyse", "cost", "cost_model"),
     "measure.latency": ("latency",),
     "measure.metrics": ("Metrics",),
+    "models.adapters": ("task_of",),
     "models.export": ("export_onnx", "export_program"),
     "models.networks": ("load_model",),
     "models.store": ("load_pruned", "save_pruned"),

@@ -118,7 +118,9 @@ def language_metrics(
     return found | ({"bits_a_byte": loss / size / math.log(2)} if size else {})
 
 
-def detection_metrics(predict: Predict, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+def detection_metrics(
+    predict: Predict, wanted: Callable[[Any], Any], model: nn.Module, batches: Iterable[Any]
+) -> dict[str, float]:
     """Return mean average precision at overlaps of 0.5, and over 0.5 to 0.95 (see `detections.AveragePrecision`)."""
     from .detections import AveragePrecision
 
@@ -129,8 +131,7 @@ def detection_metrics(predict: Predict, model: nn.Module, batches: Iterable[Any]
             raise ValueError(
                 "outputs are no detections: expected a list of {'boxes', 'scores', 'labels'}, one an image"
             )
-        _, targets = inputs_and_targets(batch)
-        precision.update(found, targets)
+        precision.update(found, wanted(batch))
     return precision.compute()
 
 

@@ -264,10 +264,22 @@ def language_task(forward: Run = predict, *, shift: bool = True, name: str = "la
     )
 
 
-def detection_task(losses: Objective = detector_losses, forward: Run = detect) -> Task:
-    """Return the task of finding boxes, by a detector's own losses and a forward that returns what it finds."""
+def detection_task(
+    losses: Objective = detector_losses,
+    forward: Run = detect,
+    *,
+    found: Run = detect,
+    wanted: Callable[[Any], Any] = lambda batch: inputs_and_targets(batch)[1],
+) -> Task:
+    """Return the task of finding boxes, by a detector's own losses.
+
+    Args:
+        forward: For tracing: whatever the network computes, if possible before it chooses among boxes.
+        found: Returns a list of {"boxes", "scores", "labels"}, one an image.
+        wanted: A batch -> a list of {"boxes", "labels"}.
+    """
     directions = {"map50": "higher", "map": "higher"}
-    return Task("detection", losses, partial(detection_metrics, forward), forward, directions=directions)
+    return Task("detection", losses, partial(detection_metrics, found, wanted), forward, directions=directions)
 
 
 def image_text_task(forward: Run = embed_pairs) -> Task:
@@ -372,6 +384,7 @@ def evaluate(
 
 def as_metrics(task: Task, found: Any) -> TaskMetrics:
     """Return what a task's metrics returned as a value; raise ValueError where there is no headline."""
+    found = found.values if isinstance(found, Metrics) else found
     if not isinstance(found, Mapping):
         raise ValueError(f"its metrics returned {type(found).__name__}; expected a mapping from names to numbers")
     return TaskMetrics(task.name, found, task.directions)

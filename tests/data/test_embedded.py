@@ -20,7 +20,7 @@ def test_boxes_lie_tight_around_the_ink_of_their_digits():
     data = load_data("digit_scenes")
     assert (len(data.train), len(data.val), len(data.classes)) == (1200, 300, 11) and data.image_shape == (3, 64, 64)
     images, targets = next(iter(data.batches("val", 300, shuffle=False)))
-    assert 0 <= images.min() and images.max() <= 1 and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1 and images.dtype == torch.float32
     counts = set()
     for target in targets:
         counts.add(len(target["boxes"]))
