@@ -75,7 +75,12 @@ class TaskMetrics:
         if self.values.get(headline) is None:
             raise ValueError(f"the metrics of task '{self.task}' returned no {headline!r}, its headline")
         ordered = [name for name in self.directions if self.values.get(name) is not None]
+        object.__setattr__(self, "directions", dict(self.directions))
         object.__setattr__(self, "values", {name: float(self.values[name]) for name in ordered})
+
+    def describe(self) -> str:
+        """Name the metrics and say which way is better."""
+        return ", ".join(f"{name.replace('_', ' ')} ({self.directions[name]} is better)" for name in self.values)
 
     def __repr__(self) -> str:
         signs = {"higher": "↑", "lower": "↓"}

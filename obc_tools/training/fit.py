@@ -240,7 +240,7 @@ class _Training:
         if isinstance(metrics, Metrics):
             done = Epoch(*row, correct / images, metrics.loss, metrics.accuracy, *speed)
         else:
-            done = Epoch(*row, None, metrics.values.get("loss"), None, *speed, metrics.values, dict(metrics.directions))
+            done = Epoch(*row, None, metrics.values.get("loss"), None, *speed, metrics.values, metrics.directions)
         self.epochs.append(done)
         logger.info("%s", done)
         if self.folder is not None:
