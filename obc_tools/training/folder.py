@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Epoch:
     """One epoch of a training.
 
@@ -82,6 +82,9 @@ class Epoch:
             return found
         found = {key: value for key, value in found.items() if value is not None}
         return found | {f"val_{name}": value for name, value in self.values.items()}
+
+    def __repr__(self) -> str:
+        return f"Epoch({', '.join(f'{name}={value!r}' for name, value in self.figures().items())})"
 
     def __str__(self) -> str:
         if self.values:

@@ -1,12 +1,13 @@
 """`task_of`: networks of other libraries, each scored, pruned, trained for an epoch and measured by its own task."""
 
+import json
 import sys
 
 import pytest
 import torch
 from torch import nn
 
-from obc_tools import evaluate, fit, prune, prune_to, task_of
+from obc_tools import evaluate, fit, load_model, prune, prune_to, task_of
 from obc_tools.training.recipe import Recipe
 
 IMAGES = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -147,3 +148,29 @@ def test_the_task_of_one_s_own_network_is_not_guessed():
     ):
         task_of(BertModel(BertConfig(**SMALL, vocab_size=50)))
     assert "obc_tools" in sys.modules
+
+
+def test_networks_of_transformers_from_a_folder(tmp_path):
+    model, tokens, _, _ = made("llama")
+    model.save_pretrained(tmp_path)
+    same = load_model(f"transformers:{tmp_path}", weights="pretrained").eval()
+    assert type(same) is type(model) and torch.equal(same(tokens).logits, model(tokens).logits)
+    fresh = load_model(f"transformers:{tmp_path}").eval()
+    assert not torch.equal(fresh(tokens).logits, model(tokens).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["OfSomebody"]}))
+    with pytest.raises(ValueError, match="OfSomebody is no network of transformers itself"):
+        load_model(f"transformers:{tmp_path}")
+    with pytest.raises(ValueError, match=r"is no folder with a config.json: transformers' networks are read from one"):
+        load_model(f"transformers:{tmp_path / 'nothing'}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_of_ultralytics_by_name():
+    pytest.importorskip("ultralytics")
+    model = load_model("ultralytics:yolo11n", num_classes=3)
+    assert model.model[-1].nc == 3 and task_of(model).name == "detection"
+    with pytest.raises(ValueError, match="network 'ultralytics:yolo99z': "):
+        load_model("ultralytics:yolo99z")
+    with pytest.raises(ValueError, match="pretrained weights of 'ultralytics:yolo11n' are not downloaded here"):
+        load_model("ultralytics:yolo11n", weights="pretrained")
