@@ -82,49 +82,30 @@ def _embed_named(network: nn.Module, batch: Any) -> Any:
     return embed_pairs(network, _named(pair, ""))
 
 
-def _token_logits(model: nn.Module, batch: Any) -> Tensor:
+def _token_logits(config: Any, network: nn.Module, batch: Any, **options: Any) -> Tensor:
     """Return the logits of every token; raise ValueError where tokens, or their number, are not the model's."""
     inputs = _named(batch, "input_ids")
-    config, tokens = model.config, inputs["input_ids"]
-    longest = getattr(config, "max_position_embeddings", None)
+    tokens, longest = inputs["input_ids"], getattr(config, "max_position_embeddings", None)
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(f"sequences of {tokens.shape[1]} tokens for a model that takes {longest}")
     low, high = (int(end) for end in tokens.aminmax())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"token {low if low < 0 else high} for a model of {config.vocab_size} tokens")
-    return model(**inputs).logits
+    return network(**inputs, **options).logits
+
+
+def _causal_language(model: nn.Module) -> Task:
+    # The configuration is the unpruned network's: an EquivalentModel has none.
+    return language_task(partial(_token_logits, model.config, use_cache=False))
 
 
 def _masked_language(model: nn.Module) -> Task:
     def logits(network: nn.Module, batch: Any) -> Tensor:
         if not isinstance(batch, Mapping) or "labels" not in batch:
             raise ValueError(f"batches need 'labels', the tokens that were masked, and {IGNORED} for all others")
-        return _with_config(model, _token_logits)(network, batch)
+        return _token_logits(model.config, network, batch)
 
     return language_task(logits, shift=False, name="masked_language_model")
-
-
-def _with_config(model: nn.Module, run: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
-    """Let a run read the configuration of the unpruned network; an `EquivalentModel` has none."""
-    return lambda network, batch: run(_Configured(network, model.config), batch)
-
-
-class _Configured:
-    """Calls a network, and has a configuration."""
-
-    def __init__(self, network: Callable[..., Any], config: Any):
-        self.network, self.config = network, config
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.network(**inputs)
-
-
-def _causal_language(model: nn.Module) -> Task:
-    return language_task(_with_config(model, lambda network, batch: _token_logits(network, _uncached(batch))))
-
-
-def _uncached(batch: Any) -> dict[str, Any]:
-    return _named(batch, "input_ids") | {"use_cache": False}
 
 
 def _classifier(name: str, model: nn.Module) -> Task:
