@@ -117,6 +117,22 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in what a model returned: itself, its ``logits`` or ``out``, or the first of a tuple.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out"))
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else None)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the model returned {type(output).__name__} without logits")
+    return found
+
+
 WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "FullyShardedDataParallel": "module",
             "OptimizedModule": "_orig_mod"}  # fmt: skip
 """Modules around a model, each with the attribute that holds it."""

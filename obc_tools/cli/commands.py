@@ -174,21 +174,23 @@ class Compare(PruningOptions):
 
     def run(self) -> None:
         from ..comparing.compare import CompareSettings, compare_criteria
-        from ..data.data import hold_out, load_data
-        from ..models.networks import load_model
+        from ..data.data import hold_out
         from ..plots.jtj import save_html
         from ..runs.job import find_device
+        from ..runs.own import find_data, find_model, is_own, own_task
 
-        device = find_device(self.device)
-        data = load_data(self.data, self.root, normalize=self.normalize)
+        if self.weights is None and not is_own(self.model):
+            raise ValueError(f"--weights: which weights of '{self.model}'? A comparison begins with a trained network")
+        device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if self.hold_out is not None:
             data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
         classes = self.num_classes or len(data.classes)
         channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
         comparison = compare_criteria(
-            lambda: load_model(self.model, num_classes=classes, weights=self.weights, **channels).to(device),
+            lambda: find_model(self.model, classes, self.weights, **channels).to(device),
             data,
             self.criteria,
+            task=own_task(self.task),
             folder=self.out,
             **self.given(CompareSettings),
         )

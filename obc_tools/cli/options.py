@@ -28,14 +28,19 @@ class PruningOptions:
     """What pruning a network of one's own takes, once or by many criteria."""
 
     model: Name
-    """Network: resnet20, resnet56, vgg19, ...; torchvision:resnet50, timm:vit_base_patch16_224, ..."""
-    weights: Annotated[str, tyro.conf.arg(metavar="FILE")]
-    """Its weights: a file (.safetensors, or a state dict saved by torch.save), "pretrained" (torchvision's or timm's),
-    "published" or "published-sparse" (the paper's)."""
+    """Network: resnet20, resnet56, vgg19, ...; torchvision:resnet50, timm:vit_base_patch16_224, ...; or a function of
+    your own that returns one, package.module:function."""
     data: Name
-    """Data set: digits, cifar10, cifar100, imagenet, or folder (class folders in train/ and val/ or test/)."""
+    """Data set: digits, cifar10, cifar100, imagenet, folder (class folders in train/ and val/ or test/), digit_scenes,
+    digit_captions, stdlib_text; or a function of your own that returns Data or a pair (train, val)."""
     out: Folder
     """Folder to make for what comes out: tables, figures, models."""
+    weights: Text = None
+    """Its weights, unless the network is your own: a file (.safetensors, or a state dict saved by torch.save),
+    "pretrained" (torchvision's or timm's), "published" or "published-sparse" (the paper's)."""
+    task: Name = "classification"
+    """What the network is for: classification, segmentation, detection, language_model, image_text, outputs (without
+    labels); or a function of your own that returns a Task."""
     root: Root = None
     """Where the data lies: torchvision's files, class folders, or (CIFAR) one .npz file. Digits need none."""
     num_classes: Whole = None

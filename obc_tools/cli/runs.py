@@ -208,9 +208,11 @@ class Evaluate:
     AFTER_STOP: ClassVar[str] = "nothing was written"
 
     model: Position
-    """A folder that holds a saved pruned model, or a network's name."""
+    """A folder that holds a saved pruned model, a network's name, or your own function, package.module:function."""
     data: Name
-    """Data set: digits, cifar10, cifar100, imagenet or folder."""
+    """Data set: digits, cifar10, cifar100, imagenet, folder, ...; or a function of your own."""
+    task: Name = "classification"
+    """What the network is for: classification, segmentation, ...; or a function of your own that returns a Task."""
     weights: Text = None
     """Weights of a network by name."""
     root: Root = None
@@ -223,20 +225,19 @@ class Evaluate:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
-        from ..data.data import load_data
         from ..measure.costs import cost
-        from ..measure.metrics import evaluate
-        from ..models.networks import load_model
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_device
+        from ..runs.own import find_data, find_model, is_own, own_task
+        from ..scoring.tasks import evaluate, example_inputs
 
-        device, data = find_device(self.device), load_data(self.data, self.root, normalize=self.normalize)
+        device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
             model = load_pruned(self.model).to(device)
-        elif self.weights is None:
+        elif self.weights is None and not is_own(self.model):
             raise ValueError(f"'{self.model}' holds no saved model; for a network by name, pass --weights too")
         else:
-            model = load_model(self.model, weights=self.weights).to(device)
-        batches = data.batches("val", self.batch_size, device=device)
-        images, _ = next(iter(batches))
-        print(f"{evaluate(model, batches, progress=True)!r}\n{cost(model, images[:1])!r}")
+            model = find_model(self.model, None, self.weights).to(device)
+        batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)
+        found = evaluate(model, batches, task=task, progress=True)
+        print(f"{found!r}\n{cost(model, example_inputs(task, data, device))!r}")

@@ -22,20 +22,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch, Pass, take
+from ..data.adapters import as_data
+from ..data.batches import Batch, Pass, count_examples, first_examples, take
 from ..data.data import Data, check_classes
 from ..files import environment
 from ..holding import held
 from ..measure.costs import Cost, CostModel
-from ..measure.metrics import Metrics, evaluate
+from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
 from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import check_reachable
 from ..scoring.criteria import Criterion
-from ..scoring.objectives import Objective, classification
+from ..scoring.objectives import Objective
+from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
 from .comparison import (
-    METRICS,
     Comparison,
     Contender,
     Curve,
@@ -88,10 +89,11 @@ class CompareSettings(Settings):
 
 def compare_criteria(
     factory: nn.Module | Callable[[], nn.Module],
-    data: Data,
+    data: Any,
     criteria: Iterable[Any] | Mapping[str, Any],
     *,
-    objective: Objective = classification,
+    task: str | Task = CLASSIFICATION,
+    objective: Objective | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
@@ -100,11 +102,13 @@ def compare_criteria(
 
     Args:
         factory: the trained network, which stays as it is, or what returns it afresh for every criterion and repeat.
-        data: calibration images are drawn from its training images, without augmentation: the same for all criteria in
-            a repeat, others in every step and repeat. Measured on its held-out images and on training images.
+        data: `Data`, made by `load_data` or `as_data`. Calibration images are drawn from its training images, without
+            augmentation: the same for all criteria in a repeat, others in every step and repeat. Measured on its
+            held-out images and on training images.
         criteria: names, (name, options) pairs, Criterion values or functions of weights; or a mapping from labels to
             those. ("jacobian", {"batches": 500}) has a data budget of its own.
-        objective: what is differentiated.
+        task: what the network is for, a `Task` or the name of one of `TASKS`.
+        objective: what is differentiated, instead of the task's losses.
         folder: keep what is finished here, step by step, and go on from there if it is called again.
         steps, ratio: step k of ``steps`` removes channels until the share ratio·k/steps is gone; default 18 to 0.9.
         macs: instead of a ratio: the share of the MACs left at the end, reached in equal steps.
@@ -129,7 +133,7 @@ def compare_criteria(
     chosen = CompareSettings(**_begun(settings, folder))
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
-    bench = _Bench.build(factory, data, chosen, contenders, objective)
+    bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
     curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
     rows: list[Mapping[str, Any]] = []
     with (
@@ -147,7 +151,8 @@ def compare_criteria(
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
             rows += marked(curve.rows, curve.at_chance)
-        return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
+        about = bench.describe()
+        return store.finish(Comparison(as_frame(rows, about), about, environment(bench.device)))
 
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:
@@ -167,6 +172,7 @@ class _Bench:
     factory: Callable[[], nn.Module]
     data: Data
     settings: CompareSettings
+    task: Task
     objective: Objective
     contenders: tuple[Contender, ...]
     whole: PruningPlan
@@ -175,16 +181,24 @@ class _Bench:
     device: torch.device
 
     @classmethod
-    def build(cls, factory: Callable, data: Data, settings: CompareSettings, contenders: tuple, objective: Objective):
-        model = factory()
+    def build(
+        cls,
+        factory: Callable,
+        data: Data,
+        settings: CompareSettings,
+        contenders: tuple,
+        task: Task,
+        objective: Objective | None,
+    ):
+        model = factory().eval()
         device = next(model.parameters()).device
-        example, _ = next(iter(data.batches("val", 1, device=device).at(0)))
-        with torch.no_grad():
-            check_classes(model.eval()(example).shape[-1], data)
+        task = task if task.against is None else task.against(model)
+        example = _example(model, data, settings, task, device)
         groups, costs = settings.selection.analyse(model, example, settings.counting)
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
-        bench = cls(factory, data, settings, objective, contenders, whole, costs, _checksum(model), device)
+        loss = objective or task.losses
+        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, _checksum(model), device)
         for contender in contenders:
             bench.calibration(contender.criterion, 0, 1)
         return bench
@@ -194,6 +208,8 @@ class _Bench:
         counts = {"train_images": len(self.data.train), "val_images": len(self.data.val)}
         criteria = {c.label: described(c.criterion) for c in self.contenders}
         about = {"data": self.data.name, "checksum_of_weights": self.checksum, "criteria": criteria, **counts}
+        if self.task is not CLASSIFICATION:
+            about |= {"task": self.task.name, "metrics": dict(self.task.directions)}
         return json.loads(json.dumps(asdict(self.settings) | about))
 
     def calibration(self, criterion: Criterion, repeat: int, step: int) -> Iterable[Batch]:
@@ -232,8 +248,8 @@ class _Bench:
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
     ) -> dict[str, Any]:
         s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
-        held_out = evaluate(pruned, self._images("val", s.held_out))
-        training = evaluate(pruned, self._images("train", s.training)) if s.training != 0 else None
+        held_out = evaluate(pruned, self._images("val", s.held_out), task=self.task)
+        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), task=self.task)
         data_free = criterion.needs == "weights"
         return {
             "criterion": curve.contender.label,
@@ -243,11 +259,15 @@ class _Bench:
             "channels": plan.channels,
             "macs": cost.macs,
             "params": cost.params,
-            **_metrics(held_out, ""),
-            **_metrics(training, "train_"),
+            **self._metrics(held_out, ""),
+            **self._metrics(seen, "train_"),
             "seconds": seconds,
             "images": 0 if data_free or not step else (criterion.batches or s.batches) * s.batch_size,
         }
+
+    def _metrics(self, found: Metrics | TaskMetrics | None, prefix: str) -> dict[str, float | None]:
+        values = {} if found is None else found.values
+        return {prefix + name: values.get(name) for name in self.task.directions}
 
     def _images(self, split: str, count: int | None) -> Iterable[Batch]:
         """Return the images to measure on: all, or a fixed random choice of so many."""
@@ -267,17 +287,26 @@ class _Bench:
 
 
 def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
-    """Yield the first `count` images of a pass."""
-    for images, labels in batches:
-        yield images[:count], labels[:count]
-        count -= len(labels)
+    """Yield the first `count` examples of a pass."""
+    for batch in batches:
+        examples = count_examples(batch)
+        yield batch if examples <= count else first_examples(batch, count)
+        count -= examples
         if count <= 0:
             return
 
 
-def _metrics(metrics: Metrics | None, prefix: str) -> dict[str, float | None]:
-    values = {"accuracy": None, "top5": None, "loss": None} if metrics is None else vars(metrics)
-    return {prefix + name: values[name] for name in METRICS[:3]}
+def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task, device: torch.device) -> Any:
+    """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
+    batch = next(iter(data.batches("val", 1, device=device).at(0)))
+    if task is CLASSIFICATION:
+        with torch.no_grad():
+            check_classes(model(batch[0]).shape[-1], data)
+        return batch[0]
+    if settings.until_chance:
+        raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
+    check_task(task, model, next(iter(data.batches("train", settings.batch_size, device=device).at(0))), batch)
+    return task.example(batch)
 
 
 def _checksum(model: nn.Module) -> int:

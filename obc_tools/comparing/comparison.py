@@ -20,7 +20,8 @@ from ..scoring.criteria import Criterion, resolve_criterion
 SETTINGS, TABLE = "comparison.json", "comparison.csv"
 KEYS = ["criterion", "repeat", "step"]
 SHARES = {"channels": "pruned_channels", "macs": "macs", "params": "params"}
-METRICS = ("accuracy", "top5", "loss", "train_accuracy", "train_top5", "train_loss")
+CLASSIFICATION = {"accuracy": "higher", "top5": "higher", "loss": "lower"}
+"""Metrics and their directions, where settings name none."""
 
 
 class ComparisonError(ValueError):
@@ -34,9 +35,9 @@ class Comparison:
     Attributes:
         frame: one row a criterion, repeat and step (0: unpruned), sorted so. Columns: ``pruned_channels`` of
             ``channels`` prunable ones; ``macs`` of one example and ``params``; ``accuracy``, ``top5`` (shares in
-            [0, 1], top-5 where there are more classes), ``loss`` (nats) on held-out images; the same with ``train_``
-            on training images; ``seconds`` for scoring, data included; ``images`` scored with; ``at_chance``: the
-            curve was ended here, since the network only guesses.
+            [0, 1], top-5 where there are more classes), ``loss`` (nats) on held-out images, or the metrics of another
+            task; the same with ``train_`` on training images; ``seconds`` for scoring, data included; ``images``
+            scored with; ``at_chance``: the curve was ended here, since the network only guesses.
         settings: what was asked for.
         environment: hardware, versions and date.
     """
@@ -50,6 +51,11 @@ class Comparison:
         """The labels, in the order in which they were asked for."""
         return tuple(self.frame["criterion"].unique())
 
+    @property
+    def directions(self) -> dict[str, str]:
+        """Metric -> "higher" or "lower", whichever is better: first those on held-out images."""
+        return metric_directions(self.settings)
+
     def left(self, over: str = "params") -> pd.Series:
         """Return the share that is left at each row, of "channels", "macs" or "params"."""
         if over not in SHARES:
@@ -61,11 +67,11 @@ class Comparison:
 
     def values_of(self, metric: str) -> pd.Series:
         """Return a metric at each row; raise ComparisonError for one that was not measured."""
-        if metric not in METRICS or metric not in self.measured():
+        if metric not in self.measured():
             raise ComparisonError(f"'{metric}' was not measured; there are {', '.join(self.measured())}")
         return self.frame[metric]
 
-    def areas(self, metric: str = "train_accuracy", over: str = "params") -> pd.DataFrame:
+    def areas(self, metric: str | None = None, over: str = "params") -> pd.DataFrame:
         """Return the area under a metric over the share that is left, one row a criterion and repeat.
 
         ∫ metric d(share left), by trapezoids, from all curves' end to 1. A curve that was ended at chance counts at its
@@ -75,6 +81,7 @@ class Comparison:
         Raises:
             ComparisonError: an unknown axis, a metric that was not measured.
         """
+        metric = metric or self.headline
         self.values_of(metric)
         frame = self.frame.assign(left=self.left(over))
         curves = frame.groupby(KEYS[:2], sort=False)
@@ -88,20 +95,26 @@ class Comparison:
 
     def measured(self) -> list[str]:
         """Return the metrics that were measured."""
-        return [name for name in METRICS if not self.frame[name].isna().all()]
+        return [name for name in self.directions if not self.frame[name].isna().all()]
+
+    @property
+    def headline(self) -> str:
+        """The metric that stands for all: on training images, as in the paper's figures, or without them held-out."""
+        first = next(iter(self.directions))
+        return f"train_{first}" if f"train_{first}" in self.measured() else first
 
     def summary(self, metric: str | None = None, over: str = "params") -> pd.DataFrame:
         """Return one row a criterion, best first: area under the curve and seconds of scoring a step, mean and std.
 
-        ``metric``: by default the training accuracy, as in the paper's figures, or the held-out one without it.
+        ``metric``: by default the headline.
         """
-        metric = metric or ("train_accuracy" if "train_accuracy" in self.measured() else "accuracy")
+        metric = metric or self.headline
         areas = self.areas(metric, over).groupby("criterion", sort=False)["area"].agg(["mean", "std", "count"])
         seconds = self.frame[self.frame["step"] > 0].groupby("criterion", sort=False)["seconds"].median()
         table = areas.rename(columns={"mean": f"area ({metric} over {over} left)", "count": "repeats"})
         table["seconds a step (median)"] = seconds
-        best_first = "loss" not in metric
-        return table.sort_values(table.columns[0], ascending=not best_first).reset_index()
+        lowest_first = self.directions[metric] == "lower"
+        return table.sort_values(table.columns[0], ascending=lowest_first).reset_index()
 
     def to_frame(self) -> pd.DataFrame:
         """Return the table, one row a criterion, repeat and step."""
@@ -150,7 +163,7 @@ def read_comparison(path: str | Path) -> Comparison:
         first, _, rest = Path(path).read_text(encoding="utf-8").partition("\n")
         about = json.loads(first.removeprefix("# "))
         frame = pd.read_csv(io.StringIO(rest))
-        missing = sorted({*KEYS, *METRICS, "at_chance"} - set(frame.columns))
+        missing = sorted({*KEYS, *metric_directions(about["settings"]), "at_chance"} - set(frame.columns))
         if missing:
             raise ComparisonError(f"columns {', '.join(missing)} are missing")
         return Comparison(frame, about["settings"], about["environment"])
@@ -164,6 +177,12 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return {"counting": TORCH_PRUNING} | json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def metric_directions(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics of a comparison and their directions, on held-out images and on training images."""
+    held_out = settings.get("metrics", CLASSIFICATION)
+    return held_out | {f"train_{name}": direction for name, direction in held_out.items()}
+
+
 def _read_unfinished(folder: Path) -> Comparison:
     """Read the curves in a folder, in the order in which their criteria were asked for."""
     try:
@@ -174,7 +193,7 @@ def _read_unfinished(folder: Path) -> Comparison:
         order = list(settings["criteria"])
         rows = [row for curve in curves for row in marked(curve["rows"], curve["at_chance"])]
         rows.sort(key=lambda row: order.index(row["criterion"]))
-        return Comparison(as_frame(rows), settings, {})
+        return Comparison(as_frame(rows, settings), settings, {})
     except (OSError, ValueError, KeyError) as error:
         raise ComparisonError(f"'{folder}' holds no comparison: {error}") from error
 
@@ -184,9 +203,9 @@ def marked(rows: Sequence[Mapping[str, Any]], at_chance: bool) -> list[dict[str,
     return [{**row, "at_chance": at_chance and row is rows[-1]} for row in rows]
 
 
-def as_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def as_frame(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> pd.DataFrame:
     """Return the table of rows; what was not measured is NaN."""
-    return pd.DataFrame(rows).astype(dict.fromkeys((*METRICS, "macs", "seconds"), float))
+    return pd.DataFrame(rows).astype(dict.fromkeys((*metric_directions(settings), "macs", "seconds"), float))
 
 
 def _area(left: np.ndarray, metric: np.ndarray, low: float) -> float:

@@ -1,26 +1,29 @@
 """Batches: what scoring, training and evaluation iterate over.
 
-A batch is a pair (images, labels): images float32 (size, channels, height, width), normalised, and labels int64
-(size,), both on the device that was asked for. Going once through a split of a data set is a *pass*. Everything that
-chance decides about a pass (the order, the crops, the flips) is fixed by a seed and the number of the pass, and drawn
-on the CPU, so that it is the same on every device, in a resumed run and for two methods that are to be compared.
+For most tasks any structure of tensors is a batch: a tensor, tuples, lists and dicts of them, lists with one entry an
+example. A batch of images to classify is a pair (images, labels): images float32 (size, channels, height, width),
+normalised, and labels int64 (size,), both on the device that was asked for. Going once through a split of a data set
+is a *pass*. Everything that chance decides about a pass (the order, the crops, the flips) is fixed by a seed and the
+number of the pass, and drawn on the CPU, so that it is the same on every device, in a resumed run and for two methods
+that are to be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from operator import length_hint
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torchvision.transforms import v2
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
 Draw = Callable[..., Iterator[Batch]]
 T = TypeVar("T")
 
@@ -209,6 +212,70 @@ def _check_length(length: int, available: int) -> None:
         raise ValueError(f"take: the number of batches must be at least 1, not {length}")
     if available < length:
         raise ValueError(f"take: {length} batches were asked for, a pass holds {available}")
+
+
+TARGETS = "labels"
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """Return what a model is called with, and what it is to say: None where the batch has no targets.
+
+    A pair is (inputs, targets); a mapping holds targets as "labels", the rest are keyword arguments; all else is inputs
+    (one tensor of a tuple of one).
+    """
+    if isinstance(batch, Mapping):
+        return {key: part for key, part in batch.items() if key != TARGETS}, batch.get(TARGETS)
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    return (batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch), None
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Return a batch with all of its tensors on a device; its structure and whatever else it holds stay."""
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)
+
+
+def count_examples(batch: Any) -> int:
+    """Return the number of examples in a batch: the length of its first tensor or, within it, of its first list.
+
+    Raises:
+        ValueError: the batch holds neither.
+    """
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    for part in parts:
+        if isinstance(part, list | tuple) or (isinstance(part, Tensor) and part.ndim):
+            return len(part)
+        if isinstance(part, Mapping):
+            return count_examples(part)
+    raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor whose first axis counts its examples")
+
+
+def cut_batch(batch: Any, pieces: int) -> list[Any]:
+    """Cut a batch into at most so many pieces of consecutive examples.
+
+    Raises:
+        ValueError: a tensor or list in it has no entry an example, so that nobody knows which piece it belongs to.
+    """
+    examples = count_examples(batch)
+    size = -(-examples // pieces)
+    return [_slice(batch, slice(start, start + size), examples) for start in range(0, examples, size)]
+
+
+def first_examples(batch: Any, count: int) -> Any:
+    """Return a batch of the first examples of another; raise ValueError as `cut_batch` does."""
+    return _slice(batch, slice(count), count_examples(batch))
+
+
+def _slice(batch: Any, chosen: slice, examples: int, outermost: bool = True) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _slice(part, chosen, examples, False) for key, part in batch.items()}
+    if isinstance(batch, tuple | list) and outermost:
+        return type(batch)(_slice(part, chosen, examples, False) for part in batch)
+    if not isinstance(batch, Tensor | tuple | list) or (isinstance(batch, Tensor) and not batch.ndim):
+        return batch
+    if len(batch) != examples:
+        raise ValueError(f"a batch of {examples} examples holds {len(batch)} of something: it cannot be cut in pieces")
+    return batch[chosen]
 
 
 def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor, padding: int) -> Tensor:

@@ -14,15 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .batches import Augmentation, Batches, Sampling, augment_batches
 from .cifar import CLASSES, read_cifar
+from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
+from .examples import Examples
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
 
-Split = Images | ImageFiles
-DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+Split = Images | ImageFiles | Examples
+DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder", *EMBEDDED)
 
 _LARGE = {
     "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -53,15 +54,15 @@ class Data:
     Attributes:
         train: Images to learn from; None where only held-out images are there.
         val: Held-out images; the test images of a data set that has no others.
-        classes: Names, in the order in which labels count them.
-        normalization: Of every batch.
+        classes: Names, in the order in which labels count them; none where examples have no single label.
+        normalization: Of every batch of images; None for examples that are ready as they are.
         name: As given to ``load_data``.
     """
 
     train: Split | None
     val: Split | None
     classes: tuple[str, ...]
-    normalization: Normalization
+    normalization: Normalization | None
     name: str = "data"
 
     def __post_init__(self) -> None:
@@ -69,6 +70,8 @@ class Data:
         if not splits:
             raise ValueError(f"{self.name}: there are neither train nor val images")
         for name, split in splits.items():
+            if isinstance(split, Examples):
+                continue
             if (label := int(split.labels.max())) >= len(self.classes):
                 raise ValueError(f"{self.name}: {name} label {label} is out of range for {len(self.classes)} classes")
             if len(self.normalization.mean) != split.image_shape[0]:
@@ -105,7 +108,7 @@ class Data:
             size: Images in a batch.
             seed: Fixes the order and the augmentation of every pass, the same on every device.
             augment: Random crops and flips, as in training, or all that an `Augmentation` says. Off by default, also
-                for "train".
+                for "train". Examples of one's own are augmented by their data set alone.
             shuffle: A new order each pass. None: for "train" only.
             drop_last: Leave out a last batch that is smaller than ``size``.
             device: Where batches are made, normalised and returned; the model's.
@@ -120,6 +123,10 @@ class Data:
         shuffle = split == "train" if shuffle is None else shuffle
         chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
         sampling = Sampling(size, seed, shuffle, chosen.crop, drop_last, chosen.repeats, share, split == "train")
+        if isinstance(images, Examples):
+            if chosen.changes_batches or chosen.rand_augment:
+                raise ValueError(f"{self.name}: only images with one label each are mixed or erased in here")
+            return images.batches(sampling, device)
         if isinstance(images, ImageFiles):
             drawn = images.batches(sampling, self.normalization, device, workers, chosen.rand_augment)
         elif chosen.rand_augment:
@@ -150,6 +157,8 @@ class Data:
             raise ValueError(f"unknown split '{split}'; there are 'train' and 'val'")
         images = self.train if split == "train" else self.val
         if images is None:
+            if self.normalization is None:
+                raise ValueError(f"{self.name} was made without {split} examples: pass as_data(train, val)")
             raise ValueError(
                 f"{self.name} was loaded from a folder without {split} images; there is only the other split"
             )
@@ -183,6 +192,9 @@ def load_data(
 
     - "digits": 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn; nothing is downloaded. Split
       once and for all into 1,438 train and 359 val images.
+    - "digit_scenes": several of those digits on a canvas of 64 x 64, with their boxes and a mask, for detection and
+      segmentation; "digit_captions": two of them beside each other, and words that say which, for image and text;
+      "stdlib_text": the source text of the Python installation that runs, for language models (see `data.embedded`).
     - "cifar10", "cifar100": from torchvision's files, class folders ``train`` and ``test`` or ``val``, or one .npz.
     - "imagenet": class folders ``train`` and ``val``, 1,000 each, in the order of their names; ``val`` alone is enough.
     - "folder": any class folders ``train`` and ``val`` or ``test``, one of them at least; read as ImageNet is.
@@ -209,6 +221,11 @@ def load_data(
     if download and name not in CLASSES:
         raise ValueError(f"{name} cannot be downloaded; only cifar10 and cifar100 can")
     root = None if root is None else Path(root).expanduser()
+    if name in EMBEDDED:
+        if root is not None or normalize is not None:
+            raise ValueError(f"{name} is made of what is installed, ready as it is: root and normalize must be None")
+        train, val, classes = EMBEDDED[name]()
+        return Data(train, val, classes, None, name)
     if name == "digits":
         train, val, classes = _read_digits(root)
     elif name in CLASSES:
@@ -220,7 +237,7 @@ def load_data(
 
 def check_classes(outputs: int, data: Data) -> None:
     """Raise ValueError unless a model with so many outputs can tell the classes of a data set apart."""
-    if outputs != len(data.classes):
+    if data.classes and outputs != len(data.classes):
         raise ValueError(f"model has {outputs} outputs, data has {len(data.classes)} classes")
 
 
@@ -246,26 +263,10 @@ def _normalization(name: str, normalize: str | tuple | None, train: Split | None
 def _read_digits(root: Path | None) -> tuple[Images, Images, tuple[str, ...]]:
     if root is not None:
         raise ValueError("digits come with scikit-learn: root must be None")
-    # Here, since no other data set needs scikit-learn, which takes its time to import.
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # 17 grey levels, 0 to 16, spread over a byte.
-    pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    held_out = _hold_out(digits.target)
+    pixels, labels = read_digits()
+    held_out = hold_out_digits(labels)
     train, val = (Images(pixels[chosen], labels[chosen], padding=2, flip=False) for chosen in (~held_out, held_out))
-    return train, val, tuple(str(label) for label in digits.target_names)
-
-
-def _hold_out(labels: np.ndarray) -> torch.Tensor:
-    """Choose a fifth of each class, always the same: numpy keeps the stream of RandomState for ever."""
-    random = np.random.RandomState(0)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        chosen[members[: round(len(members) / 5)]] = True
-    return chosen
+    return train, val, DIGITS
 
 
 def _read_folders(

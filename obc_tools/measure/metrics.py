@@ -1,20 +1,17 @@
-"""How good a network is on batches: loss and accuracies, in one pass."""
+"""How good a network is on batches: what is measured, in one pass, task by task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import length_hint
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from ..state import evaluating, numbered
-from .latency import TOP, _device
+from .latency import TOP
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,9 +40,56 @@ class Metrics:
         top5 = "" if self.top5 is None else f"top-5 {self.top5:.2%}, "
         return f"accuracy {self.accuracy:.2%}, {top5}loss {self.loss:.4f} ({self.examples:,} examples)"
 
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The metrics by name."""
+        return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss}
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row; the shares in [0, 1]."""
         return pd.DataFrame([vars(self)])
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>"
+
+
+@dataclass(frozen=True, repr=False)
+class TaskMetrics:
+    """How well a network does its task.
+
+    Attributes:
+        task: The task's name.
+        values: Metric -> value, the headline first.
+        directions: Metric -> "higher" or "lower", whichever is better.
+    """
+
+    task: str
+    values: Mapping[str, float]
+    directions: Mapping[str, str]
+
+    def __post_init__(self):
+        headline = next(iter(self.directions))
+        if strange := [name for name in self.values if name not in self.directions]:
+            known = ", ".join(self.directions)
+            raise ValueError(f"task '{self.task}' measured {strange[0]!r}, which has no direction; known are {known}")
+        if self.values.get(headline) is None:
+            raise ValueError(f"the metrics of task '{self.task}' returned no {headline!r}, its headline")
+        ordered = [name for name in self.directions if self.values.get(name) is not None]
+        object.__setattr__(self, "directions", dict(self.directions))
+        object.__setattr__(self, "values", {name: float(self.values[name]) for name in ordered})
+
+    def describe(self) -> str:
+        """Name the metrics and say which way is better."""
+        return ", ".join(f"{name.replace('_', ' ')} ({self.directions[name]} is better)" for name in self.values)
+
+    def __repr__(self) -> str:
+        signs = {"higher": "↑", "lower": "↓"}
+        shown = (f"{name} {value:.4g} {signs[self.directions[name]]}" for name, value in self.values.items())
+        return f"{self.task}: {', '.join(shown)}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row, a column a metric."""
+        return pd.DataFrame([dict(self.values)])
 
     def _repr_html_(self) -> str:
         return f"<b>{self!r}</b>"
@@ -65,24 +109,16 @@ class _Tally:
         return _Tally(self.loss + other.loss, self.correct + other.correct, in_top, self.examples + other.examples)
 
 
-def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> Metrics:
-    """Evaluate a classifier on all of some batches, in eval mode and without gradients.
-
-    Args:
-        model: returns outputs (logits) of shape (examples, classes); its train/eval mode is restored.
-        batches: pairs (images, labels), labels integers of shape (examples,); moved to the model's device. A one-shot
-            iterator will do.
-        progress: show a progress bar.
+def classification_metrics(model: nn.Module, batches: Iterable[Any]) -> Metrics:
+    """Measure loss and accuracies of a classifier on batches (images, labels), labels integers of shape (examples,).
 
     Raises:
-        ValueError: no data, a batch that is not such a pair, a label that the model has no output for, outputs that are
-            not (examples, classes), a loss that is NaN or infinite. All but the first name the batch, counted from 1.
+        ValueError: no examples, a batch that is not such a pair, a label that the model has no output for, outputs that
+            are not (examples, classes), a loss that is NaN or infinite. All but the first name the batch, from 1.
     """
     tally = _Tally()
-    bar = tqdm(batches, desc="evaluate", total=length_hint(batches) or None, disable=not progress, leave=False)
-    with evaluating(model), torch.no_grad():
-        for number, batch in numbered(bar):
-            tally += _tally(model, batch, number)
+    for number, batch in enumerate(batches, start=1):
+        tally += _tally(model, batch, number)
     if not tally.examples:
         raise ValueError("the batches yield no data: all of them are empty")
     share = None if tally.in_top is None else tally.in_top / tally.examples
@@ -91,9 +127,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False
 
 def _tally(model: nn.Module, batch: Any, number: int) -> _Tally:
     images, labels = _pair(batch, number)
-    device = _device(model)
-    labels = labels.to(device)
-    outputs = _outputs(model(images.to(device)), labels, number)
+    outputs = _outputs(model(images), labels, number)
     losses = F.cross_entropy(outputs, labels, reduction="none")
     bad = int((~losses.isfinite()).sum())
     if bad:

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,14 @@ def load_model(
     Args:
         name: One of ours ("resnet20", 32, 44, 56, 110 or any other 6k + 2 but 50 and 152, which mean ImageNet's to
             everybody; "vgg11", 13, 16, 19), or a library's with its prefix: "torchvision:resnet50",
-            "timm:vit_base_patch16_224".
+            "timm:vit_base_patch16_224", "ultralytics:yolo11n", or "transformers:" and a folder with a ``config.json``
+            (code that lies beside it is never run).
         num_classes: Number of outputs. None: what the weights file has, else the network's default.
         weights: None, a fresh network, drawn from torch's global generator; "pretrained", what torchvision or timm
-            downloads; "published", the paper's baselines, or "published-sparse", those after its sparse training, from
-            the folder that the environment variable OBC_TOOLS_WEIGHTS names or else downloaded once; or a file:
-            ``.safetensors``, or a state dict saved by ``torch.save``.
+            downloads, or what lies in a folder of transformers; "published", the paper's baselines, or
+            "published-sparse", those after its sparse training, from the folder that the environment variable
+            OBC_TOOLS_WEIGHTS names or else downloaded once; or a file: ``.safetensors``, or a state dict saved by
+            ``torch.save``.
         **options: Handed to the network's constructor, such as ``width=8`` or ``in_channels=1``.
 
     Returns:
@@ -209,6 +212,8 @@ def _check_name(name: str) -> None:
     source, colon, entry = name.partition(":")
     if not colon:
         known = name in OWN_NETWORKS or _is_free_resnet(name)
+    elif source in ADAPTERS:
+        known = bool(entry)
     elif source == "torchvision":
         known = entry in torchvision.models.list_models()
     else:
@@ -218,7 +223,7 @@ def _check_name(name: str) -> None:
         hint = f"; did you mean {', '.join(closest)}?" if closest else ""
         raise ValueError(
             f"unknown network '{name}'; known are {', '.join(OWN_NETWORKS)} (or any ResNet of 6k + 2 layers but "
-            f"ImageNet's), 'torchvision:<name>' and 'timm:<name>'{hint}"
+            f"ImageNet's), 'torchvision:<name>', 'timm:<name>', 'ultralytics:<name>' and 'transformers:<folder>'{hint}"
         )
 
 
@@ -243,6 +248,8 @@ def _closest_names(name: str) -> list[str]:
 def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     given = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
     source, colon, entry = name.partition(":")
+    if source in ADAPTERS:
+        return ADAPTERS[source](entry, num_classes, options, pretrained)
     if not colon:
         family, depth = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
         return {"resnet": CifarResNet, "vgg": CifarVGG}[family](int(depth), **given)
@@ -252,6 +259,49 @@ def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pr
         return timm.create_model(entry, pretrained=pretrained, **given)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"network '{name}': {error}") from error
+
+
+def _build_transformer(folder: str, num_classes: int | None, options: Mapping[str, Any], pretrained: bool) -> nn.Module:
+    """Build the network that a folder's ``config.json`` describes, with the folder's weights if asked."""
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"'{folder}' is no folder with a config.json: transformers' networks are read from one")
+    library = _imported("transformers")
+    given = {} if num_classes is None else {"num_labels": num_classes}
+    try:
+        config = library.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **given, **options
+        )
+        kinds = config.architectures or []
+        kind = getattr(library, kinds[0], None) if kinds else library.AutoModel
+        if kind is None:
+            raise ValueError(f"{kinds[0]} is no network of transformers itself")
+        if pretrained:
+            return kind.from_pretrained(folder, config=config, local_files_only=True, weights_only=True).train()
+        return kind.from_config(config) if kind is library.AutoModel else kind(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"network 'transformers:{folder}': {error}") from error
+
+
+def _build_yolo(name: str, num_classes: int | None, options: Mapping[str, Any], pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ValueError(f"pretrained weights of 'ultralytics:{name}' are not downloaded here: pass the network itself")
+    given = {"nc": num_classes, "verbose": False, **options}
+    try:
+        return _imported("ultralytics.nn.tasks").DetectionModel(f"{name}.yaml", **given)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"network 'ultralytics:{name}': {error}") from error
+
+
+def _imported(library: str) -> Any:
+    try:
+        return import_module(library)
+    except ImportError as error:
+        name = library.partition(".")[0]
+        raise ValueError(f"'{name}:…' needs {name}, which is not installed: pip install {name}") from error
+
+
+ADAPTERS = {"transformers": _build_transformer, "ultralytics": _build_yolo}
+"""Libraries that are imported only once a network of theirs is asked for by name."""
 
 
 def _build_pretrained(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:

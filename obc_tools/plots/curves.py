@@ -25,6 +25,7 @@ TITLES = {
     "train_loss": "training loss (nats)",
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MOST_PANELS = 4
 PANELS = ("train_accuracy", "accuracy", "train_loss", "loss")
 
 
@@ -42,22 +43,23 @@ def criteria_curves(
     """
     figure = go.Figure()
     _draw(figure, comparison, metric, over)
-    _label(figure, metric, over)
-    title = f"{TITLES[metric].partition(' (')[0].capitalize()} after pruning"
+    _label(figure, _title(comparison, metric), over)
+    title = f"{_title(comparison, metric).partition(' (')[0].capitalize()} after pruning"
     return finished(figure, look, 480, title=title, legend={"y": -0.16, "yanchor": "top"})
 
 
 def criteria_panels(
-    comparison: Any, metrics: Sequence[str] = PANELS, axes: Sequence[str] = tuple(AXES), *, look: str = "light"
+    comparison: Any, metrics: Sequence[str] | None = None, axes: Sequence[str] = tuple(AXES), *, look: str = "light"
 ) -> go.Figure:
     """Draw the paper's panels (Fig. 5–7): a row a metric, of those that were measured, and a column an axis."""
-    shown = [metric for metric in metrics if metric in comparison.measured()]
+    usual = PANELS if "accuracy" in comparison.directions else (comparison.headline, *comparison.directions)
+    shown = [metric for metric in dict.fromkeys(metrics or usual) if metric in comparison.measured()][:MOST_PANELS]
     figure = make_subplots(len(shown), len(axes), shared_yaxes=True, horizontal_spacing=0.03, vertical_spacing=0.09)
     for row, metric in enumerate(shown, 1):
         for column, over in enumerate(axes, 1):
             place = {"row": row, "col": column}
             _draw(figure, comparison, metric, over, legend=row == column == 1, **place)
-            _label(figure, metric, over, title=column == 1, **place)
+            _label(figure, _title(comparison, metric) if column == 1 else None, over, **place)
     legend = {"y": -0.25 / max(len(shown), 1), "yanchor": "top"}
     return finished(figure, look, 130 + 260 * len(shown), title="Pruned without fine-tuning", legend=legend)
 
@@ -84,7 +86,7 @@ def _draw(figure: go.Figure, comparison: Any, metric: str, over: str, *, legend:
     values = comparison.values_of(metric)
     left = 100 * comparison.left(over)
     frame = comparison.frame.assign(x=100 - left if over == "channels" else left)
-    frame["y"] = values * (1 if "loss" in metric else 100)
+    frame["y"] = values * (100 if "%" in _title(comparison, metric) else 1)
     used: Counter[str] = Counter()
     for label in comparison.criteria:
         mine = frame[frame["criterion"] == label]
@@ -130,20 +132,33 @@ def _band(steps: pd.DataFrame, label: str, color: str) -> go.Scatter:
     )
 
 
-def _label(figure: go.Figure, metric: str, over: str, *, title: bool = True, **place: int) -> None:
+def _title(comparison: Any, metric: str) -> str:
+    """Return what a metric is called; of other tasks its name and which way is better."""
+    if metric in TITLES:
+        return TITLES[metric]
+    name = f"training {metric.removeprefix('train_')}" if metric.startswith("train_") else f"held-out {metric}"
+    better = "higher is better" if comparison.directions.get(metric) == "higher" else "lower is better"
+    return f"{name.replace('_', ' ')} ({better})"
+
+
+def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> None:
     figure.update_xaxes(title=AXES[over], autorange=None if over == "channels" else "reversed", **place)
-    figure.update_yaxes(title=TITLES[metric] if title else None, **place)
+    figure.update_yaxes(title=title, **place)
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:
     """Draw loss and accuracy of several trainings over the epochs: validation solid, training dotted.
+
+    Of another task its headline instead of the accuracy.
 
     Raises:
         ValueError: no history, or an unknown look.
     """
     if not histories:
         raise ValueError("no history to draw: give {'name': history}")
-    figure = make_subplots(1, 2, subplot_titles=("Loss", "Accuracy"), horizontal_spacing=0.1)
+    headlines = {next(iter(history.last.values), "accuracy") for history in histories.values()}
+    named = ", ".join(sorted(headlines)).replace("_", " ")
+    figure = make_subplots(1, 2, subplot_titles=("Loss", named.capitalize()), horizontal_spacing=0.1)
     for index, (label, history) in enumerate(histories.items()):
         frame = history.to_frame()
         for part, name, dash in (("val", "validation", "solid"), ("train", "training", "dot")):
@@ -151,11 +166,17 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
             shared = {"x": frame["epoch"], "name": f"{label}, {name}", "legendgroup": f"{label} {part}", "line": style}
             shared["mode"] = "lines+markers" if len(frame) <= 20 else "lines"
             shared["marker"] = {"size": 5}
-            figure.add_scatter(y=frame[f"{part}_loss"], hovertemplate="%{y:.4f}", **shared, row=1, col=1)
-            percent = 100 * frame[f"{part}_accuracy"]
-            figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
-    figure.update_yaxes(title="cross entropy (nats)", row=1, col=1)
-    figure.update_yaxes(title="accuracy (%)", row=1, col=2)
+            if f"{part}_loss" in frame:
+                figure.add_scatter(y=frame[f"{part}_loss"], hovertemplate="%{y:.4f}", **shared, row=1, col=1)
+            headline = next(iter(history.last.values), None)
+            if headline is None:
+                percent = 100 * frame[f"{part}_accuracy"]
+                figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
+            elif part == "val":
+                figure.add_scatter(y=frame[f"val_{headline}"], hovertemplate="%{y:.4g}", **shared, row=1, col=2)
+    of_images = headlines == {"accuracy"}
+    figure.update_yaxes(title="cross entropy (nats)" if of_images else "loss", row=1, col=1)
+    figure.update_yaxes(title="accuracy (%)" if of_images else named, row=1, col=2)
     figure.update_annotations(font_size=12)
     x = {"title": "epoch", "rangemode": "tozero"}
     return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)

@@ -104,4 +104,4 @@ def _browser() -> Iterator[None]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(f"{name}: {add_stills(name)} stills")
+        add_stills(name)

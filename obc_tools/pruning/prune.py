@@ -11,7 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..measure.costs import CostModel
-from ..scoring.objectives import Objective, classification
+from ..scoring.objectives import Objective
+from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import next_plan, removal_order
@@ -43,7 +44,8 @@ def prune_to(
     min_channels: int = 1,
     group_reduction: str = "sum",
     normalizer: str | None = None,
-    objective: Objective = classification,
+    task: str | Task = CLASSIFICATION,
+    objective: Objective | None = None,
     seed: int = 0,
     verify: bool | str = True,
     progress: bool = True,
@@ -65,6 +67,8 @@ def prune_to(
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         round_to, max_ratio, min_channels: what every group keeps (see `choices.Limits`).
         counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
+        task: what the network is for, a `Task` or the name of one of `TASKS`: its losses are differentiated.
+        objective: (model, batch) -> losses, instead of the task's.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
             "float32" is single for any, False no proof.
@@ -81,7 +85,7 @@ def prune_to(
         batches,
         target=Target(speedup, macs, params, ratio, counting),
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(criterion, group_reduction, normalizer, objective),
+        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         verify=verify,

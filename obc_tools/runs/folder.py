@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..files import (
     entries,
@@ -31,11 +30,10 @@ from ..files import (
     write_text,
 )
 from ..holding import PROCESS, held
-from ..measure.metrics import evaluate
 from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import TORCH_PRUNING
-from ..state import evaluating
+from ..scoring.tasks import evaluate
 from ..training.processes import processes
 from .job import (
     MERGED,
@@ -51,7 +49,7 @@ from .job import (
     Measured,
     PruningJob,
 )
-from .pipeline import TRAINING, Keeping, keep_refused, perform, prepare
+from .pipeline import TRAINING, Keeping, keep_refused, perform, prepare, said
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +158,8 @@ def read_job(folder: str | os.PathLike[str]) -> PruningJob:
 def check_same_job(folder: Path, job: PruningJob) -> None:
     """Raise RunFolderError unless a run folder holds this very job."""
     there, here = read_job(folder).to_dict(), job.to_dict()
-    if other := [f"{key} was {there[key]!r}, is {here[key]!r}" for key in here if there[key] != here[key]]:
+    keys = [key for key in here | there if there.get(key) != here.get(key)]
+    if other := [f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in keys]:
         raise RunFolderError(f"'{folder}' holds another job: {', '.join(other)}; choose another folder")
 
 
@@ -208,17 +207,14 @@ def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Pat
     """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
     model = result.models[key]
     save_pruned(folder / key, model, result.plan, source=inputs.source, overwrite=True)
-    loaded = load_pruned(folder / key).to(inputs.device)
-    images, _ = next(iter(inputs.held_out_batches()))
-    if not _same_logits(loaded, model, images):
+    own = {} if inputs.source else {"model": inputs.model}
+    loaded = load_pruned(folder / key, **own).to(inputs.device)
+    batch = next(iter(inputs.held_out_batches()))
+    pairs = zip(said(loaded, batch, inputs.task), said(model, batch, inputs.task), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
         raise RunFolderError(f"the {key} model computes other logits after saving and loading")
-    metrics = evaluate(loaded, inputs.held_out_batches(), progress=progress)
+    metrics = evaluate(loaded, inputs.held_out_batches(), task=inputs.task, progress=progress)
     return asdict(metrics) | {"bit_equal_logits": True}
-
-
-def _same_logits(one: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:
-    with torch.no_grad(), evaluating(one), evaluating(other):
-        return torch.equal(one(images), other(images))
 
 
 def _figures(measured: Measured) -> dict[str, Any]:

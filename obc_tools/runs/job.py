@@ -9,19 +9,21 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.batches import Augmentation, Batches, take
-from ..data.data import Data, load_data
+from ..data.data import Data
 from ..measure.costs import Cost
 from ..measure.latency import Latency
-from ..measure.metrics import Metrics
+from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.jtj import DenseJTJ
+from ..scoring.tasks import CLASSIFICATION, Task
 from ..training.folder import History
 from ..training.processes import processes
 from ..training.recipe import Recipe
+from .own import find_data, is_own
 
 ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
 TITLES: Mapping[str, str] = MappingProxyType(
@@ -44,7 +46,7 @@ WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key
 class Measured:
     """What was measured of one model: metrics on all held-out images, MACs and CPU latency of one image."""
 
-    metrics: Metrics
+    metrics: Metrics | TaskMetrics
     cost: Cost
     latency: Latency
 
@@ -93,13 +95,12 @@ class JobResult:
     seconds: Mapping[str, float]
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a model: accuracy, loss, MACs, MACs of the original over its own, parameters, CPU latency."""
+        """Return one row a model: its metrics, MACs, MACs of the original over its own, parameters, CPU latency."""
         whole = self.measured[ORIGINAL].cost.macs
         rows = [
             {
                 "model": TITLES[key],
-                "test accuracy": measured.metrics.accuracy,
-                "test loss": measured.metrics.loss,
+                **{f"test {name}": value for name, value in measured.metrics.values.items() if name != "top5"},
                 "MACs": round(measured.cost.macs),
                 "speed-up": whole / measured.cost.macs,
                 "parameters": measured.cost.params,
@@ -120,6 +121,7 @@ class JobResult:
             "CPU latency (ms)": "{:.2f}",
         }
         frame = self.to_frame()
+        digits = {name: digits.get(name, "{:.4g}") for name in frame.columns[1:]}
         return frame.assign(**{name: frame[name].map(text.format) for name, text in digits.items()})
 
     def __repr__(self) -> str:
@@ -138,10 +140,12 @@ class PruningJob(Settings):
     """What to prune, to which target, and how to fine-tune it; plain values, checked when built.
 
     Attributes:
-        model: Name of a network for `load_model`.
-        data: Name of a data set for `load_data`.
+        model: Name of a network for `load_model`, or "package.module:function" of one's own, which returns it.
+        data: Name of a data set for `load_data`, or a function of one's own that returns `Data` or (train, val).
+        task: What the network is for: a name of `TASKS`, or a function of one's own that returns a `Task`.
         target: What the pruned network must reach.
-        weights: What fills the network: a file or a name of `load_model`; None: it is trained first, by ``pretrain``.
+        weights: What fills the network: a file or a name of `load_model`; None: it is trained first, by ``pretrain``,
+            unless the network is one's own.
         num_classes: Outputs of the network; None: what the weights have, or else the classes of the data.
         model_options: For the network's constructor, such as ``{"width": 8}``.
         root: Where the data lies.
@@ -189,11 +193,15 @@ class PruningJob(Settings):
     equivalent: bool = False
     device: str = "auto"
     title: str = "pruning job"
+    task: str = CLASSIFICATION.name
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.scoring(self.criterion), self.schedule
-        if (self.weights is None) == (self.pretrain is None):
+        own = is_own(self.model)
+        if own and self.weights is not None:
+            raise ValueError(f"'{self.model}' returns a network as it is: give no weights")
+        if not own and (self.weights is None) == (self.pretrain is None):
             raise ValueError("give either weights or a recipe to train the network with (pretrain)")
         if self.equivalent and self.finetune is None:
             raise ValueError("Equivalent Pruning is a way of fine-tuning: give it at least 1 epoch")
@@ -219,6 +227,8 @@ class PruningJob(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Return the job as plain data that JSON can hold."""
         plain = asdict(self) | {"ignore": list(self.ignore), "model_options": dict(self.model_options)}
+        if self.task == CLASSIFICATION.name:
+            plain.pop("task")  # as jobs were written when there was no other
         return plain | {name: recipe.to_dict() for name, recipe in self.recipes.items()}
 
     @classmethod
@@ -235,7 +245,7 @@ class PruningJob(Settings):
 
     def load(self) -> Data:
         """Load the data that the job names, as much of it as it asks for."""
-        data = load_data(self.data, self.root, normalize=self.normalize)
+        data = find_data(self.data, self.root, self.normalize)
         if self.train_from_val:
             data = data.with_train_from_val()
         return data.limited(self.train_images, self.val_images)
@@ -245,15 +255,17 @@ class PruningJob(Settings):
 class JobInputs:
     """What a job works on, loaded and checked.
 
-    ``source`` are the arguments of `load_model` for the unpruned network; ``example`` is one image, (1, …).
+    ``source`` are the arguments of `load_model` for the unpruned network, None for one's own; ``example`` is one image,
+    (1, …), or example inputs of another task.
     """
 
     job: PruningJob
     data: Data
     model: nn.Module
-    source: Mapping[str, Any]
+    source: Mapping[str, Any] | None
     device: torch.device
-    example: Tensor
+    example: Any
+    task: Task = CLASSIFICATION
 
     def training_batches(self, recipe: Recipe) -> Batches:
         """Return the batches of a training: the same images in the same order for every training by one recipe."""

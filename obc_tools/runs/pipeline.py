@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..data.batches import Batches
+from ..data.batches import Batches, to_device
 from ..data.data import Data, check_classes
 from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
-from ..measure.metrics import evaluate
-from ..models.networks import load_model
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
+from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, example_inputs
 from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
@@ -55,6 +55,7 @@ from .job import (
     PruningJob,
     find_device,
 )
+from .own import find_model, is_own, own_task
 
 logger = logging.getLogger(__name__)
 
@@ -78,15 +79,16 @@ def prepare(job: PruningJob) -> JobInputs:
     """
     device = find_device(job.device)
     data = job.load()
-    options = dict(job.model_options)
+    task, options = own_task(job.task), dict(job.model_options)
     if ":" not in job.model:
         options.setdefault("in_channels", data.image_shape[0])
     classes = len(data.classes) if job.weights is None else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(job.seed)
-        model = load_model(job.model, job.num_classes or classes, job.weights, **options)
-    inputs = JobInputs(job, data, model.to(device), {"name": job.model, **options}, device, _example(data, device))
-    check_classes(_count_outputs(model, inputs.example), data)
+        model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
+    source = None if is_own(job.model) else {"name": job.model, **options}
+    task = task if task.against is None else task.against(copy.deepcopy(model))
+    inputs = JobInputs(job, data, model, source, device, _example(model, data, task, device), task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -174,7 +176,7 @@ class _Work:
 
     def train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
         """Train a model, keep its history."""
-        history = fit(model, *self._batches(recipe), recipe, **self._options(key, recipe))
+        history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))
         self._keep(key, model, history)
 
     def sparse(self) -> nn.Module:
@@ -184,7 +186,8 @@ class _Work:
             load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
             return model
         recipe, options = job.sparse, self._options(SPARSE, job.sparse)
-        history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, **options)
+        task = self.inputs.task
+        history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, task=task, **options)
         self._keep(SPARSE, model, history)
         return model
 
@@ -255,7 +258,7 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
         inputs.calibration_batches(),
         target=job.target,
         selection=job.selection,
-        scoring=job.scoring(criterion),
+        scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
         steps=replace(job.schedule, steps=steps),
         seed=job.seed,
@@ -267,26 +270,35 @@ def _equivalent(
     work: _Work, base: nn.Module, plan: PruningPlan, models: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, Equivalence]:
     """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network."""
-    images, _ = next(iter(work.inputs.held_out_batches()))
+    batch, task = next(iter(work.inputs.held_out_batches())), work.inputs.task
     model = EquivalentModel(base, plan)
-    start = _logit_difference(model, models[PRUNED], images)
+    start = _difference(model, models[PRUNED], batch, task)
     _check_equal(start, "Equivalent Pruning before training and the pruned network")
     work.train(MERGED, model, work.inputs.job.finetune)
     merged = model.merge()
-    difference = _logit_difference(merged, model, images)
+    difference = _difference(merged, model, batch, task)
     _check_equal(difference, "the merged network and the trained Equivalent Pruning")
     try:
         copy.deepcopy(models[PRUNED]).load_state_dict(merged.state_dict(), strict=True)
     except RuntimeError as error:
         raise EquivalenceError(f"the merged network does not load into the pruned one: {error}") from error
-    against_naive = _logit_difference(merged, models[NAIVE], images)
+    against_naive = _difference(merged, models[NAIVE], batch, task)
     return merged, Equivalence(start, difference, against_naive, True)
 
 
-def _logit_difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
-    with torch.no_grad(), evaluating(one), evaluating(other):
-        first, second = one(images), other(images)
-    return ((first - second).abs().max() / first.abs().max().clamp_min(1)).item()
+def _difference(one: nn.Module, other: nn.Module, batch: Any, task: Task) -> float:
+    """Return the largest difference of what two networks say of a batch, over the largest number above 1."""
+    return max(
+        ((first - second).abs().max() / first.abs().max().clamp_min(1)).item()
+        for first, second in zip(said(one, batch, task), said(other, batch, task), strict=True)
+    )
+
+
+def said(model: nn.Module, batch: Any, task: Task) -> list[Tensor]:
+    """Return the numbers that a network's forward pass of a batch ends with, without gradients."""
+    with torch.no_grad(), evaluating(model):
+        leaves = tree_leaves(task.forward(model, batch))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _check_equal(difference: float, models: str) -> None:
@@ -296,10 +308,10 @@ def _check_equal(difference: float, models: str) -> None:
 
 def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
     batches = inputs.held_out_batches()
-    metrics = {key: evaluate(model, batches, progress=progress) for key, model in models.items()}
+    metrics = {key: evaluate(model, batches, task=inputs.task, progress=progress) for key, model in models.items()}
     costs = {key: cost(model, inputs.example, counting=inputs.job.target.counting) for key, model in models.items()}
     on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
-    timed = latencies(on_cpu, inputs.example.cpu())
+    timed = latencies(on_cpu, to_device(inputs.example, "cpu"))
     return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}
 
 
@@ -310,12 +322,17 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
         return None
     name, layer = found[0]
     channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
-    return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels)
+    return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
 
 
-def _example(data: Data, device: torch.device) -> Tensor:
-    images, _ = next(iter(data.batches("val", 1, device=device)))
-    return images
+def _example(model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
+    """Return example inputs; raise ValueError where the network does not suit the data or the task."""
+    if task is CLASSIFICATION:
+        images, _ = next(iter(data.batches("val", 1, device=device)))
+        check_classes(_count_outputs(model, images), data)
+        return images
+    check_task(task, model, *(next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val")))
+    return example_inputs(task, data, device)
 
 
 def _count_outputs(model: nn.Module, example: Tensor) -> int:

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from ..errors import UnknownNameError
 from ..files import environment, write_text
+from ..measure.metrics import Metrics
 from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
@@ -279,14 +280,18 @@ def _summary(result: JobResult) -> str:
 
 
 def _job_table(result: JobResult) -> Table:
-    images = next(iter(result.measured.values())).metrics.examples
+    metrics = next(iter(result.measured.values())).metrics
+    measured = "Accuracy and mean cross entropy" if isinstance(metrics, Metrics) else metrics.describe()
+    images = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
     formats = {"test accuracy": ".2%", "test loss": ".4f", "MACs": "si", "speed-up": ".2f", "parameters": ",d"}
     caption = (
-        f"Accuracy and mean cross entropy on {images:,} held-out images, which decided nothing. MACs of one image, "
+        f"{measured} on {images}held-out images, which decided nothing. MACs of one image, "
         "counted as torch_pruning counts them. Latency of one image at a time: median on the CPU, the models in turns; "
         "small networks wait for memory and calls more than for MACs."
     )
-    return Table(result.to_frame(), "Results", caption, formats | {"CPU latency (ms)": ".2f"})
+    frame = result.to_frame()
+    usual = dict.fromkeys(frame.columns[1:], ".4g") | formats | {"CPU latency (ms)": ".2f"}
+    return Table(frame, "Results", caption, {name: usual[name] for name in frame.columns[1:]})
 
 
 def _filters(result: JobResult) -> str:

@@ -66,15 +66,20 @@ def checked_losses(model: nn.Module, batch: Any, objective: Objective, number: i
         if type(error) is not RuntimeError:
             raise
         raise RuntimeError(f"batch {number}, {_shapes(batch)}: {error}") from error
-    if not isinstance(losses, Tensor) or losses.dim() > 1 or losses.numel() == 0 or not losses.is_floating_point():
-        got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"batch {number}: the objective returned {got}; expected a scalar or one loss an example")
-    if not torch.isfinite(losses).all():
-        wrong = losses.detach()[~torch.isfinite(losses)].flatten()[0].item()
-        raise ValueError(f"batch {number}: the loss is {wrong}; look for NaN in the weights or the images")
+    check_losses(losses, f"batch {number}")
     if losses.grad_fn is None:
         raise ValueError(f"batch {number}: the loss does not depend on the model's parameters through autograd")
     return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+
+def check_losses(losses: Any, where: str) -> None:
+    """Raise ValueError unless losses are a finite scalar or one finite number an example."""
+    if not isinstance(losses, Tensor) or losses.dim() > 1 or losses.numel() == 0 or not losses.is_floating_point():
+        got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"{where}: the objective returned {got}; expected a scalar or one loss an example")
+    if not torch.isfinite(losses).all():
+        wrong = losses.detach()[~torch.isfinite(losses)].flatten()[0].item()
+        raise ValueError(f"{where}: the loss is {wrong}; look for NaN in the weights or the inputs")
 
 
 def _shapes(batch: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..data.adapters import as_data
 from ..data.batches import take
-from ..data.data import Data
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
-from ..measure.metrics import Metrics, evaluate
+from ..measure.metrics import Metrics, TaskMetrics
 from ..plots.plans import group_names
 from ..pruning.choices import Scoring
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
-from ..state import copy_of
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate, example_inputs, fitting
+from ..state import call_model, copy_of
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .state import Choices, Setup
@@ -39,10 +41,10 @@ Watch = Callable[[Collection[Any], str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a forward pass tells of a pruned network: latency of one image, metrics on held-out images."""
+    """What a forward pass tells of a pruned network: latency of one example, metrics on held-out ones."""
 
     latency: Latency
-    metrics: Metrics
+    metrics: Metrics | TaskMetrics
 
 
 class StudioSession:
@@ -50,19 +52,22 @@ class StudioSession:
 
     Args:
         model: copied, so that it stays free while this one is scored in a thread.
-        data: an image data set with the split ``train`` for calibration and ``val`` held out.
+        data: `Data`, or what `as_data` takes, with the split ``train`` for calibration and ``val`` held out.
         setup: how many calibration batches, and which channels may go at all.
         held_out: how many held-out batches are evaluated, at most.
+        task: what the network is for.
 
     Raises:
-        ValueError: a model that does not run on the data's images; what `find_groups` and `cost_model` raise.
+        ValueError: a model that does not run on the data's examples; what `find_groups` and `cost_model` raise.
     """
 
-    def __init__(self, model: nn.Module, data: Data, setup: Setup, held_out: int = 4):
+    def __init__(self, model: nn.Module, data: Any, setup: Setup, held_out: int = 4, task: Task = CLASSIFICATION):
         self.model = copy_of(model).eval()
-        self.data, self.setup, self.held_out = data, setup, held_out
-        self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
-        _check_runs(self.model, self.example)
+        self.data, self.setup, self.held_out = as_data(data), setup, held_out
+        self.task = task if task.against is None else task.against(self.model)
+        self.held_out_batches()
+        self.example = example_inputs(task, self.data, setup.device)
+        _check_runs(self.model, self.example, self.task)
         self.groups, self.costs = setup.selection.analyse(self.model, self.example)
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
@@ -86,7 +91,8 @@ class StudioSession:
     def score(self, scoring: Scoring, watch: Callable[[Collection[Any]], Iterable[Any]] = iter) -> Scores:
         """Compute scores, and keep them; ``watch`` is handed the calibration batches where the criterion needs any."""
         given = watch(self.calibration()) if scoring.needs_data else None
-        self._scores[scoring] = scoring.score(self.model, self.groups, given)
+        by_task = replace(scoring, objective=self.task.losses)
+        self._scores[scoring] = by_task.score(self.model, self.groups, given)
         return self._scores[scoring]
 
     def plan(self, choices: Choices) -> PruningPlan:
@@ -98,7 +104,7 @@ class StudioSession:
         return choices.plan(self._rankings[key], self.costs)
 
     def measure(self, plans: Sequence[PruningPlan], watch: Watch = lambda batches, what: batches) -> None:
-        """Measure loss and accuracy of the networks that plans leave, once each, and their latencies in turns.
+        """Measure how good the networks are that plans leave, once each, and their latencies in turns.
 
         Latencies are measured anew each time: only those of one occasion can be compared.
         """
@@ -107,7 +113,7 @@ class StudioSession:
         missing = [kept for kept in networks if kept not in metrics]
         for number, kept in enumerate(missing, start=1):
             batches = watch(self.held_out_batches(), f"measuring plan {number} of {len(missing)}")
-            metrics[kept] = evaluate(networks[kept], batches)
+            metrics[kept] = evaluate(networks[kept], batches, task=self.task)
         named = {str(number): network for number, network in enumerate(networks.values())}
         took = latencies(named, self.example, repeats=10, warmup=2)
         self._measured |= {
@@ -129,28 +135,36 @@ class StudioSession:
             "parameters": f"{cost.params:,}",
         }
         if measured is None:
-            return row | {"latency (ms)": "", "accuracy": "", "loss": ""}
-        found = {"latency (ms)": f"{measured.latency.median_ms:.2f}", "accuracy": with_interval(measured.metrics)}
-        return row | found | {"loss": f"{measured.metrics.loss:.4f}"}
+            return row | {"latency (ms)": ""} | dict.fromkeys(self.shown_metrics, "")
+        values, digits = measured.metrics.values, {"loss": "{:.4f}"}
+        found = {name: digits.get(name, "{:.4g}").format(values[name]) for name in self.shown_metrics if name in values}
+        if isinstance(measured.metrics, Metrics):
+            found["accuracy"] = with_interval(values["accuracy"], measured.metrics.examples)
+        return row | {"latency (ms)": f"{measured.latency.median_ms:.2f}"} | found
+
+    @property
+    def shown_metrics(self) -> list[str]:
+        """The metrics that tables show."""
+        return [name for name in self.task.directions if name != "top5"]
 
     def table(self, plans: dict[str, PruningPlan]) -> pd.DataFrame:
-        """Return one row a plan, the whole network's first; the accuracy says on how many images it was measured."""
+        """Return one row a plan, the whole network's first; a classifier's accuracy says on how many examples."""
         rows = [self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()]
         whole = len(self.data.val)
-        images = f"{min(self.held_out * self.setup.batch_size, whole):,} of {whole:,} held-out images"
-        return pd.DataFrame(rows).rename(columns={"accuracy": f"accuracy ± 95 % ({images})"})
+        sample = f"{min(self.held_out * self.setup.batch_size, whole):,} of {whole:,} held-out examples"
+        named = {"accuracy": f"accuracy ± 95 % ({sample})"} if self.task.name == CLASSIFICATION.name else {}
+        return pd.DataFrame(rows).rename(columns=named)
 
 
-def with_interval(metrics: Metrics) -> str:
+def with_interval(accuracy: float, examples: int) -> str:
     """Return an accuracy and the half-width of its 95 % interval (normal approximation to the binomial)."""
-    half = 1.96 * math.sqrt(metrics.accuracy * (1 - metrics.accuracy) / metrics.examples)
-    return f"{metrics.accuracy:.2%} ± {half:.2%}"
+    return f"{accuracy:.2%} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / examples):.2%}"
 
 
-def _check_runs(model: nn.Module, example: Tensor) -> None:
+def _check_runs(model: nn.Module, example: Any, task: Task) -> None:
     try:
-        with torch.no_grad():
-            model(example)
+        with torch.no_grad(), nullcontext() if isinstance(example, Tensor) else fitting(task, model, lambda: "data"):
+            call_model(model, example)
     except RuntimeError as error:
         shape = tuple(example.shape[1:])
         raise ValueError(

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 from torch import Tensor
 
+from ..data.data import Data
 from ..errors import UnknownNameError
 from ..measure.costs import CostModel
 from ..pruning.choices import Limits, Scoring, Selection, Target
 from ..pruning.order import RemovalOrder, removal_order
 from ..pruning.plan import PlanMismatchError, PruningPlan
+from ..scoring.tasks import CLASSIFICATION
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 
@@ -192,6 +194,7 @@ class Setup:
         selection: which channels may go at all.
         batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
         device: where model and batches are.
+        task: name of what the network is for.
     """
 
     image_shape: tuple[int, ...]
@@ -200,16 +203,29 @@ class Setup:
     batch_size: int = 64
     seed: int = 0
     device: str = "cpu"
+    task: str = CLASSIFICATION.name
+
+
+def usual_batches(data: Data, size: int) -> int:
+    """Return how many calibration batches are used where nobody says: 10, or all that a pass holds."""
+    return min(10, len(data.batches("train", size)))
 
 
 def to_code(choices: Choices, setup: Setup) -> str:
-    """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it."""
+    """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it.
+
+    For a task that is no classification also out of ``task``.
+    """
     scoring, limits, (kind, value) = choices.scoring, choices.limits, choices.target.given
     on = "" if setup.device == "cpu" else f", device={setup.device!r}"
     data = ["batches"] if scoring.needs_data else []
     drawn = f'batches = obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
     chosen, heads = _unusual(setup.selection, "ignore", "whole_heads", "only"), _unusual(setup.selection, "whole_heads")
+    by_task = setup.task != CLASSIFICATION.name
     scored = ["model", "groups", repr(scoring.criterion), *data, *_unusual(scoring, "group_reduction", "normalizer")]
+    scored += ["objective=task.losses"] if by_task and data else []
+    one = f'data.batches("train", 1{on})'
+    zeros = f"torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})"
     limited = _unusual(limits, "scope", "round_to", "min_channels", "max_ratio")
     named = {"max_ratio_of": limits.max_ratio_of, "fixed": dict(choices.locked), "by_hand": choices.hands}
     for option, entries in named.items():
@@ -219,7 +235,7 @@ def to_code(choices: Choices, setup: Setup) -> str:
         "",
         "import obc_tools as obc",
         "",
-        f"example = torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})",
+        f"example = {f'task.example(next(iter({one})))' if by_task else zeros}",
         *_call("groups = obc.find_groups", ["model", "example", *chosen]),
         *[drawn for _ in data],
         *_call("scores = obc.score_groups", scored),

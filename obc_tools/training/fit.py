@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,8 +16,9 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch, Batches
-from ..measure.metrics import Metrics, evaluate
+from ..data.batches import Batch, Batches, count_examples, to_device
+from ..measure.metrics import Metrics, TaskMetrics
+from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
 from ..state import evaluating
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
@@ -42,6 +43,7 @@ def fit(
     recipe: Recipe,
     *,
     run: str | os.PathLike[str] | None = None,
+    task: str | Task = CLASSIFICATION,
     teacher: nn.Module | None = None,
     resume: bool = False,
     regularize: Callable[[], None] | None = None,
@@ -49,7 +51,7 @@ def fit(
     progress: bool = True,
     on_epoch: Callable[[History], None] | None = None,
 ) -> History:
-    """Train a classifier in place, and evaluate it after every epoch.
+    """Train a model in place, a classifier unless another task is given, and evaluate it after every epoch.
 
     Works alike on plain models and on `EquivalentModel`. Everything random is fixed by
     ``recipe.seed``, and the caller's random state is left alone. Of `Batches`, the first epoch
@@ -64,14 +66,18 @@ def fit(
     process.
 
     Args:
-        model: Maps images (batch, …) to logits (batch, classes). Its device is where the training takes place.
-        train: Batches of images and labels, class numbers (batch,) from 0 or shares of classes (batch, classes):
-            anything re-iterable with a length.
+        model: Maps images (batch, …) to logits (batch, classes), or does another task. Its device is where the training
+            takes place.
+        train: Batches of images and labels, class numbers (batch,) from 0 or shares of classes (batch, classes), or
+            what the task takes: anything re-iterable with a length.
         val: Held-out batches, likewise, with class numbers.
         recipe: How to train. ``batch_size`` and the augmentation speak of the making of ``train``.
         run: A folder to keep metrics (``metrics.jsonl``, TensorBoard's files where it is installed), the log, the
             environment and checkpoints in. None: nothing is written.
-        teacher: Taught from where ``recipe.distill_weight`` is above 0; left unchanged.
+        task: What the model is for, a `Task` or the name of one of `TASKS`: its training losses are minimised, its
+            metrics measured.
+        teacher: Taught from where ``recipe.distill_weight`` is above 0, or by a task that compares with the original,
+            such as "outputs"; left unchanged.
         resume: Go on from the checkpoint in ``run``, if there is one, to the numbers of an uninterrupted training.
         regularize: Called with every step's gradients, to add to them.
         stop: Asked before every step; once it says True, a checkpoint is saved and `Stopped` raised.
@@ -87,14 +93,15 @@ def fit(
         Stopped: when ``stop`` said so.
         ValueError: if batches are a one-shot iterator, empty, of a wrong form or do not suit the model; for labels out
             of range; for weights that are not finite; for an ``amp`` that the device does not have; for a folder that
-            holds another training or a damaged checkpoint, or that another process works on.
+            holds another training or a damaged checkpoint, or that another process works on; for a task that does not
+            fit the model or the recipe.
     """
-    own = processes()
+    own, task = processes(), find_task(task)
     check_batches(train, "train")
     check_batches(val, "val")
     _check_shares(train, own)
     check_weights(model)
-    check_teacher(teacher, model, recipe)
+    task, teacher = check_teacher(teacher, model, recipe, task)
     if resume and run is None:
         raise ValueError("resume=True goes on from a checkpoint: pass run=, the folder that holds it")
     folder = None if run is None else TrainingFolder(run, writes=own.is_main)
@@ -108,7 +115,7 @@ def fit(
             stack.enter_context(evaluating(teacher))
         stack.enter_context(lent_random_state(device, recipe.seed + own.rank))
         with lent_random_state(device):
-            outputs = count_outputs(model, _pass(val, 0), device)
+            classes = _check_fit(model, _pass(train, 0), _pass(val, 0), task, recipe, device)
         stack.enter_context(folder.held() if folder else nullcontext())
         checkpoint = folder.read(recipe, resume=resume) if folder else None
         meet(device)  # before any writes, or one would find what another has just begun
@@ -116,8 +123,8 @@ def fit(
         stack.enter_context(_channels_last(model, recipe))
         bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))
         stack.callback(model.zero_grad, set_to_none=True)
-        stepper = Stepper(model, recipe, len(train), teacher, regularize)
-        training = _Training(stepper, recipe, len(train), outputs, device, bar, folder, stop)
+        stepper = Stepper(model, recipe, len(train), teacher, regularize, task)
+        training = _Training(stepper, recipe, len(train), task, classes, device, bar, folder, stop)
         return training.run(train, val, checkpoint, on_epoch)
 
 
@@ -140,7 +147,8 @@ class _Training:
     stepper: Stepper
     recipe: Recipe
     steps: int
-    outputs: int
+    task: Task
+    classes: int | None
     device: torch.device
     bar: tqdm
     folder: TrainingFolder | None
@@ -179,17 +187,24 @@ class _Training:
             self._keep_or_stop(epoch, start)
             lr = self.stepper.set_lr(epoch.number * self.steps + epoch.taken)
             where = Where(epoch.number + 1, epoch.taken + 1, self.steps, lr)
-            images, labels = unpack(batch, f"train, {where}")
-            # Reading labels off a device waits for it, so those are checked in the first pass only.
-            if epoch.number == 0 or labels.device.type == "cpu":
-                check_labels(labels, self.outputs, f"train, {where}")
-            epoch.totals = epoch.totals + self.stepper.step(*_to(self.device, images, labels), where)
-            epoch.images, epoch.taken = epoch.images + len(labels), epoch.taken + 1
+            batch = self._moved(batch, where)
+            epoch.totals = epoch.totals + self.stepper.step(batch, where)
+            epoch.images, epoch.taken = epoch.images + count_examples(batch), epoch.taken + 1
             self._show(where, epoch, start)
         self.stepper.settle()
         if epoch.taken < self.steps:
             number, taken = epoch.number, epoch.taken
             raise ValueError(f"train: pass {number} ended after {taken} batches; the length of train is {self.steps}")
+
+    def _moved(self, batch: Batch, where: Where) -> Batch:
+        """Return a batch on the model's device; images and labels checked."""
+        if self.classes is None:
+            return to_device(batch, self.device)
+        images, labels = unpack(batch, f"train, {where}")
+        # Reading labels off a device waits for it, so those are checked in the first pass only.
+        if where.epoch == 1 or labels.device.type == "cpu":
+            check_labels(labels, self.classes, f"train, {where}")
+        return _to(self.device, images, labels)
 
     def _batches(self, epoch: _Epoch, train: Reiterable) -> Iterator[Batch]:
         """Return the batches of an epoch that are still to come, with random state as it was then."""
@@ -205,26 +220,29 @@ class _Training:
             batches = islice(iter(train), epoch.taken, None)
         return _continued(batches, lambda: set_random_state(now, self.device)) if epoch.taken else batches
 
-    def _evaluate(self, number: int, val: Reiterable) -> Metrics:
+    def _evaluate(self, number: int, val: Reiterable) -> Metrics | TaskMetrics:
         model = self.stepper.evaluated
         if self.several:
             for buffer in model.buffers():
                 broadcast(buffer)
         try:
-            metrics = evaluate(model, _pass(val, 0))
+            metrics = evaluate(model, _pass(val, 0), task=self.task)
         except ValueError as error:
             raise ValueError(f"val, after epoch {number + 1} of {self.recipe.epochs}: {error}") from error
-        shared = isinstance(val, Batches) and val.parts > 1
+        shared = isinstance(val, Batches) and val.parts > 1 and isinstance(metrics, Metrics)
         return _together(metrics) if shared else metrics
 
-    def _record(self, epoch: _Epoch, metrics: Metrics, trained: float, seconds: float) -> None:
+    def _record(self, epoch: _Epoch, metrics: Metrics | TaskMetrics, trained: float, seconds: float) -> None:
         totals = torch.cat((epoch.totals.double().cpu(), torch.tensor([float(epoch.images)], dtype=torch.float64)))
         if self.several:
             totals = reduce(totals.to(self.device, torch.float32), reduction="sum").double().cpu()
         loss, correct, images = totals.tolist()
         lr = self.recipe.lr * learning_rate_factor(self.recipe, epoch.number * self.steps, self.steps)
-        row = (epoch.number + 1, lr, loss / images, correct / images, metrics.loss, metrics.accuracy)
-        done = Epoch(*row, seconds, images / trained)
+        row, speed = (epoch.number + 1, lr, loss / images), (seconds, images / trained)
+        if isinstance(metrics, Metrics):
+            done = Epoch(*row, correct / images, metrics.loss, metrics.accuracy, *speed)
+        else:
+            done = Epoch(*row, None, metrics.values.get("loss"), None, *speed, metrics.values, metrics.directions)
         self.epochs.append(done)
         logger.info("%s", done)
         if self.folder is not None:
@@ -250,7 +268,7 @@ class _Training:
             return
         own = {"now": random_state(self.device), "epoch": epoch.random}
         place = {key: getattr(epoch, key) for key in ("number", "taken", "images", "totals", "seconds")}
-        kept = {"place": place, "history": [asdict(done) for done in self.epochs], **self.stepper.state_dict()}
+        kept = {"place": place, "history": [done.to_dict() for done in self.epochs], **self.stepper.state_dict()}
         self.folder.save({"random": gather_object([own]) if self.several else [own], **kept})
 
     def _resume(self, checkpoint: dict[str, Any]) -> _Epoch:
@@ -277,7 +295,8 @@ class _Training:
         if self.bar.disable or time.monotonic() - self.shown < SECONDS_BETWEEN_POSTFIXES:
             return
         loss, accuracy = (epoch.totals / epoch.images).tolist()
-        self.bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+        shown = {"accuracy": f"{accuracy:.1%}"} if self.task is CLASSIFICATION else {}
+        self.bar.set_postfix(epoch=where.epoch, loss=f"{loss:.3f}", **shown, refresh=False)
         self.shown = time.monotonic()
 
 
@@ -346,15 +365,28 @@ def check_precision(recipe: Recipe, device: torch.device) -> None:
         raise ValueError("amp='fp16' needs a GPU; a model on the CPU trains with amp='bf16' or 'no'")
 
 
-def check_teacher(teacher: nn.Module | None, model: nn.Module, recipe: Recipe) -> None:
-    """Raise ValueError where a recipe needs a teacher and has none, and where the teacher is what is trained."""
+def check_teacher(
+    teacher: nn.Module | None, model: nn.Module, recipe: Recipe, task: Task
+) -> tuple[Task, nn.Module | None]:
+    """Return the task, against the teacher where it wants one, and the teacher that is then left for distillation.
+
+    Raises:
+        ValueError: a recipe needs a teacher and has none, or has one too many; the teacher is what is trained.
+    """
+    if teacher is not None and {*teacher.parameters()} & {*model.parameters()}:
+        raise ValueError("the teacher shares weights with the model that is trained: pass a copy")
+    if task.against is not None:
+        if teacher is None:
+            raise ValueError(
+                f"task '{task.name}' trains a model to do as the original does: pass teacher=, the original"
+            )
+        task, teacher = task.against(teacher), None
     if (teacher is None) == bool(recipe.distill_weight):
         raise ValueError(
             f"distill_weight is {recipe.distill_weight:g} and there is {'no' if teacher is None else 'a'} teacher: "
             "distillation needs both"
         )
-    if teacher is not None and {*teacher.parameters()} & {*model.parameters()}:
-        raise ValueError("the teacher shares weights with the model that is trained: pass a copy")
+    return task, teacher
 
 
 def check_batches(batches: object, name: str) -> None:
@@ -370,6 +402,22 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"parameter {name!r} holds values that are not finite: load or build the model again")
+
+
+def _check_fit(
+    model: nn.Module, train: Iterable[Batch], val: Iterable[Batch], task: Task, recipe: Recipe, device: torch.device
+) -> int | None:
+    """Run first batches through the model; return the number of classes, None for a task that is no classification."""
+    if task is CLASSIFICATION:
+        return count_outputs(model, val, device)
+    if recipe.label_smoothing:
+        raise ValueError(f"label_smoothing={recipe.label_smoothing:g} is for classification, not for '{task.name}'")
+    firsts = {"train": next(iter(train), None), "val": next(iter(val), None)}
+    for name, batch in firsts.items():
+        if batch is None:
+            raise ValueError(f"{name}: batches that yield no data")
+    check_task(task, model, *to_device([*firsts.values()], device), distils=bool(recipe.distill_weight))
+    return None
 
 
 def count_outputs(model: nn.Module, val: Iterable[Batch], device: torch.device) -> int:

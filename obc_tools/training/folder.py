@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Epoch:
     """One epoch of a training.
 
@@ -45,23 +45,53 @@ class Epoch:
         lr: Base learning rate of its first step (a parameter group's own scale not applied).
         train_loss: Mean of the training objective over its images, label smoothing included, in train mode, while the
             weights moved.
-        train_accuracy: Share of its images classified correctly, in [0, 1], measured likewise.
-        val_loss: Mean cross entropy on the validation batches after it, in eval mode.
-        val_accuracy: Share of validation images classified correctly after it, in [0, 1].
+        train_accuracy: Share of its images classified correctly, in [0, 1], measured likewise; None for other tasks.
+        val_loss: Mean cross entropy on the validation batches after it, in eval mode; None where it is not measured.
+        val_accuracy: Share of validation images classified correctly after it, in [0, 1]; None for other tasks.
         seconds: Duration, validation included.
-        images_per_second: Training images over the duration without validation.
+        images_per_second: Training examples over the duration without validation.
+        values: Of other tasks: metric -> value on the validation batches, the headline first.
+        directions: Metric -> "higher" or "lower", whichever is better.
     """
 
     epoch: int
     lr: float
     train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
+    train_accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
     seconds: float
     images_per_second: float
+    values: Mapping[str, float] = field(default_factory=dict)
+    directions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> float:
+        """The headline: the higher, the better."""
+        if not self.values:
+            return self.val_accuracy
+        headline, value = next(iter(self.values.items()))
+        return value if self.directions[headline] == "higher" else -value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them; those of other tasks only where there are any."""
+        return {entry.name: value for entry in fields(self) if (value := getattr(self, entry.name)) != {}}
+
+    def figures(self) -> dict[str, float]:
+        """Return what was measured, flat: a metric of another task as ``val_`` and its name."""
+        found = {key: value for key, value in self.to_dict().items() if not isinstance(value, Mapping)}
+        if not self.values:
+            return found
+        found = {key: value for key, value in found.items() if value is not None}
+        return found | {f"val_{name}": value for name, value in self.values.items()}
+
+    def __repr__(self) -> str:
+        return f"Epoch({', '.join(f'{name}={value!r}' for name, value in self.figures().items())})"
 
     def __str__(self) -> str:
+        if self.values:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in self.values.items())
+            return f"epoch {self.epoch}: training loss {self.train_loss:.4f}; validation {shown}"
         return (
             f"epoch {self.epoch}: training loss {self.train_loss:.4f}, accuracy {self.train_accuracy:.2%}; "
             f"validation loss {self.val_loss:.4f}, accuracy {self.val_accuracy:.2%}"
@@ -72,7 +102,8 @@ class Epoch:
 class History:
     """The epochs of one training, in order. ``len``, iteration and indexing go over them.
 
-    Report ``last``. ``best`` was picked by its validation accuracy, which that accuracy therefore overstates.
+    Report ``last``. ``best`` was picked by its validation accuracy, or its task's headline, which that value therefore
+    overstates.
     """
 
     epochs: tuple[Epoch, ...]
@@ -100,12 +131,12 @@ class History:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest validation accuracy (the first of several): picked on val."""
-        return max(self.epochs, key=lambda epoch: epoch.val_accuracy)
+        """The epoch of the best validation accuracy or other headline (the first of several): picked on val."""
+        return max(self.epochs, key=lambda epoch: epoch.rank)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row an epoch, with the fields of :class:`Epoch` as columns."""
-        return pd.DataFrame([asdict(epoch) for epoch in self.epochs], columns=[field.name for field in fields(Epoch)])
+        """Return one row an epoch, with what was measured as columns (see `Epoch.figures`)."""
+        return pd.DataFrame([epoch.figures() for epoch in self.epochs])
 
     def plot(self, label: str = "training") -> go.Figure:
         """Draw loss and accuracy over the epochs; `plot_histories` draws several side by side."""
@@ -204,9 +235,9 @@ class TrainingFolder:
         """Append the line of an epoch, and hand its figures to TensorBoard."""
         if not self._writes:
             return
-        figures = asdict(epoch)
+        figures = epoch.figures()
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(epoch.to_dict()) + "\n")
         if self._board is not None:
             for name in figures.keys() - {"epoch"}:
                 self._board.add_scalar(name, figures[name], global_step=epoch.epoch)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class DivergenceError(ValueError):
@@ -33,7 +34,7 @@ class _Verdict(NamedTuple):
     kept: list[list[Tensor]]
     loss: Tensor
     gradient_norm: Tensor | None
-    images: Tensor
+    batch: Any
     where: Where
 
 
@@ -77,7 +78,7 @@ class Guard:
         """Return the loss, times NaN once a step was refused: its gradient is then NaN, for gradient scaling to see."""
         return loss * torch.where(self._stopped, torch.nan, 1.0)
 
-    def judge(self, loss: Tensor, gradient_norm: Tensor | None, where: Where, images: Tensor) -> None:
+    def judge(self, loss: Tensor, gradient_norm: Tensor | None, where: Where, batch: Any) -> None:
         """Refuse a step, and all after it, if its loss or its gradient's norm (when given) is not finite."""
         finite = torch.isfinite(loss)
         if gradient_norm is not None:
@@ -86,7 +87,7 @@ class Guard:
         if self._optimizer is not None:
             self._optimizer.found_inf = self._stopped.float()
         on_host, arrived = _send(self._stopped)
-        self._verdicts.append(_Verdict(on_host, arrived, self._kept, loss, gradient_norm, images, where))
+        self._verdicts.append(_Verdict(on_host, arrived, self._kept, loss, gradient_norm, batch, where))
 
     def read(self) -> None:
         """Read the verdicts that are at least ``lag`` steps old.
@@ -111,7 +112,8 @@ class Guard:
 
 
 def _explain(verdict: _Verdict) -> str:
-    if not torch.isfinite(verdict.images).all():
+    tensors = (leaf for leaf in tree_leaves(verdict.batch) if isinstance(leaf, Tensor))
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         cause, advice = "the images of its batch hold values that are not finite", "Look at the data."
     else:
         advice = "Lower lr, lengthen warmup_epochs or set clip_norm."

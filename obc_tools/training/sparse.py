@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import to_device
+from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..structure.groups import ChannelGroup, Member, find_groups
 from ..structure.layers import Slot, channel_dims, channel_sum, get_layer, layer_axes, own_parameters
 from .fit import Reiterable, check_batches, fit
@@ -100,12 +102,13 @@ def sparse_train(
     recipe: Recipe,
     *,
     ignore: Iterable[nn.Module | str] = (),
+    task: str | Task = CLASSIFICATION,
     **options: Any,
 ) -> History:
-    """Train a classifier in place with group regularisation, so that channels can be pruned at less loss.
+    """Train a model in place with group regularisation, so that channels can be pruned at less loss.
 
     Args:
-        model, train, val: As of `fit`.
+        model, train, val, task: As of `fit`.
         recipe: How to train; ``group_penalty`` is the strength. The paper: 5e-4 (CIFAR) or 1e-4, no weight decay.
         ignore: Layers whose outputs keep their width, and which are not regularised (see `find_groups`).
         **options: Handed to `fit`: ``run``, ``resume``, ``teacher``, ``stop``, ``progress``, ``on_epoch``.
@@ -116,13 +119,15 @@ def sparse_train(
     if not recipe.group_penalty:
         raise ValueError("sparse training needs a recipe with group_penalty above 0 (the paper: 5e-4 on CIFAR)")
     check_batches(val, "val")
-    penalty = group_penalty(model, next(iter(val))[0][:1], recipe, ignore)
-    return fit(model, train, val, recipe, regularize=penalty, **options)
+    task, first = find_task(task), next(iter(val))
+    example = first[0][:1] if task is CLASSIFICATION else task.example(first)
+    penalty = group_penalty(model, example, recipe, ignore)
+    return fit(model, train, val, recipe, regularize=penalty, task=task, **options)
 
 
 def group_penalty(
     model: nn.Module, example_inputs: Any, recipe: Recipe, ignore: Iterable[nn.Module | str] = ()
 ) -> Callable[[], None]:
     """Return what a training by this recipe adds to the gradients of a model."""
-    example = example_inputs.to(next(model.parameters()).device)
+    example = to_device(example_inputs, next(model.parameters()).device)
     return GroupPenalty(model, find_groups(model, example, ignore=ignore), recipe.group_penalty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map
 
+from ..data.batches import count_examples, cut_batch
 from ..errors import UnknownNameError
+from ..scoring.tasks import CLASSIFICATION, Task
+from ..state import hooks
 from ..structure.layers import is_norm
 from .guard import Guard, Where, reading_lag
 from .processes import processes
@@ -31,6 +36,7 @@ class Stepper:
         steps: Steps an epoch.
         teacher: Where the recipe distils.
         regularize: Called with the gradients there, before the update; may add to them.
+        task: What the model is trained for.
     """
 
     def __init__(
@@ -40,15 +46,17 @@ class Stepper:
         steps: int,
         teacher: nn.Module | None = None,
         regularize: Callable[[], None] | None = None,
+        task: Task = CLASSIFICATION,
     ):
         self.model, self._recipe, self._steps = model, recipe, steps
-        self._teacher, self._regularize = teacher, regularize
+        self._teacher, self._regularize, self._task = teacher, regularize, task
         device = next(model.parameters()).device
         self._precision = torch.autocast(device.type, PRECISIONS[recipe.amp]) if recipe.amp != "no" else nullcontext()
         # Gradient scaling withholds updates itself, and fused SGD loses its momentum when the very first is withheld.
         self._scaled = recipe.amp == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._scaled)
-        self._network = _distributed(model, device)
+        self._network = _distributed(model if task is CLASSIFICATION else _TaskLoss(model, task, recipe), device)
+        self._together = processes().count > 1
         self._forward = torch.compile(self._network) if recipe.compile else self._network
         self._optimizer = make_optimizer(model, recipe, fused=not self._scaled)
         self._lrs = [group["lr"] for group in self._optimizer.param_groups]
@@ -77,15 +85,18 @@ class Stepper:
             group["lr"] = lr * factor
         return self._recipe.lr * factor
 
-    def step(self, images: Tensor, labels: Tensor, where: Where) -> Tensor:
-        """Take one step; return the batch's summed loss and number of correct images, on the device."""
-        if self._recipe.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+    def step(self, batch: Any, where: Where) -> Tensor:
+        """Take one step; return the batch's summed loss and number of correct images, on the device.
+
+        The number is NaN for tasks that do not classify.
+        """
+        if self._recipe.channels_last:
+            batch = tree_map(_channels_last, batch)
         self._guard.keep_buffers()
         self._optimizer.zero_grad()
-        loss, correct = self._gradients(images, labels)
+        loss, correct = self._gradients(batch)
         norm = self._treat_gradients()
-        self._guard.judge(loss, norm, where, images)
+        self._guard.judge(loss, norm, where, batch)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._guard.read()
@@ -93,7 +104,7 @@ class Stepper:
             self._average.update_parameters(self.model)
             if where.epoch <= self._recipe.warmup_epochs:
                 self._average.n_averaged.zero_()
-        return torch.stack((loss * len(labels), correct.to(loss.dtype)))
+        return torch.stack((loss * count_examples(batch), correct.to(loss.dtype)))
 
     def settle(self) -> None:
         """Wait for the verdicts on all steps so far; raise DivergenceError if one was refused."""
@@ -118,27 +129,42 @@ class Stepper:
         parts |= {"average": self._average} if self._average else {}
         return parts | ({"scaler": self._scaler} if self._scaled else {})
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a batch, piece by piece; return its mean loss and its number of correct images."""
-        pieces = list(zip(images.chunk(self._recipe.accumulate), labels.chunk(self._recipe.accumulate), strict=True))
+        pieces = cut_batch(batch, self._recipe.accumulate) if self._recipe.accumulate > 1 else [batch]
         losses, correct = [], []
-        for number, (part, own_labels) in enumerate(pieces, start=1):
+        for number, piece in enumerate(pieces, start=1):
             # Several processes add up their gradients once, with the last piece.
-            alone = number == len(pieces) or self._network is self.model
-            with nullcontext() if alone else self._network.no_sync():
-                loss, right = self._backward(part, own_labels, len(part) / len(images))
+            with self._network.no_sync() if self._together and number < len(pieces) else nullcontext():
+                loss, right = self._backward(piece, count_examples(piece) / count_examples(batch))
             losses.append(loss)
             correct.append(right)
         return torch.stack(losses).sum(), torch.stack(correct).sum()
 
-    def _backward(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    def _backward(self, piece: Any, weight: float) -> tuple[Tensor, Tensor]:
+        loss, correct = (self._classify if self._task is CLASSIFICATION else self._do_task)(piece)
+        loss = loss * weight
+        self._scaler.scale(self._guard.blocked(loss)).backward()
+        return loss.detach(), correct
+
+    def _classify(self, piece: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss of images and labels, and how many are classified correctly."""
+        images, labels = piece
         with self._precision:
             logits = self._forward(images)
             with torch.no_grad():
                 taught = self._teacher(images) if self._recipe.distill_weight else None
-        loss = training_loss(logits, labels, self._recipe, taught) * weight
-        self._scaler.scale(self._guard.blocked(loss)).backward()
-        return loss.detach(), count_correct(logits.detach(), labels)
+        return training_loss(logits, labels, self._recipe, taught), count_correct(logits.detach(), labels)
+
+    def _do_task(self, piece: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch by the task, and NaN: nothing is classified."""
+        with self._precision:
+            loss, logits = self._forward(piece)
+            if logits is not None:
+                with torch.no_grad():
+                    taught = self._task.logits(self._task.forward(self._teacher, piece), piece)
+                loss = loss + distillation(logits, taught, self._recipe)
+        return loss, loss.new_tensor(torch.nan)
 
     def _treat_gradients(self) -> Tensor | None:
         """Regularise and clip as the recipe says; return the norm before clipping, None under gradient scaling."""
@@ -152,6 +178,34 @@ class Stepper:
         elif not self._scaled:
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         return None if self._scaled else norm
+
+
+class _TaskLoss(nn.Module):
+    """A network that returns the loss of a batch, and the logits to distil where there are: for DDP and compilers.
+
+    The logits are made of what the network returned while its losses were computed, by one forward pass.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe):
+        super().__init__()
+        self.model, self.task, self.recipe = model, task, recipe
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        outputs: list[Any] = []
+        watched = [self.model] if self.recipe.distill_weight else []
+        with hooks(model.register_forward_hook(lambda *call: outputs.append(call[-1])) for model in watched):
+            losses = (self.task.training or self.task.losses)(self.model, batch)
+        loss = self.recipe.label_weight * losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
+        if not self.recipe.distill_weight:
+            return loss, None
+        again = copy.copy(self.model)
+        again.forward = lambda *arguments, **keywords: outputs[-1]
+        return loss, self.task.logits(self.task.forward(again, batch), batch)
+
+
+def _channels_last(leaf: Any) -> Any:
+    images = isinstance(leaf, Tensor) and leaf.ndim == 4
+    return leaf.contiguous(memory_format=torch.channels_last) if images else leaf
 
 
 def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -174,12 +228,16 @@ def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, teacher_logits
     if labels.is_floating_point():
         labels = labels.to(logits.dtype)
     loss = recipe.label_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if not recipe.distill_weight:
-        return loss
+    return loss + distillation(logits, teacher_logits, recipe) if recipe.distill_weight else loss
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, recipe: Recipe) -> Tensor:
+    """Return distill_weight · T² · KL(teacher / T ‖ logits / T), the mean over rows, in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     student = F.log_softmax(logits / recipe.temperature, 1)
     teacher = F.log_softmax(teacher_logits.to(logits.dtype) / recipe.temperature, 1)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return loss + recipe.distill_weight * recipe.temperature**2 * divergence
+    return recipe.distill_weight * recipe.temperature**2 * divergence
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

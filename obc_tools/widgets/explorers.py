@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import ipywidgets as W
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from torch import nn
 
+from ..data.adapters import as_data
 from ..data.batches import take
-from ..data.data import Data
 from ..files import replacing
 from ..plots.jtj import (
     MODES,
@@ -30,9 +29,11 @@ from ..plots.jtj import (
 from ..plots.looks import finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
+from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
 from ..state import copy_of
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
+from ..studio.state import usual_batches
 from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text
 
 T = TypeVar("T")
@@ -43,17 +44,19 @@ class Explorer(View):
 
     Args:
         model: copied, so that it stays free while the copy is looked at in a thread.
-        data: a `load_data` data set; its split ``train`` gives the batches.
-        batches, batch_size, seed: of the calibration batches.
+        data: made by `load_data`, or what `as_data` takes; its split ``train`` gives the batches.
+        task: what the network is for, a `Task` or the name of one of `TASKS`.
+        batches, batch_size, seed: of the calibration batches; None: 10 of them, or all there are.
         look: "light" or "dark".
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: Data,
+        data: Any,
         *,
-        batches: int = 10,
+        task: str | Task = CLASSIFICATION,
+        batches: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
         look: str = "light",
@@ -61,7 +64,11 @@ class Explorer(View):
         self.look = look
         super().__init__(self._wordy(""))
         self.network = copy_of(model).eval()
-        self._data, self._draw_options = data, (batches, batch_size, seed)
+        self._data, self._task = as_data(data), find_task(task)
+        batches = usual_batches(self._data, batch_size) if batches is None else batches
+        self._draw_options = (batches, batch_size, seed)
+        self._scored = {} if self._task is CLASSIFICATION else {"objective": self._task.losses}
+        self._said = ", objective=task.losses" if self._scored else ""
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         scored = scored_layers(self.network)
         layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]
@@ -134,7 +141,7 @@ class JTJExplorer(Explorer):
 
     Args:
         model: left unchanged; the explorer works on a copy.
-        data: a `load_data` data set; its split ``train`` gives the batches.
+        data, task: as of `Explorer`.
         batches, batch_size, seed: of the calibration batches, one row of J each.
         look: "light" or "dark".
 
@@ -149,8 +156,7 @@ class JTJExplorer(Explorer):
     group: GroupJTJ | None = None
 
     def _begin(self) -> None:
-        example = torch.zeros(1, *self._data.image_shape, device=self._device)
-        self.groups = find_groups(self.network, example)
+        self.groups = find_groups(self.network, example_inputs(self._task, self._data, self._device))
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
@@ -192,21 +198,21 @@ class JTJExplorer(Explorer):
         first = self.first.value
         channels = range(first, min(first + self.count.value, width))
         self.group = None
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r})\njtj.plot()")
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r}{self._said})\njtj.plot()")
         self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
 
     def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
         """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
         try:
-            return dense_jtj(self.network, batches, layer, channels)
+            return dense_jtj(self.network, batches, layer, channels, **self._scored)
         except ValueError as error:
             if "pool='kernel'" not in str(error):
                 raise
-        return dense_jtj(self.network, batches, layer, channels, pool="kernel")
+        return dense_jtj(self.network, batches, layer, channels, pool="kernel", **self._scored)
 
     def _take(self, dense: DenseJTJ) -> None:
         self.dense = dense
-        pooled = ', pool="kernel"' if dense.pool else ""
+        pooled = (', pool="kernel"' if dense.pool else "") + self._said
         channels = range(dense.channels[0], dense.channels[-1] + 1)
         self._say_code(f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {channels!r}{pooled})\njtj.plot()")
         self.table.value = table(dense.to_frame().map("{:.4g}".format))
@@ -241,15 +247,21 @@ class JTJExplorer(Explorer):
         if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
             self._take_group(self.group)
             return
-        shape = ", ".join(map(str, (1, *self._data.image_shape)))
         on = "" if self._device == "cpu" else f", device={self._device!r}"
+        example = f"torch.zeros({', '.join(map(str, (1, *self._data.image_shape)))}{on})"
+        if self._scored:
+            example = f'task.example(next(iter(data.batches("train", 1{on}))))'
         self._say_code(
-            f"example = torch.zeros({shape}{on})\ngroups = obc.find_groups(model, example)\n"
+            f"example = {example}\ngroups = obc.find_groups(model, example)\n"
             f"group = next(group for group in groups if group.root == {tuple(group.root)!r})\n"
-            f"jtj = obc.group_jtj(model, batches, group, channel={channel})\njtj.plot()"
+            f"jtj = obc.group_jtj(model, batches, group, channel={channel}{self._said})\njtj.plot()"
         )
         what = "computing the group's JᵀJ"
-        self.compute(what, lambda batches: group_jtj(self.network, batches, group, channel), self._take_group)
+
+        def work(batches: Collection[Any]) -> GroupJTJ:
+            return group_jtj(self.network, batches, group, channel, **self._scored)
+
+        self.compute(what, work, self._take_group)
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
@@ -273,7 +285,7 @@ class InteractionExplorer(Explorer):
 
     Args:
         model: left unchanged; the explorer works on a copy.
-        data: a `load_data` data set; its split ``train`` gives the batches.
+        data, task: as of `Explorer`.
         batches, batch_size, seed: of the calibration batches, one row of J each.
         look: "light" or "dark".
 
@@ -296,7 +308,11 @@ class InteractionExplorer(Explorer):
         buttons = W.HBox([self.back_button, self.cancel_button])
         self.children = (self.beside([self.layer, self.order, self.mode, buttons, self.table]), self.code)
         self.on_change((self.layer, self.order, self.mode), self._show)
-        self.compute("computing J·w", lambda batches: jacobian_products(self.network, batches), self._take)
+
+        def work(batches: Collection[Any]) -> JacobianProducts:
+            return jacobian_products(self.network, batches, **self._scored)
+
+        self.compute("computing J·w", work, self._take)
 
     def __repr__(self) -> str:
         return f"InteractionExplorer({self.layer.value}, {self.interactions!r})"
@@ -304,10 +320,10 @@ class InteractionExplorer(Explorer):
     def look_at(self, i: int, j: int) -> None:
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
         layer = self.layer.value
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}])\njtj.plot()")
+        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}]{self._said})\njtj.plot()")
 
         def work(batches: Collection[Any]) -> DenseJTJ:
-            return dense_jtj(self.network, batches, layer, [i, j])
+            return dense_jtj(self.network, batches, layer, [i, j], **self._scored)
 
         self.compute(f"computing JᵀJ of channels {i} and {j}", work, self._take_pair)
 
@@ -330,7 +346,7 @@ class InteractionExplorer(Explorer):
         self.status.value = note(f"{found!r}; click a cell to see both filters")
         draw = f"k.plot(order={self.order.value!r}, mode={self.mode.value!r})"
         self._say_code(
-            "products = obc.jacobian_products(model, batches)\n"
+            f"products = obc.jacobian_products(model, batches{self._said})\n"
             f"k = obc.filter_interactions(products, {self.layer.value!r})\n{draw}"
         )
 

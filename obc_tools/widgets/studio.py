@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as W
 import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
-from ..data.data import Data
+from ..data.adapters import as_data
 from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
@@ -24,6 +25,8 @@ from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
+from ..scoring.tasks import CLASSIFICATION, find_task
+from ..scoring.tasks import Task as NetworkTask
 from ..structure.layers import LayerAxis
 from ..studio.session import BARS, MILLION, Bars, StudioSession, studio_bars
 from ..studio.state import (
@@ -41,6 +44,7 @@ from ..studio.state import (
     toggle_channel,
     undo,
     unlock,
+    usual_batches,
 )
 from .controls import (
     WRAPPING,
@@ -207,8 +211,9 @@ class PruningStudio(View):
 
     Args:
         model: left unchanged; the studio works on a copy.
-        data: a `load_data` data set: ``train`` calibrates, ``val`` is held out.
-        batches: calibration batches for criteria that need data.
+        data: made by `load_data` or `as_data`: ``train`` calibrates, ``val`` is held out.
+        task: what the network is for, a `Task` or the name of one of `TASKS`.
+        batches: calibration batches for criteria that need data; None: 10, or all there are.
         batch_size: images in a batch, of both kinds.
         held_out: held-out batches to evaluate, at most.
         seed: of the calibration batches.
@@ -232,9 +237,10 @@ class PruningStudio(View):
     def __init__(
         self,
         model: nn.Module,
-        data: Data,
+        data: Any,
         *,
-        batches: int = 10,
+        task: str | NetworkTask = CLASSIFICATION,
+        batches: int | None = None,
         batch_size: int = 64,
         held_out: int = 4,
         seed: int = 0,
@@ -246,8 +252,10 @@ class PruningStudio(View):
     ):
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         selection = Selection(ignore, whole_heads, only)
-        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device)
-        self.session = StudioSession(model, data, setup, held_out)
+        data, task = as_data(data), find_task(task)
+        batches = usual_batches(data, batch_size) if batches is None else batches
+        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name)
+        self.session = StudioSession(model, data, setup, held_out, task)
         self.state, self.plan = StudioState(), self.session.whole
         self._source, self._look, self._moved = source, look, 0.0
         self._before: PruningPlan | None = None
@@ -278,7 +286,7 @@ class PruningStudio(View):
         self._try(lambda: self.choose(toggle_channel(self.state.choices, self.plan, LayerAxis(*root), channel)))
 
     def measure(self) -> None:
-        """Measure latency, loss and accuracy of the plans that are shown and of the original, beside the kernel.
+        """Measure latency and the task's metrics of the plans that are shown and of the original, beside the kernel.
 
         Raises:
             ValueError: while scores are computed, which a measurement would hold up.
@@ -314,7 +322,7 @@ class PruningStudio(View):
         c = self._controls
         self.undo_button = self.button("undo", lambda: self._step(undo), icon="undo")
         self.redo_button = self.button("redo", lambda: self._step(redo), icon="repeat")
-        self.measure_button = self.button("measure", self.measure, "latency, accuracy and loss", "tachometer")
+        self.measure_button = self.button("measure", self.measure, "latency and metrics", "tachometer")
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
         self.remember_button = self.button("remember", self._remember, "to compare other plans with this one")
         doing = [self.undo_button, self.redo_button, self.measure_button, self.cancel_button]

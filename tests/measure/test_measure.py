@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from obc_tools.measure.costs import cost
 from obc_tools.measure.latency import Latencies, Latency, latencies, latency
-from obc_tools.measure.metrics import Metrics, evaluate
+from obc_tools.measure.metrics import Metrics
+from obc_tools.scoring.tasks import evaluate
 
 
 class Table(nn.Module):

@@ -135,7 +135,7 @@ def test_an_unknown_name_lists_the_known_and_the_closest(name: str, closest: str
 
 
 def test_an_unknown_name_without_anything_close() -> None:
-    with pytest.raises(ValueError, match=r"unknown network 'qqqqqqqqqq'.*'timm:<name>'$"):
+    with pytest.raises(ValueError, match=r"unknown network 'qqqqqqqqqq'.*'transformers:<folder>'$"):
         load_model("qqqqqqqqqq")
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainings import CLASSES, TRAIN, VAL, batches_of, network, numbers, same_state
 
 from obc_tools.data.batches import Batches
-from obc_tools.measure.metrics import evaluate
 from obc_tools.pruning.equivalent import EquivalentModel
 from obc_tools.pruning.plan import PruningPlan
+from obc_tools.scoring.tasks import evaluate
 from obc_tools.structure.groups import find_groups
 from obc_tools.training.fit import fit
 from obc_tools.training.guard import DivergenceError, Guard, Where

@@ -337,7 +337,7 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
     assert studio.session.measured(studio.plan).metrics == expected
     whole = len(studio.session.data.val)
-    assert f"accuracy ± 95 % ({expected.examples} of {whole:,} held-out images)" in controls(studio).table.value
+    assert f"accuracy ± 95 % ({expected.examples} of {whole:,} held-out examples)" in controls(studio).table.value
     assert controls(studio).table.value.count(" ± ") == 1 + 3
     latency = studio.session.measured(studio.plan).latency
     assert latency.median_ms > 0 and "measured 3 plans" in studio.status.value
