@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_map
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 
 class Restoring:
@@ -147,7 +147,24 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
     tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
     empty = {id(table): type(table)() for table in tables if not table}
-    return copy.deepcopy(model, borrowed | empty), list(borrowed.values())
+    computed = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    return copy.deepcopy(model, borrowed | empty | computed), list(borrowed.values())
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, also of one that keeps tensors which were computed from others."""
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that modules keep and that are computed from others, which deepcopy refuses.
+
+    Activations of the last pass, and weights that torch's pruning and its older weight norm compute before each.
+    """
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and isinstance(value, Tensor | list | tuple | dict):
+                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -11,7 +11,6 @@ unit), the proof is repeated with *probe weights*, drawn at random; where these 
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.costs import Cost, CostModel, cost, cost_model
-from ..state import call_model, hooks, no_fused_attention, own_inputs, within
+from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, within
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
 from .masking import Masking, dead_entries
@@ -215,7 +214,7 @@ def check_plan(
     """
     plan.validate(model)
     counted = _count(model, plan, example_inputs, costs)
-    original = copy.deepcopy(model).eval()
+    original = copy_of(model).eval()
     if dtype is not None:
         original, example_inputs = original.to(dtype), tree_map(lambda leaf: _cast(leaf, dtype), example_inputs)
     outputs = _Outputs(example_inputs, tolerance)
@@ -416,7 +415,7 @@ def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tupl
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
     """Return a network in double precision and what runs it, or in single where it does not run so."""
-    original = copy.deepcopy(model).double()
+    original = copy_of(model).double()
     outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float64), inputs), TOLERANCE)
     try:
         outputs.of(original)
@@ -427,19 +426,19 @@ def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
 
 def _as_single(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
     """Return a copy of a network in single precision and what runs it; in its own where it does not run so."""
-    original = copy.deepcopy(model).float()
+    original = copy_of(model).float()
     outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float32), inputs), SINGLE_TOLERANCE)
     try:
         outputs.of(original)
     except Exception:
-        return copy.deepcopy(model), _Outputs(inputs, SINGLE_TOLERANCE)
+        return copy_of(model), _Outputs(inputs, SINGLE_TOLERANCE)
     return original, outputs
 
 
 @torch.no_grad()
 def _depends_on_data(model: nn.Module, plan: PruningPlan, inputs: Any) -> bool:
     """Say whether the network's work changes with its weights alone, their sizes being equal."""
-    silent = copy.deepcopy(model)
+    silent = copy_of(model)
     for tensor, mask in dead_entries(silent, plan):
         tensor.masked_fill_(mask, 0)
     return cost(silent, inputs).macs != cost(model, inputs).macs
@@ -468,7 +467,7 @@ def _first_cost(model: nn.Module, plan: PruningPlan, inputs: Any) -> str:
 
 def _first_difference(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> str:
     """Name the first layer whose output is not that of the masked network, or at which the pruned one ends."""
-    whole = copy.deepcopy(model)
+    whole = copy_of(model)
     expected = _layer_outputs(whole, outputs, Masking(whole, plan))
     found = _layer_outputs(prune(model, plan), outputs)
     for number, (name, output) in enumerate(expected):

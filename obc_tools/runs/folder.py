@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import entries, environment, logging_to_file, read_json, replacing, write_json, write_text
+from ..files import (
+    entries,
+    environment,
+    logging_to_file,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_text,
+)
+from ..holding import PROCESS, held
 from ..measure.metrics import evaluate
 from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
@@ -49,7 +59,7 @@ FORMAT = 1
 RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
 TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
-STOP, STOPPED, ERROR, PROCESS, OUTPUT = "stop", "stopped.json", "error.json", "process.json", "output.log"
+STOP, STOPPED, ERROR, OUTPUT = "stop", "stopped.json", "error.json", "output.log"
 ENTRIES = {
     RESULTS,
     PLAN,
@@ -83,9 +93,11 @@ def run_job(
     """
     folder = Path(out).resolve()
     check_run_folder(folder, overwrite=overwrite)
-    with replacing(folder) as new:
+    with held(folder):
+        remove_leftovers(folder.parent, of=folder.name)
         try:
-            return work_on(job, new, progress=progress)
+            with replacing(folder) as new:
+                return work_on(job, new, progress=progress)
         except ProofError as error:
             raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
 
@@ -119,14 +131,22 @@ def work_on(
     else:
         check_run_folder(folder, overwrite=False)
     inputs = prepare(job)
-    if main:
-        write_json(folder / JOB, job.to_dict())
-    with logging_to_file(folder / RUN_LOG) if main else nullcontext():
+    with _begun(folder, job) if main else nullcontext():
         result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
         if main:
             _finish(result, inputs, folder, progress)
         logger.info("done")
     return result
+
+
+@contextmanager
+def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
+    """Hold a run's folder, with its job and its log in it."""
+    with held(folder):
+        remove_leftovers(folder)
+        write_json(folder / JOB, job.to_dict())
+        with logging_to_file(folder / RUN_LOG):
+            yield
 
 
 def read_job(folder: str | os.PathLike[str]) -> PruningJob:

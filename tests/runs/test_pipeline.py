@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
+from obc_tools.files import entries
+from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
 from obc_tools.pruning.check import ProofError
@@ -67,12 +69,12 @@ def test_equivalent_pruning_keeps_its_promises(run):
 def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
-    assert {entry.name for entry in folder.iterdir()} == {
+    assert {*entries(folder)} == {
         *("job.json", "run.log", "results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
         *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
         *(f"training_{key}" for key in ("original", "naive", "merged")),
     }
-    assert {entry.name for entry in folder.iterdir()} < ENTRIES
+    assert {*entries(folder)} < ENTRIES
     assert results["job"]["finetune"] == TINY.finetune.to_dict()
     assert results["job"]["target"]["speedup"] == 1.5
     assert results["equivalence"]["merged_loads_into_naive"]
@@ -223,6 +225,21 @@ def test_a_run_killed_at_its_first_write_begins_anew(tmp_path):
     with pytest.raises(RunFolderError, match="already holds a run"):
         check_run_folder(tmp_path, overwrite=False)
     check_run_folder(tmp_path, overwrite=True)
+
+
+def test_a_folder_that_is_worked_on_is_left_alone(tmp_path):
+    """Neither by a run in the foreground nor by one that appears when all is done; a dead one's leftovers go."""
+    folder, dead = tmp_path / "run", tmp_path / f".run.{'0' * 32}.new"
+    dead.mkdir()
+    (tmp_path / f".other.{'0' * 32}.new").mkdir()
+    with held(folder):
+        for work in (work_on, run_job):
+            with pytest.raises(FolderInUseError, match="is being worked on by process"):
+                work(TINY, folder, progress=False)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="cannot be met"):
+        run_job(replace(TINY, target=Target(speedup=1e6)), folder, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [f".other.{'0' * 32}.new"]
 
 
 def test_weights_of_a_sparse_training_are_read_before_the_original_trains(tmp_path, monkeypatch):
