@@ -8,7 +8,6 @@ from interrupts import differences, run, state
 from torch import nn
 
 import obc_tools as obc
-from obc_tools.models.export import export_program
 from obc_tools.pruning.check import check_plan
 
 POINTS = 9
@@ -42,12 +41,11 @@ def calls(model, x):
         "check_plan": lambda: check_plan(model, plan, x),
         "EquivalentModel": lambda: obc.EquivalentModel(model, plan),
         "merge": merging.merge,
-        "export_program": lambda: export_program(model, x),
     }
 
 
 NAMES = ("find_groups", "cost_model", "cost", "products", "products of examples", "gradients", "prune_to", "prune",
-         "check_plan", "EquivalentModel", "merge", "export_program")  # fmt: skip
+         "check_plan", "EquivalentModel", "merge")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
-from ..state import Forward, call_model, copy_of
+from ..state import Forward, call_model, copy_of, within
 
 TOLERANCE = 1e-4
 """Default bound on the difference between onnxruntime's output and torch's, relative to the largest output."""
@@ -63,7 +63,7 @@ def export_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool
     if shapes is not None:
         shapes = (*shapes[0], *shapes[1].values()) if kwargs else shapes[0]
     try:
-        with torch.no_grad():
+        with within(torch.no_grad()):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise ExportError(f"torch.export cannot export this {type(model).__name__}: {_first_line(error)}") from error
