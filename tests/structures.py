@@ -435,7 +435,7 @@ STRUCTURES = {
     "two inputs in order": Structure(TwoInputs, ((3, 6), (3, 4)), ("right.0.out", "hidden.out")),
     "bare parameters": Structure(BareParameters, (3, 3, 4, 4), ("block.1.out", "block.2.out")),
     "decoder": Structure(Decoder, (3, 6), ("start.out", "up1.out", "up2.out")),
-    "one channel": Structure(OneChannel, (3, 3, 5, 5), ("stem.0.out", "map.0.out")),
+    "one channel": Structure(OneChannel, (3, 3, 5, 5), ("stem.0.out",)),
     "linear residual": Structure(LinearResidual, (3, 6), ("first.out",)),
     "lenet": Structure(LeNet, (3, 1, 20, 20), ("conv1.out", "conv2.out", "fc1.out")),
     "part of wider": Structure(PartOfWider, (3, 3, 5, 5), ("wide.0.out", "wide.1.out")),

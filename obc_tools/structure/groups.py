@@ -250,6 +250,8 @@ def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str
     least = 2 if in_groups or any(_names_another(model, place.axis) for place in places) else bundle.least
     if reason is None and in_groups and bundle.width == bundle.blocks:
         reason = f"each of its {bundle.blocks} blocks has fewer than two channels"
+    if reason is None and bundle.width == 1:
+        reason = "is one channel alone"
     if reason is None and bundle.blocks == 1 and any(_is_grouped(model, place.axis) for place in places):
         reason = "its convolution groups cannot be told apart"
     return ChannelGroup(root, bundle.width, members, reason, bundle.blocks, attributes, bundle.attends, least)

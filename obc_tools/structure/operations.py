@@ -36,6 +36,21 @@ def _multiply(flow: Flow, out: Tensor, left: Tensor, right: Tensor) -> None:
     flow.put(out, [*batch[: out.dim() - 2], *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])
 
 
+@operation("index_add", "index_copy")
+def _index_add(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    """Follow rows that are added into others, picked by number."""
+    taken, dim, _, source = args[:4]
+    into, added = flow.of(taken), flow.of(source)
+    dims = list(into.dims)
+    for place in range(len(dims)):
+        if place == dim % len(dims):
+            flow.freeze(into.dims[place], "its channels are looked up by their numbers")
+            flow.freeze(added.dims[place], "its channels are looked up by their numbers")
+        else:
+            dims[place] = _both(flow, into.dims[place], added.dims[place], (into, added))
+    flow.put(out, dims)
+
+
 def contract(flow: Flow, one: Labels, other: Labels, left: Tensor, right: Tensor) -> None:
     """Join the two sides of a sum of products over channels."""
     flow.spend(one, other)
