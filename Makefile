@@ -68,6 +68,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[notebook,dev]"
+	@# Without its dependencies: they bring the OpenCV that needs a screen's libraries; `tasks` has the one that does not.
+	$(BIN)/python -m pip install --quiet --no-deps "ultralytics>=8.4" "ultralytics-thop>=2.2.3"
 	@touch $(STAMP)
 
 clean:
