@@ -3,6 +3,7 @@
 # make test-all  all tests, all notebooks, and the widgets and teaching notebooks in a browser (under 40)
 # make browser  the browser's part of that: a real JupyterLab and Chromium (CHROMIUM=path if it is not found)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
+# make fuzz N=5000  random networks against pruning by hand, a row each in runs/fuzz.csv (hours; resumable)
 # make notebooks  run all notebooks and store them with their outputs, figures as stills too
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
@@ -29,7 +30,7 @@ NOT_SMOKED := $(filter-out notebooks/05%,$(sort $(wildcard notebooks/0*.ipynb)))
 NOT_IN_BROWSER := $(sort $(wildcard notebooks/[12]*.ipynb))
 endif
 
-.PHONY: demo test test-all browser no-browser zoo notebooks lab lint clean
+.PHONY: demo test test-all browser no-browser zoo fuzz notebooks lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
@@ -56,6 +57,10 @@ no-browser:
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
 
+N ?= 5000
+fuzz: $(STAMP)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py $(N) runs/fuzz.csv
+
 notebooks: $(STAMP)
 	BROWSER_PATH="$(CHROMIUM)" $(BIN)/python notebooks/store.py
 
@@ -72,6 +77,8 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[notebook,dev]"
+	@# Without its dependencies: they bring the OpenCV that needs a screen's libraries; `tasks` has the one that does not.
+	$(BIN)/python -m pip install --quiet --no-deps "ultralytics>=8.4" "ultralytics-thop>=2.2.3"
 	@touch $(STAMP)
 
 clean:

@@ -1,6 +1,8 @@
 """The shape of the package: folders import downwards, no circles, small functions, views only where views belong."""
 
 import ast
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,19 @@ def test_only_the_table_tests_layer_types(name):
     assert bool(named) == (name in NAMING_TYPES), f"{name} tests {named}: ask structure.layers"
     modules = {node.module or "" for node in ast.walk(MODULES[name]) if isinstance(node, ast.ImportFrom)}
     assert not [module for module in modules if module.startswith("timm.layers")]
+
+
+def test_libraries_of_networks_are_installed_and_never_imported():
+    for library in ("diffusers", "einops", "open_clip_torch", "segmentation_models_pytorch", "transformers"):
+        assert version(library)
+    theirs = {"diffusers", "einops", "open_clip", "segmentation_models_pytorch", "transformers", "ultralytics"}
+    for name, tree in MODULES.items():
+        named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+        assert not {whole.split(".")[0] for whole in named} & theirs, f"{name} imports a library of networks"
+
+
+def test_ultralytics_is_an_extra_of_its_own():
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    holders = [name for name, packages in extras["optional-dependencies"].items() if "ultralytics" in "".join(packages)]
+    assert holders == ["ultralytics"] and "ultralytics" not in "".join(extras["dependencies"])

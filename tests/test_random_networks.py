@@ -1,0 +1,34 @@
+"""The library against 60 random networks that are pruned by hand."""
+
+import pytest
+import torch
+from fuzzing import examine, main, shares
+from random_networks import build
+
+LOT = 15
+
+
+@pytest.mark.parametrize("first", range(0, 60, LOT))
+def test_pruned_as_by_hand(first):
+    rows = [examine(seed) for seed in range(first, first + LOT)]
+    assert [row["verdict"] for row in rows] == ["right"] * LOT, [row for row in rows if row["verdict"] != "right"]
+    found, count = map(sum, zip(*shares(rows).values(), strict=True))
+    assert found >= 0.8 * count, shares(rows)
+
+
+@torch.no_grad()
+def test_by_hand_without_nothing_is_the_network_and_without_a_channel_another():
+    known, x = build(3), torch.randn(2, 3, 8, 8).double()
+    channel = known.maker.kinds.index("stem")
+    whole, fewer = known.without(()), known.without({channel})
+    assert torch.equal(whole(x), known.network(x))
+    assert fewer.stem.out_channels == known.network.stem.out_channels - 1
+    assert not torch.allclose(fewer(x), known.network(x), rtol=1e-3)
+
+
+def test_the_table_goes_on_where_it_ended(tmp_path, capsys):
+    table = tmp_path / "fuzz.csv"
+    for count in (1, 2):
+        main(count, table)
+        assert "1\n" in capsys.readouterr().out.splitlines(keepends=True)[0]  # one network a run
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["seed", "0", "1"]
