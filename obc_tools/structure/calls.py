@@ -67,6 +67,15 @@ def use_as_numbers(values: Any, operation: str) -> None:
             value.as_number(operation)
 
 
+@stand_in("multi_head_attention_forward")
+def _attention_as_function(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Let all that torch's attention takes as a function stay: it holds each width against numbers of its caller."""
+    taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    reason = f"is taken by {tracer.flow.where('multi_head_attention_forward')}, called as a function"
+    tracer.flow.freeze_all([tracer.flow.of(tensor) for tensor in taken], reason)
+    return function(*args, **kwargs)
+
+
 @stand_in(*TAKES_LAYERS)
 def _layer(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     return function(*args, **kwargs)
