@@ -11,6 +11,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..data.adapters import as_data
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
 from ..data.data import Data, check_classes
 from ..files import environment
+from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
@@ -132,10 +134,13 @@ def compare_criteria(
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
-    store = CurveFolder.open(folder, bench.describe())
     curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
     rows: list[Mapping[str, Any]] = []
-    with tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar:
+    with (
+        nullcontext() if folder is None else held(Path(folder)),
+        tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar,
+    ):
+        store = CurveFolder.open(folder, bench.describe())
         for contender, repeat in curves:
             curve = store.read(contender, repeat, bench.whole)
             bar.set_postfix_str(f"{contender.label}, repeat {repeat}")
@@ -146,8 +151,8 @@ def compare_criteria(
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
             rows += marked(curve.rows, curve.at_chance)
-    settings = bench.describe()
-    return store.finish(Comparison(as_frame(rows, settings), settings, environment(bench.device)))
+        settings = bench.describe()
+        return store.finish(Comparison(as_frame(rows, settings), settings, environment(bench.device)))
 
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:

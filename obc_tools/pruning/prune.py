@@ -47,7 +47,7 @@ def prune_to(
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
     seed: int = 0,
-    verify: bool = True,
+    verify: bool | str = True,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan that reaches a target, in steps: score, remove the lowest-scored channels, score what is left again.
@@ -70,7 +70,8 @@ def prune_to(
         task: what the network is for, a `Task` or the name of one of `TASKS`: its losses are differentiated.
         objective: (model, batch) -> losses, instead of the task's.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
-            `check.prove`).
+            `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
+            "float32" is single for any, False no proof.
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
@@ -103,11 +104,13 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
-    verify: bool = True,
+    verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    if verify not in (True, False, "float32"):
+        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     plan = PruningPlan.whole(groups)
     check_reachable(target, plan, limits, costs)
@@ -124,7 +127,7 @@ def prune_in_steps(
                 f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
             )
     if verify:
-        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting)
+        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan
 
 

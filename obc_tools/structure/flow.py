@@ -230,8 +230,7 @@ class Passage:
 class Flow:
     """What one or more forward passes demand of the labels.
 
-    ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off,
-    ``statistics`` the modules that take statistics over channels.
+    ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off.
     """
 
     count: int = 0
@@ -251,7 +250,6 @@ class Flow:
     whole_heads: bool = False
     stack: list[str] = field(default_factory=list)
     spent: list[np.ndarray] = field(default_factory=list)
-    statistics: dict[str, None] = field(default_factory=dict)
     passages: list[Passage] = field(default_factory=list)
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
     multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
@@ -261,11 +259,6 @@ class Flow:
     def module(self) -> str:
         """The name of the module that is running."""
         return self.stack[-1] if self.stack else ""
-
-    def measured(self, dims: Iterable[Labels]) -> None:
-        """Note that the module which is running takes statistics over some dimensions."""
-        if any(labels is not None for labels in dims):
-            self.statistics[self.module] = None
 
     def where(self, operation: str) -> str:
         """Name an operation and the layer in which it runs."""

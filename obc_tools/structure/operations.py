@@ -100,7 +100,6 @@ def _like_first(flow: Flow, out: Any, source: Channels) -> None:
 @operation("native_layer_norm", "layer_norm", "_fused_rms_norm")
 def _layer_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source, over = flow.of(args[0]), len(args[1])
-    flow.measured(source.dims[-over:])
     for parameter in tensors_in(args[2:4]):
         for ours, theirs in zip(flow.of(parameter).dims, source.dims[-over:], strict=True):
             if ours is not None or theirs is not None:
@@ -111,7 +110,6 @@ def _layer_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("native_group_norm", "group_norm")
 def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source = flow.of(args[0])
-    flow.measured(source.dims[1:2])
     for parameter in tensors_in(args[1:3]):
         flow.join(flow.of(parameter).dims[0], source.dims[1], source.origin)
     flow.join_blocks(source.dims[1], args[6])
@@ -129,8 +127,6 @@ def _vector_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     # A channel that is masked adds nothing to a length, so it may go.
     dims = args[2] if len(args) > 2 else kwargs.get("dim")
     keep = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-    source = flow.of(args[0]).dims
-    flow.measured(source if dims is None else [source[dim] for dim in ([dims] if isinstance(dims, int) else dims)])
     reduce_dims(flow, out, (args[0], dims, keep), {}, frozen=None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, example_inputs, fitting
-from ..state import call_model
+from ..state import call_model, copy_of
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .state import Choices, Setup
@@ -62,7 +62,7 @@ class StudioSession:
     """
 
     def __init__(self, model: nn.Module, data: Any, setup: Setup, held_out: int = 4, task: Task = CLASSIFICATION):
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_of(model).eval()
         self.data, self.setup, self.held_out = as_data(data), setup, held_out
         self.task = task if task.against is None else task.against(self.model)
         self.held_out_batches()
@@ -80,8 +80,8 @@ class StudioSession:
         return take(split, self.setup.batches)
 
     def held_out_batches(self) -> Collection[Any]:
-        """Return the held-out batches."""
-        split = self.data.batches("val", self.setup.batch_size, device=self.setup.device)
+        """Return the held-out batches, the same each time: a random choice, for files may lie class by class."""
+        split = self.data.batches("val", self.setup.batch_size, shuffle=True, seed=0, device=self.setup.device)
         return take(split, min(self.held_out, len(split)))
 
     def scores(self, scoring: Scoring) -> Scores | None:
@@ -136,8 +136,10 @@ class StudioSession:
         }
         if measured is None:
             return row | {"latency (ms)": ""} | dict.fromkeys(self.shown_metrics, "")
-        values, digits = measured.metrics.values, {"accuracy": "{:.2%}", "loss": "{:.4f}"}
+        metrics, values = measured.metrics, measured.metrics.values
+        digits = {"loss": "{:.4f}"} if isinstance(metrics, Metrics) else {}
         found = {name: digits.get(name, "{:.4g}").format(values[name]) for name in self.shown_metrics if name in values}
+        found |= {"accuracy": with_interval(metrics)} if isinstance(metrics, Metrics) else {}
         return row | {"latency (ms)": f"{measured.latency.median_ms:.2f}"} | found
 
     @property
@@ -146,8 +148,17 @@ class StudioSession:
         return [name for name in self.task.directions if name != "top5"]
 
     def table(self, plans: dict[str, PruningPlan]) -> pd.DataFrame:
-        """Return one row a plan, the whole network's first."""
-        return pd.DataFrame([self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()])
+        """Return one row a plan, the whole network's first; the accuracy says on how many images it was measured."""
+        rows = [self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()]
+        whole = len(self.data.val)
+        images = f"{min(self.held_out * self.setup.batch_size, whole):,} of {whole:,} held-out images"
+        return pd.DataFrame(rows).rename(columns={"accuracy": f"accuracy ± 95 % ({images})"})
+
+
+def with_interval(metrics: Metrics) -> str:
+    """Return an accuracy and the half-width of its 95 % interval (normal approximation to the binomial)."""
+    half = 1.96 * math.sqrt(metrics.accuracy * (1 - metrics.accuracy) / metrics.examples)
+    return f"{metrics.accuracy:.2%} ± {half:.2%}"
 
 
 def _check_runs(model: nn.Module, example: Any, task: Task) -> None:
