@@ -342,5 +342,7 @@ def _count_outputs(model: nn.Module, example: Tensor) -> int:
     except RuntimeError as error:
         raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError(f"{type(model).__name__} returns no logits (batch, classes): only classifiers are pruned here")
+        raise ValueError(
+            f"{type(model).__name__} returns no logits (batch, classes): name its task, such as 'segmentation'"
+        )
     return logits.shape[1]

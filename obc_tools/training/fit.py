@@ -434,7 +434,9 @@ def count_outputs(model: nn.Module, val: Iterable[Batch], device: torch.device) 
         raise ValueError(f"val: the model cannot take images of shape {shape} ({images.dtype}): {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"fit trains classifiers: logits (batch, classes) are needed, but the model returned {given}")
+        raise ValueError(
+            f"without task=, fit trains classifiers: the model returned {given}, not logits (batch, classes)"
+        )
     check_labels(labels, logits.shape[1], "val, batch 1")
     return logits.shape[1]
 

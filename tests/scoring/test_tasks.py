@@ -208,7 +208,7 @@ def test_targets_of_another_task_are_refused():
     with pytest.raises(ValueError, match=r"batch 2: .* class 3 for a model with 3 outputs \(0 to 2\)"):
         evaluate(model, [(images, masks), (images, masks.clamp(0, 2) + 1)], task="segmentation")
     with pytest.raises(ValueError, match="outputs are no detections: expected a list"):
-        evaluate(model, [(images, masks)], task="detection")
+        evaluate(torch.nn.Identity(), [(images, masks)], task="detection")
     with pytest.raises(ValueError, match="does not fit Segmenter: the model returned no features|takes 2 positional"):
         evaluate(model, [(images, masks)], task="image_text")
     with pytest.raises(ValueError, match=f"token {VOCABULARY} for a model with {VOCABULARY} outputs"):

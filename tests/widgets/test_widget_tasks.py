@@ -11,7 +11,8 @@ from trainings import network, wait_for
 import obc_tools as obc
 from obc_tools import InteractionExplorer, JTJExplorer, PruningStudio, as_data
 from obc_tools.pruning.choices import Scoring, Target
-from obc_tools.studio.state import Choices, to_code
+from obc_tools.studio.session import StudioSession
+from obc_tools.studio.state import Choices, Setup, to_code
 
 
 def data_of(task):
@@ -22,20 +23,21 @@ def data_of(task):
 @pytest.mark.parametrize("task", ["segmentation", "language_model", "outputs"])
 def test_a_studio_measures_by_the_task(task):
     model, data = case_of(task).model(), data_of(task)
-    studio = PruningStudio(model, data, task=task, batch_size=2)
+    setup = Setup(data.image_shape, batches=2, batch_size=2, task=task)
+    session = StudioSession(model, data, setup, task=obc.TASKS[task])
     choices = Choices(Scoring("jacobian"), Target(ratio=0.4))
-    studio.session.score(choices.scoring)
-    plan = studio.session.plan(choices)
-    studio.session.measure([plan, studio.session.whole])
-    table = studio.session.table({"plan": plan})
-    headline = studio.session.task.headline
+    session.score(choices.scoring)
+    plan = session.plan(choices)
+    session.measure([plan, session.whole])
+    table = session.table({"plan": plan})
+    headline = session.task.headline
     assert table[headline].tolist()[0] != "" and "accuracy" not in table.columns.drop("pixel_accuracy", errors="ignore")
-    found = studio.session.measured(studio.session.whole).metrics
+    found = session.measured(session.whole).metrics
     wanted = obc.TASKS[task] if task != "outputs" else obc.TASKS[task].against(model)
     batches = data.batches("val", 2)
-    assert found.values[headline] == obc.evaluate(model, batches, task=wanted).values[headline]
+    assert found.values[headline] == pytest.approx(obc.evaluate(model, batches, task=wanted).values[headline], rel=1e-6)
     namespace = {"model": model, "data": data, "task": obc.TASKS[task]}
-    exec(to_code(choices, studio.session.setup), namespace)
+    exec(to_code(choices, session.setup), namespace)
     assert namespace["plan"] == plan and plan.channels_removed
 
 
