@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .flow import Attribute, Channels, Dimension, Flow, Labels, Size, elementwise, leaves, meet, operation, tensors_in
+from .flow import (
+    SUMMED,
+    Attribute,
+    Channels,
+    Dimension,
+    Flow,
+    Labels,
+    Size,
+    Statistic,
+    elementwise,
+    leaves,
+    meet,
+    operation,
+    tensors_in,
+)
 
 
 @operation("mm", "bmm", "mv", "dot", "matmul")
@@ -118,10 +132,25 @@ def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     _like_first(flow, out, source)
 
 
-@operation("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "any", "all", "logsumexp",
-           "argmax", "argmin", "norm", "std_mean", "median")  # fmt: skip
+@operation("max", "min", "prod", "any", "all", "logsumexp", "argmax", "argmin", "norm", "median")
 def _reduce(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
-    reduce_dims(flow, out, args, kwargs, frozen="is summed up or compared over its channels")
+    for labels in reduce_dims(flow, out, args, kwargs):
+        flow.freeze(labels, SUMMED)
+
+
+@operation("mean", "sum", "amax", "amin")
+def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    """Note over which channels a number is taken; what becomes of it says whether they may go."""
+    statistics = tuple(Statistic(labels, flow.module) for labels in reduce_dims(flow, out, args, kwargs))
+    for result in tensors_in((out,)):
+        flow.of(result).statistics = statistics
+
+
+@operation("var", "std", "var_mean", "std_mean")
+def _vary(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    _summarise(flow, out, args, kwargs)
+    for statistic in flow.of(tensors_in((out,))[0]).statistics:
+        flow.keep_two(statistic.labels)  # one value has no variance
 
 
 @operation("linalg_vector_norm")
@@ -131,27 +160,26 @@ def _vector_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     keep = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
     source = flow.of(args[0]).dims
     flow.measured(source if dims is None else [source[dim] for dim in ([dims] if isinstance(dims, int) else dims)])
-    reduce_dims(flow, out, (args[0], dims, keep), {}, frozen=None)
+    reduce_dims(flow, out, (args[0], dims, keep), {})
 
 
-def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict, frozen: str | None) -> None:
-    """Drop the reduced dimensions; freeze their channels for the reason `frozen`, if there is one."""
+def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict) -> list[np.ndarray]:
+    """Drop the reduced dimensions, and return the labels of those with several channels."""
     tensor, source = args[0], flow.of(args[0])
     asked = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(asked, Tensor):  # max(a, b) of two tensors
         elementwise(flow, out, args, kwargs)
-        return
+        return []
     asked = range(tensor.dim()) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
     gone = {dim % max(tensor.dim(), 1) for dim in asked}
     for dim in gone:
         flow.spend(source.dims[dim])
-        if frozen and tensor.shape[dim] > 1:
-            flow.freeze(source.dims[dim], frozen)
     for result in tensors_in((out,)):
         if result.dim() == tensor.dim():
             flow.put(result, [None if dim in gone else labels for dim, labels in enumerate(source.dims)], source.origin)
         else:
             flow.put(result, [labels for dim, labels in enumerate(source.dims) if dim not in gone], source.origin)
+    return [source.dims[dim] for dim in gone if source.dims[dim] is not None and tensor.shape[dim] > 1]
 
 
 @operation(
