@@ -127,6 +127,14 @@ def _expand(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
     return out
 
 
+@stand_in("repeat_interleave")
+def _repeat_interleave(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Let the number of copies stay, whatever it is computed from: `heads // key_value_heads`."""
+    for size in tree_leaves((args[1:], kwargs)):
+        tracer.flow.require(size, None)
+    return function(*args, **kwargs)
+
+
 @stand_in("zeros", "ones", "empty", "full", "randn", "rand", "new_zeros", "new_ones", "new_empty", "new_full")
 def _make(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     out = function(*args, **kwargs)

@@ -250,7 +250,8 @@ class Flow:
     """What one or more forward passes demand of the labels.
 
     ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off,
-    ``statistics`` the modules that take statistics over channels.
+    ``statistics`` the modules that take statistics over channels, ``returned`` those with what was normalised by them,
+    ``stretched`` the labels of dimensions that are copies of one.
     """
 
     count: int = 0
@@ -266,6 +267,7 @@ class Flow:
     grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     requested: Sequence[Any] | None = None
     stretching: bool = False
+    stretched: set[int] = field(default_factory=set)
     salt: int = field(default_factory=itertools.count(1).__next__)
     whole_heads: bool = False
     stack: list[str] = field(default_factory=list)

@@ -207,8 +207,10 @@ def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     query, key, value = (flow.of(tensor) for tensor in args[:3])
     contract(flow, query.dims[-1], key.dims[-1], *args[:2])
     flow.multiplied(*args[1:3], [query.dims[1], query.dims[-1], value.dims[-1]])
-    heads = _both(flow, query.dims[1], key.dims[1], (query, key))
-    heads = _both(flow, heads, value.dims[1], (query, value))
+    heads = query.dims[1]
+    for tensor, entry in zip(args[1:3], (key, value), strict=True):  # a head of theirs may serve several of queries
+        shared = None if entry.dims[1] is None else np.repeat(entry.dims[1], args[0].shape[1] // tensor.shape[1])
+        heads = _both(flow, heads, shared, (query, entry))
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         heads = _both(flow, heads, flow.of(mask).dims[-3], (query, flow.of(mask)))
@@ -293,7 +295,9 @@ def _col2im(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     flow.put(out, [*source.dims[:-2], labels, None, None], source.origin)
 
 
-HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head", "num_head")
+HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head", "num_head",
+               "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_kv_head", "n_kv_head",
+               "n_local_heads", "n_local_kv_heads")  # fmt: skip
 """Names of attributes that hold a number of attention heads."""
 
 
@@ -396,6 +400,7 @@ def _expand(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     for dim, (size, new) in enumerate(zip(sizes, out.shape, strict=True)):
         if size != new:
             dims[dim] = flow.fresh(new) if flow.stretching else None
+            flow.stretched.update(() if dims[dim] is None else dims[dim].tolist())
     _keep(flow, out, dims, source)
 
 
@@ -502,6 +507,11 @@ def _view(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     dims: list[Labels] = [None] * out.dim()
     for old, new in matching_runs(tensor.shape, out.shape):
         labelled = [dim for dim in old if source.dims[dim] is not None]
+        if len(labelled) > 1:
+            copies = [dim for dim in labelled if flow.stretched.issuperset(source.dims[dim])]
+            for dim in copies:
+                flow.freeze(source.dims[dim], "is a number of copies")
+            labelled = [dim for dim in labelled if dim not in copies]
         if len(labelled) > 1:
             for dim in labelled:
                 flow.freeze(source.dims[dim], "is flattened together with another axis of channels")
