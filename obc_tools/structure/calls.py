@@ -256,6 +256,7 @@ def _rms_norm(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) ->
         tracer.paused -= 1
     flow, shape = tracer.flow, args[1] if len(args) > 1 else kwargs["normalized_shape"]
     source = flow.of(args[0])
+    flow.use_statistics(source)
     tracer.saw(tensors_in((*args, *kwargs.values())))
     for parameter in tensors_in((*args[2:], *kwargs.values())):
         for ours, theirs in zip(flow.of(parameter).dims, source.dims[-parameter.dim() :], strict=True):

@@ -352,8 +352,12 @@ class Flow:
         for entry in channels:
             for labels in entry.dims:
                 self.freeze(labels, reason)
-            for statistic in entry.statistics:
-                self.freeze(statistic.labels, SUMMED)
+            self.use_statistics(entry)
+
+    def use_statistics(self, taken: Channels) -> None:
+        """Let channels stay over which the values of a tensor were taken that go on as features."""
+        for statistic in taken.statistics:
+            self.freeze(statistic.labels, SUMMED)
 
     def join_blocks(self, labels: Labels, blocks: int) -> Labels:
         """Let equal runs of an axis lose the same positions; return the labels of one run."""
@@ -461,29 +465,28 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
         flow.spent = []
         handler(flow, out, args, kwargs)
         flow.note_passage(name, known, results)
-    shapes = [tensor.shape for tensor in tensors]
-    _follow_statistics(flow, name.removesuffix("_"), results, zip(shapes, known, strict=True))
+    for tensor, entry in zip(tensors, known, strict=True):
+        if entry.statistics:
+            _follow_statistics(flow, name, results, tensor, entry)
 
 
-def _follow_statistics(
-    flow: Flow, name: str, results: Sequence[Tensor], known: Iterable[tuple[Sequence[int], Channels]]
-) -> None:
+def _follow_statistics(flow: Flow, name: str, results: Sequence[Tensor], tensor: Tensor, taken: Channels) -> None:
     """Carry what was taken over channels on to where they are normalised by it; used otherwise, it keeps them."""
-    for shape, entry in known:
-        if not entry.statistics:
-            continue
-        if name not in NORMALISING:
-            flow.freeze_all([Channels([], statistics=entry.statistics)], SUMMED)
-            continue
-        for result in results:
-            channels = flow.of(result)
-            stretched = _stretched(shape, result.shape) if name in BROADCASTING else ()
-            met = [channels.dims[dim] for dim in stretched if channels.dims[dim] is not None]
-            if met:
-                flow.returned += [(statistic, met) for statistic in entry.statistics]
-                flow.statistics |= dict.fromkeys(statistic.module for statistic in entry.statistics)
-            else:
-                channels.statistics = (*dict.fromkeys(channels.statistics + entry.statistics),)
+    into_another = name.endswith("_") and tensor is not results[0]
+    if name.removesuffix("_") not in NORMALISING:
+        flow.use_statistics(taken)
+        return
+    for result in results:
+        channels = flow.of(result)
+        stretched = _stretched(tensor.shape, result.shape) if name.removesuffix("_") in BROADCASTING else ()
+        met = [channels.dims[dim] for dim in stretched if channels.dims[dim] is not None]
+        if met:
+            flow.returned += [(statistic, met) for statistic in taken.statistics]
+            flow.statistics |= dict.fromkeys(statistic.module for statistic in taken.statistics)
+        elif into_another:  # perhaps a part of a tensor that knows nothing of it
+            flow.use_statistics(taken)
+        else:
+            channels.statistics = (*dict.fromkeys(channels.statistics + taken.statistics),)
 
 
 def _stretched(old: Sequence[int], new: Sequence[int]) -> list[int]:

@@ -28,12 +28,17 @@ def turns():
 
 
 class Shared(nn.Module):
-    """Four heads of queries on two of keys and values; ``attend`` says how they are shared."""
+    """Four heads of queries on fewer of keys and values; ``attend`` says how they are shared."""
 
-    def __init__(self, attend, rotary=False):
+    def __init__(self, attend, rotary=False, shared=2):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.copies = 4, 2, WIDTH, 2
-        self.q, self.k, self.v, self.proj = nn.Linear(8, 24), nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(24, 3)
+        self.n_heads, self.n_kv_heads, self.head_dim, self.copies = 4, shared, WIDTH, 4 // shared
+        self.q, self.k, self.v, self.proj = (
+            nn.Linear(8, 24),
+            nn.Linear(8, shared * 6),
+            nn.Linear(8, shared * 6),
+            nn.Linear(24, 3),
+        )
         self.attend, self.rotary = attend, rotary
 
     def forward(self, x):
@@ -98,9 +103,11 @@ def by_hand(model, x, plan):
 
     heads = []
     for head in sorted({row // WIDTH for row in kept("q")}):
-        scores = of("q", head) @ of("k", head // 2).transpose(1, 2) * WIDTH**-0.5
-        heads.append(scores.softmax(-1) @ of("v", head // 2))
-    columns = [24 // 4 * head + row % WIDTH for head in range(4) for row in kept("v") if row // WIDTH == head // 2]
+        scores = of("q", head) @ of("k", head // model.copies).transpose(1, 2) * WIDTH**-0.5
+        heads.append(scores.softmax(-1) @ of("v", head // model.copies))
+    columns = [
+        WIDTH * head + row % WIDTH for head in range(4) for row in kept("v") if row // WIDTH == head // model.copies
+    ]
     return F.linear(torch.cat(heads, -1), model.proj.weight[:, columns], model.proj.bias)
 
 
@@ -118,11 +125,12 @@ def test_a_head_of_keys_goes_with_its_heads_of_queries(attend, rotary):
 
 
 @pytest.mark.parametrize("attend", WAYS, ids=lambda attend: attend.__name__)
-def test_all_heads_become_narrower(attend):
-    model, inputs = made(attend)
+@pytest.mark.parametrize("shared", [1, 2])
+def test_all_heads_become_narrower(attend, shared):
+    model, inputs = made(attend, shared=shared)
     plan = planned(model, inputs)
     pruned = prune(model, plan)
-    assert (pruned.n_heads, pruned.n_kv_heads, pruned.copies, pruned.head_dim) == (4, 2, 2, WIDTH // 2)
+    assert (pruned.n_heads, pruned.n_kv_heads, pruned.copies, pruned.head_dim) == (4, shared, 4 // shared, WIDTH // 2)
     torch.testing.assert_close(pruned(inputs), by_hand(model, inputs, plan), rtol=0, atol=1e-10)
     assert cost_model(model, inputs).of(plan) == cost(pruned, inputs)
 
@@ -131,6 +139,12 @@ def test_all_heads_become_narrower(attend):
 def test_heads_that_meet_a_table_of_fixed_width_stay_as_wide(attend):
     found = explain(find_groups(*made(attend, rotary=True)))
     assert {found.why_whole(name) for name in "qk"} == {"meets a tensor of fixed width"}
+
+
+@pytest.mark.parametrize("attend", WAYS, ids=lambda attend: attend.__name__)
+def test_heads_that_share_one_head_of_keys_do_not_go(attend):
+    found = explain(find_groups(*made(attend, shared=1), whole_heads=True))
+    assert not {"q", "k", "v"} & {group.root.layer for group in found.prunable} and found.why_whole("q")
 
 
 def llama(transformers, heads, **sizes):

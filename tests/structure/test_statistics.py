@@ -77,6 +77,7 @@ class Normalised(nn.Module):
         super().__init__()
         self.norm, self.before, self.after = norm, nn.Linear(6, 10), nn.Linear(10, 4)
         self.other, self.one = nn.Linear(6, 10), nn.Linear(1, 4)
+        self.attention = nn.MultiheadAttention(1, 1)
         self.gain = nn.Parameter(torch.rand(10) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +136,13 @@ def test_channels_of_pictures_are_normalised_by_hand():
     torch.testing.assert_close(prune(model, plan)(inputs), expected, rtol=0, atol=1e-10)
 
 
+def added(x):
+    """Add to a part of a tensor, in place."""
+    both = torch.zeros(3, 5, 2, dtype=x.dtype)
+    both[..., 1:].add_(x)
+    return both.sum(-1, keepdim=True)
+
+
 class Pooled(Normalised):
     """Its channels are summed up, and the sum goes on in a way of its own."""
 
@@ -151,6 +159,9 @@ class Pooled(Normalised):
         lambda model, x, other: model.after(x * x.mean(-1, keepdim=True).sigmoid()),
         lambda model, x, other: model.after(other / x.pow(2).mean(-1, keepdim=True)),
         lambda model, x, other: model.after(x - x.mean(-1, keepdim=True)) + x.mean(-1, keepdim=True),
+        lambda model, x, other: model.one(F.rms_norm(x.mean(-1), (5,))[..., None]),
+        lambda model, x, other: model.one(model.attention(*[x.mean(-1)[..., None]] * 3)[0]),
+        lambda model, x, other: model.after(added(x.mean(-1, keepdim=True)) * x),
         lambda model, x, other: model.one(x.max(-1, keepdim=True).values),
         lambda model, x, other: model.after(x * (x.mean(-1, keepdim=True) > 0)),
         lambda model, x, other: model.after(x * torch.cat([x.mean(-1, keepdim=True)] * 2, -1).sum(-1, keepdim=True)),
