@@ -430,7 +430,7 @@ STRUCTURES = {
         SplitInThree, (3, 3, 5, 5), ("stem.0.0.out", "stem.2.0.out", "stem.2.1.out", "shared.0.0.out", "own.0.0.out")
     ),
     "spatial concat": Structure(SpatialConcat, (3, 3, 5, 5), ("bottom.0.0.out", "bottom.2.0.out", "both.0.out")),
-    "own layer": Structure(UsesOwnLayer, (3, 6), ("own.mix.out",)),
+    "own layer": Structure(UsesOwnLayer, (3, 6), ("before.out", "own.mix.out")),
     "two inputs": Structure(TwoInputs, {"first": (3, 6), "second": (3, 4)}, ("right.0.out", "hidden.out")),
     "two inputs in order": Structure(TwoInputs, ((3, 6), (3, 4)), ("right.0.out", "hidden.out")),
     "bare parameters": Structure(BareParameters, (3, 3, 4, 4), ("block.1.out", "block.2.out")),

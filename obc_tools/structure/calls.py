@@ -136,6 +136,14 @@ def _expand(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
     return out
 
 
+@stand_in("repeat_interleave")
+def _repeat_interleave(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Let the number of copies stay, whatever it is computed from: `heads // key_value_heads`."""
+    for size in tree_leaves((args[1:], kwargs)):
+        tracer.flow.require(size, None)
+    return function(*args, **kwargs)
+
+
 @stand_in("zeros", "ones", "empty", "full", "randn", "rand", "new_zeros", "new_ones", "new_empty", "new_full")
 def _make(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     out = function(*args, **kwargs)
@@ -257,6 +265,7 @@ def _rms_norm(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) ->
         tracer.paused -= 1
     flow, shape = tracer.flow, args[1] if len(args) > 1 else kwargs["normalized_shape"]
     source = flow.of(args[0])
+    flow.use_statistics(source)
     tracer.saw(tensors_in((*args, *kwargs.values())))
     for parameter in tensors_in((*args[2:], *kwargs.values())):
         for ours, theirs in zip(flow.of(parameter).dims, source.dims[-parameter.dim() :], strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .flow import Attribute, Dimension, Flow, Labels, evaluate, leaves
+from .flow import SUMMED, Attribute, Dimension, Flow, Labels, evaluate, leaves
 from .layers import TEMPERATURE, LayerAxis
 from .tracing import Traced
 
@@ -66,6 +66,8 @@ class Classes:
         for labels, reason in flow.frozen:
             for number in np.unique(self.of_label[labels]).tolist():
                 self.reasons.setdefault(number, reason)
+        for statistic, met in flow.returned:
+            self._check_returned(statistic.labels, met)
         for size, labels in flow.sizes:
             self._check(size, labels)
         for labels, rows in flow.temperatures:
@@ -75,6 +77,13 @@ class Classes:
     def of(self, labels: np.ndarray) -> np.ndarray:
         """Return the class of each label."""
         return self.of_label[labels]
+
+    def _check_returned(self, taken: np.ndarray, met: Sequence[np.ndarray]) -> None:
+        """Freeze the channels over which a number was taken that normalises other ones."""
+        classes = np.unique(self.of(taken))
+        if not any(np.array_equal(classes, np.unique(self.of(labels))) for labels in met):
+            for number in classes.tolist():
+                self.reasons.setdefault(number, SUMMED)
 
     def _check(self, size: int, labels: Labels) -> None:
         """Freeze the classes without one of which a computed width would not be that of the axis that it shapes."""

@@ -200,16 +200,35 @@ INPUT = "is coupled to the model's input"
 FIXED = "meets a tensor of fixed width"
 
 
+SUMMED = "is summed up or compared over its channels"
+
+BROADCASTING = ("add", "sub", "rsub", "mul", "div", "neg", "abs", "pow", "sqrt", "rsqrt", "reciprocal", "clamp",
+                "clamp_min", "maximum", "_to_copy", "clone", "detach", "alias", "expand")  # fmt: skip
+NORMALISING = (*BROADCASTING, "unsqueeze", "squeeze", "view", "_unsafe_view", "permute", "transpose", "slice", "mean",
+               "sum")  # fmt: skip
+"""Operations by which a number taken over channels goes on, until the same channels are normalised by it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """The channels over which a module took a mean, a sum or the like."""
+
+    labels: np.ndarray
+    module: str
+
+
 @dataclass
 class Channels:
     """The labels of each dimension of a tensor; ``origin`` says why unlabelled ones are fixed.
 
-    ``weight_of`` names the layer whose weight this is, as it is or standardised.
+    ``weight_of`` names the layer whose weight this is, as it is or standardised. ``statistics`` are those that its
+    values are made of and that were not given back to their channels.
     """
 
     dims: list[Labels]
     origin: str = FIXED
     weight_of: str | None = None
+    statistics: tuple[Statistic, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -230,7 +249,9 @@ class Passage:
 class Flow:
     """What one or more forward passes demand of the labels.
 
-    ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off.
+    ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off,
+    ``returned`` statistics over channels with what was normalised by them, ``stretched`` the labels of dimensions that
+    are copies of one.
     """
 
     count: int = 0
@@ -246,10 +267,12 @@ class Flow:
     grouped: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     requested: Sequence[Any] | None = None
     stretching: bool = False
+    stretched: set[int] = field(default_factory=set)
     salt: int = field(default_factory=itertools.count(1).__next__)
     whole_heads: bool = False
     stack: list[str] = field(default_factory=list)
     spent: list[np.ndarray] = field(default_factory=list)
+    returned: list[tuple[Statistic, Sequence[np.ndarray]]] = field(default_factory=list)
     passages: list[Passage] = field(default_factory=list)
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
     multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
@@ -319,10 +342,16 @@ class Flow:
             self.pairs.append(labels.ravel())
 
     def freeze_all(self, channels: Iterable[Channels], reason: str) -> None:
-        """Let no channel of any of these tensors ever go."""
+        """Let no channel of any of these tensors ever go, nor any over which their values were taken."""
         for entry in channels:
             for labels in entry.dims:
                 self.freeze(labels, reason)
+            self.use_statistics(entry)
+
+    def use_statistics(self, taken: Channels) -> None:
+        """Let channels stay over which the values of a tensor were taken that go on as features."""
+        for statistic in taken.statistics:
+            self.freeze(statistic.labels, SUMMED)
 
     def join_blocks(self, labels: Labels, blocks: int) -> Labels:
         """Let equal runs of an axis lose the same positions; return the labels of one run."""
@@ -416,21 +445,46 @@ def follow(flow: Flow, function: Any, out: Any, args: tuple, kwargs: dict) -> No
     tensors = tensors_in((*args, *kwargs.values()))
     if not any(tensor in flow.tensors for tensor in tensors):
         return
-    known, name = [flow.of(tensor) for tensor in tensors], name_of(function)
+    known, name, results = [flow.of(tensor) for tensor in tensors], name_of(function), tensors_in((out,))
+    handler = handler_of(function)
     if not any(entry.labelled for entry in known) and not (flow.stretching and name == "expand"):
         origin = INPUT if any(entry.origin == INPUT for entry in known) else FIXED
-        for result in tensors_in((out,)):
+        for result in results:
             flow.put(result, [None] * result.dim(), origin)
-        return
-    handler = handler_of(function)
-    if handler is None:
+    elif handler is None:
         flow.freeze_all(known, f"passes through {flow.where(name)}, where its channels cannot be followed")
-        for result in tensors_in((out,)):
+        for result in results:
             flow.put(result, [None] * result.dim())
+    else:
+        flow.spent = []
+        handler(flow, out, args, kwargs)
+        flow.note_passage(name, known, results)
+    for tensor, entry in zip(tensors, known, strict=True):
+        if entry.statistics:
+            _follow_statistics(flow, name, results, tensor, entry)
+
+
+def _follow_statistics(flow: Flow, name: str, results: Sequence[Tensor], tensor: Tensor, taken: Channels) -> None:
+    """Carry what was taken over channels on to where they are normalised by it; used otherwise, it keeps them."""
+    into_another = name.endswith("_") and tensor is not results[0]
+    if name.removesuffix("_") not in NORMALISING:
+        flow.use_statistics(taken)
         return
-    flow.spent = []
-    handler(flow, out, args, kwargs)
-    flow.note_passage(name, known, tensors_in((out,)))
+    for result in results:
+        channels = flow.of(result)
+        stretched = _stretched(tensor.shape, result.shape) if name.removesuffix("_") in BROADCASTING else ()
+        met = [channels.dims[dim] for dim in stretched if channels.dims[dim] is not None]
+        if met:
+            flow.returned += [(statistic, met) for statistic in taken.statistics]
+        elif into_another:  # perhaps a part of a tensor that knows nothing of it
+            flow.use_statistics(taken)
+        else:
+            channels.statistics = (*dict.fromkeys(channels.statistics + taken.statistics),)
+
+
+def _stretched(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """Return the dimensions, counted from the last, along which values of a tensor of shape `old` are repeated."""
+    return [dim for dim in range(-len(new), 0) if new[dim] > 1 and (-dim > len(old) or old[dim] == 1)]
 
 
 def handler_of(function: Any) -> Handler | None:

@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .flow import Attribute, Channels, Dimension, Flow, Labels, Size, elementwise, leaves, meet, operation, tensors_in
+from .flow import (
+    SUMMED,
+    Attribute,
+    Channels,
+    Dimension,
+    Flow,
+    Labels,
+    Size,
+    Statistic,
+    elementwise,
+    leaves,
+    meet,
+    operation,
+    tensors_in,
+)
 
 
 @operation("mm", "bmm", "mv", "dot", "matmul")
@@ -131,10 +145,25 @@ def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     _like_first(flow, out, source)
 
 
-@operation("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "any", "all", "logsumexp",
-           "argmax", "argmin", "norm", "std_mean", "median")  # fmt: skip
+@operation("max", "min", "prod", "any", "all", "logsumexp", "argmax", "argmin", "norm", "median")
 def _reduce(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
-    reduce_dims(flow, out, args, kwargs, frozen="is summed up or compared over its channels")
+    for labels in reduce_dims(flow, out, args, kwargs):
+        flow.freeze(labels, SUMMED)
+
+
+@operation("mean", "sum", "amax", "amin")
+def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    """Note over which channels a number is taken; what becomes of it says whether they may go."""
+    statistics = tuple(Statistic(labels, flow.module) for labels in reduce_dims(flow, out, args, kwargs))
+    for result in tensors_in((out,)):
+        flow.of(result).statistics = statistics
+
+
+@operation("var", "std", "var_mean", "std_mean")
+def _vary(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    _summarise(flow, out, args, kwargs)
+    for statistic in flow.of(tensors_in((out,))[0]).statistics:
+        flow.keep_two(statistic.labels)  # one value has no variance
 
 
 @operation("linalg_vector_norm")
@@ -142,27 +171,26 @@ def _vector_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     # A channel that is masked adds nothing to a length, so it may go.
     dims = args[2] if len(args) > 2 else kwargs.get("dim")
     keep = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-    reduce_dims(flow, out, (args[0], dims, keep), {}, frozen=None)
+    reduce_dims(flow, out, (args[0], dims, keep), {})
 
 
-def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict, frozen: str | None) -> None:
-    """Drop the reduced dimensions; freeze their channels for the reason `frozen`, if there is one."""
+def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict) -> list[np.ndarray]:
+    """Drop the reduced dimensions, and return the labels of those with several channels."""
     tensor, source = args[0], flow.of(args[0])
     asked = args[1] if len(args) > 1 else kwargs.get("dim")
     if isinstance(asked, Tensor):  # max(a, b) of two tensors
         elementwise(flow, out, args, kwargs)
-        return
+        return []
     asked = range(tensor.dim()) if asked is None or asked == [] else [asked] if isinstance(asked, int) else asked
     gone = {dim % max(tensor.dim(), 1) for dim in asked}
     for dim in gone:
         flow.spend(source.dims[dim])
-        if frozen and tensor.shape[dim] > 1:
-            flow.freeze(source.dims[dim], frozen)
     for result in tensors_in((out,)):
         if result.dim() == tensor.dim():
             flow.put(result, [None if dim in gone else labels for dim, labels in enumerate(source.dims)], source.origin)
         else:
             flow.put(result, [labels for dim, labels in enumerate(source.dims) if dim not in gone], source.origin)
+    return [source.dims[dim] for dim in gone if source.dims[dim] is not None and tensor.shape[dim] > 1]
 
 
 @operation(
@@ -190,8 +218,10 @@ def _attention(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     query, key, value = (flow.of(tensor) for tensor in args[:3])
     contract(flow, query.dims[-1], key.dims[-1], *args[:2])
     flow.multiplied(*args[1:3], [query.dims[1], query.dims[-1], value.dims[-1]])
-    heads = _both(flow, query.dims[1], key.dims[1], (query, key))
-    heads = _both(flow, heads, value.dims[1], (query, value))
+    heads = query.dims[1]
+    for tensor, entry in zip(args[1:3], (key, value), strict=True):  # a head of theirs may serve several of queries
+        shared = None if entry.dims[1] is None else np.repeat(entry.dims[1], args[0].shape[1] // tensor.shape[1])
+        heads = _both(flow, heads, shared, (query, entry))
     mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         heads = _both(flow, heads, flow.of(mask).dims[-3], (query, flow.of(mask)))
@@ -276,7 +306,9 @@ def _col2im(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     flow.put(out, [*source.dims[:-2], labels, None, None], source.origin)
 
 
-HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head", "num_head")
+HEAD_COUNTS = ("num_heads", "n_heads", "heads", "num_attention_heads", "nhead", "n_head", "num_head",
+               "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_kv_head", "n_kv_head",
+               "n_local_heads", "n_local_kv_heads")  # fmt: skip
 """Names of attributes that hold a number of attention heads."""
 
 
@@ -379,6 +411,7 @@ def _expand(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     for dim, (size, new) in enumerate(zip(sizes, out.shape, strict=True)):
         if size != new:
             dims[dim] = flow.fresh(new) if flow.stretching else None
+            flow.stretched.update(() if dims[dim] is None else dims[dim].tolist())
     _keep(flow, out, dims, source)
 
 
@@ -485,6 +518,11 @@ def _view(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     dims: list[Labels] = [None] * out.dim()
     for old, new in matching_runs(tensor.shape, out.shape):
         labelled = [dim for dim in old if source.dims[dim] is not None]
+        if len(labelled) > 1:
+            copies = [dim for dim in labelled if flow.stretched.issuperset(source.dims[dim])]
+            for dim in copies:
+                flow.freeze(source.dims[dim], "is a number of copies")
+            labelled = [dim for dim in labelled if dim not in copies]
         if len(labelled) > 1:
             for dim in labelled:
                 flow.freeze(source.dims[dim], "is flattened together with another axis of channels")

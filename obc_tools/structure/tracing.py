@@ -289,6 +289,8 @@ class Tracer:
         tensors = attended_tensors(args, kwargs)
         taken = [self.flow.of(tensor) for tensor in tensors]
         keep_tokens(self.flow, taken, range(tensors[0].dim() - 1))
+        for entry in taken:
+            self.flow.use_statistics(entry)
         self.ledger.add(attention_factors(layer, tensors, self.axes.get(LayerAxis(name, "in"))), tensors)
         if LayerAxis(name, "in") not in self.axes:
             self.flow.freeze_all([*taken, *(self.flow.of(p) for p in layer.parameters())], self._unknown(layer, name))

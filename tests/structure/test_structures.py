@@ -45,7 +45,6 @@ def test_a_pruned_network_is_saved_and_loaded(name, tmp_path):
     ("name", "layer", "why"),
     [
         ("two inputs", "left", "reaches the model's output"),
-        ("own layer", "before", "is summed up or compared over its channels"),
         ("padded shortcut", "stem.0", "is padded with zeros to a constant width"),
     ],
 )
