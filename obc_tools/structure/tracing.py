@@ -52,7 +52,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
-from .unreached import Levels, may_run
+from .unreached import Levels, named_in
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -242,7 +242,7 @@ class Tracer:
     def keep_unreached(self) -> None:
         """Let what could meet layers that never ran stay as wide as they expect it."""
         unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer not in self.ran}
-        self.levels.keep_for({axis: labels for axis, labels in unreached.items() if may_run(self.model, axis.layer)})
+        self.levels.keep_for(unreached, named_in(self.model) if unreached else set())
 
     def protect(self, tensors: Sequence[Tensor]) -> None:
         """Give memory of their own to tensors that an operation may write into."""

@@ -17,10 +17,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from .flow import Channels, Flow
-from .layers import LayerAxis, get_layer
+from .layers import LayerAxis
 
 FOLDS = (1, 2, 3, 4, 6)
 """How many times a width may be read or made at once: concatenated, or cut into as many parts."""
+ITERATING = {"children", "named_children", "modules", "named_modules", "_modules", "getattr"}
+"""What reaches parts of a module without naming them."""
 
 
 @dataclass
@@ -38,12 +40,17 @@ class Levels:
             if entry is not None and entry.labelled and entry.weight_of is None:
                 here[id(entry)] = (tuple(map(int, tensor.shape)), entry)
 
-    def keep_for(self, unreached: Mapping[LayerAxis, np.ndarray]) -> None:
-        """Let what could feed or meet layers that were not reached stay, given the labels of their axes."""
+    def keep_for(self, unreached: Mapping[LayerAxis, np.ndarray], named: set[str]) -> None:
+        """Let what could feed or meet layers that were not reached stay, given the labels of their axes.
+
+        ``named``: what the model's functions name; parts that none of them does are left out.
+        """
         by_level: dict[str, dict[LayerAxis, int]] = defaultdict(dict)
         for axis, labels in unreached.items():
-            if labels.size > 1 and axis.axis in ("in", "out"):
-                by_level[self._level_of(axis.layer)][axis] = labels.size
+            level = self._level_of(axis.layer)
+            part = axis.layer.removeprefix(f"{level}.").partition(".")[0]
+            if labels.size > 1 and axis.axis in ("in", "out") and (part in named or named & ITERATING):
+                by_level[level][axis] = labels.size
         for level, widths in by_level.items():
             made = {width * fold for axis, width in widths.items() for fold in FOLDS if axis.axis == "out"}
             for axis, width in widths.items():
@@ -77,17 +84,25 @@ class Levels:
         return found
 
 
-def may_run(model: nn.Module, layer: str) -> bool:
-    """Say whether other inputs may reach a layer: any but a bare parameter that no function of its module names."""
-    if isinstance(get_layer(model, layer), nn.Module):
-        return True
-    owner, _, name = layer.rpartition(".")
-    kinds = type(model.get_submodule(owner)).__mro__
-    codes = [getattr(f, "__code__", None) for kind in kinds for key, f in vars(kind).items() if key != "__init__"]
-    return any(name in _names(code) for code in codes if code is not None)
+def named_in(model: nn.Module) -> set[str]:
+    """Return the names that the functions of a model's modules use, but for their constructors and torch's own modules.
+
+    A part that none of them names does not run, whatever the input.
+    """
+    return set().union(*(_named_by(kind) for kind in {type(module) for module in model.modules()}))
 
 
-def _names(code: CodeType) -> set[str]:
-    """Return the attributes that a function names, functions within it included."""
-    within = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return {*code.co_names}.union(*within)
+def _named_by(kind: type) -> set[str]:
+    """Return the names that the functions of a class use: those of its ancestors that it does not replace, too."""
+    own = [one for one in kind.__mro__ if one is not object and not one.__module__.startswith("torch.nn")]
+    found = {name: f for one in reversed(own) for name, f in vars(one).items() if name != "__init__"}
+    named = set().union(*map(_names, found.values()))
+    return named if "super" not in named else named.union(*(_names(f) for one in own for f in vars(one).values()))
+
+
+def _names(function: Any) -> set[str]:
+    """Return the names that a function uses, functions within it included; none of what is no function."""
+    code = getattr(function, "__code__", function)
+    if not isinstance(code, CodeType):
+        return set()
+    return {*code.co_names}.union(*map(_names, code.co_consts))
