@@ -3,6 +3,7 @@
 # make test-all  all tests, all notebooks, and the widgets and teaching notebooks in a browser (under 40)
 # make browser  the browser's part of that: a real JupyterLab and Chromium (CHROMIUM=path if it is not found)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
+# make notebooks  run all notebooks and store them with their outputs, figures as stills too
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +29,7 @@ NOT_SMOKED := $(filter-out notebooks/05%,$(sort $(wildcard notebooks/0*.ipynb)))
 NOT_IN_BROWSER := $(sort $(wildcard notebooks/[12]*.ipynb))
 endif
 
-.PHONY: demo test test-all browser no-browser zoo lab lint clean
+.PHONY: demo test test-all browser no-browser zoo notebooks lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
@@ -54,6 +55,9 @@ no-browser:
 
 zoo: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/zoo.py
+
+notebooks: $(STAMP)
+	BROWSER_PATH="$(CHROMIUM)" $(BIN)/python notebooks/store.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks

@@ -15,7 +15,7 @@ from zoo_models import Case, build, example, randomize
 
 from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
 from obc_tools.models.export import export_onnx
-from obc_tools.pruning.check import Check, CheckError, Finding, check_plan
+from obc_tools.pruning.check import WRONG, Check, CheckError, Finding, check_plan
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.state import call_model
 
@@ -40,7 +40,7 @@ class WrongError(Exception):
 
 
 class UnclearError(Exception):
-    """A part of the proof that ended in an error which is not of the library's own kind."""
+    """A part of the proof that cannot tell, or ended in an error which is not of the library's own kind."""
 
 
 @dataclass
@@ -110,10 +110,12 @@ class Row:
         for column, name in columns.items():
             if name in errors:
                 self.values[column] = f"{errors[name]:.1e}"
-        failed = [finding for finding in check.findings if not finding.ok]
+        failed = [finding for finding in check.findings if finding.verdict == WRONG]
         if failed:
             kind = WrongError if any(not finding.note for finding in failed) else _kind(failed)
             raise kind("; ".join(map(str, failed)))
+        if not check.ok:
+            raise UnclearError("; ".join(str(finding) for finding in check.findings if not finding.ok))
         if not check.effect > LEAST_EFFECT:
             raise WrongError(f"pruning changes the output by {check.effect:.1e} of its scale: nothing was shown")
 

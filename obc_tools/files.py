@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 LOGGER = "obc_tools"
+LOCK, HOLDER = ".lock", ".holder.json"
+"""The lock of a folder that is worked on, and who holds it (`obc_tools.holding`)."""
 
 
 @contextmanager
@@ -104,13 +106,14 @@ def is_leftover(path: Path) -> bool:
 
 
 def entries(folder: Path) -> list[str]:
-    """Return the names of what a folder holds, leftovers excepted; none where there is no folder."""
-    return sorted(path.name for path in folder.iterdir() if not is_leftover(path)) if folder.is_dir() else []
+    """Return the names of what a folder holds, leftovers and its lock excepted; none where there is no folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in found if not is_leftover(path) and path.name not in (LOCK, HOLDER))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder that no other process writes to."""
-    for path in filter(is_leftover, list(folder.iterdir())):
+def remove_leftovers(folder: Path, of: str = "*") -> None:
+    """Remove what killed processes left in a folder of entries, by their name, that no other process writes to."""
+    for path in filter(is_leftover, list(folder.glob(f".{of}.*"))):
         _remove(path)
 
 

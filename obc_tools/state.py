@@ -4,60 +4,84 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import register_pytree_node, tree_map
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+class Restoring:
+    """Puts borrowed state back, last first, when a `with` block ends, however it ends; the block is given ``lent``.
+
+    Should Ctrl-C come while it does so, or before the block begins, it is done once nothing refers to this any more.
+    """
+
+    undo: Sequence[Callable[[], Any]] = ()
+
+    def __init__(self, lent: Any = None):
+        self.lent, self.undo = lent, []
+
+    def __enter__(self) -> Any:
+        return self.lent
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put everything back."""
+        while self.undo:
+            self.undo.pop()()
+
+    __del__ = close
+
+
+def within(*managers: AbstractContextManager) -> Restoring:
+    """Enter context managers together. At the end of a `with` block Ctrl-C could keep others from being left."""
+    restoring, stack = Restoring(), ExitStack()
+    restoring.undo.append(stack.close)
+    for manager in managers:
+        stack.enter_context(manager)
+    return restoring
+
+
+def evaluating(model: nn.Module) -> Restoring:
     """Put every module into eval mode; on the way out each gets its own mode back, also after an exception."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    restoring = Restoring(model)
+    restoring.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
+    model.eval()
+    return restoring
 
 
-@contextmanager
-def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Restoring:
     """Make exactly the given parameters of a model require grad; restore every parameter's flag on the way out."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    wanted = set(parameters)
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(parameter in wanted)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    restoring, wanted = Restoring(), set(parameters)
+    restoring.undo += [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
+    restoring.undo.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in wanted)
+    torch.set_grad_enabled(True)
+    return restoring
 
 
-@contextmanager
-def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    """Remove the given hooks on the way out, also after an exception."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
+def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Restoring:
+    """Remove the given hooks on the way out, also after an exception; they are registered best while this iterates."""
+    restoring = Restoring()
+    restoring.undo.extend(map(attrgetter("remove"), handles))
+    return restoring
 
 
-@contextmanager
-def no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Restoring:
     """Keep torch from its fused transformer kernels: they have no backward, and their parts cannot be seen."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
+    restoring = Restoring()
+    restoring.undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    return restoring
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,24 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
     tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
     empty = {id(table): type(table)() for table in tables if not table}
-    return copy.deepcopy(model, borrowed | empty), list(borrowed.values())
+    computed = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    return copy.deepcopy(model, borrowed | empty | computed), list(borrowed.values())
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, also of one that keeps tensors which were computed from others."""
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that modules keep and that are computed from others, which deepcopy refuses.
+
+    Activations of the last pass, and weights that torch's pruning and its older weight norm compute before each.
+    """
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and isinstance(value, Tensor | list | tuple | dict):
+                yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -135,14 +176,9 @@ def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")
 
 
-@contextmanager
-def keeping_statistics(model: nn.Module) -> Iterator[None]:
+def keeping_statistics(model: nn.Module) -> Restoring:
     """Put back the running statistics of norms on the way out, should an objective have switched to train mode."""
-    norms = (nn.modules.batchnorm._NormBase,)
+    restoring, norms = Restoring(), (nn.modules.batchnorm._NormBase,)
     buffers = [b for module in model.modules() if isinstance(module, norms) for b in module.buffers(recurse=False)]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    restoring.undo += [partial(buffer.copy_, buffer.clone()) for buffer in buffers]
+    return restoring

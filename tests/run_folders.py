@@ -5,9 +5,9 @@ import os
 import time
 from dataclasses import asdict
 
+from obc_tools.holding import process_identity
 from obc_tools.pruning.choices import Target
 from obc_tools.runs.job import PruningJob
-from obc_tools.runs.worker import process_identity
 from obc_tools.training.folder import Epoch
 from obc_tools.training.recipe import Recipe
 

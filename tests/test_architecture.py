@@ -8,7 +8,7 @@ from torch import nn
 
 PACKAGE = Path(__file__).parents[1] / "obc_tools"
 ORDER = (
-    ("errors", "state", "files"),
+    ("errors", "state", "files", "holding"),
     ("data",),
     ("plots",),
     ("structure",),

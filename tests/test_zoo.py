@@ -130,6 +130,13 @@ def test_parts_of_the_proof_that_end_in_errors_are_told_apart(note, kind, monkey
     assert Row(BY_ID["timm:test_resnet"]).fill()["reason"].startswith(kind)
 
 
+def test_a_proof_that_cannot_tell_is_no_wrong_output(monkeypatch):
+    hidden = Check((Finding("a", 0.0, 1e-6, unclear="the output does not show it"), Finding("b", 0.0, 0)), 0.0)
+    monkeypatch.setattr("zoo_row.check_plan", lambda *args, **options: hidden)
+    reason = Row(BY_ID["timm:test_resnet"]).fill()["reason"]
+    assert reason == "unclear: a: cannot tell: the output does not show it"
+
+
 def test_what_the_proof_refuses_is_no_wrong_output(monkeypatch):
     def refuse(*args, **options):
         raise CheckError("the output is the same")

@@ -11,6 +11,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Pass, take
 from ..data.data import Data, check_classes
 from ..files import environment
+from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, evaluate
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
@@ -128,10 +130,13 @@ def compare_criteria(
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, data, chosen, contenders, objective)
-    store = CurveFolder.open(folder, bench.describe())
     curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
     rows: list[Mapping[str, Any]] = []
-    with tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar:
+    with (
+        nullcontext() if folder is None else held(Path(folder)),
+        tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar,
+    ):
+        store = CurveFolder.open(folder, bench.describe())
         for contender, repeat in curves:
             curve = store.read(contender, repeat, bench.whole)
             bar.set_postfix_str(f"{contender.label}, repeat {repeat}")
@@ -142,7 +147,7 @@ def compare_criteria(
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
             rows += marked(curve.rows, curve.at_chance)
-    return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
+        return store.finish(Comparison(as_frame(rows), bench.describe(), environment(bench.device)))
 
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:

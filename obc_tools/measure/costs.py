@@ -390,10 +390,10 @@ def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[st
     """Return what torch_pruning counts of a model, and of each of its modules."""
     examples, custom = example_count(example_inputs), op_counter.CUSTOM_MODULES_MAPPING
     called, batch, entered = _Called(model, example_inputs), torch.empty(examples), [("", type(model).__name__)]
-    handles = [
+    handles = (
         module.register_forward_pre_hook(lambda module, _, name=name: entered.append((name, type(module).__name__)))
         for name, module in model.named_modules()
-    ]
+    )
     try:
         with hooks(handles), evaluating(model), torch.no_grad(), redirect_stdout(io.StringIO()):
             # It divides by the length of what the outermost module is called with.

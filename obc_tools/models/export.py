@@ -5,7 +5,6 @@ ONNX needs the packages onnx, onnxscript and onnxruntime: ``pip install obc_tool
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
-from ..state import Forward, call_model
+from ..state import Forward, call_model, copy_of
 
 TOLERANCE = 1e-4
 """Default bound on the difference between onnxruntime's output and torch's, relative to the largest output."""
@@ -54,7 +53,7 @@ def export_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool
     """
     if isinstance(model, EquivalentModel):
         raise ExportError("an EquivalentModel is exported after merging: pass model.merge()")
-    module = copy.deepcopy(model).eval()
+    module = copy_of(model).eval()
     if isinstance(example_inputs, Forward):
         module, example_inputs = _Run(module, example_inputs), (example_inputs.inputs,)
     if dynamic_batch:
@@ -151,7 +150,7 @@ def _compare(path: Path, model: nn.Module, example_inputs: Any) -> float:
     names = [node.name for node in session.get_inputs()]
     found = session.run(None, {name: leaf.numpy(force=True) for name, leaf in zip(names, tensors, strict=True)})
     with torch.no_grad():
-        output = call_model(copy.deepcopy(model).eval(), example_inputs)
+        output = call_model(copy_of(model).eval(), example_inputs)
     expected = [leaf.cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     pairs = [(ours, torch.from_numpy(theirs)) for ours, theirs in zip(expected, found, strict=True)]
     if any(ours.shape != theirs.shape for ours, theirs in pairs):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..files import entries, replacing
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PlanMismatchError, PruningPlan, prune
-from ..structure.layers import all_axes, get_layer, is_projection, layer_axes
+from ..structure.layers import get_layer, is_projection, layer_axes, named_axes
 from .networks import load_model
 from .weights import load_weights, read_weights
 
@@ -178,7 +178,7 @@ def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
     for axis in (axis for axis in plan.axes if axis in plan.shrunk):
         expected = len(plan.shrunk[axis])
         try:
-            found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+            found = named_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
         except (ValueError, KeyError) as error:
             raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
         if found != expected:

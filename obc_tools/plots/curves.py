@@ -90,7 +90,7 @@ def _draw(figure: go.Figure, comparison: Any, metric: str, over: str, *, legend:
         mine = frame[frame["criterion"] == label]
         steps = mine.groupby("step").agg(x=("x", "mean"), y=("y", "mean"), std=("y", "std"), n=("y", "size"))
         # A step that some repeats did not reach would bend the mean.
-        steps = steps[steps["n"] == mine["repeat"].nunique()]
+        steps = steps[steps["n"] == mine["repeat"].nunique()].round(4)
         color = color_of(label)
         line = {"color": color, "width": 2, "dash": DASHES[used[color] % len(DASHES)]}
         used[color] += 1

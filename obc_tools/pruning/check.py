@@ -2,18 +2,20 @@
 
 Errors are relative to the output's scale: the largest difference between the outputs of two networks over the largest
 deviation of an output from the mean over the examples, so that a bias that all examples share hides nothing. Forward
-passes run in float64: a check needs four of one small batch, so that double costs little, and the rounding of float32
+passes run in float64: a check needs few of one small batch, so that double costs little, and the rounding of float32
 would grow with depth until a small wrong coupling is lost in it.
+
+A plan is right or wrong whatever the weights are. Where they hide what goes (a branch that starts at zero, a dead
+unit), the proof is repeated with *probe weights*, drawn at random; where these show nothing either, it cannot tell.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.costs import Cost, CostModel, cost, cost_model
-from ..state import call_model, hooks
+from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, within
 from ..structure.groups import loses_heads
-from ..structure.layers import LayerAxis, activation_dim, is_norm, scored_layers
-from ..structure.tracing import trace_model
 from .equivalent import EquivalentModel
-from .masking import masked
+from .masking import Masking, dead_entries
 from .plan import PruningPlan, prune
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,24 @@ ROUNDING = 1e-9
 """Bound on the relative error of predicted costs, which are sums of whole numbers."""
 
 
+LEAST_EFFECT = 1e-3
+"""How much of the output's scale must hang on what goes, for an equality to show anything."""
+
+
+DOUBLE_BYTES = 2**32
+"""The largest copy of a network in double precision that `prove` makes; a larger one is proven in single precision."""
+
+
+RIGHT, WRONG, CANNOT_TELL = "right", "wrong", "cannot tell"
+"""Verdicts."""
+
+
+HIDDEN = (
+    "the output does not show what goes, nor with random weights: give inputs on which it does, or "
+    "Forward(run, inputs) whose run returns what comes before"
+)
+
+
 class CheckError(ValueError):
     """A plan that was proven wrong, or a network on which nothing can be proven."""
 
@@ -65,7 +83,8 @@ class Finding:
     """One comparison: the error found and the bound on it.
 
     ``differs``: the error must exceed the bound, not stay below it (a comparison that shows others to have power).
-    ``note`` says what went wrong where nothing could be compared; ``error`` is then infinite.
+    ``note`` says what went wrong where nothing could be compared; ``error`` is then infinite. ``unclear`` says why the
+    comparison tells nothing, and what to do; ``where`` which layer is the first to differ.
     """
 
     name: str
@@ -73,42 +92,76 @@ class Finding:
     bound: float
     differs: bool = False
     note: str = ""
+    unclear: str = ""
+    where: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Say whether the comparison came out as it must: "right", "wrong" or "cannot tell"."""
+        if self.unclear:
+            return CANNOT_TELL
+        return RIGHT if not self.note and (self.error > self.bound) == self.differs else WRONG
 
     @property
     def ok(self) -> bool:
         """Say whether the comparison came out as it must."""
-        return not self.note and (self.error > self.bound) == self.differs
+        return self.verdict == RIGHT
 
     def __str__(self) -> str:
         relation = "at least" if self.differs else "at most"
-        return f"{self.name}: " + (self.note or f"{self.error:.2g}, must be {relation} {self.bound:.2g}")
+        text = self.note or f"{self.error:.2g}, must be {relation} {self.bound:.2g}"
+        text = f"{CANNOT_TELL}: {self.unclear}" if self.unclear else text
+        return f"{self.name}: {text}" + (f"; {self.where}" if self.where else "")
 
 
 @dataclass(frozen=True, repr=False)
 class Check:
-    """What `check_plan` found. ``effect``: how much pruning changes the output, relative to its scale."""
+    """What `check_plan` found. ``effect``: how much pruning changes the output, relative to its scale.
+
+    ``probe``: outputs were compared with random weights, as the network's own hide what goes.
+    """
 
     findings: tuple[Finding, ...]
     effect: float
+    probe: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """Say "wrong" where any comparison failed, "cannot tell" where one tells nothing, else "right"."""
+        found = {finding.verdict for finding in self.findings}
+        return next((verdict for verdict in (WRONG, CANNOT_TELL) if verdict in found), RIGHT)
 
     @property
     def ok(self) -> bool:
-        """Say whether every comparison came out as it must."""
-        return all(finding.ok for finding in self.findings)
+        """Say whether every comparison came out as it must; where one tells nothing this is not known, so False."""
+        return self.verdict == RIGHT
 
     def error_of(self, name: str) -> float:
         """Return the error of one comparison by its name."""
         return next(finding.error for finding in self.findings if finding.name == name)
 
     def raise_if_failed(self) -> None:
-        """Raise CheckError with every failed comparison, if there is one."""
-        if not self.ok:
-            raise CheckError("; ".join(str(finding) for finding in self.findings if not finding.ok))
+        """Raise CheckError with every comparison that failed, if there is one; log those that tell nothing."""
+        if self.verdict == WRONG:
+            raise CheckError("; ".join(str(finding) for finding in self.findings if finding.verdict == WRONG))
+        for finding in self.findings:
+            if finding.verdict == CANNOT_TELL:
+                logger.warning("%s", finding)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row a comparison: its name, the error, the bound on it, whether it is met, and a note."""
-        rows = [(f.name, f.error, f"{'≥' if f.differs else '≤'} {f.bound:.2g}", f.ok, f.note) for f in self.findings]
-        return pd.DataFrame(rows, columns=["check", "error", "bound", "ok", "note"])
+        """Return one row a comparison: its name, the error, the bound on it, whether it is met, the verdict, a note."""
+        rows = [
+            (
+                f.name,
+                f.error,
+                f"{'≥' if f.differs else '≤'} {f.bound:.2g}",
+                f.ok,
+                f.verdict,
+                f.unclear or f.note or f.where,
+            )
+            for f in self.findings
+        ]
+        return pd.DataFrame(rows, columns=["check", "error", "bound", "ok", "verdict", "note"])
 
     def __repr__(self) -> str:
         return f"{self._title()}\n{self.to_frame().to_string(index=False, float_format='{:.2g}'.format)}"
@@ -117,9 +170,15 @@ class Check:
         return f"<b>{self._title()}</b>{self.to_frame().to_html(index=False, float_format='{:.2g}'.format)}"
 
     def _title(self) -> str:
-        failed = sum(not finding.ok for finding in self.findings)
-        verdict = f"{failed} of {len(self.findings)} checks failed" if failed else "all checks passed"
-        return f"Check: {verdict}; pruning changes the output by {self.effect:.2g} of its scale"
+        counts = {verdict: sum(f.verdict == verdict for f in self.findings) for verdict in (WRONG, CANNOT_TELL)}
+        said = [
+            f"{counts[verdict]} of {len(self.findings)} checks {words}"
+            for verdict, words in ((WRONG, "failed"), (CANNOT_TELL, "cannot tell"))
+            if counts[verdict]
+        ]
+        weights = " with random weights, as its own hide what goes" if self.probe else ""
+        verdict = ", ".join(said) or "all checks passed"
+        return f"Check: {verdict}; pruning changes the output by {self.effect:.2g} of its scale{weights}"
 
 
 def check_plan(
@@ -134,10 +193,12 @@ def check_plan(
 ) -> Check:
     """Compare what a plan makes of a network with what it must be.
 
-    - pruned = masked: `prune` against a network of full size whose removed channels are zeroed (`masking.masked`),
+    - pruned = masked: `prune` against the whole network, run as if what goes were not there (`masking.Masking`),
     - EP = naive: a fresh `EquivalentModel` against the pruned network,
     - merge = EP, after its maps were disturbed at random as training would; that must differ from naive,
     - costs: MACs and parameters as `cost_model` predicts them against those counted on the pruned network.
+
+    A comparison is right, wrong, or cannot tell: then it says why, and what to pass instead.
 
     Args:
         model: the unpruned network; left unchanged. All runs are in eval mode.
@@ -145,30 +206,64 @@ def check_plan(
         tolerance: bound on errors relative to the output's scale.
         dtype: of the forward passes; None leaves the model's own, for networks that insist on it (raise ``tolerance``).
         costs: of the model; learnt here if not given.
-        seed: of the disturbance.
+        seed: of the disturbance, and of probe weights.
 
     Raises:
         PlanMismatchError: the plan does not fit the model.
-        CheckError: the model's output does not depend on its input, or is not finite, so that nothing can be told.
+        CheckError: the model returns nothing to compare, its output is not finite, or all examples are the same.
     """
     plan.validate(model)
     counted = _count(model, plan, example_inputs, costs)
-    original = copy.deepcopy(model).eval()
+    original = copy_of(model).eval()
     if dtype is not None:
         original, example_inputs = original.to(dtype), tree_map(lambda leaf: _cast(leaf, dtype), example_inputs)
     outputs = _Outputs(example_inputs, tolerance)
-    whole = outputs.of(original)
-    _check_telling(whole)
+    findings, effect, hidden = _compare(original, plan, outputs, seed)
+    if hidden:
+        _draw_weights(original, seed)
+        findings, effect, hidden = _compare(original, plan, outputs, seed)
+        return Check((*(_unclear_if(hidden, finding) for finding in findings), *counted), effect, probe=True)
+    return Check((*findings, *counted), effect)
+
+
+def _unclear_if(hidden: bool, finding: Finding) -> Finding:
+    """Say that a comparison tells nothing, should it not have failed but be of outputs that hide what goes."""
+    tells = not hidden or (finding.verdict == WRONG and not finding.differs)
+    return finding if tells else replace(finding, unclear=HIDDEN)
+
+
+def _compare(model: nn.Module, plan: PruningPlan, outputs: _Outputs, seed: int) -> tuple[list[Finding], float, bool]:
+    """Return what comparisons of outputs find, the effect of pruning, and whether the outputs hide what goes."""
+    whole = outputs.of(model)
+    constant = _check_telling(whole, outputs.inputs)
     try:
-        naive = outputs.of(prune(original, plan))
+        naive = outputs.of(prune(model, plan))
     except Exception as error:
-        return Check((Finding("pruned = masked", math.inf, tolerance, note=_describe(error)), *counted), math.nan)
-    findings = [
-        outputs.compare("pruned = masked", lambda: masked(original, plan), naive),
-        *_check_equivalent(original, plan, naive, outputs, seed),
-        *counted,
-    ]
-    return Check(tuple(findings), relative_error(whole, naive))
+        return [Finding("pruned = masked", math.inf, outputs.tolerance, note=_describe(error))], math.nan, False
+    effect = relative_error(whole, naive)
+    found = _compare_masked(model, plan, naive, outputs)
+    findings = [found, *_check_equivalent(model, plan, naive, outputs, seed)]
+    hidden = (
+        constant
+        or (plan.channels_removed > 0 and effect <= LEAST_EFFECT)
+        or not all(f.ok for f in findings if f.differs)
+    )
+    failed = any(finding.verdict == WRONG and not finding.differs for finding in findings)
+    return findings, effect, hidden and not failed
+
+
+def _compare_masked(model: nn.Module, plan: PruningPlan, naive: list[Tensor], outputs: _Outputs) -> Finding:
+    """Compare the pruned network's output with the masked one's; say what first differs, or what cannot be followed."""
+    masking = Masking(model, plan)
+    found = outputs.compare("pruned = masked", lambda: model, naive, masking)
+    if found.ok:
+        return found
+    where, why = _first_difference(model, plan, outputs), ""
+    if found.note:
+        why = f"the network does not run with the removed channels left out ({found.note})"
+    elif masking.doubts:
+        why = f"what {', '.join(masking.doubts)} does with channels that go is not known"
+    return replace(found, where=where, unclear=why and f"{why}: ignore= the layers before it, or write it otherwise")
 
 
 def _check_equivalent(
@@ -195,17 +290,23 @@ class _Outputs:
     inputs: Any
     tolerance: float
 
-    @torch.no_grad()
-    def of(self, model: nn.Module) -> list[Tensor]:
-        with torch.random.fork_rng():  # networks may add noise
-            torch.manual_seed(0)
-            output = call_model(model.eval(), tree_map(_copy, self.inputs))
+    def of(self, model: nn.Module, under: AbstractContextManager | None = None) -> list[Tensor]:
+        inputs, model = own_inputs(self.inputs), model.eval()
+        with within(torch.no_grad(), torch.random.fork_rng(), no_fused_attention(), under or nullcontext()):
+            torch.manual_seed(0)  # networks may add noise
+            output = call_model(model, inputs)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
-    def compare(self, name: str, build: Callable[[], nn.Module], expected: list[Tensor]) -> Finding:
+    def compare(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        expected: list[Tensor],
+        under: AbstractContextManager | None = None,
+    ) -> Finding:
         """Compare a network's output with another's; a network that cannot be built or run is a finding too."""
         try:
-            return Finding(name, relative_error(expected, self.of(build())), self.tolerance)
+            return Finding(name, relative_error(expected, self.of(build(), under)), self.tolerance)
         except Exception as error:
             return Finding(name, math.inf, self.tolerance, note=_describe(error))
 
@@ -225,14 +326,21 @@ def _scale(output: Tensor) -> float:
     return deviation or output.abs().max().item() or 1.0
 
 
-def _check_telling(outputs: list[Tensor]) -> None:
+def _check_telling(outputs: list[Tensor], inputs: Any) -> bool:
+    """Say whether outputs are the same for all examples; raise CheckError where they must be, or are of no use."""
     if not outputs:
         raise CheckError("the model returns no floating-point tensor")
     if not all(leaf.isfinite().all() for leaf in outputs):
         raise CheckError("the unpruned model's output is not finite")
-    varied = [leaf for leaf in outputs if leaf.dim() and len(leaf) > 1 and leaf.numel()]
-    if varied and all(torch.equal(leaf, leaf[:1].expand_as(leaf)) for leaf in varied):
+    constant = _all_the_same(outputs)
+    if constant and _all_the_same([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]):
         raise CheckError("the unpruned model's output is the same for all examples; give inputs that differ")
+    return constant
+
+
+def _all_the_same(tensors: list[Tensor]) -> bool:
+    varied = [leaf for leaf in tensors if leaf.dim() and len(leaf) > 1 and leaf.numel()]
+    return bool(varied) and all(torch.equal(leaf, leaf[:1].expand_as(leaf)) for leaf in varied)
 
 
 def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | None) -> list[Finding]:
@@ -254,18 +362,25 @@ def _deviation(predicted: Cost, counted: Cost) -> float:
 
 
 def prove(
-    model: nn.Module, plan: PruningPlan, example_inputs: Any, predicted: Cost, *, counting: str = "operations"
+    model: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    predicted: Cost,
+    *,
+    counting: str = "operations",
+    single: bool = False,
 ) -> None:
     """Prove on example inputs that a plan's network runs, equals the masked one (`masking`) and costs what it should.
 
-    Forward passes in eval mode: one that counts and two in double precision, in the model's own where it insists on
-    it. Work that depends on data, such as a detector's boxes, need not cost what was predicted. Behind a layer of zeros
-    all outputs are equal, which proves nothing and is not refused. Where a difference may come from norms written by
-    hand, which the masked network does not know, the log says so, and nothing is refused.
+    Forward passes in eval mode: one that counts and three in double precision, with probe weights too where the
+    network's own hide what goes. Work that depends on data, such as a detector's boxes, need not cost what was
+    predicted. Where nothing can be told the log says why, and nothing is refused.
 
     Args:
         model: the unpruned network; left unchanged.
         predicted: what a cost model says of the plan, by the same ``counting``.
+        single: compare in single precision, to 1e-3, which takes half of the memory. So is a network that does not run
+            in double precision, or whose copy in it would take more than 4 GiB.
 
     Raises:
         ProofError: it does not; says the first layer that differs.
@@ -278,39 +393,65 @@ def prove(
     if _deviation(predicted, counted) > ROUNDING and not _depends_on_data(model, plan, example_inputs):
         where = _first_cost(model, plan, example_inputs)
         raise ProofError(f"the pruned network costs {counted}, and {predicted} was predicted; {where}", plan)
-    original, outputs = _in_double(model, example_inputs)
-    found = outputs.compare("pruned = masked", lambda: masked(original, plan), outputs.of(prune(original, plan)))
-    if found.ok:
-        return
-    if unseen := _own_statistics(model, example_inputs):
-        logger.warning(
-            "cannot tell whether the plan is right: %s; the masked network does not see the kept alone", unseen
-        )
-        return
-    raise ProofError(f"{found}; {_first_difference(original, plan, outputs)}", plan)
+    large = sum(parameter.numel() for parameter in model.parameters()) * 8 > DOUBLE_BYTES
+    original, outputs = _as_single(model, example_inputs) if single or large else _in_double(model, example_inputs)
+    found, hidden = _prove_equal(original, plan, outputs)
+    if found.ok and hidden:
+        _draw_weights(original, seed=0)
+        found, hidden = _prove_equal(original, plan, outputs)
+        found = _unclear_if(hidden, found)
+    if found.verdict == CANNOT_TELL:
+        logger.warning("cannot tell whether the plan is right: %s", found.unclear)
+    elif not found.ok:
+        raise ProofError(str(found), plan)
 
 
-def _own_statistics(model: nn.Module, inputs: Any) -> str:
-    """Say which layers take statistics over channels without being norms of the table, so that masking misses them."""
-    names = trace_model(model, inputs).flow.statistics
-    own = [repr(name) for name in names if not is_norm(model.get_submodule(name), "channels")]
-    return f"layers {', '.join(own)} take statistics over channels" if own else ""
+def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tuple[Finding, bool]:
+    """Compare a pruned network with the masked one; say also whether their outputs hide what goes."""
+    naive = outputs.of(prune(model, plan))
+    effect = relative_error(outputs.of(model), naive) if plan.channels_removed else math.inf
+    return _compare_masked(model, plan, naive, outputs), effect <= LEAST_EFFECT
 
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
-    """Return a network in double precision and what runs it, or as it is where it does not run so."""
-    original = copy.deepcopy(model).double()
+    """Return a network in double precision and what runs it, or in single where it does not run so."""
+    original = copy_of(model).double()
     outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float64), inputs), TOLERANCE)
     try:
         outputs.of(original)
     except Exception:
-        return copy.deepcopy(model), _Outputs(inputs, SINGLE_TOLERANCE)
+        return _as_single(model, inputs)
     return original, outputs
 
 
+def _as_single(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
+    """Return a copy of a network in single precision and what runs it; in its own where it does not run so."""
+    original = copy_of(model).float()
+    outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float32), inputs), SINGLE_TOLERANCE)
+    try:
+        outputs.of(original)
+    except Exception:
+        return copy_of(model), _Outputs(inputs, SINGLE_TOLERANCE)
+    return original, outputs
+
+
+@torch.no_grad()
 def _depends_on_data(model: nn.Module, plan: PruningPlan, inputs: Any) -> bool:
     """Say whether the network's work changes with its weights alone, their sizes being equal."""
-    return cost(masked(model, plan), inputs).macs != cost(model, inputs).macs
+    silent = copy_of(model)
+    for tensor, mask in dead_entries(silent, plan):
+        tensor.masked_fill_(mask, 0)
+    return cost(silent, inputs).macs != cost(model, inputs).macs
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw probe weights in place: normal ones that keep the signal's scale; vectors, such as a norm's, around one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in (parameter for parameter in model.parameters() if parameter.is_floating_point()):
+        several = parameter.dim() > 1
+        drawn = (torch.randn if several else torch.rand)(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(drawn * (2 * len(parameter) / max(parameter.numel(), 1)) ** 0.5 if several else drawn + 0.5)
 
 
 def _first_cost(model: nn.Module, plan: PruningPlan, inputs: Any) -> str:
@@ -325,13 +466,11 @@ def _first_cost(model: nn.Module, plan: PruningPlan, inputs: Any) -> str:
 
 
 def _first_difference(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> str:
-    """Name the first layer whose kept outputs are not those of the masked network, or at which the pruned one ends."""
-    expected, found = (_layer_outputs(network, outputs) for network in (masked(model, plan), prune(model, plan)))
+    """Name the first layer whose output is not that of the masked network, or at which the pruned one ends."""
+    whole = copy_of(model)
+    expected = _layer_outputs(whole, outputs, Masking(whole, plan))
+    found = _layer_outputs(prune(model, plan), outputs)
     for number, (name, output) in enumerate(expected):
-        kept = plan.shrunk.get(LayerAxis(name, "out"))
-        if kept is not None:
-            dim = activation_dim(model.get_submodule(name), output)
-            output = output.index_select(dim, torch.tensor(kept, device=output.device))
         if number >= len(found):
             return f"it ends at layer {name!r} or before"
         if relative_error([output], [found[number][1]]) > outputs.tolerance:
@@ -339,20 +478,21 @@ def _first_difference(model: nn.Module, plan: PruningPlan, outputs: _Outputs) ->
     return "no layer's output differs"
 
 
-def _layer_outputs(model: nn.Module, outputs: _Outputs) -> list[tuple[str, Tensor]]:
-    """Return what every call of a layer gave, in order, also where the network fails on the way."""
+def _layer_outputs(model: nn.Module, outputs: _Outputs, masking: Masking | None = None) -> list[tuple[str, Tensor]]:
+    """Return what every call of a module gave, in order, also where the network fails on the way; the living alone."""
     calls: list[tuple[str, Tensor]] = []
 
     def keep(name: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            calls.append((name, output.clone()))
+            calls.append((name, (masking.living(output) if masking else output.flatten()).clone()))
 
     handles = [
         layer.register_forward_hook(lambda _layer, _inputs, output, name=name: keep(name, output))
-        for name, layer in scored_layers(model)
+        for name, layer in model.named_modules()
+        if name
     ]
     with hooks(handles), suppress(Exception):
-        outputs.of(model)
+        outputs.of(model, masking)
     return calls
 
 
@@ -369,10 +509,6 @@ def _disturb(equivalent: EquivalentModel, seed: int) -> None:
 
 def _cast(leaf: Any, dtype: torch.dtype) -> Any:
     return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _describe(error: Exception) -> str:

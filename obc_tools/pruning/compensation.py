@@ -14,7 +14,6 @@ up for single weights.) No labels are needed, and nothing is trained.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError
-from ..state import call_model, evaluating, hooks, numbered
+from ..state import call_model, copy_of, evaluating, hooks, numbered
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm
 from .lockstep import PausableCall, pause
 from .moments import Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
@@ -255,7 +254,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: ForwardPas
     Raises:
         ValueError: no batches, no batch norm with running statistics, statistics that are not finite (says the norm).
     """
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     norms = {
         name: layer for name, layer in copied.named_modules() if is_batch_norm(layer) and layer.running_mean is not None
     }

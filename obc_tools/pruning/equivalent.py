@@ -12,7 +12,6 @@ weights, norms and bare parameters cannot be mixed; they are plainly selected.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections import defaultdict
@@ -25,6 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..state import copy_of
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
 from .plan import PlanMismatchError, PruningPlan, prune
@@ -281,7 +281,7 @@ class EquivalentModel(nn.Module):
         for name, value in effective.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"cannot merge: the effective {name!r} is not finite; training diverged")
-        merged = copy.deepcopy(self).skeleton
+        merged = copy_of(self).skeleton
         trains = self._trained()
         # In the order in which a saved weight comes back, or convolutions round differently after loading.
         made = {
@@ -368,7 +368,7 @@ def _like(pruned: nn.Module, start: nn.Module) -> nn.Module:
     if wrong is not None:
         found = f"{theirs.get(wrong, 'missing')} in the start, {ours.get(wrong, 'missing')} by the plan"
         raise PlanMismatchError(f"the start is not what the plan leaves of the model: {wrong!r} is {found}")
-    return copy.deepcopy(start)
+    return copy_of(start)
 
 
 def _key(name: str) -> str:

@@ -6,8 +6,8 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..measure.costs import Cost, CostModel
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import Limits, Target
-from .plan import PruningPlan
+from .plan import PlanMismatchError, PruningPlan, with_blocks
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class RemovalOrder:
     each block of its group. ``fractions[i]``: the share of the originally prunable channels (of the scope's pool) that
     is gone once units 0 to i are removed; it never falls. ``counts[i]``: the number of channels in units 0 to i.
     ``after``: the plan of earlier steps, for the same groups, whose kept channels are the present ones. ``fixed``: the
-    kept channels of groups that are decided already, by root.
+    kept channels of groups that are decided already, by root. ``hands``: the channels of groups, by their index, that
+    are kept and that are removed whatever their place.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -48,9 +49,26 @@ class RemovalOrder:
     limits: Limits
     after: PruningPlan
     fixed: Mapping[LayerAxis, tuple[int, ...]]
+    hands: Mapping[int, tuple[set[int], set[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.owners)
+
+    def by_hand(self, hands: Mapping[LayerAxis, tuple[Iterable[int], Iterable[int]]]) -> RemovalOrder:
+        """Return the order with single channels chosen by hand: those to keep and those to remove, by root.
+
+        In a group of blocks the same position of every block goes along. Targets are met with them counted in.
+        """
+        found = {}
+        for root, chosen in hands.items():
+            index = next((n for n, group in enumerate(self.after.groups) if group.root == LayerAxis(*root)), None)
+            if index is None:
+                raise UnknownNameError("group", str(LayerAxis(*root)), [str(group.root) for group in self.groups])
+            keep, remove = (with_blocks(self.after.groups[index], channels) for channels in chosen)
+            if both := keep & remove:
+                raise PlanMismatchError(f"group {root}: channel {min(both)} is to be kept and to be removed")
+            found[index] = (keep, remove)
+        return replace(self, hands=found)
 
     def up_to(self, fraction: float) -> int:
         """Return how many units go before more than `fraction` of the pool is gone."""
@@ -69,14 +87,21 @@ class RemovalOrder:
 
         A ratio is met from below: by the most units that do not pass it. Call `check` first.
         """
-        if target.ratio is not None:
+        if target.ratio is not None and not self.hands:
             return self.plan(self.up_to(target.ratio))
         most = len(self) if most is None else most
+        if target.ratio is not None:
+            passes = partial(self._passes, target=target, costs=costs)
+            return self.plan(max(0, bisect.bisect_left(range(most + 1), True, key=passes) - 1))
         return self.plan(bisect.bisect_left(range(most), True, key=lambda units: self.meets(units, target, costs)))
 
     def meets(self, units: int, target: Target, costs: CostModel) -> bool:
         """Say whether the plan that removes the first `units` units meets a target."""
         return target.met(*self._reached(self.draft(units), target, costs))
+
+    def _passes(self, units: int, target: Target, costs: CostModel) -> bool:
+        """Say whether the plan that removes the first `units` units removes more than a ratio."""
+        return self._reached(self.draft(units), target, costs)[-1] > target.ratio + 1e-9
 
     def check(self, target: Target, costs: CostModel) -> None:
         """Raise ValueError where nothing may go, or even all that may go would not meet a target: say the best."""
@@ -95,6 +120,8 @@ class RemovalOrder:
             stays = np.ones(group.width, dtype=bool)
             stays[channels[: self._rounded(group, count)]] = False
             kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
+        for index, (keep, remove) in self.hands.items():
+            kept[index] = np.array(sorted(({*kept[index].tolist()} | keep) - remove), dtype=np.int64)
         return Draft(self.after.groups, tuple(kept))
 
     def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
@@ -274,6 +301,7 @@ def one_shot_plan(
     max_ratio: float = 1.0,
     max_ratio_of: Mapping[LayerAxis, float] | None = None,
     fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
+    by_hand: Mapping[LayerAxis, tuple[Iterable[int], Iterable[int]]] | None = None,
 ) -> PruningPlan:
     """Find the plan that removes the fewest of the lowest-scored channels such that a target is met.
 
@@ -288,6 +316,8 @@ def one_shot_plan(
         round_to, min_channels, max_ratio: what every group keeps (see `Limits`).
         max_ratio_of: another ``max_ratio`` for single groups, by root (layer, axis); 0 keeps a group whole.
         fixed: the kept channels of groups that are decided already, by root; they are neither ranked nor limited.
+        by_hand: channels to keep and channels to remove whatever their scores, a pair by root; the target is met with
+            them counted in.
 
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had), a group that is not
@@ -295,5 +325,6 @@ def one_shot_plan(
     """
     limits = Limits(min_channels, max_ratio, round_to, max_ratio_of or {}, scope)
     target, order = Target(speedup, macs, params, ratio), removal_order(scores, limits, fixed=fixed)
+    order = order.by_hand(by_hand or {})
     order.check(target, costs)
     return order.meet(target, costs)

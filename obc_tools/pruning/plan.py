@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import PlanMismatchError, UnknownNameError
 from ..structure.groups import ChannelGroup, Member, kept_positions
-from ..structure.layers import TEMPERATURE, LayerAxis, all_axes, get_layer
+from ..structure.layers import TEMPERATURE, LayerAxis, get_layer, named_axes
 from ..structure.shrinking import shrink_model
 
 FORMAT = 1
@@ -126,7 +126,7 @@ class PruningPlan:
         kept = set(self.kept_of(root))
         index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
         group = self.groups[index]
-        back, gone = (_with_blocks(group, channels) for channels in (keep, remove))
+        back, gone = (with_blocks(group, channels) for channels in (keep, remove))
         if back & gone:
             raise PlanMismatchError(f"group {group.root}: channel {min(back & gone)} is to be kept and to be removed")
         chosen = tuple(sorted((kept | back) - gone))
@@ -138,7 +138,7 @@ class PruningPlan:
             if axis not in self.shrunk:
                 continue
             try:
-                found = all_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
+                found = named_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
             except (ValueError, KeyError) as error:
                 raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
             if found != width:
@@ -205,9 +205,12 @@ def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
     size = group.width // group.blocks
     if len(kept) != group.blocks * len({channel % size for channel in kept}):
         raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
+    fewest = min(group.least, size) * group.blocks
+    if len(kept) < fewest:
+        raise PlanMismatchError(f"group {group.root}: {len(kept)} channels are kept; at least {fewest} have to stay")
 
 
-def _with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
+def with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
     """Return the channels, and those at the same positions of the group's other blocks."""
     size = group.width // group.blocks
     found = set()

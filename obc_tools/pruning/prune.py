@@ -45,7 +45,7 @@ def prune_to(
     normalizer: str | None = None,
     objective: Objective = classification,
     seed: int = 0,
-    verify: bool = True,
+    verify: bool | str = True,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan that reaches a target, in steps: score, remove the lowest-scored channels, score what is left again.
@@ -66,7 +66,8 @@ def prune_to(
         round_to, max_ratio, min_channels: what every group keeps (see `choices.Limits`).
         counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
-            `check.prove`).
+            `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
+            "float32" is single for any, False no proof.
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
@@ -99,11 +100,13 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
-    verify: bool = True,
+    verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    if verify not in (True, False, "float32"):
+        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     plan = PruningPlan.whole(groups)
     check_reachable(target, plan, limits, costs)
@@ -120,7 +123,7 @@ def prune_in_steps(
                 f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
             )
     if verify:
-        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting)
+        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan
 
 

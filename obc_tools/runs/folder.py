@@ -1,17 +1,18 @@
 """Run folders: a job on disk, growing while it runs (`work_on`), or there when all is done (`run_job`).
 
 A folder holds the job (`job.json`), the log, a folder for each training (`training_<name>`, as `fit` keeps it), the
-plan as soon as it is found, `original.safetensors` and `sparse.safetensors` where the job trained them; in the end
-`results.json` (all figures, with hardware and versions), `history_<training>.csv`, one folder a pruned model as
-`models/store.py` writes them, and `report.html` where it was asked for.
+plan as soon as it is found (`refused_plan.json` where its proof failed), `original.safetensors` and
+`sparse.safetensors` where the job trained them; in the end `results.json` (all figures, with hardware and versions),
+`history_<training>.csv`, one folder a pruned model as `models/store.py` writes them, and `report.html` where it was
+asked for.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import entries, environment, logging_to_file, read_json, replacing, write_json, write_text
+from ..files import (
+    entries,
+    environment,
+    logging_to_file,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_text,
+)
+from ..holding import PROCESS, held
 from ..measure.metrics import evaluate
 from ..models.store import load_pruned, save_pruned
+from ..pruning.check import ProofError
 from ..pruning.choices import TORCH_PRUNING
 from ..state import evaluating
 from ..training.processes import processes
-from .job import MERGED, NAIVE, ORIGINAL, PLAN, PRUNED, SPARSE, WEIGHTS, JobInputs, JobResult, Measured, PruningJob
-from .pipeline import TRAINING, Keeping, perform, prepare
+from .job import (
+    MERGED,
+    NAIVE,
+    ORIGINAL,
+    PLAN,
+    PRUNED,
+    REFUSED_PLAN,
+    SPARSE,
+    WEIGHTS,
+    JobInputs,
+    JobResult,
+    Measured,
+    PruningJob,
+)
+from .pipeline import TRAINING, Keeping, keep_refused, perform, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +59,16 @@ FORMAT = 1
 RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
 SAVED_MODELS = (PRUNED, NAIVE, MERGED)
 TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
-STOP, STOPPED, ERROR, PROCESS, OUTPUT = "stop", "stopped.json", "error.json", "process.json", "output.log"
-ENTRIES = {RESULTS, PLAN, REPORT, *WEIGHTS.values(), *SAVED_MODELS, *(f"history_{key}.csv" for key in TRAINED)}
+STOP, STOPPED, ERROR, OUTPUT = "stop", "stopped.json", "error.json", "output.log"
+ENTRIES = {
+    RESULTS,
+    PLAN,
+    REFUSED_PLAN,
+    REPORT,
+    *WEIGHTS.values(),
+    *SAVED_MODELS,
+    *(f"history_{key}.csv" for key in TRAINED),
+}
 ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, "run.slurm", *(f"{TRAINING}{key}" for key in TRAINED)}
 
 
@@ -56,11 +89,17 @@ def run_job(
 
     Raises:
         ValueError: what :func:`work_on` raises; a folder in use.
+        ProofError: the plan is wrong; it is kept beside the folder, which does not appear.
     """
     folder = Path(out).resolve()
     check_run_folder(folder, overwrite=overwrite)
-    with replacing(folder) as new:
-        return work_on(job, new, progress=progress)
+    with held(folder):
+        remove_leftovers(folder.parent, of=folder.name)
+        try:
+            with replacing(folder) as new:
+                return work_on(job, new, progress=progress)
+        except ProofError as error:
+            raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
 
 
 def work_on(
@@ -92,14 +131,22 @@ def work_on(
     else:
         check_run_folder(folder, overwrite=False)
     inputs = prepare(job)
-    if main:
-        write_json(folder / JOB, job.to_dict())
-    with logging_to_file(folder / RUN_LOG) if main else nullcontext():
+    with _begun(folder, job) if main else nullcontext():
         result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
         if main:
             _finish(result, inputs, folder, progress)
         logger.info("done")
     return result
+
+
+@contextmanager
+def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
+    """Hold a run's folder, with its job and its log in it."""
+    with held(folder):
+        remove_leftovers(folder)
+        write_json(folder / JOB, job.to_dict())
+        with logging_to_file(folder / RUN_LOG):
+            yield
 
 
 def read_job(folder: str | os.PathLike[str]) -> PruningJob:

@@ -20,11 +20,12 @@ from typing import Any
 import pandas as pd
 
 from ..files import entries, logging_to_file, read_json, write_json
+from ..holding import PROCESS, held, is_worked_on, start
 from .experiments import SCRATCH, Experiment, get_experiment
-from .folder import JOB, OUTPUT, PROCESS, STOP
+from .folder import JOB, OUTPUT, STOP
 from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob
 from .run import Run, launch
-from .worker import is_worked_on, start, wait_while
+from .worker import wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Grid:
 
     def work(self) -> dict[str, str]:
         """Work on the grid in this process until nothing is left that can be begun; return the statuses."""
-        with logging_to_file(self.folder / LOG):
+        with held(self.folder), logging_to_file(self.folder / LOG):
             tried: set[str] = set()
             while not (self.folder / STOP).exists():
                 tried |= self._begin(tried)

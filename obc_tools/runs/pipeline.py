@@ -27,6 +27,7 @@ from ..measure.latency import latencies
 from ..measure.metrics import evaluate
 from ..models.networks import load_model
 from ..models.weights import load_weights, read_weights
+from ..pruning.check import ProofError
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
@@ -44,6 +45,7 @@ from .job import (
     ORIGINAL,
     PLAN,
     PRUNED,
+    REFUSED_PLAN,
     SPARSE,
     WEIGHTS,
     Equivalence,
@@ -194,7 +196,12 @@ class _Work:
         if path is not None and path.is_file():
             return PruningPlan.from_json(path.read_text(encoding="utf-8"))
         job = self.inputs.job
-        plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, progress=self.progress)
+        try:
+            plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, progress=self.progress)
+        except ProofError as error:
+            if path is None:
+                raise
+            raise keep_refused(error, path.with_name(REFUSED_PLAN)) from error
         if path is not None:
             write_text(path, plan.to_json())
         return plan
@@ -213,6 +220,13 @@ class _Work:
     def _options(self, key: str, recipe: Recipe) -> dict[str, Any]:
         teacher = self._teacher if recipe.distill_weight else None
         return {"teacher": teacher, "progress": self.progress, **self._keeping.options(key)}
+
+
+def keep_refused(error: ProofError, path: Path) -> ProofError:
+    """Keep a plan whose proof failed; return the error that says where."""
+    write_text(path, error.plan.to_json())
+    first = error.__cause__ if isinstance(error.__cause__, ProofError) else error  # kept before, elsewhere
+    return ProofError(f"{first}; the plan is kept in '{path}'", error.plan)
 
 
 def _wait_for_plan(path: Path | None) -> PruningPlan:

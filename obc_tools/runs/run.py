@@ -21,13 +21,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..files import is_leftover, read_json, write_json
+from ..holding import PROCESS, is_worked_on, start, worker_of
 from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
 from .folder import (
     ERROR,
     JOB,
     OUTPUT,
-    PROCESS,
     RESULTS,
     RUN_LOG,
     STOP,
@@ -43,7 +43,7 @@ from .folder import (
 )
 from .job import TITLES, PruningJob
 from .pipeline import TRAINING
-from .worker import BETWEEN_LOOKS, is_worked_on, start, wait_while
+from .worker import BETWEEN_LOOKS, forget_outcome, outcome_noted, wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +187,8 @@ class Run:
         bar.set_description(f"{TITLES[key]}, epoch {place['epoch']} of {place['epochs']}")
 
     def _is_running(self) -> bool:
-        path = self.folder / PROCESS
-        if not path.is_file() or read_json(path)["host"] == platform.node():
+        worker = worker_of(self.folder)
+        if worker is None or worker["host"] == platform.node():
             return is_worked_on(self.folder)
         ended = (self.folder / ERROR).is_file() or (self.folder / STOPPED).is_file()
         signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*") if not is_leftover(path)]
@@ -213,10 +213,15 @@ def run_experiment(
         **options: Of `Experiment.job`, such as ``target``, ``seed``, ``weights``, ``root``.
 
     Raises:
+        Stopped: when it was asked to stop, as :meth:`Run.stop` does from anywhere.
         ValueError: for an unknown experiment, and what `work_on` raises.
     """
-    work_on(job_of(experiment, small=small, **options), folder, progress=progress)
-    return Run(Path(folder).resolve())
+    job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    if not is_worked_on(path):
+        forget_outcome(path)
+    with outcome_noted(path):
+        work_on(job, path, stop=(path / STOP).exists, progress=progress)
+    return Run(path)
 
 
 def launch(
@@ -257,8 +262,7 @@ def launch(
     else:
         check_run_folder(path, overwrite=False)
     path.mkdir(parents=True, exist_ok=True)
-    for name in (STOP, STOPPED, ERROR):
-        (path / name).unlink(missing_ok=True)
+    forget_outcome(path)
     write_json(path / JOB, job.to_dict())
     identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
     write_json(path / PROCESS, identity | {"devices": devices})

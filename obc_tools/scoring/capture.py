@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..state import hooks
+from ..state import hooks, within
 from ..structure.layers import (
     LayerAxis,
     activation_dim,
@@ -199,7 +199,7 @@ class Capture:
         bare = {id(layer): name for name, layer in self.layers.items() if isinstance(layer, Tensor)}
         attention = _attention_weights(self.layers, model)
         functions = _Functions(self, bare, attention) if bare or attention else nullcontext()
-        with hooks(self._hooks()), functions:
+        with within(hooks(self._hooks()), functions):
             yield
 
     def close(self) -> None:

@@ -210,6 +210,12 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
 """The known criteria by name."""
 
 
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"magnitude": "l2", "l1_norm": "l1", "l2_norm": "l2", "bn": "bn_scale", "jc": "jacobian", "taylor_fo": "taylor"}
+)
+"""What criteria are called elsewhere."""
+
+
 def resolve_criterion(criterion: Any) -> Criterion:
     """Return a Criterion given one, its name, (name, options), or a plain function of weights (channels, d)."""
     if isinstance(criterion, Criterion):
@@ -217,9 +223,10 @@ def resolve_criterion(criterion: Any) -> Criterion:
     if isinstance(criterion, tuple) and len(criterion) == 2:
         return replace(resolve_criterion(criterion[0]), **criterion[1])
     if isinstance(criterion, str):
-        if criterion not in CRITERIA:
+        name = ALIASES.get(criterion.lower(), criterion.lower())
+        if name not in CRITERIA:
             raise UnknownNameError("criterion", criterion, list(CRITERIA))
-        return CRITERIA[criterion]
+        return CRITERIA[name]
     if callable(criterion):
         name = getattr(criterion, "__name__", type(criterion).__name__)
         return Criterion(name, "weights", lambda layer, axis, evidence: criterion(evidence.weights))

@@ -108,7 +108,7 @@ def watch_readers(
 
         return hook
 
-    handles = [get_layer(model, name).register_forward_pre_hook(before(name)) for name in readers]
+    handles = (get_layer(model, name).register_forward_pre_hook(before(name)) for name in readers)
     with evaluating(model), differentiable(model, model.parameters()), hooks(handles):
         for number, batch in numbered(batches):
             losses = checked_losses(model, batch, objective, number)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, evaluating, hooks, no_fused_attention, own_inputs
+from ..state import call_model, evaluating, hooks, no_fused_attention, own_inputs, within
 from .flow import Flow, Labels, handler_of, name_of, tensors_in
 from .operations import ATTENTIONS
 
@@ -215,7 +215,7 @@ def count(model: nn.Module, example_inputs: Any) -> Ledger:
     ledger, example_inputs = Ledger(Flow()), own_inputs(example_inputs)
     ledger.take(example_inputs)
     names = hooks(_naming(model, ledger.flow.stack))
-    with evaluating(model), torch.no_grad(), no_fused_attention(), names, _Counting(ledger):
+    with within(evaluating(model), torch.no_grad(), no_fused_attention(), names, _Counting(ledger)):
         call_model(model, example_inputs)
     return ledger
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnknownNameError
 from .coupling import Bundle, Classes, Place, bundles
@@ -63,8 +63,8 @@ class ChannelGroup:
     width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
     ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
     narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values. ``least``: the
-    fewest channels that a block is left with: with one, a grouped convolution becomes another type of layer, and
-    `squeeze` takes the whole axis away.
+    fewest channels that a block is left with: with one, a grouped convolution becomes another type of layer,
+    `squeeze` takes the whole axis away, and the axes of a bare parameter can no longer be told apart.
     """
 
     root: LayerAxis
@@ -247,7 +247,7 @@ def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str
     attributes = tuple(_member(place, "attribute") for place in beside)
     reason = bundle.reason
     in_groups = bundle.blocks > 1 and any(_is_grouped(model, place.axis) for place in places)
-    least = 2 if in_groups else bundle.least
+    least = 2 if in_groups or any(_names_another(model, place.axis) for place in places) else bundle.least
     if reason is None and in_groups and bundle.width == bundle.blocks:
         reason = f"each of its {bundle.blocks} blocks has fewer than two channels"
     if reason is None and bundle.blocks == 1 and any(_is_grouped(model, place.axis) for place in places):
@@ -277,6 +277,12 @@ def _in_table(model: nn.Module, axis: LayerAxis) -> bool:
 
 def _is_grouped(model: nn.Module, axis: LayerAxis) -> bool:
     return is_grouped(get_layer(model, axis.layer))
+
+
+def _names_another(model: nn.Module, axis: LayerAxis) -> bool:
+    """Say whether a bare tensor, left with one channel, would give the axis's name to another of its dimensions."""
+    layer = get_layer(model, axis.layer)
+    return isinstance(layer, Tensor) and sum(size > 1 for size in layer.shape) > 1
 
 
 def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:

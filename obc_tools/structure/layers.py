@@ -443,6 +443,17 @@ def all_axes(layer: nn.Module | Tensor, name: str = "") -> dict[str, Axis]:
     return axes
 
 
+def named_axes(layer: nn.Module | Tensor, name: str = "") -> dict[str, Axis]:
+    """Return the axes that a plan may name: `all_axes`, and that of what was left with one channel.
+
+    A PReLU of one weight serves any number of channels and a tensor of one number has no axis, unless they are left.
+    """
+    axes = all_axes(layer, name)
+    if not axes and isinstance(layer, Tensor) and layer.dim():
+        return {"out": Axis(1, (Slot("", layer.dim() - 1),))}
+    return axes or (_described_axes(layer, layer_type(layer), name) if has_role(layer, "scale") else {})
+
+
 def scored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the modules that own parameters described by the table (bare parameters are not modules)."""
     for name, module in model.named_modules():
@@ -522,7 +533,7 @@ def find_axis(layer: nn.Module | nn.Parameter, name: LayerAxis) -> Axis:
     other dimensions of a bare parameter, "dim0", "dim1", ...
     """
     key, _, part = name.axis.partition("_")
-    axes = all_axes(layer, name.layer)
+    axes = named_axes(layer, name.layer)
     if key not in axes or part not in ("", "w", "b"):
         raise UnknownNameError("axis", str(name), [f"{name.layer}.{known}" for known in axes])
     if not part:

@@ -17,7 +17,6 @@ from .flow import (
     Flow,
     Labels,
     Size,
-    Statistic,
     elementwise,
     leaves,
     meet,
@@ -114,7 +113,6 @@ def _like_first(flow: Flow, out: Any, source: Channels) -> None:
 @operation("native_layer_norm", "layer_norm", "_fused_rms_norm")
 def _layer_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source, over = flow.of(args[0]), len(args[1])
-    flow.measured(source.dims[-over:])
     for parameter in tensors_in(args[2:4]):
         for ours, theirs in zip(flow.of(parameter).dims, source.dims[-over:], strict=True):
             if ours is not None or theirs is not None:
@@ -125,7 +123,6 @@ def _layer_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("native_group_norm", "group_norm")
 def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source = flow.of(args[0])
-    flow.measured(source.dims[1:2])
     for parameter in tensors_in(args[1:3]):
         flow.join(flow.of(parameter).dims[0], source.dims[1], source.origin)
     flow.join_blocks(source.dims[1], args[6])
@@ -141,7 +138,7 @@ def _reduce(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("mean", "sum", "amax", "amin")
 def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     """Note over which channels a number is taken; what becomes of it says whether they may go."""
-    statistics = tuple(Statistic(labels, flow.module) for labels in reduce_dims(flow, out, args, kwargs))
+    statistics = tuple(reduce_dims(flow, out, args, kwargs))
     for result in tensors_in((out,)):
         flow.of(result).statistics = statistics
 
@@ -149,8 +146,8 @@ def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("var", "std", "var_mean", "std_mean")
 def _vary(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     _summarise(flow, out, args, kwargs)
-    for statistic in flow.of(tensors_in((out,))[0]).statistics:
-        flow.keep_two(statistic.labels)  # one value has no variance
+    for labels in flow.of(tensors_in((out,))[0]).statistics:
+        flow.keep_two(labels)  # one value has no variance
 
 
 @operation("linalg_vector_norm")
@@ -158,8 +155,6 @@ def _vector_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     # A channel that is masked adds nothing to a length, so it may go.
     dims = args[2] if len(args) > 2 else kwargs.get("dim")
     keep = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-    source = flow.of(args[0]).dims
-    flow.measured(source if dims is None else [source[dim] for dim in ([dims] if isinstance(dims, int) else dims)])
     reduce_dims(flow, out, (args[0], dims, keep), {})
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped
+from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped, within
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
@@ -52,6 +52,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
+from .unreached import Levels, may_run
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -149,7 +150,7 @@ class Tracer:
     paused: int = 0
 
     def __post_init__(self):
-        self.ledger = Ledger(self.flow)
+        self.ledger, self.levels = Ledger(self.flow), Levels(self.flow)
 
     def register(self) -> None:
         """Give labels to the axes of all layers, bare parameters and buffers."""
@@ -226,7 +227,8 @@ class Tracer:
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
                 self.shadows.move([leaf])
         self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
-        with torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self):
+        borrowed = torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self)
+        with within(*borrowed):
             output = call_model(self.model, example_inputs)
         found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not found:
@@ -236,6 +238,11 @@ class Tracer:
             raise ValueError(f"the model's output holds no tensor that depends on its parameters; {WAY_OUT}")
         self.flow.freeze_all([self.flow.of(leaf) for leaf in found], "reaches the model's output")
         self.met = self.met or self.history.walk_back(found)
+
+    def keep_unreached(self) -> None:
+        """Let what could meet layers that never ran stay as wide as they expect it."""
+        unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer not in self.ran}
+        self.levels.keep_for({axis: labels for axis, labels in unreached.items() if may_run(self.model, axis.layer)})
 
     def protect(self, tensors: Sequence[Tensor]) -> None:
         """Give memory of their own to tensors that an operation may write into."""
@@ -253,6 +260,7 @@ class Tracer:
         def entering(name: str) -> Callable:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.flow.stack.append(name)
+                self.levels.note(tree_leaves((args, kwargs)))
                 self.paused += has_role(module, "attention")
 
             return enter
@@ -266,6 +274,7 @@ class Tracer:
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)
                 self.flow.stack.pop()
+                self.levels.note(tree_leaves(output))
 
             return leave
 
@@ -390,6 +399,7 @@ class _Operations(TorchDispatchMode):
         if not self.tracer.paused:
             self.tracer.saw(tensors_in(args))
             follow(self.tracer.flow, function, out, args, kwargs)
+            self.tracer.levels.note(tensors_in((out,)))
         self.tracer.ledger.note(function, out, args, kwargs, counted=not self.tracer.paused)
         return out
 
@@ -445,6 +455,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
         _run_training(tracer, example_inputs)
+    tracer.keep_unreached()
     tracer.keep_temperatures()
     tracer.keep_numbers()
     return tracer

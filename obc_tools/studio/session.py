@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from ..pruning.choices import Scoring
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
+from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .state import Choices, Setup
@@ -58,7 +59,7 @@ class StudioSession:
     """
 
     def __init__(self, model: nn.Module, data: Data, setup: Setup, held_out: int = 4):
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_of(model).eval()
         self.data, self.setup, self.held_out = data, setup, held_out
         self.example = torch.zeros(1, *setup.image_shape, device=setup.device)
         _check_runs(self.model, self.example)
@@ -74,8 +75,8 @@ class StudioSession:
         return take(split, self.setup.batches)
 
     def held_out_batches(self) -> Collection[Any]:
-        """Return the held-out batches."""
-        split = self.data.batches("val", self.setup.batch_size, device=self.setup.device)
+        """Return the held-out batches, the same each time: a random choice, for files may lie class by class."""
+        split = self.data.batches("val", self.setup.batch_size, shuffle=True, seed=0, device=self.setup.device)
         return take(split, min(self.held_out, len(split)))
 
     def scores(self, scoring: Scoring) -> Scores | None:
@@ -129,12 +130,21 @@ class StudioSession:
         }
         if measured is None:
             return row | {"latency (ms)": "", "accuracy": "", "loss": ""}
-        found = {"latency (ms)": f"{measured.latency.median_ms:.2f}", "accuracy": f"{measured.metrics.accuracy:.2%}"}
+        found = {"latency (ms)": f"{measured.latency.median_ms:.2f}", "accuracy": with_interval(measured.metrics)}
         return row | found | {"loss": f"{measured.metrics.loss:.4f}"}
 
     def table(self, plans: dict[str, PruningPlan]) -> pd.DataFrame:
-        """Return one row a plan, the whole network's first."""
-        return pd.DataFrame([self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()])
+        """Return one row a plan, the whole network's first; the accuracy says on how many images it was measured."""
+        rows = [self.row(name, plan) for name, plan in ({"original": self.whole} | plans).items()]
+        whole = len(self.data.val)
+        images = f"{min(self.held_out * self.setup.batch_size, whole):,} of {whole:,} held-out images"
+        return pd.DataFrame(rows).rename(columns={"accuracy": f"accuracy ± 95 % ({images})"})
+
+
+def with_interval(metrics: Metrics) -> str:
+    """Return an accuracy and the half-width of its 95 % interval (normal approximation to the binomial)."""
+    half = 1.96 * math.sqrt(metrics.accuracy * (1 - metrics.accuracy) / metrics.examples)
+    return f"{metrics.accuracy:.2%} ± {half:.2%}"
 
 
 def _check_runs(model: nn.Module, example: Tensor) -> None:

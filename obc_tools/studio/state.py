@@ -32,7 +32,8 @@ class Choices:
     Attributes:
         scoring, target, limits: as of all pruning; in ``limits`` what single groups may lose at most.
         locked: groups that stay as they are, (root, kept channels) pairs.
-        by_hand: (root, channel, whether it is kept), applied last; in a group of blocks the channel of the first block.
+        by_hand: (root, channel, whether it is kept), whatever its score; in a group of blocks the channel of the first
+            block. The target is met with them counted in.
     """
 
     scoring: Scoring = field(default_factory=Scoring)
@@ -56,11 +57,9 @@ class Choices:
         Raises:
             ValueError: a target that cannot be met, or a group that the choices by hand leave without channels.
         """
+        order = order.by_hand(self.hands)
         order.check(self.target, costs)
-        plan = order.meet(self.target, costs)
-        for root, (keep, remove) in self.hands.items():
-            plan = plan.choose(root, keep=keep, remove=remove)
-        return plan
+        return order.meet(self.target, costs)
 
     @property
     def hands(self) -> dict[LayerAxis, tuple[list[int], list[int]]]:
@@ -212,7 +211,8 @@ def to_code(choices: Choices, setup: Setup) -> str:
     chosen, heads = _unusual(setup.selection, "ignore", "whole_heads", "only"), _unusual(setup.selection, "whole_heads")
     scored = ["model", "groups", repr(scoring.criterion), *data, *_unusual(scoring, "group_reduction", "normalizer")]
     limited = _unusual(limits, "scope", "round_to", "min_channels", "max_ratio")
-    for option, entries in (("max_ratio_of", limits.max_ratio_of), ("fixed", dict(choices.locked))):
+    named = {"max_ratio_of": limits.max_ratio_of, "fixed": dict(choices.locked), "by_hand": choices.hands}
+    for option, entries in named.items():
         limited += [f"{option}={ {tuple(root): entry for root, entry in entries.items()}!r}"] if entries else []
     lines = [
         "import torch",
@@ -226,9 +226,6 @@ def to_code(choices: Choices, setup: Setup) -> str:
         *_call("costs = obc.cost_model", ["model", "example", *heads]),
         *_call("plan = obc.one_shot_plan", ["scores", "costs", f"{kind}={value!r}", *limited]),
     ]
-    for root, (keep, remove) in choices.hands.items():
-        hands = [f"keep={keep}"] * bool(keep) + [f"remove={remove}"] * bool(remove)
-        lines += _call("plan = plan.choose", [repr(tuple(root)), *hands])
     return "\n".join([*lines, "pruned = obc.prune(model, plan)", ""])
 
 

@@ -87,7 +87,7 @@ def fit(
         Stopped: when ``stop`` said so.
         ValueError: if batches are a one-shot iterator, empty, of a wrong form or do not suit the model; for labels out
             of range; for weights that are not finite; for an ``amp`` that the device does not have; for a folder that
-            holds another training.
+            holds another training or a damaged checkpoint, or that another process works on.
     """
     own = processes()
     check_batches(train, "train")
@@ -109,6 +109,7 @@ def fit(
         stack.enter_context(lent_random_state(device, recipe.seed + own.rank))
         with lent_random_state(device):
             outputs = count_outputs(model, _pass(val, 0), device)
+        stack.enter_context(folder.held() if folder else nullcontext())
         checkpoint = folder.read(recipe, resume=resume) if folder else None
         meet(device)  # before any writes, or one would find what another has just begun
         stack.enter_context(folder.kept(recipe, device, checkpoint) if folder else nullcontext())

@@ -14,8 +14,9 @@ import logging
 import math
 import os
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 
 from ..files import environment, logging_to_file, read_json, remove_leftovers, replacing, write_json, write_text
+from ..holding import held
 from .guard import Where
 from .processes import processes
 from .recipe import Recipe
@@ -170,6 +172,7 @@ class TrainingFolder:
         if not path.is_file():
             return None
         try:
+            _check_sums(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         # Damaged bytes make an unpickler fail in any way it can.
         except Exception as error:
@@ -178,13 +181,16 @@ class TrainingFolder:
             raise TrainingFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
         return checkpoint
 
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder, made if need be, in the process that writes; raise FolderInUseError if another does."""
+        return held(self.path) if self._writes else nullcontext()
+
     @contextmanager
     def kept(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> Iterator[None]:
         """Keep a training, its log and TensorBoard's files too, that goes on from what `read` returned everywhere."""
         if not self._writes:
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         write_json(self.path / CONFIG, {"format": FORMAT, "recipe": recipe.to_dict()})
         write_json(self.path / ENVIRONMENT, environment(device) | {"processes": processes().count})
@@ -223,11 +229,23 @@ class TrainingFolder:
         return time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Save a checkpoint in place of the last one."""
+        """Save a checkpoint in place of the last one, once it was read back and found whole."""
         self._saved = time.monotonic()
         if self._writes:
             with replacing(self.path / CHECKPOINT) as new:
                 torch.save({"format": FORMAT, **checkpoint}, new)
+                _check_sums(new)
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError unless all that a file of torch.save holds has the checksums (CRC-32) that it was written with.
+
+    torch writes them and does not look at them when it reads.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} was changed after it was written")
 
 
 @contextmanager

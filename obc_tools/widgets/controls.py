@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
 
+from ..plots.stills import with_still
 from .tasks import Worker
 
 T = TypeVar("T", bound=W.Widget)
@@ -200,6 +201,9 @@ class View(W.VBox):
     def figure(self) -> go.Figure:
         """The figure that is shown."""
         return self.picture.figure
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.wait().figure)
 
     def wait(self, timeout: float = 600.0) -> Self:
         """Wait until nothing is computed any more, as a script does that goes on with the outcome; return the view."""

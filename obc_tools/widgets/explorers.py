@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import textwrap
 from collections.abc import Callable, Collection
@@ -31,6 +30,7 @@ from ..plots.jtj import (
 from ..plots.looks import finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
+from ..state import copy_of
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text
@@ -60,7 +60,7 @@ class Explorer(View):
     ):
         self.look = look
         super().__init__(self._wordy(""))
-        self.network = copy.deepcopy(model).eval()
+        self.network = copy_of(model).eval()
         self._data, self._draw_options = data, (batches, batch_size, seed)
         self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         scored = scored_layers(self.network)

@@ -7,11 +7,13 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as W
 import plotly.graph_objects as go
 
 from ..plots.curves import watch_figure
+from ..plots.stills import with_still
 from ..runs.folder import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, look_at, watch_traces
@@ -67,6 +69,9 @@ class RunMonitor(W.VBox):
         self.show()
         if every is not None:
             threading.Thread(target=self._watch, args=(every,), daemon=True).start()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.figure)
 
     @property
     def figure(self) -> go.Figure:

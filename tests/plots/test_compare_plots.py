@@ -23,7 +23,7 @@ def test_a_line_is_the_mean_of_the_repeats(comparison):
     figure = criteria_curves(comparison, "accuracy", "params")
     jacobian = lines(figure)["jacobian"]
     assert list(jacobian.x) == [100, 50] and list(jacobian.y) == pytest.approx([90, 60])
-    assert list(jacobian.customdata) == pytest.approx([0, 14.1421356])
+    assert list(jacobian.customdata) == pytest.approx([0, 14.1421])
     assert list(lines(figure)["l1"].x) == pytest.approx([100, 60, 30])
     assert figure.layout.xaxis.title.text == "parameters left (%)" and figure.layout.xaxis.autorange == "reversed"
     assert figure.layout.yaxis.title.text == "held-out accuracy (%)"

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from obc_tools import Cost, PruningPlan, check_plan, cost, cost_model, find_groups, make_plan, prune, prune_to
-from obc_tools.pruning.check import Check, CheckError, Finding, ProofError, prove, relative_error
+from obc_tools.pruning.check import CANNOT_TELL, WRONG, Check, CheckError, Finding, ProofError, prove, relative_error
 from obc_tools.pruning.equivalent import EquivalentModel
-from obc_tools.pruning.masking import masked
+from obc_tools.pruning.masking import Masking
 from obc_tools.pruning.plan import PlanMismatchError
 from obc_tools.structure.layers import LayerAxis
 
@@ -133,7 +133,7 @@ def mutated(plan, axis, positions):
     return PruningPlan(groups, plan.kept)
 
 
-WRONG = {
+COUPLINGS = {
     "a consumer's inputs reversed": ("residual", ("conv3", "in"), lambda p: p[::-1]),
     "a consumer's inputs rotated": ("concat", ("last", "in"), lambda p: (*p[1:], p[0])),
     "a norm rotated": ("residual", ("bn2", "out"), lambda p: (*p[1:], p[0])),
@@ -145,9 +145,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", COUPLINGS)
 def test_a_wrong_coupling_shows(wrong):
-    name, axis, positions = WRONG[wrong]
+    name, axis, positions = COUPLINGS[wrong]
     model, images, plan = random_plan(name)
     check = check_plan(model, mutated(plan, axis, positions), images)
     assert not check.ok and check.error_of("pruned = masked") > 1e-3
@@ -236,17 +236,19 @@ def test_errors_are_relative_to_what_differs_between_examples():
     assert relative_error([torch.tensor([[4.0]])], [torch.tensor([[5.0]])]) == 0.25
 
 
-def test_masking_keeps_the_size_and_silences_the_removed():
+def test_masking_leaves_the_model_alone_and_norms_over_what_is_alive():
     model, images, plan = random_plan("mlp_layernorm")
-    silent = masked(model, plan)
-    assert silent[1].weight.shape == model[1].weight.shape
-    gone = sorted(set(range(20)) - set(plan.selection(("1", "out"))))
-    assert gone and silent[4].weight[:, gone].abs().max() == 0 and silent[1].weight[gone].abs().max() == 0
-    hidden = silent[:3](images)
-    assert hidden.shape == (4, 20) and hidden[:, gone].abs().max() == 0
-    kept = [channel for channel in range(20) if channel not in gone]
-    normed = (hidden[:, kept] - silent[2].bias) / silent[2].weight
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    masking = Masking(model, plan)
+    with torch.no_grad(), masking:
+        hidden = model[:3](images)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    kept = list(plan.selection(("1", "out")))
+    assert hidden.shape == (4, 20) and len(kept) < 20
+    normed = (hidden[:, kept] - model[2].bias[kept]) / model[2].weight[kept]
     assert normed.mean(1).abs().max() < 1e-12
+    assert torch.equal(masking.living(hidden), hidden[:, kept].flatten())
+    assert not masking.doubts
 
 
 @pytest.mark.parametrize("counting", ["operations", "torch_pruning"])
@@ -275,9 +277,9 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", COUPLINGS)
 def test_a_wrong_coupling_is_refused_with_the_layer(wrong):
-    name, axis, positions = WRONG[wrong]
+    name, axis, positions = COUPLINGS[wrong]
     model, images, plan = random_plan(name)
     broken = mutated(plan, axis, positions)
     with pytest.raises(ProofError, match=rf"pruned = masked: .*; first differs layer '{FIRST[wrong]}'") as raised:
@@ -362,33 +364,139 @@ def test_a_network_that_insists_on_single_precision_is_proven_in_it():
     prove(model, plan, inputs, cost_model(model, inputs).of(plan))
 
 
-class OwnNorm(nn.Module):
-    """A norm over channels that no table knows."""
+def dead_network():
+    """Return a network with a single living unit, its input, and a plan that removes just this one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model[0].bias[1:], model[0].bias[0] = -90, 10
+    x = torch.randn(4, 5)
+    return model, x, PruningPlan.whole(find_groups(model, x)).choose(("0", "out"), remove=[0])
 
-    def __init__(self, width, run):
+
+def zero_branches():
+    """Return a residual network whose branches are multiplied by zero, its input, and a plan of their hidden units."""
+
+    class Branch(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.up, self.down, self.scale = nn.Linear(6, 12), nn.Linear(12, 6), nn.Parameter(torch.full((6,), scale))
+
+        def forward(self, x):
+            return x + self.scale * self.down(F.gelu(self.up(x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 6), Branch(0.0), Branch(1e-6), nn.Linear(6, 3)), torch.randn(4, 5)
+    groups = find_groups(model, x, only="mlp")
+    plan = make_plan({group: torch.rand(group.width) for group in groups}, ratio=0.3, scope="local")
+    return model, x, plan
+
+
+HIDING = {"a dead network": dead_network, "branches that start at zero": zero_branches}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_weights_hide_is_shown_by_others(name, monkeypatch, caplog):
+    model, x, plan = HIDING[name]()
+    before = copy.deepcopy(model.state_dict())
+    check = check_plan(model, plan, x)
+    assert check.ok and check.probe and check.effect > 1e-3 and "with random weights" in repr(check)
+    prove(model, plan, x, cost_model(model, x).of(plan))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and not caplog.text
+
+    def wrong(model, plan):
+        pruned = prune(model, plan)
+        widest = max(pruned.parameters(), key=torch.Tensor.numel)
+        widest.data = widest.data.roll(1, 1)
+        return pruned
+
+    monkeypatch.setattr("obc_tools.pruning.check.prune", wrong)
+    assert check_plan(model, plan, x).verdict == WRONG
+    with pytest.raises(ProofError, match="pruned = masked: .*; first differs layer"):
+        prove(model, plan, x, cost_model(model, x).of(plan))
+
+
+class Constant(nn.Module):
+    """Gives zeros, whatever it is made of."""
+
+    def __init__(self):
         super().__init__()
-        self.weight, self.run = nn.Parameter(torch.rand(width)), run
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
 
     def forward(self, x):
-        return self.run(x) * self.weight[:, None, None]
+        return self.last(self.first(x)).clamp(-1e-300, 1e-300).float().double()
 
 
-OWN_NORMS = {
-    "layer_norm": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],)).permute(0, 3, 1, 2),
-    "group_norm": lambda x: F.group_norm(x, 4),
-    "normalize": lambda x: F.normalize(x.sigmoid(), dim=1),
-}
+def test_a_third_verdict_says_why_and_what_to_pass(caplog):
+    model, x = Constant().double(), torch.randn(4, 5, dtype=torch.float64)
+    plan = PruningPlan.whole(find_groups(model, x)).choose(("first", "out"), remove=[0])
+    check = check_plan(model, plan, x)
+    assert check.verdict == CANNOT_TELL and not check.ok
+    assert repr(check).startswith("Check: 4 of 5 checks cannot tell; pruning changes")
+    for shown in (repr(check), check._repr_html_(), check.to_frame().to_string()):
+        assert "cannot tell" in shown and "Forward(run, inputs)" in shown
+    assert list(check.to_frame()["verdict"]) == [CANNOT_TELL] * 4 + ["right"]
+    assert "failed" not in repr(check)
+    check.raise_if_failed()
+    assert "pruned = masked: cannot tell: the output does not show what goes" in caplog.text
+    caplog.clear()
+    prove(model, plan, x, cost_model(model, x).of(plan))
+    assert "cannot tell whether the plan is right: the output does not show what goes" in caplog.text
 
 
-@pytest.mark.parametrize("name", OWN_NORMS)
-def test_a_proof_says_where_it_cannot_tell(name, caplog):
+class Sorted(nn.Module):
+    """Orders its channels, which no mask can follow."""
+
+    def forward(self, x):
+        return x.sort(-1).values
+
+
+def test_an_operation_that_cannot_be_followed_is_named_not_blamed(caplog):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), OwnNorm(16, OWN_NORMS[name]), nn.ReLU(), nn.Conv2d(16, 3, 1)).double()
-    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    plan = prune_to(model, images, criterion="l1", ratio=0.25, progress=False)
-    assert "cannot tell whether the plan is right: layers '1' take statistics over channels" in caplog.text
-    kept = list(plan.kept_of(LayerAxis("0", "out")))
-    assert len(kept) < 16
-    hidden = OWN_NORMS[name](F.conv2d(images, model[0].weight[kept], model[0].bias[kept]))
-    by_hand = F.conv2d((hidden * model[1].weight[kept][:, None, None]).relu(), model[3].weight[:, kept], model[3].bias)
-    torch.testing.assert_close(prune(model, plan)(images), by_hand, rtol=0, atol=1e-12)
+    model = nn.Sequential(nn.Linear(5, 6), Sorted(), nn.Linear(6, 3)).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    groups = [replace(g, kept_whole=None) if g.root.layer == "0" else g for g in find_groups(model, x)]
+    plan = PruningPlan.whole(groups).choose(("0", "out"), remove=[0, 1])
+    found = check_plan(model, plan, x).findings[0]
+    assert found.verdict == CANNOT_TELL and "what sort does with channels that go is not known" in found.unclear
+    prove(model, plan, x, cost(prune(model, plan), x))
+    assert "cannot tell whether the plan is right: what sort does" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_nested_tensor": False}])
+def test_padding_masks_are_proven_without_nested_tensors(options):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embed, self.encode = nn.Embedding(11, 8), nn.TransformerEncoder(layer, 2, **options)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, tokens):
+            return self.last(self.encode(self.embed(tokens), src_key_padding_mask=tokens == 0)[:, 0])
+
+    torch.manual_seed(0)
+    model, tokens = Encoder().eval(), torch.randint(1, 11, (4, 6))
+    tokens[1, 4:], tokens[2, 3:] = 0, 0
+    scores = {group: torch.rand(group.width) for group in find_groups(model, tokens)}
+    plan = make_plan(scores, ratio=0.3, scope="local")
+    check = check_plan(model, plan, tokens)
+    assert plan.channels_removed and check.ok and check.error_of("pruned = masked") < 1e-12
+
+
+def test_single_precision_takes_no_double(monkeypatch):
+    model, images, plan = random_plan("residual")
+    model, images = model.float(), images.float()
+    seen = set()
+    model.register_forward_pre_hook(lambda module, args: seen.add(args[0].dtype))
+    prove(model, plan, images, cost_model(model, images).of(plan), single=True)
+    assert seen == {torch.float32}
+    prove(model, plan, images, cost_model(model, images).of(plan))
+    assert seen == {torch.float32, torch.float64}
+    seen.clear()
+    monkeypatch.setattr("obc_tools.pruning.check.DOUBLE_BYTES", 8)
+    prove(model, plan, images, cost_model(model, images).of(plan))
+    assert seen == {torch.float32}
+    axis = LayerAxis("conv3", "in")
+    with pytest.raises(ProofError, match="pruned = masked: .*, must be at most 0.001; first differs layer 'conv3'"):
+        prove(model, mutated(plan, axis, lambda p: p[::-1]), images, cost_model(model, images).of(plan))

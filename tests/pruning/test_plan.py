@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from networks import NETWORKS, network, random_plan
+from torch import nn
 
-from obc_tools import LayerAxis, PruningPlan, find_groups, make_plan, prune
+from obc_tools import LayerAxis, PruningPlan, find_groups, load_pruned, make_plan, prune, save_pruned, score_groups
 from obc_tools.pruning.plan import PlanMismatchError
 
 
@@ -117,3 +118,52 @@ def test_channels_chosen_by_hand():
         plan.choose(group, remove=range(group.width))
     with pytest.raises(PlanMismatchError, match="kept whole"):
         plan.choose(next(g for g in groups if not g.prunable), remove=[0])
+
+
+class Table(nn.Module):
+    """A bare parameter of two axes between linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.table, self.last = nn.Linear(6, 4), nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last((self.first(x)[:, None] * self.table).mean(1))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+@pytest.mark.parametrize("scale", [lambda: nn.PReLU(4), Scale], ids=["PReLU", "bare parameter"])
+def test_a_scale_that_is_left_with_one_channel_is_saved_and_scored_again(scale, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), scale(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)).double().eval(), torch.randn(2, 3, 8, 8).double()
+    plan = PruningPlan.whole(find_groups(model, x)).choose(("0", "out"), remove=[1, 2, 3])
+    pruned = prune(model, plan)
+    save_pruned(tmp_path / "saved", pruned, plan)
+    assert torch.equal(load_pruned(tmp_path / "saved", model=model)(x), pruned(x))
+    batches = [(torch.randn(8, 3, 8, 8).double(), torch.randint(0, 3, (8,))) for _ in range(2)]
+    scores = score_groups(pruned, plan.pruned_groups(), "jacobian", batches)
+    again = score_groups(pruned, find_groups(pruned, x), "jacobian", batches)
+    wide = next(group for group in again if group.root == ("2", "out"))
+    torch.testing.assert_close(scores[wide], again[wide], rtol=1e-10, atol=0)
+    assert scores[next(iter(scores))].shape == (1,) and scores[next(iter(scores))].item() > 0
+
+
+def test_axes_of_a_bare_parameter_stay_told_apart(tmp_path):
+    """Left with one channel, its other axis would take the name: two stay, whatever asks for fewer."""
+    torch.manual_seed(0)
+    model, x = Table().eval(), torch.randn(5, 6)
+    groups = find_groups(model, x)
+    plan = make_plan(score_groups(model, groups, "l1"), ratio=0.9, scope="local")
+    assert len(plan.kept_of(("first", "out"))) == 2
+    save_pruned(tmp_path / "saved", prune(model, plan), plan)
+    with pytest.raises(PlanMismatchError, match=r"group first.out: 1 channels are kept; at least 2 have to stay"):
+        plan.choose(("first", "out"), keep=[0], remove=[1, 2, 3])

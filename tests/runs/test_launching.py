@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,13 +16,14 @@ from safetensors.torch import load_file
 from trainings import numbers, wait_for
 
 from obc_tools.files import write_json
+from obc_tools.holding import PROCESS, is_alive, process_identity
 from obc_tools.pruning.choices import Target
-from obc_tools.runs.folder import PROCESS, RunFolderError
+from obc_tools.runs.folder import RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob
 from obc_tools.runs.run import Run, command, job_of, launch, run_experiment
 from obc_tools.runs.slurm import write_slurm_script
-from obc_tools.runs.worker import is_alive, process_identity
+from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe
 
 SPARSE = Recipe(epochs=2, lr=0.05, batch_size=64, weight_decay=0.0, group_penalty=1e-3)
@@ -168,6 +170,26 @@ def test_a_failed_run_says_why(tmp_path):
     assert run.error == "ValueError: digits come with scikit-learn: root must be None"
     assert "failed\n  ValueError: digits come" in repr(run)
     assert "failed<br>  ValueError: digits come" in run._repr_html_()
+
+
+def test_a_run_in_the_foreground_is_seen_and_stopped_from_elsewhere(tmp_path):
+    """While it works, it counts as running, nobody joins it, and `stop` ends it with a checkpoint."""
+    seen = []
+
+    def watch():
+        wait_for(lambda: (tmp_path / "run" / "training_original" / "progress.json").is_file())
+        run = Run.open(tmp_path / "run")
+        seen.append(run.status)
+        with pytest.raises(RunFolderError, match="is being worked on"):
+            launch(JOB, run.folder, resume=True)
+        seen.append(run.stop())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    with pytest.raises(Stopped):
+        run_experiment(replace(JOB, pretrain=replace(SPARSE, epochs=200)), tmp_path / "run", progress=False)
+    thread.join()
+    assert seen == ["running", "stopped"]
 
 
 def test_commands_for_one_and_several_processes(tmp_path):

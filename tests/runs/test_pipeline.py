@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
+from obc_tools.files import entries
+from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
+from obc_tools.pruning.check import ProofError
 from obc_tools.pruning.choices import Target
+from obc_tools.pruning.plan import PruningPlan
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
 from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
@@ -65,12 +69,12 @@ def test_equivalent_pruning_keeps_its_promises(run):
 def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
-    assert {entry.name for entry in folder.iterdir()} == {
+    assert {*entries(folder)} == {
         *("job.json", "run.log", "results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
         *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
         *(f"training_{key}" for key in ("original", "naive", "merged")),
     }
-    assert {entry.name for entry in folder.iterdir()} < ENTRIES
+    assert {*entries(folder)} < ENTRIES
     assert results["job"]["finetune"] == TINY.finetune.to_dict()
     assert results["job"]["target"]["speedup"] == 1.5
     assert results["equivalence"]["merged_loads_into_naive"]
@@ -223,6 +227,21 @@ def test_a_run_killed_at_its_first_write_begins_anew(tmp_path):
     check_run_folder(tmp_path, overwrite=True)
 
 
+def test_a_folder_that_is_worked_on_is_left_alone(tmp_path):
+    """Neither by a run in the foreground nor by one that appears when all is done; a dead one's leftovers go."""
+    folder, dead = tmp_path / "run", tmp_path / f".run.{'0' * 32}.new"
+    dead.mkdir()
+    (tmp_path / f".other.{'0' * 32}.new").mkdir()
+    with held(folder):
+        for work in (work_on, run_job):
+            with pytest.raises(FolderInUseError, match="is being worked on by process"):
+                work(TINY, folder, progress=False)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="cannot be met"):
+        run_job(replace(TINY, target=Target(speedup=1e6)), folder, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [f".other.{'0' * 32}.new"]
+
+
 def test_weights_of_a_sparse_training_are_read_before_the_original_trains(tmp_path, monkeypatch):
     """And nothing is written, so that the mended job is not another one than the folder holds."""
     missing = replace(TINY, sparse_weights=str(tmp_path / "none.pth"))
@@ -246,3 +265,28 @@ def test_reading_what_is_no_run(tmp_path):
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(RunFolderError, match="not of format 1"):
         read_results(tmp_path)
+
+
+def test_a_refused_plan_is_kept(tmp_path, monkeypatch):
+    job = replace(TINY, pretrain=Recipe(epochs=1), finetune=None, equivalent=False, criterion="l1", steps=1)
+
+    def refuse(model, plan, *args, **options):
+        raise ProofError("the plan is wrong", plan)
+
+    def prepared(job):
+        inputs = prepare(job)
+        monkeypatch.setattr("obc_tools.pruning.prune.prove", refuse)
+        return inputs
+
+    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    with pytest.raises(ProofError, match="the plan is wrong; the plan is kept in '.*run/refused_plan.json'") as raised:
+        work_on(job, tmp_path / "run", progress=False)
+    kept = PruningPlan.from_json((tmp_path / "run" / "refused_plan.json").read_text())
+    assert kept == raised.value.plan and not (tmp_path / "run" / "plan.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    place = tmp_path / "whole.refused_plan.json"
+    with pytest.raises(ProofError) as raised:
+        run_job(job, tmp_path / "whole", progress=False)
+    assert str(raised.value) == f"the plan is wrong; the plan is kept in '{place}'"
+    assert PruningPlan.from_json(place.read_text()) == kept and not (tmp_path / "whole").exists()

@@ -8,6 +8,7 @@ from networks import mlp_layernorm, network, small_vgg
 from torch import nn
 
 from obc_tools import CRITERIA, Criterion, LayerAxis, find_groups, load_model, score_groups
+from obc_tools.scoring.criteria import resolve_criterion
 from obc_tools.scoring.jacobian import stream_products
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS, sum_squares
 
@@ -316,3 +317,10 @@ def test_what_draws_is_repeated():
     assert drawing == {"jacobian", "taylor", "hessian", "obdc", "random", "residual"}
     with pytest.raises(ValueError, match=r"batches=0; expected at least 1"):
         Criterion("mine", "weights", lambda layer, axis, evidence: evidence.weights.sum(1), batches=0)
+
+
+def test_criteria_are_known_by_their_usual_names_too():
+    for name, known in (("magnitude", "l2"), ("L1", "l1"), ("l1_norm", "l1"), ("BN", "bn_scale"), ("Taylor", "taylor")):
+        assert resolve_criterion(name) is CRITERIA[known]
+    with pytest.raises(ValueError, match="unknown criterion 'fisher'; known: bn_scale, fpgm, .*, whc"):
+        resolve_criterion("fisher")

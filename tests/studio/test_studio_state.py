@@ -1,6 +1,7 @@
 """The choices of interactive pruning as values: changed, undone, compared, and written as Python of the same plan."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from networks import network
@@ -38,7 +39,7 @@ def made():
     model, images = network("small_vgg")
     scores = obc.score_groups(model, obc.find_groups(model, images[:1]), "l1")
     costs = obc.cost_model(model, images[:1])
-    return lambda choices: choices.plan(choices.rank(scores), costs)
+    return partial(lambda choices, scores, costs: choices.plan(choices.rank(scores), costs), scores=scores, costs=costs)
 
 
 def test_undo_and_redo_walk_the_changes():
@@ -75,25 +76,37 @@ def test_plans_are_remembered_by_name():
         remember(state, " ")
 
 
-def test_a_channel_is_toggled_and_nothing_else(made):
+def test_a_toggled_channel_is_counted_into_the_target(made):
+    """Kept by hand, its place is taken by the next in order; taken back, the plan is the one before."""
     choices = RATIOS[2]
     plan = made(choices)
     gone = next(c for c in range(8) if c not in plan.kept_of(CONV))
     more = toggle_channel(choices, plan, CONV, gone)
-    frame = plan_changes(plan, made(more))
-    assert frame.to_dict("records") == [
-        {
-            "group": "0.out",
-            "channels": 8,
-            "kept before": len(plan.kept_of(CONV)),
-            "kept after": len(plan.kept_of(CONV)) + 1,
-            "removed": (),
-            "restored": (gone,),
-        }
-    ]
+    frame = plan_changes(plan, made(more)).set_index("group")
+    assert gone in frame.loc[str(CONV), "restored"]
+    assert made(more).channels_removed == plan.channels_removed
     again = toggle_channel(more, made(more), CONV, gone)
     assert again.by_hand == ((CONV, gone, False),)
     assert made(again) == plan
+
+
+@pytest.mark.parametrize("target", [Target(ratio=0.4), Target(speedup=1.8), Target(params=900.0)], ids=str)
+def test_targets_are_met_with_choices_by_hand(made, target):
+    """As closely as without: one unit less would miss the target, or one more pass the ratio."""
+    choices = Choices(target=target)
+    for channel in range(4):
+        choices = toggle_channel(choices, made(choices), CONV, channel)
+    plan, costs = made(choices), made.keywords["costs"]
+    keep, remove = choices.hands[CONV]
+    assert set(keep) <= set(plan.kept_of(CONV)) and not set(remove) & set(plan.kept_of(CONV))
+    order = choices.rank(made.keywords["scores"]).by_hand(choices.hands)
+    units = next(units for units in range(len(order) + 1) if order.plan(units) == plan)
+    if target.ratio is not None:
+        further = next(order.plan(n) for n in range(units, len(order)) if order.plan(n) != plan)
+        width = sum(group.width for group in plan.groups if group.prunable)
+        assert plan.channels_removed / width <= target.ratio < further.channels_removed / width
+    else:
+        assert order.meets(units, target, costs) and not order.meets(units - 1, target, costs)
 
 
 def test_toggles_that_cannot_be_are_refused(made):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from trainings import TRAIN, VAL, numbers, same_state, wait_for
 from trainings import network as dropout_network
 
 from obc_tools.data.data import load_data
+from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.pruning.equivalent import EquivalentModel
 from obc_tools.pruning.plan import PruningPlan
@@ -159,3 +161,54 @@ def test_both_ways_of_fine_tuning_see_the_same_images():
         pairs = zip(one.at(epoch), other.at(epoch), strict=True)
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in pairs)
     assert isinstance(load_model("resnet8", 10, in_channels=1, width=4), torch.nn.Module)
+
+
+def test_flipped_bits_are_refused_or_harmless(tmp_path):
+    """One bit of a checkpoint, anywhere: another number would be a wrong one that nobody sees."""
+
+    def resumed():
+        model = dropout_network(0.5)
+        return numbers(fit(model, TRAIN, VAL, recipe, run=tmp_path / "run", resume=True, progress=False)), model
+
+    recipe, calls, draw = Recipe(epochs=2, batch_size=7), [], random.Random(0)
+    with pytest.raises(Stopped):
+        stop = {"stop": lambda: calls.append(None) or len(calls) == len(TRAIN) + 2}
+        fit(dropout_network(0.5), TRAIN, VAL, recipe, run=tmp_path / "run", progress=False, **stop)
+    path = tmp_path / "run" / CHECKPOINT
+    good = path.read_bytes()
+    expected, whole = resumed()
+    refused = 0
+    for _ in range(100):
+        flipped = bytearray(good)
+        flipped[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found, model = resumed()
+        except TrainingFolderError as error:
+            assert "is no checkpoint that can be read" in str(error)
+            refused += 1
+        else:
+            assert found == expected and same_state(model, whole)
+    assert refused > 50
+
+
+def test_a_training_that_is_worked_on_is_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    with held(folder), pytest.raises(FolderInUseError, match=f"worked on by process {os.getpid()} on"):
+        fit(dropout_network(), TRAIN, VAL, Recipe(epochs=1), run=folder, progress=False)
+    assert not folder.exists()
+    fit(dropout_network(), TRAIN, VAL, Recipe(epochs=1), run=folder, progress=False)
+
+
+def test_a_checkpoint_that_is_not_written_whole_does_not_replace_the_last(tmp_path, monkeypatch):
+    folder = TrainingFolder(tmp_path)
+    folder.save({"place": torch.arange(1000)})
+    good = (tmp_path / CHECKPOINT).read_bytes()
+
+    def torn(content, path):
+        path.write_bytes(good[:500] + bytes([good[500] ^ 1]) + good[501:])
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        folder.save({"place": torch.arange(1000)})
+    assert (tmp_path / CHECKPOINT).read_bytes() == good

@@ -203,7 +203,13 @@ def test_other_bars_are_those_of_layers(studio):
 
 
 def test_one_group_is_not_called_groups(studio):
-    studio.toggle(controls(studio).group.value, 0)
+    group, kept = next(
+        (group, kept)
+        for group, kept in zip(studio.plan.groups, studio.plan.kept, strict=True)
+        if len(kept) < group.width
+    )
+    gone = min(set(range(group.width)) - set(kept))
+    studio.choose(replace(studio.state.choices, by_hand=((group.root, gone, True), (group.root, kept[0], False))))
     assert ": 1 group<" in controls(studio).changes.value
     controls(studio).target.value = 0.6
     assert " groups<" in controls(studio).changes.value
@@ -330,7 +336,9 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     batch = list(studio.session.held_out_batches())
     expected = obc.evaluate(obc.prune(studio.session.model, studio.plan), batch)
     assert studio.session.measured(studio.plan).metrics == expected
-    assert controls(studio).table.value.count("%") == 3
+    whole = len(studio.session.data.val)
+    assert f"accuracy ± 95 % ({expected.examples} of {whole:,} held-out images)" in controls(studio).table.value
+    assert controls(studio).table.value.count(" ± ") == 1 + 3
     latency = studio.session.measured(studio.plan).latency
     assert latency.median_ms > 0 and "measured 3 plans" in studio.status.value
     monkeypatch.setattr("obc_tools.studio.session.evaluate", lambda *_: pytest.fail("evaluated again"))

@@ -1,0 +1,94 @@
+"""A folder is held by one at a time, and by nobody once its holder has ended, however that was."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from obc_tools.files import HOLDER, entries, write_text
+from obc_tools.holding import FolderInUseError, held, is_worked_on, worker_of
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from obc_tools.holding import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_another_process_is_refused_until_the_holder_is_killed(tmp_path):
+    folder = tmp_path / "a folder, größer"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"held\n"
+        assert worker_of(folder)["pid"] == child.pid and is_worked_on(folder)
+        message = f"is being worked on by process {child.pid} on '.+': wait for it"
+        with pytest.raises(FolderInUseError, match=message), held(folder):
+            pass
+        os.kill(child.pid, signal.SIGKILL)
+    assert (folder / HOLDER).is_file() and not is_worked_on(folder)
+    with held(folder):
+        assert worker_of(folder)["pid"] == os.getpid()
+    assert not is_worked_on(folder) and entries(folder) == []
+
+
+def test_another_thread_is_refused_and_errors_let_go(tmp_path):
+    refused = []
+
+    def try_it():
+        try:
+            with held(tmp_path):
+                pass
+        except FolderInUseError as error:
+            refused.append(error)
+
+    with pytest.raises(RuntimeError, match="in the middle"), held(tmp_path):
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join()
+        raise RuntimeError("in the middle")
+    assert len(refused) == 1
+    try_it()
+    assert len(refused) == 1
+
+
+def test_only_a_folder_that_stays_empty_goes_again(tmp_path):
+    with held(tmp_path / "empty"):
+        assert (tmp_path / "empty").is_dir()
+    assert not (tmp_path / "empty").exists()
+    with held(tmp_path / "used"):
+        write_text(tmp_path / "used" / "a.txt", "a")
+    assert entries(tmp_path / "used") == ["a.txt"]
+    (tmp_path / "there").mkdir()
+    with held(tmp_path / "there"):
+        pass
+    assert (tmp_path / "there").is_dir()
+
+
+def test_of_many_at_once_one_holds(tmp_path):
+    """Ten threads take turns; each finds itself alone."""
+    inside, most, done = [0], [0], []
+
+    def work():
+        while len(done) < 30:
+            try:
+                with held(tmp_path):
+                    inside[0] += 1
+                    most[0] = max(most[0], inside[0])
+                    time.sleep(0.001)
+                    inside[0] -= 1
+                    done.append(1)
+            except FolderInUseError:
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
