@@ -66,8 +66,8 @@ class Classes:
         for labels, reason in flow.frozen:
             for number in np.unique(self.of_label[labels]).tolist():
                 self.reasons.setdefault(number, reason)
-        for statistic, met in flow.returned:
-            self._check_returned(statistic.labels, met)
+        for taken, met in flow.returned:
+            self._check_returned(taken, met)
         for size, labels in flow.sizes:
             self._check(size, labels)
         for labels, rows in flow.temperatures:

@@ -209,26 +209,18 @@ NORMALISING = (*BROADCASTING, "unsqueeze", "squeeze", "view", "_unsafe_view", "p
 """Operations by which a number taken over channels goes on, until the same channels are normalised by it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Statistic:
-    """The channels over which a module took a mean, a sum or the like."""
-
-    labels: np.ndarray
-    module: str
-
-
 @dataclass
 class Channels:
     """The labels of each dimension of a tensor; ``origin`` says why unlabelled ones are fixed.
 
-    ``weight_of`` names the layer whose weight this is, as it is or standardised. ``statistics`` are those that its
-    values are made of and that were not given back to their channels.
+    ``weight_of`` names the layer whose weight this is, as it is or standardised. ``statistics`` are the channels over
+    which its values were taken and to which they were not given back.
     """
 
     dims: list[Labels]
     origin: str = FIXED
     weight_of: str | None = None
-    statistics: tuple[Statistic, ...] = ()
+    statistics: tuple[np.ndarray, ...] = ()
 
     @property
     def labelled(self) -> bool:
@@ -272,7 +264,7 @@ class Flow:
     whole_heads: bool = False
     stack: list[str] = field(default_factory=list)
     spent: list[np.ndarray] = field(default_factory=list)
-    returned: list[tuple[Statistic, Sequence[np.ndarray]]] = field(default_factory=list)
+    returned: list[tuple[np.ndarray, Sequence[np.ndarray]]] = field(default_factory=list)
     passages: list[Passage] = field(default_factory=list)
     contracted: Callable[[np.ndarray, Tensor, Tensor], None] = lambda labels, left, right: None
     multiplied: Callable[[Tensor, Tensor, Sequence[Labels]], None] = lambda left, right, labels: None
@@ -350,8 +342,8 @@ class Flow:
 
     def use_statistics(self, taken: Channels) -> None:
         """Let channels stay over which the values of a tensor were taken that go on as features."""
-        for statistic in taken.statistics:
-            self.freeze(statistic.labels, SUMMED)
+        for labels in taken.statistics:
+            self.freeze(labels, SUMMED)
 
     def join_blocks(self, labels: Labels, blocks: int) -> Labels:
         """Let equal runs of an axis lose the same positions; return the labels of one run."""
@@ -475,11 +467,12 @@ def _follow_statistics(flow: Flow, name: str, results: Sequence[Tensor], tensor:
         stretched = _stretched(tensor.shape, result.shape) if name.removesuffix("_") in BROADCASTING else ()
         met = [channels.dims[dim] for dim in stretched if channels.dims[dim] is not None]
         if met:
-            flow.returned += [(statistic, met) for statistic in taken.statistics]
+            flow.returned += [(labels, met) for labels in taken.statistics]
         elif into_another:  # perhaps a part of a tensor that knows nothing of it
             flow.use_statistics(taken)
         else:
-            channels.statistics = (*dict.fromkeys(channels.statistics + taken.statistics),)
+            known = {id(labels) for labels in channels.statistics}
+            channels.statistics += tuple(labels for labels in taken.statistics if id(labels) not in known)
 
 
 def _stretched(old: Sequence[int], new: Sequence[int]) -> list[int]:

@@ -17,7 +17,6 @@ from .flow import (
     Flow,
     Labels,
     Size,
-    Statistic,
     elementwise,
     leaves,
     meet,
@@ -154,7 +153,7 @@ def _reduce(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("mean", "sum", "amax", "amin")
 def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     """Note over which channels a number is taken; what becomes of it says whether they may go."""
-    statistics = tuple(Statistic(labels, flow.module) for labels in reduce_dims(flow, out, args, kwargs))
+    statistics = tuple(reduce_dims(flow, out, args, kwargs))
     for result in tensors_in((out,)):
         flow.of(result).statistics = statistics
 
@@ -162,8 +161,8 @@ def _summarise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
 @operation("var", "std", "var_mean", "std_mean")
 def _vary(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     _summarise(flow, out, args, kwargs)
-    for statistic in flow.of(tensors_in((out,))[0]).statistics:
-        flow.keep_two(statistic.labels)  # one value has no variance
+    for labels in flow.of(tensors_in((out,))[0]).statistics:
+        flow.keep_two(labels)  # one value has no variance
 
 
 @operation("linalg_vector_norm")
