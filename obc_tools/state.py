@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -81,6 +82,30 @@ def no_fused_attention() -> Restoring:
     restoring = Restoring()
     restoring.undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     torch.backends.mha.set_fastpath_enabled(False)
+    return restoring
+
+
+def flushing_denormals() -> Restoring:
+    """Let this thread take numbers that are too small for full precision, and slow, as zero."""
+    restoring = Restoring()
+    restoring.undo.append(partial(torch.set_flush_denormal, sys.float_info.min / 2 == 0))
+    torch.set_flush_denormal(True)
+    return restoring
+
+
+def stand_in(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Restoring:
+    """Let a layer use other tensors in the place of parameters; it has its own again on the way out."""
+    restoring = Restoring()
+    restoring.undo.append(partial(layer._parameters.update, dict(layer._parameters)))
+    layer._parameters.update(tensors)
+    return restoring
+
+
+def passing(layer: nn.Module) -> Restoring:
+    """Let a layer give what it takes."""
+    restoring = Restoring()
+    restoring.undo.append(partial(vars(layer).pop, "forward", None))
+    layer.forward = lambda taken: taken
     return restoring
 
 

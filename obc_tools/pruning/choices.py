@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -60,17 +61,34 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What scores depend on: the criterion, how it is combined over members and scaled within groups, the objective."""
+    """What scores depend on: the criterion, how it is combined over members and scaled within groups, the objective.
+
+    ``batches``: of those given the first so many are scored; None takes all. ``stop``: scoring ends before, after at
+    least two, once other batches would be expected to exchange at most this share of the channels of a step, in
+    (0, 0.5) (see `order.exchanged`); None scores all.
+    """
 
     criterion: Any = "jacobian"
     group_reduction: str = "sum"
     normalizer: str | None = None
     objective: Objective = classification
+    batches: int | None = None
+    stop: float | None = None
 
     def __post_init__(self):
         check_name("group_reduction", self.group_reduction, REDUCTIONS)
         check_name("normalizer", self.normalizer, NORMALIZERS)
-        _ = self.resolved
+        criterion = self.resolved
+        if self.batches is not None:
+            check_whole("batches", self.batches, 1, ", or None for all")
+        if self.stop is None:
+            return
+        if not 0 < self.stop < 0.5:
+            raise ValueError(f"stop={self.stop}: expected a share of a step's channels in (0, 0.5), or None")
+        if criterion.needs != "products" or criterion.coupling != "member":
+            raise ValueError(f"stop={self.stop}: criterion {criterion.name!r} has no rows that add up; leave stop")
+        if self.normalizer in ("gaussian", "standarization"):
+            raise ValueError(f"stop={self.stop} compares logarithms: not with normalizer={self.normalizer!r}")
 
     @property
     def resolved(self) -> Criterion:
@@ -83,11 +101,22 @@ class Scoring:
         return self.resolved.needs != "weights"
 
     def score(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any] | None, seed: int = 0
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        batches: Iterable[Any] | None,
+        seed: int = 0,
+        **options: Any,
     ) -> Scores:
-        """Score every channel of every group; batches are not touched where the criterion needs none."""
-        options = {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
-        return score_groups(model, groups, self.resolved, batches if self.needs_data else None, seed=seed, **options)
+        """Score every channel of every group; batches are not touched where the criterion needs none.
+
+        ``options``: `decided` and `proof` of `score_groups`.
+        """
+        options |= {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
+        batches = batches if self.needs_data else None
+        if batches is not None and self.batches is not None:
+            batches = islice(batches, self.batches)
+        return score_groups(model, groups, self.resolved, batches, seed=seed, **options)
 
 
 @dataclass(frozen=True)

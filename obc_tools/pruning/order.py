@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UnknownNameError
 from ..measure.costs import Cost, CostModel
+from ..scoring.scores import Scores
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import Limits, Target
@@ -82,18 +83,18 @@ class RemovalOrder:
         """Return the plan that removes the first `units` units too, kept counts rounded up to the limits' multiple."""
         return PruningPlan(self.after.groups, tuple(tuple(kept.tolist()) for kept in self.draft(units).kept))
 
-    def meet(self, target: Target, costs: CostModel, most: int | None = None) -> PruningPlan:
-        """Return the plan that removes the fewest units, in order and at most `most`, that meet a target.
+    def meet(self, target: Target, costs: CostModel, most: int | None = None) -> int:
+        """Return the fewest units, in order and at most `most`, whose removal meets a target.
 
         A ratio is met from below: by the most units that do not pass it. Call `check` first.
         """
         if target.ratio is not None and not self.hands:
-            return self.plan(self.up_to(target.ratio))
+            return self.up_to(target.ratio)
         most = len(self) if most is None else most
         if target.ratio is not None:
             passes = partial(self._passes, target=target, costs=costs)
-            return self.plan(max(0, bisect.bisect_left(range(most + 1), True, key=passes) - 1))
-        return self.plan(bisect.bisect_left(range(most), True, key=lambda units: self.meets(units, target, costs)))
+            return max(0, bisect.bisect_left(range(most + 1), True, key=passes) - 1)
+        return bisect.bisect_left(range(most), True, key=lambda units: self.meets(units, target, costs))
 
     def meets(self, units: int, target: Target, costs: CostModel) -> bool:
         """Say whether the plan that removes the first `units` units meets a target."""
@@ -198,7 +199,7 @@ def removal_order(
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for index, group in enumerate(groups):
         if group.prunable and group.root not in held:
-            pools[{"global": "all", "local": group.root, "isomorphic": group.kind}[limits.scope]].append(index)
+            pools[_pool(group, limits)].append(index)
             positions, means = _removable(group, scores[group], limits, start[group.root])
             found.append((np.full(len(positions), index), positions, means))
     owners, positions, means = map(np.concatenate, zip(*found, strict=True))
@@ -276,15 +277,59 @@ def next_plan(
     *,
     last_step: str = "exact",
 ) -> PruningPlan:
-    """Return the plan of the next step: remove the lowest-scored channels of what a plan leaves.
+    """Return the plan of the next step: remove the lowest-scored channels of what a plan leaves (see `next_units`)."""
+    order = removal_order(scores, limits, after=plan)
+    return order.plan(next_units(order, share, target, costs, last_step))
+
+
+def next_units(order: RemovalOrder, share: float, target: Target, costs: CostModel, last_step: str = "exact") -> int:
+    """Return how many units the next step removes.
 
     They go until `share` of the channels prunable at the start is gone; where that would pass the target, only as many
     as it needs. With ``last_step="full"`` the whole share goes.
     """
-    order = removal_order(scores, limits, after=plan)
     most = order.up_to(share)
     passes = last_step == "exact" and target.ratio is None and order.meets(most, target, costs)
-    return order.meet(target, costs, most) if passes else order.plan(most)
+    return order.meet(target, costs, most) if passes else most
+
+
+def exchanged(scores: Scores, order: RemovalOrder, units: int) -> float:
+    """Return the share of the first `units` units that other batches would be expected to exchange for others.
+
+    With z how many standard errors the logarithm of a unit's score is away from the border between what goes and what
+    stays, ½ Σ Φ(−|z|) / units: half of those that are on the wrong side are among the units. Errors are those of the
+    jackknife over batches (Efron & Stein 1981). What scores zero is alike, whichever goes. Each pool of the scope has a
+    border of its own.
+    """
+    values, left_out = np.empty(len(order)), np.empty((len(next(iter(scores.left_out.values()))), len(order)))
+    pools: dict[object, list[int]] = defaultdict(list)
+    for index, group in enumerate(order.groups):
+        mine = np.flatnonzero(order.owners == index)
+        for table, found in ((scores[group], values), (scores.left_out.get(group), left_out)):
+            if len(mine):
+                found[..., mine] = table.unflatten(-1, (group.blocks, -1)).mean(-2)[..., order.positions[mine]].numpy()
+        pools[_pool(group, order.limits)] += mine.tolist()
+    logs, others = (np.log(np.maximum(found, TINY)) for found in (values, left_out))
+    errors = np.sqrt((len(others) - 1) * others.var(0))
+    wrong = 0.0
+    for members in map(np.array, pools.values()):
+        goes = members < units
+        if goes.all() or not goes.any():
+            continue
+        border = (logs[members[goes]].max() + logs[members[~goes]].min()) / 2
+        away = np.abs(logs[members] - border)
+        certain = (values[members] <= ZERO) | (errors[members] == 0)
+        z = np.divide(away, errors[members], out=np.full(len(members), np.inf), where=~certain)
+        wrong += torch.special.ndtr(-torch.from_numpy(z)).sum().item()
+    return wrong / 2 / max(units, 1)
+
+
+TINY, ZERO = 1e-300, 1e-30
+
+
+def _pool(group: ChannelGroup, limits: Limits) -> object:
+    """Return what the groups that are ranked together with this one have in common."""
+    return {"global": "all", "local": group.root, "isomorphic": group.kind}[limits.scope]
 
 
 def one_shot_plan(
@@ -327,4 +372,4 @@ def one_shot_plan(
     target, order = Target(speedup, macs, params, ratio), removal_order(scores, limits, fixed=fixed)
     order = order.by_hand(by_hand or {})
     order.check(target, costs)
-    return order.meet(target, costs)
+    return order.plan(order.meet(target, costs))

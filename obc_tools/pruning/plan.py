@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -22,15 +22,27 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Deciding:
+    """How one step was decided: the batches scored, the share of its channels that others would be expected to
+    exchange, and whether that is what was asked for."""
+
+    batches: int
+    share: float
+    decided: bool
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """The channels that stay, group by group, in the numbering of the original model.
 
     ``kept[i]`` are the kept channels of ``groups[i]``, ascending. Checked when built: nothing unknown, no group empty,
     groups that are kept whole are whole, and blocks (attention heads, convolution groups) keep the same positions.
+    ``deciding``: of the steps that the plan was found in, where scoring stopped when a step was decided.
     """
 
     groups: tuple[ChannelGroup, ...]
     kept: tuple[tuple[int, ...], ...]
+    deciding: tuple[Deciding, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         if len(self.groups) != len(self.kept):
@@ -147,7 +159,8 @@ class PruningPlan:
     def to_json(self) -> str:
         """Return the plan as JSON text that `from_json` reads back."""
         groups = [_group_to_data(group, kept) for group, kept in zip(self.groups, self.kept, strict=True)]
-        return json.dumps({"format": FORMAT, "groups": groups}, separators=(",", ":"))
+        steps = {"deciding": list(map(asdict, self.deciding))} if self.deciding else {}
+        return json.dumps({"format": FORMAT, "groups": groups} | steps, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
@@ -157,9 +170,10 @@ class PruningPlan:
             if data["format"] != FORMAT:
                 raise PlanMismatchError(f"plan format {data['format']}; this version reads format {FORMAT}")
             read = [_group_from_data(entry) for entry in data["groups"]]
+            steps = tuple(Deciding(**entry) for entry in data.get("deciding", ()))
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise PlanMismatchError(f"not a pruning plan: {type(error).__name__} {error}") from error
-        return cls(tuple(group for group, _ in read), tuple(kept for _, kept in read))
+        return cls(tuple(group for group, _ in read), tuple(kept for _, kept in read), steps)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a group: its root, channels before and after, the share that stays, and why it is whole."""
@@ -180,7 +194,10 @@ class PruningPlan:
         return f"{self!r}\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"
 
     def __repr__(self) -> str:
-        return f"PruningPlan({len(self.groups)} groups, {self.channels_removed} of {self.channels} channels removed)"
+        open_steps = sum(not step.decided for step in self.deciding)
+        left = f", {open_steps} of {len(self.deciding)} steps undecided" if open_steps else ""
+        gone = f"{self.channels_removed} of {self.channels} channels removed"
+        return f"PruningPlan({len(self.groups)} groups, {gone}{left})"
 
     def _repr_html_(self) -> str:
         return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"

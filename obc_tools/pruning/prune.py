@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from tqdm.auto import tqdm
 
 from ..measure.costs import CostModel
 from ..scoring.objectives import Objective
+from ..scoring.rows import Proof
+from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import next_plan, removal_order
-from .plan import PruningPlan, prune
+from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
+from .plan import Deciding, PruningPlan, prune
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def prune_to(
     normalizer: str | None = None,
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
+    stop: float | None = None,
     seed: int = 0,
     verify: bool | str = True,
     progress: bool = True,
@@ -69,6 +73,8 @@ def prune_to(
         counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
         task: what the network is for, a `Task` or the name of one of `TASKS`: its losses are differentiated.
         objective: (model, batch) -> losses, instead of the task's.
+        stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
+            share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
             "float32" is single for any, False no proof.
@@ -85,7 +91,7 @@ def prune_to(
         batches,
         target=Target(speedup, macs, params, ratio, counting),
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses),
+        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         verify=verify,
@@ -109,15 +115,22 @@ def prune_in_steps(
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    last_step = steps.last_step
     if verify not in (True, False, "float32"):
         raise ValueError(f"verify={verify!r}: True, False or 'float32'")
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     plan = PruningPlan.whole(groups)
     check_reachable(target, plan, limits, costs)
     shares = tqdm(steps.shares(target), f"pruning to {target}", total=steps.steps, disable=not progress, leave=False)
+    proof, deciding = Proof(), []
     for step, share in enumerate(shares, start=1):
-        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step)
-        plan = next_plan(scores, plan, share, target, costs, limits, last_step=steps.last_step)
+        watch = Watch(
+            plan, scoring, limits, lambda order, share=share: next_units(order, share, target, costs, last_step)
+        )
+        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
+        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step, **options)
+        deciding += [watch.record] if watch.record else []
+        plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
             break
     else:
@@ -126,9 +139,25 @@ def prune_in_steps(
             raise ValueError(
                 f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
             )
+    plan = replace(plan, deciding=tuple(deciding))
     if verify:
         prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan
+
+
+class Watch:
+    """Says whether the scores so far decide a step; ``record`` says how far they do."""
+
+    def __init__(self, plan: PruningPlan, scoring: Scoring, limits: Limits, units: Callable[[RemovalOrder], int]):
+        self.plan, self.scoring, self.limits, self.units = plan, scoring, limits, units
+        self.record: Deciding | None = None
+
+    def __call__(self, scores: Scores) -> bool:
+        order = removal_order(scores, self.limits, after=self.plan)
+        share = exchanged(scores, order, self.units(order))
+        batches = len(next(iter(scores.left_out.values())))
+        self.record = Deciding(batches, share, share <= self.scoring.stop)
+        return self.record.decided
 
 
 def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:

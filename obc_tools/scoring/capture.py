@@ -14,6 +14,7 @@ where the graph shows that nothing else reads the tensors between:
 
 - y = BatchNorm(z) in eval mode: Σ δy (z − μ) and Σ δy, from one pass, give the products of the norm *and* of the layer
   that made z;
+- where such a norm is folded into that layer (see `rows`), y is the layer's own output: Σ δy (y − shift) and Σ δy;
 - ReLU and max pooling satisfy Σ ε x = Σ δ y for x = relu(y): the input's product is that of the output before it.
 
 Attention's projections and bare parameters are not called as modules. A `TorchFunctionMode`, which is the thread's own,
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -39,18 +40,23 @@ from ..state import hooks, within
 from ..structure.layers import (
     LayerAxis,
     activation_dim,
+    affine,
     fixed_outputs,
     has_role,
     is_batch_norm,
+    is_foldable,
     layer_axes,
     own_parameters,
 )
-from .sums import centred_sums, example_sums, layer_row_gradients
+from .sums import channel_sums, layer_row_gradients
 
 Consume = Callable[[str, dict[str, Tensor]], None]
 """Called with a layer's name and its parameters' gradients of some rows: name -> (rows, *shape)."""
 
 Node = torch.autograd.graph.Node
+
+MASKING = {"ReluBackward0", "HardtanhBackward0"}
+"""Autograd nodes of activations that, in place, change a value only where its gradient vanishes."""
 
 HOMOGENEOUS = {"ReluBackward0", "MaxPool2DWithIndicesBackward0"}
 """Autograd nodes of channel-wise functions with Σ ε x = Σ δ y."""
@@ -61,6 +67,8 @@ BROADCASTING = {
     for owner, name in ((torch, name), (Tensor, name), (Tensor, f"{name}_"), (Tensor, f"__{name}__"))
 } | {Tensor.__radd__, Tensor.__rmul__, Tensor.__iadd__, Tensor.__imul__}
 """Element-wise functions before which a bare parameter may be copied once an example."""
+
+NONE: Mapping = MappingProxyType({})
 
 BYTES_AT_A_TIME = 256 * 2**20
 
@@ -92,6 +100,13 @@ class Seen:
         """Whether something was written into it since."""
         return self.value._version != self._version
 
+    def masked(self) -> None:
+        """Take what was written last into it as its value."""
+        self._version = self.value._version
+
+    def written_once(self) -> bool:
+        return self.value._version == self._version + 1
+
     def copied(self) -> Seen:
         return Seen(self.layer, self.value.clone(), self.order)
 
@@ -111,14 +126,15 @@ class Gate:
     """One use of one layer axis in one forward pass.
 
     ``seen``: the part of the activation that is linear in the parameters. ``dim``: that of the channels. ``norm``: the
-    BatchNorm that takes the activation. ``also``: the axes that have the same products. ``feeder``: the gate of the
-    layer that made the BatchNorm's input. ``given``: another gate brings this one's products.
+    BatchNorm that takes the activation, or with ``folded`` made it. ``also``: the axes that have the same products.
+    ``feeder``: the gate of the layer that made the BatchNorm's input. ``given``: another gate brings these products.
     """
 
     axis: LayerAxis
     seen: Seen
     dim: int
     norm: nn.Module | None = None
+    folded: bool = False
     whole: bool = True
     also: list[LayerAxis] = field(default_factory=list)
     feeder: Gate | None = None
@@ -162,6 +178,7 @@ class Capture:
 
     Takes J·w of ``axes`` or the whole gradients of ``families`` of layers. ``copied`` names the layers whose output the
     model changes in place: their outputs are copied. With ``explore`` all are, and those found changed are added to it.
+    ``folds``: layers that do a BatchNorm's work, each with its name.
     After reading, ``unfit`` names the layers whose leading axis cannot be the examples, and ``coarse`` says whether
     half precision was seen.
     """
@@ -173,12 +190,13 @@ class Capture:
         families: Iterable[Mapping[str, nn.Module | nn.Parameter]] = (),
         copied: set[str] | None = None,
         explore: bool = False,
+        folds: Mapping[str, str] = NONE,
     ):
         self.axes = set(axes)
         distinct = {id(layers): Family(layers) for layers in families}
         self.families = {name: family for family in distinct.values() for name in family.layers}
         self.layers = {**layers, **{name: family.layers[name] for name, family in self.families.items()}}
-        self.copied, self.explore = set() if copied is None else copied, explore
+        self.copied, self.explore, self.folds = set() if copied is None else copied, explore, folds
         self.unfit: set[str] = set()
         self.coarse = False
         self._uses: Counter[tuple[str, str]] = Counter()
@@ -187,7 +205,7 @@ class Capture:
         self._made: dict[Node, Gate] = {}
         self._norm_inputs: list[tuple[Gate, Node]] = []
         self._taken: list[tuple[Gate, Node]] = []
-        self._watched: list[tuple[Gate, Seen]] = []
+        self._watched: list[tuple[Gate, Seen, Tensor, Node]] = []
         self._leaves: list[Tensor] = []
         self._sums: dict[LayerAxis, Tensor] | None = None  # None: hooks have nothing to do
         self._examples = self._rows = 0
@@ -234,6 +252,16 @@ class Capture:
         finally:
             self._sums = self._consume = None
 
+    def foldable(self) -> dict[str, str]:
+        """Return the layers that could do the work of a BatchNorm, the only one that reads them, after `read`."""
+        pairs = [(gate.feeder.axis, gate.axis) for gate, _ in self._norm_inputs if gate.feeder and not gate.folded]
+        return {
+            layer.layer: norm.layer
+            for layer, norm in pairs
+            if self._uses[layer] == self._uses[norm] == 1
+            and is_foldable(self.layers[layer.layer], self.layers[norm.layer])
+        }
+
     def used_elsewhere(self) -> set[int]:
         """Return the ids of the parameters that the graph uses more often than was noted, after `read`."""
         seen: Counter[int] = Counter()
@@ -256,7 +284,8 @@ class Capture:
                 continue
             if LayerAxis(name, "in") in self.axes:
                 yield layer.register_forward_pre_hook(partial(self._input, name), with_kwargs=True)
-            if LayerAxis(name, "out") in self.axes or name in self.families:
+            folded = name in self.folds.values()
+            if not folded and (LayerAxis(name, "out") in self.axes or name in self.families or name in self.folds):
                 yield layer.register_forward_hook(partial(self._output, name), with_kwargs=True, prepend=True)
 
     def _input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -271,6 +300,9 @@ class Capture:
         if name in self.families:
             alone = len(args) + len(kwargs) == 1 and isinstance(taken, Tensor) and isinstance(output, Tensor)
             return self.call(name, taken, output) if alone else output
+        if name in self.folds:
+            norm = self.folds[name]
+            return self.put(LayerAxis(norm, "out"), output, 1, norm=self.layers[norm], feeder=axis)
         if is_batch_norm(layer) and not layer.training and layer.running_mean is not None:
             return self.put(axis, output, 1, part=taken, norm=layer)
         fixed = fixed_outputs(layer, taken)
@@ -289,7 +321,8 @@ class Capture:
         """Gate what a layer takes in: return the same values under a node whose gradient is this use's alone."""
         gate = Gate(axis, Seen(axis.layer, tensor, order), dim)
         self._uses[axis] += 1
-        alias = _Alias.apply(tensor, self._anchor)
+        # A linear function of strided inputs, whose weight asks for no gradient, falls into many small products.
+        alias = _Alias.apply(tensor if dim < tensor.dim() - 1 else tensor.contiguous(), self._anchor)
         alias.register_hook(partial(self._on_gradient, gate))
         self._taken.append((gate, alias.grad_fn))
         return alias
@@ -302,15 +335,22 @@ class Capture:
         order: Callable | None = None,
         part: Tensor | None = None,
         norm: nn.Module | None = None,
+        feeder: LayerAxis | None = None,
     ) -> Tensor:
-        """Gate what a layer puts out; `part` of it (else all) is linear in the parameters, or is what a norm took."""
+        """Gate what a layer puts out; `part` of it (else all) is linear in the parameters, or is what a norm took.
+
+        The norm is folded into the layer of the axis `feeder` if there is one.
+        """
         tensor = self._with_node(tensor)
         seen = Seen(axis.layer, tensor if part is None else part, order)
-        gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, whole=part is None or norm is not None)
-        if part is None and (self.explore or axis.layer in self.copied):
-            self._watched.append((gate, seen))
-            gate.seen = seen.copied()
-        if norm is not None and part.grad_fn is not None:
+        gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, feeder is not None)
+        gate.whole = part is None or norm is not None
+        if part is None:
+            self._watched.append((gate, seen, tensor, tensor.grad_fn))
+            gate.seen = seen.copied() if self.explore or axis.layer in self.copied else seen
+        if feeder is not None:
+            gate.feeder = Gate(feeder, seen, dim)
+        elif norm is not None and part.grad_fn is not None:
             self._norm_inputs.append((gate, part.grad_fn))
         self._uses[axis] += 1
         tensor.register_hook(partial(self._on_gradient, gate))
@@ -335,9 +375,11 @@ class Capture:
                 giver, given = (source, gate) if source.norm is not None else (gate, source)
                 giver.also.append(given.axis)
                 given.given = True
-        if self.explore:
-            changed = {gate.axis.layer for gate, seen in self._watched if seen.changed and not gate.given}
-            self.copied |= changed
+        for gate, seen, tensor, node in self._watched:
+            if seen.written_once() and tensor.grad_fn.name() in MASKING and tensor.grad_fn.next_functions[0][0] is node:
+                seen.masked()
+            elif self.explore and seen.changed and not gate.given:
+                self.copied.add(gate.axis.layer)
 
     def _only_source(self, gate: Gate, node: Node | None, uses: Counter[Node]) -> Gate | None:
         """Return the gate on the output that `node` made, if only `gate` reads it and all of it counts."""
@@ -374,22 +416,22 @@ class Capture:
         value, gradient = gate.seen.read(), gate.seen.order(gradient)
         if not self._fits(gate.axis.layer, gradient):
             return
-        if gate.dim == 0:
+        if gate.dim == 0 and self._examples > 1:
             self.unfit.add(gate.axis.layer)
         elif gate.norm is None:
-            self._add(gate, example_sums(gradient, value, gate.dim))
+            self._add(gate, channel_sums(gradient, value, gate.dim, whole=self._examples == 1)[0])
         else:
             self._add_norm(gate, gradient, value)
 
     def _add_norm(self, gate: Gate, gradient: Tensor, value: Tensor) -> None:
-        norm = gate.norm
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        mean, variance = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-        slope = norm.weight.detach() * (variance + norm.eps).rsqrt()
-        first, zeroth = centred_sums(gradient, value, mean)
-        self._add(gate, slope * first + norm.bias.detach() * zeroth)
+        norm, (slope, shift) = gate.norm, affine(gate.norm)
+        centre = shift if gate.folded else norm.running_mean.to(slope.dtype)
+        first, zeroth = channel_sums(gradient, value, gate.dim, mean=centre, whole=self._examples == 1)
+        first = first if gate.folded else slope * first
+        # Σ δy·slope·(z − mean) differs by Σ δy from the norm's product, Σ δy·y, and from the layer's, Σ δy·slope·z.
+        self._add(gate, first + (shift if gate.folded else norm.bias.detach()) * zeroth)
         if gate.feeder is not None:
-            self._add(gate.feeder, slope * (first + mean * zeroth))
+            self._add(gate.feeder, first if gate.folded else first + slope * centre * zeroth)
 
     def _add(self, gate: Gate, sums: Tensor) -> None:
         sums = sums.unflatten(0, (self._examples, -1)).sum(1)

@@ -3,7 +3,8 @@
 Row n of J is the gradient of a loss L_n with respect to the parameters w of one channel of one layer axis. The
 Jacobian Criterion (Chen et al. 2025, arXiv 2508.05521) scores the channel by wᵀ(JᵀJ)w = Σ_n (J_n w)², so only the
 products J_n w are needed. After one backward pass of a batch's mean loss, W ⊙ ∂L/∂W summed over everything but the
-channels is J_n w of every channel of the layer at once; finer rows come from a capture (see `capture`).
+channels is J_n w of every channel of the layer at once; a capture gives it without the weights' gradients (see
+`capture`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..errors import UnknownNameError
 from ..state import numbered
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
-from .rows import ProductRows, Rows, examples_per_row, parameter_slots, uncompiled
+from .rows import ProductRows, Proof, Rows, examples_per_row, parameter_slots, uncompiled
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,17 @@ def stream_products(
     *,
     rows: Rows = "batch",
     objective: Objective = classification,
+    proof: Proof | None = None,
+    set_aside: bool = False,
 ) -> Iterator[dict[LayerAxis, Tensor]]:
     """Yield, batch by batch, J·w of the given axes: LayerAxis -> (rows of this batch, channels).
 
     Nothing is kept between batches, and the model is itself again whenever a batch's products are handed out. Sums are
-    at least float32. Raises as `jacobian_products` does.
+    at least float32. A `proof` saves what the first batches show of the model for the next call, with the same rows, on
+    what is pruned from it. With `set_aside` layers that a batch's loss does not depend on have products of zero; the
+    proof's ``reached`` names all others. Raises as `jacobian_products` does.
     """
-    read = ProductRows(model, axes, objective, examples_per_row(rows))
+    read = ProductRows(model, axes, objective, examples_per_row(rows), proof, set_aside)
     for number, batch in numbered(batches):
         yield read(batch, number)
 

@@ -13,33 +13,41 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..state import differentiable, evaluating, keeping_statistics, numbered
+from ..state import (
+    Restoring,
+    differentiable,
+    evaluating,
+    flushing_denormals,
+    keeping_statistics,
+    numbered,
+    passing,
+    stand_in,
+    within,
+)
 from ..structure.groups import Member
 from ..structure.layers import (
     LayerAxis,
     UnknownLayerError,
     channel_sum,
     find_axis,
+    folded,
     get_layer,
     layer_axes,
     own_parameters,
     scored_layers,
 )
-from .capture import Capture, Consume, never_ran
+from .capture import NONE, Capture, Consume, never_ran
 from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
-
-NONE: Mapping = MappingProxyType({})
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
@@ -65,47 +73,81 @@ Gradients = Mapping[int, Tensor | None]
 """The gradients of parameters, by id."""
 
 
+@dataclass
+class Proof:
+    """What batches have shown of a model's layers, by name. It holds for what is pruned from the model too.
+
+    ``proven``: the layers that were looked at; of these ``by_weights`` do not suit the capture, and ``absent`` did not
+    run then. ``reached``: the layers that a loss has depended on so far. ``copied``: those whose output the model
+    changes in place. ``folds``: the layers that do the work of a BatchNorm, each with its name; None: not tried yet.
+    """
+
+    proven: set[str] = field(default_factory=set)
+    by_weights: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
+    copied: set[str] = field(default_factory=set)
+    folds: Mapping[str, str] | None = None
+
+
 class _Rows(ABC):
     """Rows of `per_row` examples (None: a batch), from a capture where that is exact, else by one backward pass a row.
 
-    The first batch with more than one row shows which layers the capture suits. Two backward passes, of Σ_i l_i and of
-    Σ_i c_i l_i with powers of two c_i, must give measures that differ by exactly c_i: so row i holds nothing of any
-    other example. And the sum over the rows must be what the weights' gradients give, and the graph must use no weight
-    more often than was seen: so no use of a weight was missed. The measures are J·v of each axis: what is asked, or a
+    The first batch shows which layers the capture suits. The sum over the rows must be what the weights' gradients
+    give, and the graph must use no weight more often than was seen: so no use of a weight was missed. With more than
+    one row two backward passes, of Σ_i l_i and of Σ_i c_i l_i with powers of two c_i, must give measures that differ by
+    exactly c_i: so row i holds nothing of any other example. The measures are J·v of each axis: what is asked, or a
     likeness of it.
     """
 
-    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
-        # A batch's row needs no hook inside the model, which may stay compiled.
-        self.model = model if per_row is None else uncompiled(model)
+    whole = False
+    """Whether a batch's one row comes from the capture too; else no hook is in the model, which may stay compiled."""
+
+    set_aside = False
+    """Whether layers that a batch's loss does not depend on have rows of zeros; else they raise."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Sequence[LayerAxis],
+        objective: Objective,
+        per_row: int | None,
+        proof: Proof | None = None,
+    ):
+        self.by_hooks = per_row is not None or (self.whole and uncompiled(model) is model)
+        self.model = uncompiled(model) if self.by_hooks else model
         self.axes, self.objective, self.per_row = axes, objective, per_row
         self.layers = {axis.layer: get_layer(uncompiled(model), axis.layer) for axis in axes}
-        self.families = {} if per_row is None else families(uncompiled(model), self.layers)
-        self.by_weights: set[str] = set()
-        self.copied: set[str] = set()
-        self.checked = False
-        self.one_row = per_row is None
+        self.families = families(uncompiled(model), self.layers) if self.by_hooks else {}
+        self.proof = Proof() if proof is None else proof
+
+    @property
+    def checked(self) -> bool:
+        return self.proof.proven.issuperset(self.layers)
 
     def __call__(self, batch: Any, number: int) -> Any:
-        fast, slow = ((), self.axes) if self.one_row else self._apart()
+        fast, slow = self._apart() if self.by_hooks else ((), self.axes)
         model, capture = self.model, self._capture(fast)
         wanted = self._parameters(slow if self.checked else self.axes)
-        with evaluating(model), keeping_statistics(model), differentiable(model, wanted), closing(capture):
+        with self._borrowed(model, wanted), closing(capture):
             with capture.watching(model), _eagerly() if fast else nullcontext():
-                losses = checked_losses(model, batch, self.objective, number)
-            losses = in_rows(losses, self.per_row, number)
-            self.one_row = len(losses) == 1
+                losses = in_rows(checked_losses(model, batch, self.objective, number), self.per_row, number)
+            if self.per_row is None:
+                losses = losses.mean(1, keepdim=True)
+            elif len(losses) == 1 and not self.checked:
+                return self._read(capture, losses, (), self.axes)
             if self.checked or not fast:
                 return self._read(capture, losses, fast, slow)
-            if self.one_row:
-                return self._read(capture, losses, (), self.axes)
             measures = self._check(capture, losses)
             return self._read(capture, losses, *self._apart(), measures)
 
+    def _borrowed(self, model: nn.Module, wanted: Sequence[nn.Parameter]) -> Restoring:
+        return within(evaluating(model), keeping_statistics(model), differentiable(model, wanted))
+
     def _apart(self) -> tuple[list[LayerAxis], list[LayerAxis]]:
         """Return the axes that are captured, and those that go one backward pass a row."""
-        fast = [axis for axis in self.axes if axis.layer not in self.by_weights]
-        return fast, [axis for axis in self.axes if axis.layer in self.by_weights]
+        fast = [axis for axis in self.axes if axis.layer not in self.proof.by_weights]
+        return fast, [axis for axis in self.axes if axis.layer in self.proof.by_weights]
 
     @abstractmethod
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture: ...
@@ -133,17 +175,23 @@ class _Rows(ABC):
         measures, gradients = self._measure(capture, losses, losses.new_ones(len(losses)))
         expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
-        unscaled, _ = self._measure(capture, losses, _powers_of_two(len(losses)).to(losses))
+        factors = _powers_of_two(len(losses)).to(losses)
+        unscaled = measures if len(losses) == 1 else self._measure(capture, losses, factors)[0]
         elsewhere = capture.used_elsewhere()
         for axis, whole in expected.items():
+            seen_before = axis.layer in self.proof.proven
+            if self.set_aside and axis not in measures and (seen_before or axis.layer not in self.proof.reached):
+                self.proof.absent |= set() if seen_before else {axis.layer}
+                continue
             known = axis in measures and axis in unscaled and self._fits(capture, axis.layer)
             seen = known and elsewhere.isdisjoint(map(id, self._parameters([axis])))
             rounding = 100 * terms[axis].max() + largest
             if not seen or not _agree(measures[axis], unscaled[axis], whole[0], rounding, capture.coarse):
-                self.by_weights.add(axis.layer)
-        self.checked = True
-        if self.by_weights:
-            logger.warning("one backward pass a row, exact but slow, for: %s", ", ".join(sorted(self.by_weights)))
+                self.proof.by_weights.add(axis.layer)
+        self.proof.proven |= self.layers.keys()
+        if self.proof.by_weights and len(losses) > 1:
+            slow = ", ".join(sorted(self.proof.by_weights))
+            logger.warning("one backward pass a row, exact but slow, for: %s", slow)
         return measures
 
     def _fits(self, capture: Capture, layer: str) -> bool:
@@ -171,7 +219,10 @@ class _Rows(ABC):
         found = {}
         for name, own in wanted.items():
             layer = self.layers[name]
-            products = {key: self._product(p, gradients.get(id(p)), name) for key, p in own_parameters(layer).items()}
+            given = {key: (p, gradients.get(id(p))) for key, p in own_parameters(layer).items()}
+            products = {key: self._product(*pair, name) for key, pair in given.items()}
+            if any(gradient is not None for _, gradient in given.values()):
+                self.proof.reached.add(name)
             if absolute:
                 products = {key: product.abs() for key, product in products.items()}
             found |= {axis: channel_products(layer, axis, products)[None] for axis in own}
@@ -179,20 +230,86 @@ class _Rows(ABC):
 
     def _product(self, parameter: Tensor, gradient: Tensor | None, name: str) -> Tensor:
         direction = self._direction(parameter)
+        if gradient is None and self.set_aside:
+            return torch.zeros_like(direction)
         return direction * _present(gradient, name).to(direction.dtype)
 
 
 class ProductRows(_Rows):
     """J·w of layer axes, row by row: a batch -> LayerAxis -> (rows, channels)."""
 
-    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], objective: Objective, per_row: int | None):
-        super().__init__(model, axes, objective, per_row)
+    whole = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Sequence[LayerAxis],
+        objective: Objective,
+        per_row: int | None,
+        proof: Proof | None = None,
+        set_aside: bool = False,
+    ):
+        super().__init__(model, axes, objective, per_row, proof)
+        self.set_aside = set_aside
         self.uses = {axis: tied_axes(axis, self.families[axis.layer]) for axis in axes if self.families}
+        self.trying = False
+
+    def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
+        if not (self.by_hooks and self.checked and self.proof.folds is None):
+            found = super().__call__(batch, number)
+            late = self.proof.absent & self.proof.reached
+            if not late:
+                return found
+            # What runs for the first time is not proven: look again, at the layers themselves.
+            self.proof.absent -= late
+            self.proof.proven -= late
+            self.proof.folds = None
+            return super().__call__(batch, number)
+        before, self.foldable = torch.get_rng_state(), {}
+        plain = super().__call__(batch, number)
+        if self.proof.absent & self.proof.reached:
+            self.proof.folds = NONE
+            return self(batch, number)
+        self.proof.folds = self.foldable
+        if self.foldable:
+            self._try_folds(plain, batch, number, before)
+        return plain
+
+    def _try_folds(self, plain: Mapping[LayerAxis, Tensor], batch: Any, number: int, random: Tensor) -> None:
+        """Score a batch again with folded norms; keep to the folds if it gives the same."""
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random)
+            self.trying = True
+            try:
+                again = super().__call__(batch, number)
+            except BaseException:
+                self.proof.folds = {}
+                raise
+            finally:
+                self.trying = False
+        largest = max(rows.abs().max() for rows in plain.values())
+        for axis, rows in plain.items():
+            eps = torch.finfo(rows.dtype).eps
+            if not (again[axis] - rows).abs().max() <= eps**0.5 * rows.abs().max() + 100 * eps * largest:
+                logger.info("batch norms are scored unfolded: %s differs", axis)
+                self.proof.folds = {}
+
+    def _borrowed(self, model: nn.Module, wanted: Sequence[nn.Parameter]) -> Restoring:
+        parts = [super()._borrowed(model, wanted), *([flushing_denormals()] if self.by_hooks else [])]
+        for (layer, norm), tensors in self._folded.items() if self.proof.folds else ():
+            parts += [stand_in(layer, tensors), passing(norm)]
+        return within(*parts)
+
+    @cached_property
+    def _folded(self) -> dict[tuple[nn.Module, nn.Module], dict[str, Tensor]]:
+        pairs = [(self.layers[layer], self.layers[norm]) for layer, norm in self.proof.folds.items()]
+        return {pair: folded(*pair) for pair in pairs}
 
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
         uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])
         layers = {use.layer: self.families[axis.layer][use.layer] for axis in axes for use in self.uses[axis]}
-        return Capture(layers, uses, copied=self.copied, explore=not self.checked)
+        explore, folds = self.trying or not self.checked, self.proof.folds or NONE
+        return Capture(layers, uses, copied=self.proof.copied, explore=explore, folds=folds)
 
     def _read(
         self, capture: Capture, losses: Tensor, fast: Sequence, slow: Sequence, measures: Mapping = NONE
@@ -200,17 +317,24 @@ class ProductRows(_Rows):
         if fast and not measures:
             measures, _ = self._measure(capture, losses, losses.new_ones(len(losses)), retain=bool(slow))
         for axis in fast:
-            if axis not in measures or not self._fits(capture, axis.layer):
+            absent = axis not in measures and not self.set_aside
+            if absent or not self._fits(capture, axis.layer):
                 raise ValueError(capture.missing(axis.layer))
-        found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast}
+        self.proof.reached |= {axis.layer for axis in measures}
+        found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast if axis in measures}
+        found |= {axis: self._zeros(axis, losses) for axis in fast if axis not in found}
         rows = [self._products(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
         found |= {axis: torch.cat([row[axis] for row in rows]) for axis in slow}
         return {axis: found[axis] for axis in self.axes}
+
+    def _zeros(self, axis: LayerAxis, losses: Tensor) -> Tensor:
+        return losses.new_zeros(len(losses), find_axis(self.layers[axis.layer], axis).width).detach()
 
     def _measure(
         self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
     ) -> tuple[dict[LayerAxis, Tensor], Gradients]:
         sums, gradients = capture.read(losses * factors[:, None], retain)
+        self.foldable = {} if capture.coarse else capture.foldable()
         examples = factors.repeat_interleave(losses.shape[1])[:, None]
         parts = {axis: [sums[use] for use in uses if use in sums] for axis, uses in self.uses.items()}
         return {axis: sum(found[1:], found[0]) / examples for axis, found in parts.items() if found}, gradients

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,11 +18,14 @@ from ..errors import UnknownNameError
 from ..state import differentiable, evaluating, numbered
 from ..structure.groups import ChannelGroup, Member
 from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parameters
+from .capture import never_ran
 from .criteria import Criterion, Evidence, resolve_criterion
 from .jacobian import stream_products
 from .objectives import Objective, batch_loss, classification, sampled_classification
 from .residual import residual_scores
-from .rows import distinct_members, parameter_slots, stream_gradients
+from .rows import Proof, distinct_members, parameter_slots, stream_gradients
+
+logger = logging.getLogger(__name__)
 
 Products = Mapping[LayerAxis, Tensor]
 """J·w of the channels of layer axes for some rows: LayerAxis -> (rows, channels)."""
@@ -130,10 +135,14 @@ NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parame
 
 @dataclass(frozen=True)
 class Scores(Mapping[ChannelGroup, Tensor]):
-    """The score of every channel of every group: a mapping ChannelGroup -> tensor of shape (width,)."""
+    """The score of every channel of every group: a mapping ChannelGroup -> tensor of shape (width,).
+
+    ``left_out``: where scoring may stop, the scores without each of the batches in turn, group -> (batches, width).
+    """
 
     values_: Mapping[ChannelGroup, Tensor]
     criterion: str
+    left_out: Mapping[ChannelGroup, Tensor] | None = None
 
     def __getitem__(self, group: ChannelGroup) -> Tensor:
         return self.values_[group]
@@ -157,6 +166,10 @@ class Scores(Mapping[ChannelGroup, Tensor]):
         return f"<b>{self!r}</b>{summary.to_html(float_format='{:.3g}'.format)}"
 
 
+Decided = Callable[[Scores], bool]
+"""Says of the scores so far whether they suffice."""
+
+
 def score_groups(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
@@ -167,6 +180,8 @@ def score_groups(
     normalizer: str | None = None,
     objective: Objective = classification,
     seed: int = 0,
+    decided: Decided | None = None,
+    proof: Proof | None = None,
 ) -> Scores:
     """Score every channel of every group.
 
@@ -181,6 +196,9 @@ def score_groups(
         group_reduction: "sum", "mean", "max", "prod" or "first", over the members.
         normalizer: None, "sum", "mean", "max", "gaussian" or "standarization" as torch_pruning defines them, or
             "parameters": divide by the number of parameters of one channel of the group.
+        decided: called with the scores so far after every batch from the second on; no more are scored once it says
+            so. For criteria of products whose saliency passes leading dimensions on.
+        proof: see `stream_products`.
 
     Returns:
         Scores, every tensor on the CPU in float64.
@@ -193,7 +211,6 @@ def score_groups(
     _check_request(criterion, batches, group_reduction, normalizer)
     if batches is not None and criterion.batches is not None:
         batches = islice(batches, criterion.batches)
-    whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
     parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
     for group, members in parts.items():
         if not members:
@@ -204,16 +221,98 @@ def score_groups(
         combined = residual_scores(model, parts, batches, objective)
     elif criterion.coupling in JOINED:
         axes = _axes(model, parts)
-        stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
+        stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective, proof=proof)
         combined = JOINED[criterion.coupling](parts, stream)
     else:
-        saliencies = _saliencies(model, _axes(model, parts), criterion, batches, objective, seed)
-        combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
+        axes = _axes(model, parts)
+        proof = Proof() if proof is None else proof
+        options = {"rows": criterion.rows, "objective": objective, "proof": proof, "set_aside": True}
+        stream = stream_products(model, batches, list(axes), **options)
+        reached = proof.reached if criterion.needs == "products" else None
+        finish = partial(_finish, model, parts, criterion, group_reduction, normalizer, reached)
+        if decided is not None:
+            return _score_until(groups, axes, criterion, stream, decided, finish)
+        saliencies = _saliencies(model, axes, criterion, stream, batches, objective, seed)
+        return _scores(groups, criterion, finish(saliencies))
+    return _scores(groups, criterion, _scaled(model, combined, criterion, normalizer))
+
+
+def _scores(groups: Sequence[ChannelGroup], criterion: Criterion, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
+    whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
+    return Scores({group: (scored | whole)[group] for group in groups}, criterion.name)
+
+
+def _finish(
+    model: nn.Module,
+    parts: Parts,
+    criterion: Criterion,
+    group_reduction: str,
+    normalizer: str | None,
+    reached: set[str] | None,
+    saliencies: Mapping[LayerAxis, Tensor],
+) -> dict[ChannelGroup, Tensor]:
+    """Turn saliencies of axes, (..., channels), into scores of groups, (..., width)."""
+    if reached is not None:
+        parts = _reached(parts, reached)
+    combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
+    return _scaled(model, combined, criterion, normalizer)
+
+
+def _reached(parts: Parts, reached: set[str]) -> dict[ChannelGroup, list[Member]]:
+    """Set members aside whose layers no loss depends on; raise ValueError for a group that has no others."""
+    aside = {m.axis.layer for members in parts.values() for m in members} - reached
+    if not aside:
+        return {group: list(members) for group, members in parts.items()}
+    left = {group: [m for m in members if m.axis.layer in reached] for group, members in parts.items()}
+    for group, members in left.items():
+        if not members:
+            raise ValueError(f"group {group.root}: {never_ran(group.root.layer)}")
+    logger.info("no loss depends on, and scores leave out: %s", ", ".join(sorted(aside)))
+    return left
+
+
+def _scaled(
+    model: nn.Module, combined: Mapping[ChannelGroup, Tensor], criterion: Criterion, normalizer: str | None
+) -> dict[ChannelGroup, Tensor]:
     if criterion.rescale:
         combined = {group: criterion.rescale(score) for group, score in combined.items()}
+    if normalizer is None:
+        return dict(combined)
     counts = {group: _channel_parameters(model, group) for group in combined} if normalizer == "parameters" else {}
-    scaled = {group: normalize(score, normalizer, counts.get(group, 1)) for group, score in combined.items()}
-    return Scores({group: (scaled | whole)[group] for group in groups}, criterion.name)
+    return {
+        group: torch.stack([normalize(one, normalizer, counts.get(group, 1)) for one in torch.atleast_2d(score)]).view(
+            score.shape
+        )
+        for group, score in combined.items()
+    }
+
+
+def _score_until(
+    groups: Sequence[ChannelGroup],
+    axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
+    criterion: Criterion,
+    stream: Iterable[Products],
+    decided: Decided,
+    finish: Callable[[Mapping[LayerAxis, Tensor]], dict[ChannelGroup, Tensor]],
+) -> Scores:
+    """Score batch after batch until the scores suffice, or none is left."""
+    squares: list[dict[LayerAxis, Tensor]] = []
+    for products in stream:
+        squares.append({axis: rows.double().square().sum(0).cpu() for axis, rows in products.items()})
+        count, saliencies = len(squares), {}
+        for name, (layer, axis) in axes.items():
+            each = torch.stack([batch[name] for batch in squares])
+            total = each.sum(0)
+            seen = torch.cat([total[None], (total - each).clamp(min=0) * count / max(count - 1, 1)])
+            saliencies[name] = _saliency(criterion, name, Evidence(layer, axis, products=seen), seen.shape)
+        found = finish(saliencies)
+        scores = replace(
+            _scores(groups, criterion, {group: score[0] for group, score in found.items()}),
+            left_out={group: score[1:] for group, score in found.items()},
+        )
+        if count > 1 and decided(scores):
+            break
+    return scores
 
 
 def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
@@ -261,13 +360,13 @@ def _saliencies(
     model: nn.Module,
     axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
     criterion: Criterion,
+    stream: Iterable[Products],
     batches: Any,
     objective: Objective,
     seed: int,
 ) -> dict[LayerAxis, Tensor]:
     """Return the criterion's saliency of every axis, on the CPU in float64."""
     layers, needs = [axis.layer for axis in axes], criterion.needs
-    stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective)
     products = sum_squares(stream) if needs == "products" else {}
     gradients = mean_gradients(model, batches, layers, objective=objective) if needs == "gradients" else {}
     squares = sum_square_gradients(model, batches, layers, objective=objective) if needs == "squares" else {}
@@ -276,13 +375,18 @@ def _saliencies(
     for name, (layer, axis) in axes.items():
         seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
         evidence = Evidence(layer, axis, *seen, generator)
-        value = criterion.saliency(layer, axis, evidence).detach().double().cpu()
-        if value.shape != (axis.width,):
-            raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not ({axis.width},)")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"criterion {criterion.name!r}: the score of {name} is not finite; check its weights")
-        saliencies[name] = value
+        saliencies[name] = _saliency(criterion, name, evidence, (axis.width,))
     return saliencies
+
+
+def _saliency(criterion: Criterion, name: LayerAxis, evidence: Evidence, shape: Sequence[int]) -> Tensor:
+    """Return the checked saliency of one axis, on the CPU in float64."""
+    value = criterion.saliency(evidence.layer, evidence.axis, evidence).detach().double().cpu()
+    if value.shape != tuple(shape):
+        raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not {tuple(shape)}")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"criterion {criterion.name!r}: the score of {name} is not finite; check its weights")
+    return value
 
 
 def reduce_members(

@@ -108,47 +108,52 @@ GRADIENTS: Mapping[type, RowsOf] = {
 """Layer type -> the gradient of its parameters from (x, δ); all others are differentiated once a row."""
 
 
-def example_sums(gradient: Tensor, value: Tensor, channel_dim: int) -> Tensor:
-    """Sum gradient · value over all dimensions but the first and the channels', at least in float32: (n, channels)."""
+def channel_sums(
+    gradient: Tensor, value: Tensor, dim: int, *, mean: Tensor | None = None, whole: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return Σ g·(v − mean) and, with a mean, Σ g over all but examples and channels: (examples, channels).
+
+    Sums are at least in float32; with `whole` they are over the examples too: (1, channels).
+    """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     gradient, value = gradient.to(dtype), value.to(dtype)
-    if channel_dim == 1 and gradient.dim() > 2 and gradient.is_contiguous() and value.is_contiguous():
-        return _row_sums(gradient, value, None)[0]
-    others = [dim for dim in range(1, gradient.dim()) if dim != channel_dim]
-    product = gradient * value
-    return product.sum(others) if others else product
+    if dim == 1 and gradient.dim() > 2 and gradient.is_contiguous():
+        first, zeroth = _image_sums(gradient, value.contiguous(), mean, whole)
+        return first, None if mean is None else zeroth
+    gradient, value = gradient.movedim(dim, -1), value.movedim(dim, -1)
+    value = value if mean is None else value - mean
+    if whole:
+        return _token_sums(gradient, value)
+    factors = (gradient * value, None if mean is None else gradient)
+    return tuple(t if t is None or t.dim() < 3 else t.flatten(1, -2).sum(1) for t in factors)
 
 
-def centred_sums(gradient: Tensor, value: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ gradient · (value − mean) and Σ gradient over the positions, both (n, channels); channels along 1."""
-    gradient, value = gradient.to(mean.dtype), value.to(mean.dtype)
-    if gradient.is_contiguous() and value.is_contiguous():
-        return _row_sums(gradient, value, mean)
-    others = list(range(2, gradient.dim()))
-    product = gradient * (value - mean.view(-1, *[1] * len(others)))
-    return (product.sum(others), gradient.sum(others)) if others else (product, gradient)
+def _image_sums(gradient: Tensor, value: Tensor, mean: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
+    """Return Σ g · (v − mean) and Σ g of (examples, channels, ...) in one pass, without a temporary of their size.
 
-
-def _row_sums(gradient: Tensor, value: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return Σ g · (v − mean) and Σ g over all dimensions from the third on, without a temporary of their size.
-
-    torch has no such reduction, but the backward pass of a batch norm in eval mode is one when each (example, channel)
-    counts as a channel: its gradients of weight and bias are these sums.
+    torch has no such reduction, but the backward pass of a batch norm in eval mode is one: its gradients of weight and
+    bias are these sums. Each (example, channel) counts as a channel there unless the sums are over the examples too.
     """
-    shape = gradient.shape[:2]
-    rows = shape.numel()
-    mean = gradient.new_zeros(rows) if mean is None else mean.repeat(shape[0])
-    flat = (1, rows, -1)
+    examples, channels = gradient.shape[:2]
+    shape = (1, channels) if whole else (examples, channels)
+    flat = (examples, channels, -1) if whole else (1, examples * channels, -1)
+    mean = gradient.new_zeros(channels) if mean is None else mean.to(gradient.dtype)
+    mean = mean.repeat(shape[0])
+    pair, ones = (gradient.view(flat), value.view(flat)), torch.ones_like(mean)
     _, first, zeroth = torch.ops.aten.native_batch_norm_backward(
-        gradient.view(flat),
-        value.view(flat),
-        None,
-        mean,
-        torch.ones_like(mean),
-        None,
-        None,
-        False,
-        0.0,
-        (False, True, True),
+        *pair, None, mean, ones, None, None, False, 0.0, (False, True, True)
     )
     return first.view(shape), zeroth.view(shape)
+
+
+def _token_sums(gradient: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ g · v and Σ g of (..., channels), each (1, channels), likewise by a layer norm's backward pass."""
+    width, leading = gradient.shape[-1], range(gradient.dim() - 1)
+    order = (*sorted(leading, key=gradient.stride, reverse=True), gradient.dim() - 1)
+    rows, values = (t.permute(order).reshape(-1, width).contiguous() for t in (gradient, value))
+    mean, deviation = rows.new_zeros(len(rows), 1), rows.new_ones(len(rows), 1)
+    ones, zeros = rows.new_ones(width), rows.new_zeros(width)
+    _, first, zeroth = torch.ops.aten.native_layer_norm_backward(
+        rows, values, [width], mean, deviation, ones, zeros, (False, True, True)
+    )
+    return first[None], zeroth[None]

@@ -484,6 +484,32 @@ def channel_sum(tensor: Tensor, slot: Slot) -> Tensor:
     return (split.sum(others) if others else split).flatten()
 
 
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return slope and shift of a batch norm in eval mode, y = slope·z + shift, each (channels,), at least float32."""
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    slope = norm.weight.detach().to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    return slope, norm.bias.detach().to(dtype) - slope * norm.running_mean.to(dtype)
+
+
+def is_foldable(layer: nn.Module, norm: nn.Module) -> bool:
+    """Say whether a projection can do the work of a batch norm behind it; both have torch's own forward."""
+    plain = type(norm).forward is nn.modules.batchnorm._BatchNorm.forward and norm.running_mean is not None
+    own = "forward" in vars(layer) or "forward" in vars(norm) or norm.weight is None or norm.bias is None
+    made = is_projection(layer) and not is_standardised(layer) and "bias" in layer._parameters
+    return plain and made and not own and not norm.training and "weight" in layer._parameters
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> dict[str, Tensor]:
+    """Return the weight and bias with which a projection gives what a batch norm in eval mode makes of its output."""
+    slope, shift = affine(norm)
+    own, slots = own_parameters(layer), {slot.tensor: slot for slot in layer_axes(layer)["out"].slots}
+    split, dims = channel_dims(own["weight"].detach(), slots["weight"])
+    factors = slope.view([size if dim in dims else 1 for dim, size in enumerate(split.shape)])
+    bias = shift + slope * own["bias"].detach() if "bias" in own else shift
+    weight = (split * factors).reshape(own["weight"].shape)
+    return {"weight": weight.to(own["weight"].dtype), "bias": bias.to(own["weight"].dtype)}
+
+
 def select_channels(tensor: Tensor, slot: Slot, kept: Tensor) -> Tensor:
     """Return the tensor with only the channels `kept` (positions along the axis, ascending)."""
     if slot.groups > 1:

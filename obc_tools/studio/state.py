@@ -61,7 +61,7 @@ class Choices:
         """
         order = order.by_hand(self.hands)
         order.check(self.target, costs)
-        return order.meet(self.target, costs)
+        return order.plan(order.meet(self.target, costs))
 
     @property
     def hands(self) -> dict[LayerAxis, tuple[list[int], list[int]]]:

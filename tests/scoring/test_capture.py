@@ -41,6 +41,16 @@ def test_products_are_those_of_the_whole_jacobian(case, rows):
         torch.testing.assert_close(scores[axis], quadratic, rtol=0, atol=1e-10 * quadratic.max().item())
 
 
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_later_batches_have_the_products_of_the_first(case, rows):
+    """They are scored without weight gradients, and from the third on with folded norms."""
+    for product in computed(case, rows, batches=3).values():
+        first, *later = product.chunk(3)
+        for rows_later in later:
+            torch.testing.assert_close(rows_later, first, rtol=0, atol=1e-10 * first.abs().max().item())
+
+
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_one_backward_pass_a_row_where_gates_do_not_suit_and_only_there(case, caplog):
     with caplog.at_level(logging.WARNING):

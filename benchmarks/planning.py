@@ -1,0 +1,157 @@
+"""Time scoring over plain forward and backward passes, and a whole plan with and without stopping.
+
+    python benchmarks/planning.py scoring [--pairs 5]
+    python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50]
+
+Both kinds take turns in one process, after two batches that prove what may be left out. Printed and appended to
+``results/planning.csv`` are medians of the paired ratios with their extremes. Plans are for the published ResNet-56 at
+2.11x in ten steps: seconds, batches, accuracy on held-out images without any training, and the share of the removed
+channels that `stop=None` removes too.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import obc_tools as obc
+from obc_tools.scoring.objectives import classification
+from obc_tools.scoring.rows import ProductRows, examples_per_row
+
+OUT = Path(__file__).parents[1] / "results" / "planning.csv"
+SIZES = {"resnet56": (128, 32, 10), "vgg19": (64, 32, 100), "torchvision:resnet50": (8, 224, 1000),
+         "torchvision:mobilenet_v2": (8, 224, 1000), "torchvision:vit_b_16": (4, 224, 1000)}  # fmt: skip
+"""Network -> images in a batch, their size, classes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        pairs: of a plain pass and a scored batch.
+        batches: of 128 images at most in a step.
+        fixed: a number of batches in every step, to hold against stopping.
+        note: whether the machine was quiet.
+    """
+
+    what: Literal["scoring", "plans"]
+    models: tuple[str, ...] = tuple(SIZES)
+    pairs: int = 5
+    data: Path | None = None
+    weights: Path | None = None
+    batches: int = 50
+    fixed: int = 4
+    stops: tuple[float, ...] = (0.1,)
+    whole: bool = True
+    steps: int = 10
+    seed: int = 0
+    note: str = "not quiet"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def write(row: dict[str, object], note: str) -> None:
+    row |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": note}
+    print(row, flush=True)
+    fresh = not OUT.exists()
+    with OUT.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="")
+        if fresh:
+            table.writeheader()
+        table.writerow(row)
+
+
+COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "stop", "batches", "seconds", "accuracy",
+           "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
+
+
+def time_scoring(name: str, options: Options) -> None:
+    torch.manual_seed(0)
+    size, side, classes = SIZES[name]
+    model = obc.load_model(name, num_classes=classes).eval()
+    batch = torch.randn(size, 3, side, side), torch.randint(0, classes, (size,))
+    groups = [group for group in obc.find_groups(model, batch[0][:1]) if group.prunable]
+    axes = list(dict.fromkeys(member.axis for group in groups for member in group.members))
+
+    def plain() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+
+    for rows in ("batch", "sample"):
+        read = ProductRows(model, axes, classification, examples_per_row(rows))
+        for number in range(2):
+            read(batch, number)
+        plain()
+        pairs = ((seconds(partial(read, batch, 0)), seconds(plain)) for _ in range(options.pairs))
+        ratios = [scored / passed for scored, passed in pairs]
+        row = {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
+        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(ratios), "most": round(max(ratios), 3)}
+        write(row, options.note)
+
+
+def counted(batches: Iterable, count: list[int], most: int) -> Iterator:
+    for batch in obc.take(batches, most):
+        count[0] += 1
+        yield batch
+
+
+class Counted:
+    """Batches that count how many were asked for."""
+
+    def __init__(self, batches: Iterable, most: int):
+        self.batches, self.most, self.count = batches, most, [0]
+
+    def __iter__(self) -> Iterator:
+        return counted(self.batches, self.count, self.most)
+
+
+def accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
+    with torch.no_grad():
+        return sum((model(x).argmax(1) == t).sum().item() for x, t in batches) / sum(len(t) for _, t in batches)
+
+
+def time_plans(options: Options) -> None:
+    data = obc.load_data("cifar10", root=str(options.data))
+    model = obc.load_model("resnet56", num_classes=10, weights=str(options.weights)).eval()
+    images = list(data.batches("train", 128, seed=options.seed))[: 2 * options.batches]
+    test = list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4))
+    example, whole = torch.zeros(1, 3, 32, 32), None
+    runs = [(None, options.batches)] if options.whole else []
+    runs += [(None, options.fixed), *((stop, options.batches) for stop in options.stops)]
+    for stop, most in runs:
+        given = Counted(images, most)
+        extra = {} if stop is None else {"stop": stop}
+        start = time.perf_counter()
+        plan = obc.prune_to(model, example, given, speedup=2.11, steps=options.steps, progress=False, **extra)
+        spent = time.perf_counter() - start
+        gone = {(g.root, c) for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)}
+        whole = gone if whole is None else whole
+        row = {"what": "plan", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "seconds": round(spent, 1)}
+        row |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test)}
+        row |= {"overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
+        write(row, options.note)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    if chosen.what == "plans":
+        time_plans(chosen)
+    else:
+        for network in chosen.models:
+            time_scoring(network, chosen)
