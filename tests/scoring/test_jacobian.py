@@ -230,7 +230,8 @@ def test_the_graph_is_freed_without_a_garbage_collector():
     gc.disable()
     try:
         jacobian_products(model, [chosen.data()] * 2, rows="sample")
-        assert [reference() for reference in watched] == [None, None]
+        # The second batch is scored twice: once to see whether its norms may be folded.
+        assert [reference() for reference in watched] == [None, None, None]
     finally:
         gc.enable()
 
