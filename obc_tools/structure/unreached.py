@@ -25,10 +25,19 @@ FOLDS = (1, 2, 3, 4, 6)
 
 @dataclass
 class Levels:
-    """What passes on the level of each module that was called: what its own forward function takes, makes, hands on."""
+    """What passes on the level of each module that was called: what its own forward function takes, makes, hands on.
+
+    ``borders`` are what the last call of a module took ("in") and made ("out").
+    """
 
     flow: Flow
     passing: dict[str, dict[int, tuple[tuple[int, ...], Channels]]] = field(default_factory=lambda: defaultdict(dict))
+    borders: dict[tuple[str, str], list[Channels]] = field(default_factory=dict)
+
+    def cross(self, side: str, values: Iterable[Any]) -> None:
+        """Note the tensors that go into ("in") or come out of ("out") the module that is running."""
+        found = (self.flow.tensors.get(value) for value in values if isinstance(value, Tensor))
+        self.borders[self.flow.module, side] = [entry for entry in found if entry is not None and entry.labelled]
 
     def note(self, values: Iterable[Any]) -> None:
         """Note the tensors among values on the level of the module that is running."""
@@ -84,10 +93,10 @@ def may_run(model: nn.Module, layer: str) -> bool:
     owner, _, name = layer.rpartition(".")
     kinds = type(model.get_submodule(owner)).__mro__
     codes = [getattr(f, "__code__", None) for kind in kinds for key, f in vars(kind).items() if key != "__init__"]
-    return any(name in _names(code) for code in codes if code is not None)
+    return any(name in names_in(code) for code in codes if code is not None)
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Return the attributes that a function names, functions within it included."""
-    within = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    within = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return {*code.co_names}.union(*within)

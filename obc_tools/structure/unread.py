@@ -1,0 +1,124 @@
+"""Widths that modules keep as attributes and that no forward pass reads: `num_features`, `in_chs`, `feature_info`.
+
+Other methods read them, to build a new head or to fuse branches. By their names and values they follow what passes
+where their module is called. A wrong guess cannot change an output: only what the traced passes did not read, and the
+module's own forward function does not name, follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .flow import Attribute, Channels
+from .layers import LayerAxis, is_known, layer_axes
+from .unreached import Levels, names_in
+
+_WIDTH = "_?(chs|channels|features|planes|dims?|size)"
+TAKEN = re.compile(rf"(in|input){_WIDTH}|dim_in")
+MADE = re.compile(rf"(out|output){_WIDTH}|dim_out")
+PASSING = re.compile(r"num_(features|channels)|(head_)?hidden_(size|dim)|embed_dim|d_model|dim|channels|width|planes")
+GROUPS, FEATURES = "groups", "feature_info"
+
+
+class _Watched(dict):
+    """A module's buffers that also give its hidden attributes, and note each that is read."""
+
+    def __init__(self, buffers: Mapping[str, Any], hidden: Mapping[str, Any]):
+        super().__init__(buffers)
+        self.hidden, self.read = hidden, set()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.hidden or super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.hidden:
+            return super().__getitem__(key)
+        self.read.add(key)
+        return self.hidden[key]
+
+
+@dataclass
+class Unread:
+    """The attributes of a copied model that may be widths, watched while it runs."""
+
+    model: nn.Module
+    watched: dict[str, _Watched] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Move, in place, the attributes to where torch looks last, so that each reading is noticed."""
+        for name, module in self.model.named_modules():
+            hidden = {} if is_known(module) else {key: held for key, held in vars(module).items() if _is_width(key, held)}
+            hidden = {key: held for key, held in hidden.items() if not hasattr(type(module), key)}
+            if hidden:
+                for key in hidden:
+                    del module.__dict__[key]
+                self.watched[name] = module.__dict__["_buffers"] = _Watched(module._buffers, hidden)
+
+    def attributes(self, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]) -> Iterator[tuple[Attribute, np.ndarray]]:
+        """Yield the attributes that were not read, with the labels of the width that each of them holds."""
+        for name, watched in self.watched.items():
+            free = watched.hidden.keys() - watched.read
+            free -= _named_forward(type(self.model.get_submodule(name))) if free else set()
+            for key in (key for key in watched.hidden if key in free):
+                for path, width, passing in self._places(name, key, watched.hidden[key], levels):
+                    labels = self._grouped(name, width, axes) if key == GROUPS else _first(passing, width)
+                    if labels is not None:
+                        yield Attribute(name, path), labels
+
+    def _places(
+        self, name: str, key: str, held: Any, levels: Levels
+    ) -> Iterator[tuple[str, int, Iterable[Channels]]]:
+        """Yield where an attribute holds a width, the width, and what it could be the width of, likeliest first."""
+        if key == FEATURES:
+            for index, entry in enumerate(held):
+                module = ".".join(filter(None, (name, str(entry.get("module")))))
+                yield f"{key}.{index}.num_chs", entry.get("num_chs"), levels.borders.get((module, "out"), ())
+        elif TAKEN.fullmatch(key):
+            yield key, held, levels.borders.get((name, "in"), ())
+        elif MADE.fullmatch(key):
+            yield key, held, levels.borders.get((name, "out"), ())
+        else:
+            made = levels.borders.get((name, "out"), ())
+            within = [entry for _, entry in reversed(levels.passing[name].values())]
+            yield key, held, [*(entry for entry in within if not any(entry is other for other in made)), *made]
+
+    def _grouped(self, name: str, width: int, axes: Mapping[LayerAxis, np.ndarray]) -> np.ndarray | None:
+        """Return the labels of the first depthwise convolution within a module that has as many groups."""
+        for inner, layer in self.model.get_submodule(name).named_modules(prefix=name):
+            for key, axis in layer_axes(layer, inner).items() if is_known(layer) else ():
+                if GROUPS in axis.attributes and axis.width == width and LayerAxis(inner, key) in axes:
+                    return axes[LayerAxis(inner, key)]
+        return None
+
+
+def _is_width(key: str, held: Any) -> bool:
+    if key == FEATURES:
+        return isinstance(held, list) and all(isinstance(entry, dict) for entry in held)
+    named = key == GROUPS or any(pattern.fullmatch(key) for pattern in (TAKEN, MADE, PASSING))
+    return named and isinstance(held, int) and held > 1
+
+
+def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
+    """Return the labels of the first dimension that is as wide."""
+    found = (labels for entry in passing for labels in entry.dims if labels is not None and labels.size == width)
+    return next(found, None)
+
+
+def _named_forward(kind: type) -> set[str]:
+    """Return what the forward function of a module's type names, and what the methods name that it may call."""
+    waiting, named = ["forward"], set()
+    while waiting:
+        name = waiting.pop()
+        for function in (vars(base).get(name) for base in kind.__mro__ if base is not nn.Module):
+            code = getattr(inspect.unwrap(getattr(function, "fget", function)), "__code__", None)
+            fresh = names_in(code) - named if code is not None else set()
+            named |= fresh
+            waiting += fresh
+    return named
