@@ -2,7 +2,7 @@
 
 Other methods read them, to build a new head or to fuse branches. By their names and values they follow what passes
 where their module is called. A wrong guess cannot change an output: only what the traced passes did not read, and the
-module's own forward function does not name, follows.
+module's forward function with the methods that it calls does not name, follows.
 """
 
 from __future__ import annotations
@@ -54,48 +54,57 @@ class Unread:
     def watch(self) -> None:
         """Move, in place, the attributes to where torch looks last, so that each reading is noticed."""
         for name, module in self.model.named_modules():
-            hidden = {} if is_known(module) else {key: held for key, held in vars(module).items() if _is_width(key, held)}
-            hidden = {key: held for key, held in hidden.items() if not hasattr(type(module), key)}
+            own = {} if is_known(module) else {key: held for key, held in vars(module).items() if _is_width(key, held)}
+            named = _named_forward(type(module)) if own else set()
+            hidden = {key: own[key] for key in own if key not in named and not hasattr(type(module), key)}
             if hidden:
                 for key in hidden:
                     del module.__dict__[key]
                 self.watched[name] = module.__dict__["_buffers"] = _Watched(module._buffers, hidden)
 
-    def attributes(self, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]) -> Iterator[tuple[Attribute, np.ndarray]]:
+    def attributes(
+        self, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]
+    ) -> Iterator[tuple[Attribute, np.ndarray]]:
         """Yield the attributes that were not read, with the labels of the width that each of them holds."""
         for name, watched in self.watched.items():
-            free = watched.hidden.keys() - watched.read
-            free -= _named_forward(type(self.model.get_submodule(name))) if free else set()
-            for key in (key for key in watched.hidden if key in free):
-                for path, width, passing in self._places(name, key, watched.hidden[key], levels):
-                    labels = self._grouped(name, width, axes) if key == GROUPS else _first(passing, width)
+            for key in (key for key in watched.hidden if key not in watched.read):
+                for path, labels in self._labels_of(name, key, watched.hidden[key], levels, axes):
                     if labels is not None:
                         yield Attribute(name, path), labels
 
-    def _places(
-        self, name: str, key: str, held: Any, levels: Levels
-    ) -> Iterator[tuple[str, int, Iterable[Channels]]]:
-        """Yield where an attribute holds a width, the width, and what it could be the width of, likeliest first."""
+    def _labels_of(
+        self, name: str, key: str, held: Any, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]
+    ) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Yield each place of an attribute that holds a width, and the labels that it follows."""
+        taken, made = (levels.borders.get((name, side), ()) for side in ("in", "out"))
         if key == FEATURES:
             for index, entry in enumerate(held):
                 module = ".".join(filter(None, (name, str(entry.get("module")))))
-                yield f"{key}.{index}.num_chs", entry.get("num_chs"), levels.borders.get((module, "out"), ())
-        elif TAKEN.fullmatch(key):
-            yield key, held, levels.borders.get((name, "in"), ())
+                feature = levels.borders.get((module, "out"), ())
+                yield f"{key}.{index}.num_chs", _first(feature, entry.get("num_chs"))
+        elif key == GROUPS and any(self._convolutions(name)):
+            yield key, self._depthwise(name, held, axes)
+        elif key == GROUPS or TAKEN.fullmatch(key):
+            yield key, _first(taken, held)
         elif MADE.fullmatch(key):
-            yield key, held, levels.borders.get((name, "out"), ())
+            yield key, _first(made, held)
         else:
-            made = levels.borders.get((name, "out"), ())
             within = [entry for _, entry in reversed(levels.passing[name].values())]
-            yield key, held, [*(entry for entry in within if not any(entry is other for other in made)), *made]
+            results = {id(entry) for entry in made}
+            yield key, _first([*(entry for entry in within if id(entry) not in results), *made], held)
 
-    def _grouped(self, name: str, width: int, axes: Mapping[LayerAxis, np.ndarray]) -> np.ndarray | None:
+    def _depthwise(self, name: str, groups: int, axes: Mapping[LayerAxis, np.ndarray]) -> np.ndarray | None:
         """Return the labels of the first depthwise convolution within a module that has as many groups."""
-        for inner, layer in self.model.get_submodule(name).named_modules(prefix=name):
-            for key, axis in layer_axes(layer, inner).items() if is_known(layer) else ():
-                if GROUPS in axis.attributes and axis.width == width and LayerAxis(inner, key) in axes:
+        for inner, layer in self._convolutions(name):
+            for key, axis in layer_axes(layer, inner).items():
+                if GROUPS in axis.attributes and axis.width == groups and LayerAxis(inner, key) in axes:
                     return axes[LayerAxis(inner, key)]
         return None
+
+    def _convolutions(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        for inner, layer in self.model.get_submodule(name).named_modules(prefix=name):
+            if is_known(layer) and hasattr(layer, GROUPS):
+                yield inner, layer
 
 
 def _is_width(key: str, held: Any) -> bool:
