@@ -460,7 +460,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     tracer.keep_unreached()
     tracer.keep_temperatures()
     tracer.keep_numbers()
-    for attribute, labels in tracer.unread.attributes(tracer.levels, tracer.axes):
+    for attribute, labels in tracer.unread.attributes(tracer.levels):
         tracer.flow.attributes.setdefault(attribute, labels)
     return tracer
 

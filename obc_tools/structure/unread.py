@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from .flow import Attribute, Channels
-from .layers import LayerAxis, is_known, layer_axes
+from .layers import is_known, layer_axes
 from .unreached import Levels, names_in
 
 _WIDTH = "_?(chs|channels|features|planes|dims?|size)"
@@ -54,27 +54,26 @@ class Unread:
     def watch(self) -> None:
         """Move, in place, the attributes to where torch looks last, so that each reading is noticed."""
         for name, module in self.model.named_modules():
-            own = {} if is_known(module) else {key: held for key, held in vars(module).items() if _is_width(key, held)}
+            plain = not is_known(module) and type(module).__getattr__ is nn.Module.__getattr__
+            own = {key: held for key, held in vars(module).items() if plain and _is_width(key, held)}
             named = _named_forward(type(module)) if own else set()
+            if not named.isdisjoint(("__dict__", "vars")):
+                continue
             hidden = {key: own[key] for key in own if key not in named and not hasattr(type(module), key)}
             if hidden:
                 for key in hidden:
                     del module.__dict__[key]
                 self.watched[name] = module.__dict__["_buffers"] = _Watched(module._buffers, hidden)
 
-    def attributes(
-        self, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]
-    ) -> Iterator[tuple[Attribute, np.ndarray]]:
+    def attributes(self, levels: Levels) -> Iterator[tuple[Attribute, np.ndarray]]:
         """Yield the attributes that were not read, with the labels of the width that each of them holds."""
         for name, watched in self.watched.items():
             for key in (key for key in watched.hidden if key not in watched.read):
-                for path, labels in self._labels_of(name, key, watched.hidden[key], levels, axes):
+                for path, labels in self._labels_of(name, key, watched.hidden[key], levels):
                     if labels is not None:
                         yield Attribute(name, path), labels
 
-    def _labels_of(
-        self, name: str, key: str, held: Any, levels: Levels, axes: Mapping[LayerAxis, np.ndarray]
-    ) -> Iterator[tuple[str, np.ndarray | None]]:
+    def _labels_of(self, name: str, key: str, held: Any, levels: Levels) -> Iterator[tuple[str, np.ndarray | None]]:
         """Yield each place of an attribute that holds a width, and the labels that it follows."""
         taken, made = (levels.borders.get((name, side), ()) for side in ("in", "out"))
         if key == FEATURES:
@@ -83,7 +82,7 @@ class Unread:
                 feature = levels.borders.get((module, "out"), ())
                 yield f"{key}.{index}.num_chs", _first(feature, entry.get("num_chs"))
         elif key == GROUPS and any(self._convolutions(name)):
-            yield key, self._depthwise(name, held, axes)
+            yield key, self._depthwise(name, held, levels.flow.grouped)
         elif key == GROUPS or TAKEN.fullmatch(key):
             yield key, _first(taken, held)
         elif MADE.fullmatch(key):
@@ -93,12 +92,12 @@ class Unread:
             results = {id(entry) for entry in made}
             yield key, _first([*(entry for entry in within if id(entry) not in results), *made], held)
 
-    def _depthwise(self, name: str, groups: int, axes: Mapping[LayerAxis, np.ndarray]) -> np.ndarray | None:
+    def _depthwise(self, name: str, groups: int, labels: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray | None:
         """Return the labels of the first depthwise convolution within a module that has as many groups."""
         for inner, layer in self._convolutions(name):
-            for key, axis in layer_axes(layer, inner).items():
-                if GROUPS in axis.attributes and axis.width == groups and LayerAxis(inner, key) in axes:
-                    return axes[LayerAxis(inner, key)]
+            for key, axis in layer_axes(layer, inner).items() if inner in labels else ():
+                if GROUPS in axis.attributes and axis.width == groups:
+                    return labels[inner][key]
         return None
 
     def _convolutions(self, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -111,7 +110,7 @@ def _is_width(key: str, held: Any) -> bool:
     if key == FEATURES:
         return isinstance(held, list) and all(isinstance(entry, dict) for entry in held)
     named = key == GROUPS or any(pattern.fullmatch(key) for pattern in (TAKEN, MADE, PASSING))
-    return named and isinstance(held, int) and held > 1
+    return named and isinstance(held, int) and int(held) > 1
 
 
 def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
