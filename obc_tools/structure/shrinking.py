@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,14 +79,17 @@ def is_attribute(axis: str) -> bool:
 
 
 def _set_attribute(layer: nn.Module, axis: str, width: int) -> None:
-    name, _, index = axis.removesuffix(ROOT).removeprefix(".").partition(".")
-    if axis.endswith(ROOT):
-        setattr(layer, name, width**-0.5)
-    elif index:
-        old = getattr(layer, name)
-        setattr(layer, name, type(old)(width if i == int(index) else item for i, item in enumerate(old)))
-    else:
-        setattr(layer, name, width)
+    name, *path = axis.removesuffix(ROOT).removeprefix(".").split(".")
+    setattr(layer, name, _with(getattr(layer, name), path, width**-0.5 if axis.endswith(ROOT) else width))
+
+
+def _with(held: Any, path: Sequence[str], number: float) -> Any:
+    """Return what an attribute holds with a number in it, at the places in lists, tuples and dicts that lead to it."""
+    if not path:
+        return number
+    if isinstance(held, dict):
+        return held | {path[0]: _with(held[path[0]], path[1:], number)}
+    return type(held)(_with(item, path[1:], number) if i == int(path[0]) else item for i, item in enumerate(held))
 
 
 def shrink_layer(layer: nn.Module, kept: Mapping[str, Sequence[int]], name: str = "") -> None:

@@ -53,6 +53,7 @@ from .layers import (
 )
 from .operations import keep_tokens
 from .unreached import Levels, named_in
+from .unread import Unread
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -150,7 +151,7 @@ class Tracer:
     paused: int = 0
 
     def __post_init__(self):
-        self.ledger, self.levels = Ledger(self.flow), Levels(self.flow)
+        self.ledger, self.levels, self.unread = Ledger(self.flow), Levels(self.flow), Unread(self.model)
 
     def register(self) -> None:
         """Give labels to the axes of all layers, bare parameters and buffers."""
@@ -261,6 +262,7 @@ class Tracer:
             def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
                 self.flow.stack.append(name)
                 self.levels.note(tree_leaves((args, kwargs)))
+                self.levels.cross("in", tree_leaves((args, kwargs)))
                 self.paused += has_role(module, "attention")
 
             return enter
@@ -273,6 +275,7 @@ class Tracer:
                     self.paused -= 1
                     if not self.paused:
                         self._attend(name, module, args, kwargs, output)
+                self.levels.cross("out", tree_leaves(output))
                 self.flow.stack.pop()
                 self.levels.note(tree_leaves(output))
 
@@ -451,6 +454,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     if attributes:
         tracer.flow.rooted = tracer.note_root
         track_attributes(tracer.model, tracer.note_root)
+        tracer.unread.watch()
     tracer.run(example_inputs)
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
@@ -458,6 +462,8 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     tracer.keep_unreached()
     tracer.keep_temperatures()
     tracer.keep_numbers()
+    for attribute, labels in tracer.unread.attributes(tracer.levels):
+        tracer.flow.attributes.setdefault(attribute, labels)
     return tracer
 
 

@@ -27,10 +27,19 @@ ITERATING = {"children", "named_children", "modules", "named_modules", "_modules
 
 @dataclass
 class Levels:
-    """What passes on the level of each module that was called: what its own forward function takes, makes, hands on."""
+    """What passes on the level of each module that was called: what its own forward function takes, makes, hands on.
+
+    ``borders`` are what the last call of a module took ("in") and made ("out").
+    """
 
     flow: Flow
     passing: dict[str, dict[int, tuple[tuple[int, ...], Channels]]] = field(default_factory=lambda: defaultdict(dict))
+    borders: dict[tuple[str, str], list[Channels]] = field(default_factory=dict)
+
+    def cross(self, side: str, values: Iterable[Any]) -> None:
+        """Note the tensors that go into ("in") or come out of ("out") the module that is running."""
+        found = (self.flow.tensors.get(value) for value in values if isinstance(value, Tensor))
+        self.borders[self.flow.module, side] = [entry for entry in found if entry is not None and entry.labelled]
 
     def note(self, values: Iterable[Any]) -> None:
         """Note the tensors among values on the level of the module that is running."""
@@ -96,13 +105,13 @@ def _named_by(kind: type) -> set[str]:
     """Return the names that the functions of a class use: those of its ancestors that it does not replace, too."""
     own = [one for one in kind.__mro__ if one is not object and not one.__module__.startswith("torch.nn")]
     found = {name: f for one in reversed(own) for name, f in vars(one).items() if name != "__init__"}
-    named = set().union(*map(_names, found.values()))
-    return named if "super" not in named else named.union(*(_names(f) for one in own for f in vars(one).values()))
+    named = set().union(*map(names_in, found.values()))
+    return named if "super" not in named else named.union(*(names_in(f) for one in own for f in vars(one).values()))
 
 
-def _names(function: Any) -> set[str]:
+def names_in(function: Any) -> set[str]:
     """Return the names that a function uses, functions within it included; none of what is no function."""
     code = getattr(function, "__code__", function)
     if not isinstance(code, CodeType):
         return set()
-    return {*code.co_names}.union(*map(_names, code.co_consts))
+    return {*code.co_names}.union(*map(names_in, code.co_consts))

@@ -1,0 +1,132 @@
+"""Widths that modules keep as attributes and that no forward pass reads: `num_features`, `in_chs`, `feature_info`.
+
+Other methods read them, to build a new head or to fuse branches. By their names and values they follow what passes
+where their module is called. A wrong guess cannot change an output: only what the traced passes did not read, and the
+module's forward function with the methods that it calls does not name, follows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .flow import Attribute, Channels
+from .layers import is_known, layer_axes
+from .unreached import Levels, names_in
+
+_WIDTH = "_?(chs|channels|features|planes|dims?|size)"
+TAKEN = re.compile(rf"(in|input){_WIDTH}|dim_in")
+MADE = re.compile(rf"(out|output){_WIDTH}|dim_out")
+PASSING = re.compile(r"num_(features|channels)|(head_)?hidden_(size|dim)|embed_dim|d_model|dim|channels|width|planes")
+GROUPS, FEATURES = "groups", "feature_info"
+
+
+class _Watched(dict):
+    """A module's buffers that also give its hidden attributes, and note each that is read."""
+
+    def __init__(self, buffers: Mapping[str, Any], hidden: Mapping[str, Any]):
+        super().__init__(buffers)
+        self.hidden, self.read = hidden, set()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.hidden or super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.hidden:
+            return super().__getitem__(key)
+        self.read.add(key)
+        return self.hidden[key]
+
+
+@dataclass
+class Unread:
+    """The attributes of a copied model that may be widths, watched while it runs."""
+
+    model: nn.Module
+    watched: dict[str, _Watched] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Move, in place, the attributes to where torch looks last, so that each reading is noticed."""
+        for name, module in self.model.named_modules():
+            plain = not is_known(module) and type(module).__getattr__ is nn.Module.__getattr__
+            own = {key: held for key, held in vars(module).items() if plain and _is_width(key, held)}
+            named = _named_forward(type(module)) if own else set()
+            if not named.isdisjoint(("__dict__", "vars")):
+                continue
+            hidden = {key: own[key] for key in own if key not in named and not hasattr(type(module), key)}
+            if hidden:
+                for key in hidden:
+                    del module.__dict__[key]
+                self.watched[name] = module.__dict__["_buffers"] = _Watched(module._buffers, hidden)
+
+    def attributes(self, levels: Levels) -> Iterator[tuple[Attribute, np.ndarray]]:
+        """Yield the attributes that were not read, with the labels of the width that each of them holds."""
+        for name, watched in self.watched.items():
+            for key in (key for key in watched.hidden if key not in watched.read):
+                for path, labels in self._labels_of(name, key, watched.hidden[key], levels):
+                    if labels is not None:
+                        yield Attribute(name, path), labels
+
+    def _labels_of(self, name: str, key: str, held: Any, levels: Levels) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Yield each place of an attribute that holds a width, and the labels that it follows."""
+        taken, made = (levels.borders.get((name, side), ()) for side in ("in", "out"))
+        if key == FEATURES:
+            for index, entry in enumerate(held):
+                module = ".".join(filter(None, (name, str(entry.get("module")))))
+                feature = levels.borders.get((module, "out"), ())
+                yield f"{key}.{index}.num_chs", _first(feature, entry.get("num_chs"))
+        elif key == GROUPS and any(self._convolutions(name)):
+            yield key, self._depthwise(name, held, levels.flow.grouped)
+        elif key == GROUPS or TAKEN.fullmatch(key):
+            yield key, _first(taken, held)
+        elif MADE.fullmatch(key):
+            yield key, _first(made, held)
+        else:
+            within = [entry for _, entry in reversed(levels.passing[name].values())]
+            results = {id(entry) for entry in made}
+            yield key, _first([*(entry for entry in within if id(entry) not in results), *made], held)
+
+    def _depthwise(self, name: str, groups: int, labels: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray | None:
+        """Return the labels of the first depthwise convolution within a module that has as many groups."""
+        for inner, layer in self._convolutions(name):
+            for key, axis in layer_axes(layer, inner).items() if inner in labels else ():
+                if GROUPS in axis.attributes and axis.width == groups:
+                    return labels[inner][key]
+        return None
+
+    def _convolutions(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        for inner, layer in self.model.get_submodule(name).named_modules(prefix=name):
+            if is_known(layer) and hasattr(layer, GROUPS):
+                yield inner, layer
+
+
+def _is_width(key: str, held: Any) -> bool:
+    if key == FEATURES:
+        return isinstance(held, list) and all(isinstance(entry, dict) for entry in held)
+    named = key == GROUPS or any(pattern.fullmatch(key) for pattern in (TAKEN, MADE, PASSING))
+    return named and isinstance(held, int) and int(held) > 1
+
+
+def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
+    """Return the labels of the first dimension that is as wide."""
+    found = (labels for entry in passing for labels in entry.dims if labels is not None and labels.size == width)
+    return next(found, None)
+
+
+def _named_forward(kind: type) -> set[str]:
+    """Return what the forward function of a module's type names, and what the methods name that it may call."""
+    waiting, named = ["forward"], set()
+    while waiting:
+        name = waiting.pop()
+        for function in (vars(base).get(name) for base in kind.__mro__ if base is not nn.Module):
+            code = getattr(inspect.unwrap(getattr(function, "fget", function)), "__code__", None)
+            fresh = names_in(code) - named if code is not None else set()
+            named |= fresh
+            waiting += fresh
+    return named
