@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from obc_tools import analyse, make_plan, prune, score_groups
-from obc_tools.pruning.check import CheckError, check_plan
+from obc_tools.pruning.check import WRONG, CheckError, check_plan
 
 BOUND = 1e-8
 
@@ -58,10 +58,10 @@ def examine(seed: int, check: bool = False) -> dict[str, object]:
 def _alarm(known: Known, plan, inputs: Tensor) -> str:
     """Return what `check_plan` says of a plan that is right."""
     try:
-        failed = [str(finding) for finding in check_plan(known.network, plan, inputs).findings if not finding.ok]
+        findings = check_plan(known.network, plan, inputs).findings
     except CheckError as error:
         return f"cannot tell: {error}"
-    return f"false alarm: {failed[0]}" if failed else "right"
+    return next((f"false alarm: {finding}" for finding in findings if finding.verdict == WRONG), "right")
 
 
 def _kinds(known: Known, groups) -> dict[str, tuple[int, int]]:

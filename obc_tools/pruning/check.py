@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..measure.costs import Cost, CostModel, cost, cost_model
 from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, within
+from ..structure.counting import count
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
 from .masking import Masking, dead_entries
@@ -64,6 +65,9 @@ HIDDEN = (
     "the output does not show what goes, nor with random weights: give inputs on which it does, or "
     "Forward(run, inputs) whose run returns what comes before"
 )
+
+
+VARIES = "how much the network computes depends on its data, such as how many rows an expert is sent"
 
 
 class CheckError(ValueError):
@@ -344,7 +348,7 @@ def _all_the_same(tensors: list[Tensor]) -> bool:
 
 
 def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | None) -> list[Finding]:
-    """Compare predicted with counted costs: relative errors, which must be zero."""
+    """Compare predicted with counted costs: relative errors, which must be zero but for work that depends on data."""
     try:
         predicted, counted = (
             (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan),
@@ -352,7 +356,9 @@ def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | 
         )
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
-    return [Finding("costs predicted = counted", _deviation(predicted, counted), 0.0)]
+    found = Finding("costs predicted = counted", _deviation(predicted, counted), 0.0)
+    varies = not found.ok and predicted.params == counted.params and _depends_on_data(model, plan, inputs)
+    return [replace(found, unclear=VARIES if varies else "")]
 
 
 def _deviation(predicted: Cost, counted: Cost) -> float:
@@ -437,11 +443,21 @@ def _as_single(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
 
 @torch.no_grad()
 def _depends_on_data(model: nn.Module, plan: PruningPlan, inputs: Any) -> bool:
-    """Say whether the network's work changes with its weights alone, their sizes being equal."""
-    silent = copy_of(model)
-    for tensor, mask in dead_entries(silent, plan):
+    """Say whether what a network multiplies changes with its weights alone, their sizes being equal.
+
+    Weights are silenced where they go, then drawn at random.
+    """
+    other, known = copy_of(model), _sizes(model, inputs)
+    for tensor, mask in dead_entries(other, plan):
         tensor.masked_fill_(mask, 0)
-    return cost(silent, inputs).macs != cost(model, inputs).macs
+    if _sizes(other, inputs) != known:
+        return True
+    _draw_weights(other, seed=0)
+    return _sizes(other, inputs) != known
+
+
+def _sizes(model: nn.Module, inputs: Any) -> list[tuple[str, int]]:
+    return [(product.layer, product.size) for product in count(model, inputs).products]
 
 
 @torch.no_grad()

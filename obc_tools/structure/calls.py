@@ -6,7 +6,10 @@ other tensors. `FUNCTIONS` maps the name of a function to what stands in for it 
 
 from __future__ import annotations
 
+import builtins
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..state import Restoring
 from .flow import Dimension, Flow, Size, tensors_in
 
 
@@ -74,6 +78,40 @@ def _attention_as_function(tracer: Tracing, function: Callable, args: tuple, kwa
     reason = f"is taken by {tracer.flow.where('multi_head_attention_forward')}, called as a function"
     tracer.flow.freeze_all([tracer.flow.of(tensor) for tensor in taken], reason)
     return function(*args, **kwargs)
+
+
+class _RangeType(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _RANGE)
+
+
+class _Range(metaclass=_RangeType):
+    def __new__(cls, *ends: Any) -> range:
+        use_as_numbers(ends, "range")
+        return _RANGE(*ends)
+
+
+def _noting(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def note(*args: Any) -> Any:
+        use_as_numbers(args, function.__name__)
+        return function(*args)
+
+    return note
+
+
+_RANGE = range
+_SEEN = [(builtins, "range", _RANGE, _Range)]
+_SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.log, math.log2, math.log10, math.isqrt, math.gcd)]
+
+
+def seen_by_python() -> Restoring:
+    """Let `range` and functions of `math` note the widths that they take: these ask no number how it becomes plain."""
+    restoring = Restoring()
+    for module, name, function, noting in _SEEN:
+        restoring.undo.append(functools.partial(setattr, module, name, function))
+        setattr(module, name, noting)
+    return restoring
 
 
 @stand_in(*TAKES_LAYERS)
@@ -204,8 +242,8 @@ def _narrow(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
     tensor, dim, start, length = args[:4] if len(args) > 3 else (args[0], *kwargs.values())[:4]
     labels = tracer.flow.of(tensor).dims[dim]
     if labels is not None:
-        tracer.flow.require(start, labels[: int(start)])
-        tracer.flow.require(length, labels[int(start) : int(start) + int(length)])
+        tracer.flow.require(start, labels[: operator.index(start)])
+        tracer.flow.require(length, labels[operator.index(start) : operator.index(start) + operator.index(length)])
     return out
 
 
@@ -238,12 +276,12 @@ def _slices(dims: Sequence[Any], index: Any) -> Iterator[tuple[Any, slice]]:
 def _require_slice(flow: Flow, labels: Any, cut: slice) -> None:
     """Demand that both ends of a slice stay where they are among the channels that are kept."""
     for end in (cut.start, cut.stop):
-        if end is None or int(end) == 0 or int(end) >= labels.size:
+        if end is None or operator.index(end) == 0 or operator.index(end) >= labels.size:
             continue
-        if int(end) > 0:
-            flow.require(end, labels[: int(end)])
+        if operator.index(end) > 0:
+            flow.require(end, labels[: operator.index(end)])
         else:
-            flow.require(-end, labels[int(end) :])
+            flow.require(-end, labels[operator.index(end) :])
 
 
 @stand_in("layer_norm")

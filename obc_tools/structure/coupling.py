@@ -7,6 +7,7 @@ of its class. A *bundle* gathers the classes that occur on the same axes.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ class Classes:
         for number, (own, *others) in enumerate(patterns.tolist()):
             left = dict(zip(carried, others, strict=True))
             value = evaluate(size, lambda value, source, left=left: value - left[id(source)])
-            if value != int(size) - own:
+            if value != operator.index(size) - own:
                 for misfit in classes[which.ravel() == number].tolist():
                     self.reasons.setdefault(misfit, MISFIT)
 

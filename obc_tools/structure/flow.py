@@ -63,7 +63,12 @@ class Combined:
 
 
 class Size(int):
-    """A whole number with its source; arithmetic on it keeps the sources."""
+    """A whole number with its source; arithmetic on it keeps the sources.
+
+    What makes a plain number of it notes that (`as_number`). Python asks nobody where it takes a number as an index
+    (`calls.seen_by_python` stands in for its best-known functions), nor where it compares unequal numbers or takes
+    a tensor's `len`: a width that is so used is found by the proof alone (`pruning.check`).
+    """
 
     source: Attribute | Dimension | Combined
 
@@ -84,10 +89,16 @@ class Size(int):
 
     def __hash__(self) -> int:
         salts = {source.salt for source in leaves(self) if isinstance(source, Dimension)}
-        return hash((int(self), *sorted(salts))) if any(salts) else hash(int(self))
+        return hash((operator.index(self), *sorted(salts))) if any(salts) else hash(operator.index(self))
 
     def __float__(self) -> float:
         return float(self.as_number("float"))
+
+    def __int__(self) -> int:
+        return self.as_number("int")
+
+    def __neg__(self) -> Size:
+        return 0 - self
 
     def __pow__(self, power: Any, *modulus: Any) -> Any:
         return int.__pow__(self.as_number("root" if isinstance(power, float) else "pow"), plain(power, "pow"), *modulus)
@@ -96,13 +107,13 @@ class Size(int):
         """Return the plain number, for an operation that shapes no tensor: it would change with the width."""
         for source in dict.fromkeys(leaves(self)):
             source.rooted(self, operation)
-        return int(self)
+        return operator.index(self)
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(function, method)(*(plain(arg, "root") for arg in args), **kwargs)
 
     def __reduce__(self) -> tuple:
-        return int, (int(self),)
+        return int, (operator.index(self),)
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any], swapped: bool) -> Callable[[Size, Any], Any]:
@@ -112,8 +123,9 @@ def _arithmetic(operation: Callable[[Any, Any], Any], swapped: bool) -> Callable
             number = self.as_number(operation.__name__)
             return operation(other, number) if swapped else operation(number, other)
         if not isinstance(other, int):
+            self.as_number(operation.__name__)  # such as a list that is repeated
             return NotImplemented
-        return Size(operation(int(left), int(right)), Combined(operation, left, right))
+        return Size(operation(operator.index(left), operator.index(right)), Combined(operation, left, right))
 
     return combine
 
@@ -141,7 +153,10 @@ def _numeric(method: str) -> Callable[..., Any]:
 for _name in ("truediv", "divmod", "lshift", "rshift", "and", "or", "xor"):
     for _method in (f"__{_name}__", f"__r{_name}__"):
         setattr(Size, _method, _numeric(_method))
-Size.__rpow__ = _numeric("__rpow__")
+for _method in ("__rpow__", "__invert__", "__abs__", "bit_length"):
+    setattr(Size, _method, _numeric(_method))
+for _method in ("__round__", "__floor__", "__ceil__", "__trunc__", "__pos__"):
+    setattr(Size, _method, lambda self, *digits: self)
 
 
 def _comparison(method: str, trivial: int | None) -> Callable[[Size, Any], bool]:
@@ -149,7 +164,7 @@ def _comparison(method: str, trivial: int | None) -> Callable[[Size, Any], bool]
 
     def compare(self: Size, other: Any) -> bool:
         asks = not (trivial is not None and isinstance(other, int) and other <= trivial)
-        return getattr(int, method)(self.as_number("comparison") if asks else int(self), other)
+        return getattr(int, method)(self.as_number("comparison") if asks else operator.index(self), other)
 
     return compare
 
@@ -173,7 +188,7 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
     if not isinstance(value, Size):
         return value
     if not isinstance(value.source, Combined):
-        return look_up(int(value), value.source)
+        return look_up(operator.index(value), value.source)
     left, right = (evaluate(side, look_up) for side in (value.source.left, value.source.right))
     if right == 0 and value.source.operation in (operator.floordiv, operator.mod):
         return -1
@@ -381,20 +396,20 @@ class Flow:
         if one.size == other.size:
             self.join(_in_runs(one), _in_runs(other))
         else:
-            self.freeze(one, f"shares a width of {int(size)} with an axis of another length")
-            self.freeze(other, f"shares a width of {int(size)} with an axis of another length")
+            self.freeze(one, f"shares a width of {operator.index(size)} with an axis of another length")
+            self.freeze(other, f"shares a width of {operator.index(size)} with an axis of another length")
 
     def _follow_multiple(self, source: Combined, labels: np.ndarray) -> None:
         """Let an attribute follow an axis that is a multiple of it: `head_dim * 3`."""
         one, times = (source.left, source.right) if isinstance(source.left, Size) else (source.right, source.left)
         single = isinstance(one, Size) and isinstance(one.source, Attribute) and not isinstance(times, Size)
-        if single and source.operation is operator.mul and labels.size == int(one) * times:
+        if single and source.operation is operator.mul and labels.size == operator.index(one) * times:
             self.require(one, self.join_blocks(labels, times))
 
     def _join_share(self, source: Combined, labels: np.ndarray) -> None:
         """Join an axis with the wider one of which it is an equal share: `width // heads` channels a head."""
         whole = source.left.source if isinstance(source.left, Size) else None
-        shares = isinstance(whole, Dimension) and whole.labels.size == labels.size * int(source.right)
+        shares = isinstance(whole, Dimension) and whole.labels.size == labels.size * operator.index(source.right)
         if shares and not np.isin(labels, whole.labels).all():  # a part of it is joined as it was cut
             self.join(self.join_rows(whole.labels.reshape(-1, labels.size)), labels)
 

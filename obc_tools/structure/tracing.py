@@ -8,6 +8,7 @@ paths through it than can be counted takes no longer than its forward pass.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped, within
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
+from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import (
     INPUT,
@@ -228,8 +229,8 @@ class Tracer:
                 self.flow.put(leaf, [None] * leaf.dim(), INPUT)
                 self.shadows.move([leaf])
         self.flow.contracted, self.flow.multiplied = self._note_contraction, self._note_product
-        borrowed = torch.no_grad(), hooks(self._hooks()), no_fused_attention(), _Calls(self), _Operations(self)
-        with within(*borrowed):
+        borrowed = torch.no_grad(), hooks(self._hooks()), no_fused_attention(), seen_by_python()
+        with within(*borrowed, _Calls(self), _Operations(self)):
             output = call_model(self.model, example_inputs)
         found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not found:
@@ -323,7 +324,7 @@ class Tracer:
         """Let widths stay that modules compute with, but for the roots that are an attention's temperature."""
         kept = [(found.module, found.labels.size) for found in self.contractions]
         for module, size, operation in self.rooted:
-            if operation in ROOTS and any(module == name and int(size) % width == 0 for name, width in kept):
+            if operation in ROOTS and any(module == name and operator.index(size) % width == 0 for name, width in kept):
                 continue
             for source in leaves(size):
                 labels = source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
@@ -345,8 +346,9 @@ class Tracer:
         """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""
         for contraction in self.contractions:
             labels, rows = contraction.labels, contraction.rows
-            taken = [int(size) for module, size, how in self.rooted if how in ROOTS and module == contraction.module]
-            if labels.size == 1 or not (contraction.follows or any(size % labels.size == 0 for size in taken)):
+            taken = [size for module, size, how in self.rooted if how in ROOTS and module == contraction.module]
+            multiples = any(operator.index(size) % labels.size == 0 for size in taken)
+            if labels.size == 1 or not (contraction.follows or multiples):
                 continue
             if rows is None or not self._can_scale(rows):
                 self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")

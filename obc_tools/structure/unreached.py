@@ -7,6 +7,7 @@ they make, judged by its width, stays whole: other inputs may reach them.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Levels:
         for tensor in (value for value in values if isinstance(value, Tensor)):
             entry = self.flow.tensors.get(tensor)
             if entry is not None and entry.labelled and entry.weight_of is None:
-                here[id(entry)] = (tuple(map(int, tensor.shape)), entry)
+                here[id(entry)] = (tuple(map(operator.index, tensor.shape)), entry)
 
     def keep_for(self, unreached: Mapping[LayerAxis, np.ndarray], named: set[str]) -> None:
         """Let what could feed or meet layers that were not reached stay, given the labels of their axes.

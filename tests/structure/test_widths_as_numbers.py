@@ -36,6 +36,12 @@ NUMBERS = {
     "comparison": lambda x: 2 * x if x.shape[-1] >= 7 else x,
     "pow": lambda x: x * x.shape[1] ** 2 / 9,
     "mul": lambda x: x * (x.shape[1] * 0.5),
+    "int": lambda x: x / int(x.shape[1]),
+    "range": lambda x: x + sum(0.1 * i for i in range(x.shape[1])),
+    "log2": lambda x: x * math.log2(x.shape[1]),
+    "gcd": lambda x: x * math.gcd(6, x.shape[1]),
+    "sub": lambda x: x / -x.shape[1],
+    "abs": lambda x: x * abs(-x.shape[1]),
 }
 
 
@@ -45,9 +51,35 @@ def test_a_width_to_compute_with_stays(name):
     assert found is not None and "number in" in found and "layer ''" in found
 
 
-@pytest.mark.parametrize("function", [lambda x: x if x.shape[1] > 0 else -x, lambda x: x.reshape(-1, x.shape[1])])
+def test_a_list_as_long_as_a_width_stays():
+    assert "number in mul" in reason(lambda x: x * sum([0.5] * x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x if x.shape[1] > 0 else -x,
+        lambda x: x.reshape(-1, x.shape[1]),
+        lambda x: torch.cat([x, x], 1)[:, -x.shape[1] :],
+        lambda x: x.view(len(x), math.ceil(x.shape[1])) * len(range(len(x))),
+    ],
+)
 def test_a_width_that_only_shapes_may_shrink(function):
     assert reason(function) is None
+
+
+def test_ranges_are_ranges_while_and_after_a_model_is_traced():
+    seen = []
+    reason(lambda x: x * (seen.append((isinstance(range(1, 7, 2), range), range(1, 7, 2))) or 1))
+    assert set(seen) == {(True, range(1, 7, 2))}
+    with pytest.raises(ValueError, match="no matter"):
+        reason(lambda x: _raise(ValueError("no matter")))
+    assert type(range(3)) is range and (range.__module__, math.log.__name__) == ("builtins", "log")
+    assert not hasattr(math.log, "__wrapped__")
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 @functools.lru_cache
