@@ -11,9 +11,10 @@ Masks are Boolean tensors with as many dimensions as the tensor, of length 1 whe
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,14 +22,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..structure.flow import name_of, tensors_in
-from ..structure.layers import LayerAxis, all_axes, channel_dims, get_layer, own_tensors
+from ..structure.layers import (
+    LayerAxis,
+    activation_dim,
+    all_axes,
+    channel_dims,
+    get_layer,
+    is_norm,
+    layer_type,
+    own_tensors,
+)
 from ..structure.operations import ATTENTIONS
-from ..structure.shrinking import is_attribute
+from ..structure.shrinking import is_attribute, shrink_layer
 from .plan import PruningPlan
 
 Mask = Tensor | None
@@ -48,8 +58,29 @@ class Masking(TorchDispatchMode):
         plan.validate(model)
         self.doubts: dict[str, None] = {}
         self._dead = WeakIdKeyDictionary()
+        self._norms = dict(_declared_norms(model, plan))
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for tensor, mask in dead_entries(model, plan):
             self._put(tensor, mask)
+
+    def __enter__(self) -> Masking:
+        self._hooks += [norm.register_forward_hook(self._norm_as_declared) for norm in self._norms]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        super().__exit__(*error)
+
+    def _norm_as_declared(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return what a norm of the user's own type gives for the living channels, which its type says it looks at."""
+        narrow, kept = self._norms[norm]
+        with _disable_current_modes():
+            dim = activation_dim(norm, inputs[0])
+            index = torch.as_tensor(kept, device=output.device)
+            result = output.index_copy(dim, index, narrow(inputs[0].index_select(dim, index)))
+        self._put(result, self._dead.get(output))
+        return result
 
     def living(self, tensor: Tensor) -> Tensor:
         """Return the entries of a tensor that are not dead, flattened."""
@@ -87,6 +118,19 @@ class Masking(TorchDispatchMode):
             self._dead[tensor] = mask
         else:
             self._dead.pop(tensor, None)
+
+
+def _declared_norms(model: nn.Module, plan: PruningPlan) -> Iterator[tuple[nn.Module, tuple[nn.Module, tuple]]]:
+    """Yield norms over channels, of registered types, that lose any: each with a narrow copy and what it keeps.
+
+    They may compute with their width, which no operation shows. `check_layer` proves that they can be narrowed.
+    """
+    for name, layer in model.named_modules():
+        kept = plan.shrunk.get(LayerAxis(name, "out"))
+        if kept is not None and layer_type(layer).declared and is_norm(layer, "channels"):
+            narrow = copy.deepcopy(layer)
+            shrink_layer(narrow, {"out": kept}, name)
+            yield layer, (narrow, kept)
 
 
 def dead_entries(model: nn.Module, plan: PruningPlan) -> Iterable[tuple[Tensor, Tensor]]:
