@@ -16,13 +16,13 @@ from obc_tools.structure.layers import LayerAxis
 
 
 class Pooled(nn.Module):
-    """A pooler that the loss does not read, and two experts of which the sign of the data chooses one."""
+    """A pooler that the loss does not read, and an expert, or two of which the sign of the data chooses one."""
 
     def __init__(self, choose=True):
         super().__init__()
         self.choose = choose
         self.first, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
-        self.experts = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+        self.experts = nn.ModuleList(nn.Linear(6, 5) for _ in range(1 + choose))
         self.head, self.pooler = nn.Linear(5, 3), nn.Linear(6, 2)
 
     def forward(self, inputs):
