@@ -25,6 +25,8 @@ BOUND = 1e-8
 def examine(seed: int, check: bool = False) -> dict[str, object]:
     """Prune a seed's network at random and by hand; return the verdict and (prunable, removable) of each kind.
 
+    Also how many channels went, and by how much of the largest output that changed the outputs.
+
     Verdicts: right, "wrong: …", "refused: …" (an error of the ValueError family), "crash: …" and,
     with ``check``, "false alarm: …" or "cannot tell: …" of `check_plan`.
     """
@@ -45,6 +47,7 @@ def examine(seed: int, check: bool = False) -> dict[str, object]:
         channels = known.along(layer, axis)
         if channels is not None:
             gone |= {int(c) for position, c in enumerate(channels) if position not in set(kept)}
+    row |= {"removed": plan.channels_removed, "changed": _difference(pruned, known.network, inputs)}
     row["verdict"] = _verdict(known, pruned, gone, inputs, generator)
     predicted, counted = costs.of(plan).macs, _counted(pruned, inputs) / len(inputs)
     routed = "experts" in known.maker.kinds  # which rows an expert sees changes with pruning
@@ -79,7 +82,6 @@ def _kinds(known: Known, groups) -> dict[str, tuple[int, int]]:
     return {kind: (found[kind], count) for kind, count in all_.items()}
 
 
-@torch.no_grad()
 def _verdict(known: Known, pruned, gone: set[int], inputs: Tensor, generator: torch.Generator) -> str:
     oracle = known.without(gone)
     shapes = [{k: tuple(v.shape) for k, v in net.state_dict().items()} for net in (oracle, pruned)]
@@ -89,11 +91,17 @@ def _verdict(known: Known, pruned, gone: set[int], inputs: Tensor, generator: to
         return f"wrong: {name} is {shapes[1][name]}, by hand {shapes[0][name]}"
     more = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 3, 8, 8), (1, 3, 12, 12))]
     for x in (inputs, *more):
-        ours, theirs = pruned(x), oracle(x)
-        error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+        error = _difference(pruned, oracle, x)
         if not error < BOUND:
             return f"wrong: outputs differ by {error:.1e} on {tuple(x.shape)}"
     return "right"
+
+
+@torch.no_grad()
+def _difference(one, other, x: Tensor) -> float:
+    """Return the largest difference of two networks' outputs, relative to the other's largest."""
+    expected = other(x)
+    return float((one(x) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()

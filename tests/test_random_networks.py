@@ -1,19 +1,23 @@
-"""The library against 60 random networks that are pruned by hand."""
+"""The library against 300 random networks that are pruned by hand."""
 
 import pytest
 import torch
 from fuzzing import examine, main, shares
 from random_networks import build
 
-LOT = 15
+LOT = 30
+LEAST = 0.8
+WHOLE = {"own norm": "statistics over channels that are written out by hand are not followed"}
+"""Kinds of channels that are not prunable, and why."""
 
 
-@pytest.mark.parametrize("first", range(0, 60, LOT))
+@pytest.mark.parametrize("first", range(0, 300, LOT))
 def test_pruned_as_by_hand(first):
     rows = [examine(seed) for seed in range(first, first + LOT)]
     assert [row["verdict"] for row in rows] == ["right"] * LOT, [row for row in rows if row["verdict"] != "right"]
-    found, count = map(sum, zip(*shares(rows).values(), strict=True))
-    assert found >= 0.8 * count, shares(rows)
+    assert all(row["removed"] > 0 and row["changed"] > 1e-4 for row in rows), rows
+    few = {kind: pair for kind, pair in shares(rows).items() if pair[0] < LEAST * pair[1]}
+    assert not few.keys() - WHOLE, few
 
 
 @torch.no_grad()
