@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -37,17 +37,18 @@ class Restoring:
     def close(self) -> None:
         """Put everything back."""
         while self.undo:
-            self.undo.pop()()
+            self.undo[-1]()  # stays in the list until it is done: who is interrupted does it again
+            self.undo.pop()
 
     __del__ = close
 
 
 def within(*managers: AbstractContextManager) -> Restoring:
     """Enter context managers together. At the end of a `with` block Ctrl-C could keep others from being left."""
-    restoring, stack = Restoring(), ExitStack()
-    restoring.undo.append(stack.close)
+    restoring = Restoring()
     for manager in managers:
-        stack.enter_context(manager)
+        manager.__enter__()
+        restoring.undo.append(partial(manager.__exit__, None, None, None))
     return restoring
 
 

@@ -7,17 +7,16 @@ from random_networks import build
 
 LOT = 30
 LEAST = 0.8
-WHOLE = {"own norm": "statistics over channels that are written out by hand are not followed"}
-"""Kinds of channels that are not prunable, and why."""
 
 
 @pytest.mark.parametrize("first", range(0, 300, LOT))
 def test_pruned_as_by_hand(first):
     rows = [examine(seed) for seed in range(first, first + LOT)]
     assert [row["verdict"] for row in rows] == ["right"] * LOT, [row for row in rows if row["verdict"] != "right"]
-    assert all(row["removed"] > 0 and row["changed"] > 1e-4 for row in rows), rows
+    # Here and there the random plan finds nothing to remove.
+    assert sum(row["removed"] > 0 and row["changed"] > 1e-4 for row in rows) >= 0.9 * LOT, rows
     few = {kind: pair for kind, pair in shares(rows).items() if pair[0] < LEAST * pair[1]}
-    assert not few.keys() - WHOLE, few
+    assert not few, few
 
 
 @torch.no_grad()

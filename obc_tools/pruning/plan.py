@@ -133,7 +133,8 @@ class PruningPlan:
         """Return the plan in which some channels of one group are kept or removed by hand, whatever it did with them.
 
         In a group of blocks (attention heads, convolution groups) the same position of every block goes along.
-        Raises PlanMismatchError for a channel that is not there or named for both, and where no channel is left.
+        Raises PlanMismatchError for a channel that is not there or named for both, and where fewer are left than have
+        to stay.
         """
         kept = set(self.kept_of(root))
         index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
@@ -142,6 +143,11 @@ class PruningPlan:
         if back & gone:
             raise PlanMismatchError(f"group {group.root}: channel {min(back & gone)} is to be kept and to be removed")
         chosen = tuple(sorted((kept | back) - gone))
+        fewest = min(group.least, group.width // group.blocks) * group.blocks
+        if 0 < len(chosen) < fewest:
+            raise PlanMismatchError(
+                f"group {group.root}: {len(chosen)} channels are kept; at least {fewest} have to stay"
+            )
         return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
 
     def validate(self, model: nn.Module) -> None:
@@ -222,9 +228,6 @@ def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
     size = group.width // group.blocks
     if len(kept) != group.blocks * len({channel % size for channel in kept}):
         raise PlanMismatchError(f"group {group.root}: its {group.blocks} blocks must keep the same positions")
-    fewest = min(group.least, size) * group.blocks
-    if len(kept) < fewest:
-        raise PlanMismatchError(f"group {group.root}: {len(kept)} channels are kept; at least {fewest} have to stay")
 
 
 def with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:

@@ -41,11 +41,11 @@ from ..structure.layers import (
     LayerAxis,
     activation_dim,
     affine,
+    find_axis,
     fixed_outputs,
     has_role,
     is_batch_norm,
     is_foldable,
-    layer_axes,
     own_parameters,
 )
 from .sums import channel_sums, layer_row_gradients
@@ -510,7 +510,7 @@ class _Functions(TorchFunctionMode):
         copies = view.expand(examples, *view.shape[1:])
         if layer in self.capture.families:
             return self.capture.call(layer, copies, copies)
-        dim = layer_axes(self.capture.layers[layer], layer)["out"].slots[0].dim
+        dim = find_axis(self.capture.layers[layer], LayerAxis(layer, "out")).slots[0].dim
         return self.capture.take(LayerAxis(layer, "out"), copies, missing + dim)
 
     def _linear(self, taken: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

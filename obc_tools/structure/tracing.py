@@ -243,7 +243,8 @@ class Tracer:
 
     def keep_unreached(self) -> None:
         """Let what could meet layers that never ran stay as wide as they expect it."""
-        unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer not in self.ran}
+        idle = [name for name in self.kinds if name not in self.ran and own_tensors(get_layer(self.model, name))]
+        unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer in idle}
         self.levels.keep_for(unreached, named_in(self.model) if unreached else set())
 
     def protect(self, tensors: Sequence[Tensor]) -> None:

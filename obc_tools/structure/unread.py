@@ -8,6 +8,7 @@ module's forward function with the methods that it calls does not name, follows.
 from __future__ import annotations
 
 import inspect
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ def _is_width(key: str, held: Any) -> bool:
     if key == FEATURES:
         return isinstance(held, list) and all(isinstance(entry, dict) for entry in held)
     named = key == GROUPS or any(pattern.fullmatch(key) for pattern in (TAKEN, MADE, PASSING))
-    return named and isinstance(held, int) and int(held) > 1
+    return named and isinstance(held, int) and operator.index(held) > 1
 
 
 def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
