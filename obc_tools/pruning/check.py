@@ -416,7 +416,8 @@ def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tupl
     """Compare a pruned network with the masked one; say also whether their outputs hide what goes."""
     whole, naive = outputs.of(model), outputs.of(prune(model, plan))
     effect = relative_error(whole, naive) if plan.channels_removed else math.inf
-    return _compare_masked(model, plan, naive, outputs), effect <= LEAST_EFFECT or _all_the_same(whole)
+    hidden = effect <= LEAST_EFFECT or _all_the_same(naive)
+    return _compare_masked(model, plan, naive, outputs), hidden
 
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:

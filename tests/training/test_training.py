@@ -211,7 +211,7 @@ def test_refuses_batches(train, val, message):
     ("model", "message"),
     [
         (nn.Flatten(0), "Flatten has no parameter that requires grad"),
-        (network().append(nn.Unflatten(1, (3, 1))), r"logits \(batch, classes\) are needed, .* returned \(1, 3, 1\)"),
+        (network().append(nn.Unflatten(1, (3, 1))), r"the model returned \(1, 3, 1\), not logits \(batch, classes\)"),
     ],
 )
 def test_refuses_models(model, message):
