@@ -214,7 +214,8 @@ class Capture:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Note the uses of the layers while the model runs; nothing stays on it or in torch on the way out."""
-        bare = {id(layer): name for name, layer in self.layers.items() if isinstance(layer, Tensor)}
+        wanted = {axis.layer for axis in self.axes if axis.axis == "out"} | self.families.keys()
+        bare = {id(self.layers[name]): name for name in wanted if isinstance(self.layers[name], Tensor)}
         attention = _attention_weights(self.layers, model)
         functions = _Functions(self, bare, attention) if bare or attention else nullcontext()
         with within(hooks(self._hooks()), functions):
@@ -510,8 +511,8 @@ class _Functions(TorchFunctionMode):
         copies = view.expand(examples, *view.shape[1:])
         if layer in self.capture.families:
             return self.capture.call(layer, copies, copies)
-        dim = find_axis(self.capture.layers[layer], LayerAxis(layer, "out")).slots[0].dim
-        return self.capture.take(LayerAxis(layer, "out"), copies, missing + dim)
+        out = LayerAxis(layer, "out")
+        return self.capture.take(out, copies, missing + find_axis(self.capture.layers[layer], out).slots[0].dim)
 
     def _linear(self, taken: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Stand in for the linear that torch's attention calls."""
