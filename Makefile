@@ -27,7 +27,7 @@ else
 SMOKE := $(BROWSER) -m "not slow"
 ALL_IN_BROWSER := $(BROWSER)
 NOT_SMOKED := $(filter-out notebooks/05%,$(sort $(wildcard notebooks/0*.ipynb)))
-NOT_IN_BROWSER := $(sort $(wildcard notebooks/[12]*.ipynb))
+NOT_IN_BROWSER := $(sort $(wildcard notebooks/[123]*.ipynb))
 endif
 
 .PHONY: demo test test-all browser no-browser zoo fuzz notebooks lab lint clean
