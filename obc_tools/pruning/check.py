@@ -400,7 +400,7 @@ def prove(
         where = _first_cost(model, plan, example_inputs)
         raise ProofError(f"the pruned network costs {counted}, and {predicted} was predicted; {where}", plan)
     large = sum(parameter.numel() for parameter in model.parameters()) * 8 > DOUBLE_BYTES
-    original, outputs = _as_single(model, example_inputs) if single or large else _in_double(model, example_inputs)
+    original, outputs = _in_precision(model, example_inputs, single=single or large)
     found, hidden = _prove_equal(original, plan, outputs)
     if found.ok and hidden:
         _draw_weights(original, seed=0)
@@ -420,26 +420,15 @@ def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tupl
     return _compare_masked(model, plan, naive, outputs), hidden
 
 
-def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
-    """Return a network in double precision and what runs it, or in single where it does not run so."""
-    original = copy_of(model).double()
-    outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float64), inputs), TOLERANCE)
-    try:
-        outputs.of(original)
-    except Exception:
-        return _as_single(model, inputs)
-    return original, outputs
-
-
-def _as_single(model: nn.Module, inputs: Any) -> tuple[nn.Module, _Outputs]:
-    """Return a copy of a network in single precision and what runs it; in its own where it does not run so."""
-    original = copy_of(model).float()
-    outputs = _Outputs(tree_map(lambda leaf: _cast(leaf, torch.float32), inputs), SINGLE_TOLERANCE)
-    try:
-        outputs.of(original)
-    except Exception:
-        return copy_of(model), _Outputs(inputs, SINGLE_TOLERANCE)
-    return original, outputs
+def _in_precision(model: nn.Module, inputs: Any, *, single: bool) -> tuple[nn.Module, _Outputs]:
+    """Return a copy of a network and what runs it: in double precision, else in single, else in its own."""
+    for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32, SINGLE_TOLERANCE))[single:]:
+        original = copy_of(model).to(dtype)
+        outputs = _Outputs(tree_map(lambda leaf, dtype=dtype: _cast(leaf, dtype), inputs), tolerance)
+        with suppress(Exception):
+            outputs.of(original)
+            return original, outputs
+    return copy_of(model), _Outputs(inputs, SINGLE_TOLERANCE)
 
 
 @torch.no_grad()

@@ -103,9 +103,6 @@ class _Rows(ABC):
     whole = False
     """Whether a batch's one row comes from the capture too; else no hook is in the model, which may stay compiled."""
 
-    set_aside = False
-    """Whether layers that a batch's loss does not depend on have rows of zeros; else they raise."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -113,6 +110,7 @@ class _Rows(ABC):
         objective: Objective,
         per_row: int | None,
         proof: Proof | None = None,
+        set_aside: bool = False,
     ):
         self.by_hooks = per_row is not None or (self.whole and uncompiled(model) is model)
         self.model = uncompiled(model) if self.by_hooks else model
@@ -120,6 +118,8 @@ class _Rows(ABC):
         self.layers = {axis.layer: get_layer(uncompiled(model), axis.layer) for axis in axes}
         self.families = families(uncompiled(model), self.layers) if self.by_hooks else {}
         self.proof = Proof() if proof is None else proof
+        # Layers that a batch's loss does not depend on have rows of zeros; else they raise.
+        self.set_aside = set_aside
 
     @property
     def checked(self) -> bool:
@@ -240,17 +240,8 @@ class ProductRows(_Rows):
 
     whole = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        axes: Sequence[LayerAxis],
-        objective: Objective,
-        per_row: int | None,
-        proof: Proof | None = None,
-        set_aside: bool = False,
-    ):
-        super().__init__(model, axes, objective, per_row, proof)
-        self.set_aside = set_aside
+    def __init__(self, model: nn.Module, axes: Sequence[LayerAxis], *given: Any, **options: Any):
+        super().__init__(model, axes, *given, **options)
         self.uses = {axis: tied_axes(axis, self.families[axis.layer]) for axis in axes if self.families}
         self.trying = False
 
