@@ -135,11 +135,11 @@ def test_the_studio_treats_single_groups_and_channels(show):
     view.until(lambda: "fixed=" in view.code, "a lock")
     view.press("lock this group")
     view.click(0.02, 0.9, "x2y2")
-    view.until(lambda: "plan.choose(('layer3.0.conv1', 'out')" in view.code, "a channel by hand")
+    view.until(lambda: "by_hand={('layer3.0.conv1', 'out')" in view.code, "a channel by hand")
     view.press("undo")
-    view.until(lambda: "plan.choose" not in view.code, "the plan before")
+    view.until(lambda: "by_hand" not in view.code, "the plan before")
     view.press("redo")
-    view.until(lambda: "plan.choose" in view.code, "the plan again")
+    view.until(lambda: "by_hand" in view.code, "the plan again")
 
 
 def test_the_studio_measures_compares_and_keeps(show, folder):
