@@ -11,6 +11,8 @@ from obc_tools.data.data import Data
 from obc_tools.runs.folder import read_job, run_job
 from obc_tools.runs.own import find_data, find_model, is_own, own_task
 from obc_tools.runs.report import write_job_report
+from obc_tools.runs.run import Run
+from obc_tools.runs.tables import results_table
 from obc_tools.training.recipe import Recipe
 
 
@@ -42,6 +44,14 @@ def test_a_job_of_one_s_own_from_end_to_end(tmp_path):
     assert read_job(tmp_path / "run") == job()
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
     assert stored["models"]["merged"]["metrics"]["directions"]["mean_iou"] == "higher"
+    run, measured = Run.open(tmp_path / "run"), result.measured
+    last, best = run.table(), run.table("best_on_test")
+    assert last["test mean_iou"].tolist() == [m.metrics.values["mean_iou"] for m in measured.values()]
+    assert best["test mean_iou (best epoch, picked on test)"].iloc[-1] == result.histories["merged"].best.headline[1]
+    for shown in (repr(result), result._repr_html_(), run._repr_html_()):
+        assert "test mean_iou ↑" in shown and "test loss ↓" in shown
+    with pytest.raises(ValueError, match="none of 1 runs has finished with a fine-tuned classifier"):
+        results_table([run])
     report = write_job_report(result, tmp_path / "report.html").read_text()
     assert "mean iou (higher is better)" in report
 

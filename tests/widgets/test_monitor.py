@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from run_folders import PLACE, write
+from run_folders import PLACE, detections, write
 
 from obc_tools.plots.curves import watch_figure
 from obc_tools.runs.folder import RunFolderError
@@ -71,6 +71,18 @@ def test_several_runs_lie_over_each_other(tmp_path):
     accuracies = next(t for t in figure.data if tuple(t.meta) == ("EP", "naive", 1, "epochs"))
     assert (list(losses.y), list(accuracies.y)) == ([1.5, 0.75], [60.0, 60.0])
     assert [axis.title.text for axis in figure.select_yaxes()] == ["loss", "accuracy (%)", "learning rate", "images/s"]
+
+
+def test_the_headline_of_another_task_is_drawn_and_named(tmp_path):
+    monitor = RunMonitor(write(tmp_path, done=2, made=detections, accuracy=None), every=None)
+    by_meta = {tuple(trace.meta): trace for trace in monitor.figure.data}
+    assert list(by_meta["run", "naive", 1, "epochs"].y) == [pytest.approx(0.3), 0.4]
+    titles = [axis.title.text for axis in monitor.figure.select_yaxes()]
+    assert titles == ["loss", "map50 (higher is better)", "learning rate", "images/s"]
+    assert "loss 0.5000; learning rate 0.1" in monitor.lines.value
+    mixed = {"a": tmp_path, "b": write(tmp_path / "b", done=2)}
+    titles = [axis.title.text for axis in RunMonitor(mixed, every=None).figure.select_yaxes()]
+    assert titles[1] == "map50 (higher is better), accuracy (%)"
 
 
 def test_the_monitor_follows(tmp_path):
