@@ -35,7 +35,6 @@ from torchvision.models.segmentation import LRASPP
 
 from obc_tools import (
     TASKS,
-    Data,
     EquivalentModel,
     Recipe,
     Task,
@@ -49,6 +48,7 @@ from obc_tools import (
     take,
     task_of,
 )
+from obc_tools.data.data import Data
 from obc_tools.files import environment
 from obc_tools.measure.latency import latencies
 from obc_tools.measure.task_metrics import mask_targets

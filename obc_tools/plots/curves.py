@@ -192,7 +192,7 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
     return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)
 
 
-QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "images/s"}
+QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "examples/s"}
 """The panels of the figure of runs: a quantity and the title of its axis. Other tasks have no accuracy, see below."""
 
 

@@ -19,7 +19,7 @@ FIGURES = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.2%}",
     "lr": "learning rate {:.3g}",
-    "images_per_second": "{:,.0f} images/s",
+    "images_per_second": "{:,.0f} examples/s",
 }
 
 
