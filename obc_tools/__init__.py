@@ -12,7 +12,7 @@ _NAMES = {
     "data.adapters": ("as_data",),
     "data.batches": ("Augmentation", "take"),
     "data.data": ("hold_out", "load_data"),
-    "measure.costs": ("Cost", "analyse", "cost", "cost_model"),
+    "measure.costs": ("Cost", "analyse", "cost", "cost_model", "layers_table"),
     "measure.latency": ("latency",),
     "measure.metrics": ("Metrics",),
     "models.adapters": ("task_of",),

@@ -41,7 +41,10 @@ async function render({ model, el }) {
       width = el.offsetWidth;
       const { data, layout } = JSON.parse(drawing.get("text"));
       try {
-        await Plotly.react(el, data, width ? { ...layout, width } : layout, { displaylogo: false });
+        await Plotly.react(el, data, width ? { ...layout, width } : layout, {
+          displaylogo: false,
+          scrollZoom: layout.dragmode === "pan",
+        });
       } catch (error) {
         console.error(error);
       }
