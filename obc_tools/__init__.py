@@ -30,7 +30,7 @@ _NAMES = {
     "runs.experiments": ("EXPERIMENTS", "Experiment"),
     "runs.grid": ("Grid", "GridJob", "launch_grid", "paper_grid"),
     "runs.job": ("PruningJob",),
-    "runs.pipeline": ("find_plan", "prepare"),
+    "runs.pipeline": ("Stages", "find_plan", "prepare"),
     "runs.run": ("Run", "launch", "run_experiment"),
     "runs.tables": ("find_runs", "results_table"),
     "scoring.criteria": ("CRITERIA", "Criterion"),

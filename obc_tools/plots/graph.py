@@ -38,7 +38,7 @@ def coupling_graph(plan: Any, layers: pd.DataFrame, *, look: str = "light") -> g
     A group is a line along its layers: all boxes on it lose the same channels, and all that it branches off to read
     them. A box is filled as far as its channels go; in it stand the widths, in → out, where the plan changes them as
     left/before. Groups that are kept whole are grey; hovering tells the rest. The graph moves with the mouse. The last
-    trace holds the boxes' texts, its ``ids`` the roots of their groups.
+    trace holds the boxes' texts; its ``customdata`` are what hovering tells and the roots of their groups.
 
     Args:
         plan: of what to remove; `PruningPlan.whole(groups)` draws the network as it is.
@@ -138,9 +138,8 @@ def _labels(rows: pd.DataFrame, makers: Mapping[int, _Strand], plan: Any) -> dic
         "mode": "markers+text",
         "marker": {"size": ROW, "opacity": 0},
         "textfont": {"size": 9},
-        "ids": [str(makers[row].group.root) for row in here],
-        "customdata": [_told(rows.iloc[row], makers[row].group, plan) for row in here],
-        "hovertemplate": "%{customdata}<extra></extra>",
+        "customdata": [(_told(rows.iloc[row], makers[row].group, plan), str(makers[row].group.root)) for row in here],
+        "hovertemplate": "%{customdata[0]}<extra></extra>",
     }
 
 

@@ -506,7 +506,7 @@ class PruningStudio(View):
         """Show the group of the layer whose box was clicked."""
         drawn = self.graph.figure.data
         if click.trace == len(drawn) - 1:
-            root = drawn[-1].ids[click.place[0]]
+            _, root = drawn[-1].customdata[click.place[0]]
             self._controls.group.value = dict(self._controls.group.options).get(root, self._controls.group.value)
 
     def _compared(self) -> PruningPlan | None:

@@ -391,8 +391,9 @@ def test_the_graph_is_drawn_where_it_is_open_and_leads_to_groups(studio):
     assert studio.graph.figure == drawn
     c.target.value = 0.6
     assert boxes()[-1].text != drawn.data[-1].text
-    here = list(boxes()[-1].ids).index("layer3.0.conv1.out")
-    for place, trace in ((here, len(boxes()) - 1), (0, 0), (len(boxes()[-1].ids) - 1, len(boxes()) - 1)):
+    roots = [root for _, root in boxes()[-1].customdata]
+    here = roots.index("layer3.0.conv1.out")
+    for place, trace in ((here, len(boxes()) - 1), (0, 0), (len(roots) - 1, len(boxes()) - 1)):
         studio._clicked_layer(Click(trace, (place,), 0, 0))
         assert c.group.value == ("layer3.0.conv1", "out"), "neither a line nor what is kept whole is a group to show"
 
