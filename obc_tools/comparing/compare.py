@@ -31,7 +31,7 @@ from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
 from ..pruning.order import next_plan
-from ..pruning.plan import PruningPlan, prune
+from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
@@ -225,10 +225,10 @@ class _Bench:
         if curve.at_chance or len(curve.rows) > self.settings.steps:
             return
         model = self.factory().eval()
-        pruned = prune(model, curve.plan)
+        pruned = shrink(model, curve.plan)
         for step in range(len(curve.rows), self.settings.steps + 1):
             plan, seconds = (curve.plan, None) if step == 0 else self._next_plan(curve, pruned, step)
-            pruned = prune(model, plan) if step else pruned
+            pruned = shrink(model, plan) if step else pruned
             row = self._row(curve, step, plan, seconds, pruned)
             curve = replace(curve, rows=(*curve.rows, row), plan=plan, at_chance=self._at_chance(row))
             yield curve

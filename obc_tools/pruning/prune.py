@@ -19,7 +19,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
-from .plan import Deciding, PruningPlan, prune
+from .plan import Deciding, PruningPlan, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def prune_in_steps(
             plan, scoring, limits, lambda order, share=share: next_units(order, share, target, costs, last_step)
         )
         options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step, **options)
+        scores = scoring.score(shrink(model, plan), plan.pruned_groups(), batches, seed + step, **options)
         deciding += [watch.record] if watch.record else []
         plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
