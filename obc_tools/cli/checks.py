@@ -49,6 +49,7 @@ AT_LEAST_ONE = (
     "min_channels", "processes", "each", "nodes", "gpus", "cpus",
 )  # fmt: skip
 LEAST = {"epochs": 0, "sparse_epochs": 0, "training": 0} | dict.fromkeys(AT_LEAST_ONE, 1)
+POSITIONAL = ("experiment",)
 TARGETS = ("speedup", "macs", "params", "ratio")
 RESULTS, JOB = "results.json", "job.json"
 
@@ -89,7 +90,7 @@ def _check_targets(command: Any) -> None:
 
 
 def _check_paths(command: Any) -> None:
-    given = dict(_given(command))
+    given = {} if getattr(command, "ELSEWHERE", False) else dict(_given(command))
     for name in ("weights", "sparse_weights"):
         if name in given and given[name] not in NAMED_WEIGHTS and not Path(given[name]).expanduser().exists():
             raise ValueError(f"{option(name)} {given[name]}: there is no such file, nor weights of that name")
@@ -107,8 +108,8 @@ def _check_paths(command: Any) -> None:
 
 
 def option(name: str) -> str:
-    """Return how a command spells the name of a value."""
-    return f"--{name.replace('_', '-')}"
+    """Return how a command spells the name of a value: an experiment is named without one."""
+    return name if name in POSITIONAL else f"--{name.replace('_', '-')}"
 
 
 def spelled(message: str, command: Any) -> str:

@@ -183,6 +183,7 @@ class Slurm(OneExperiment):
     """
 
     AFTER_STOP: ClassVar[str] = "nothing was written"
+    ELSEWHERE: ClassVar[bool] = True
 
     nodes: int = 1
     """Nodes."""

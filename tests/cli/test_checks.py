@@ -38,7 +38,7 @@ FOUND_AT_ONCE = [
     ([*PRUNE, *OUT, "--ratio", "0.5", "--task", "detecting"], "unknown --task 'detecting'; closest: detection"),
     ([*RUN, "--out", "run"], "--out run already holds a run: choose another folder, or go on with it (--resume)"),
     ([*RUN, *OUT, "--speedup", "2", "--macs", "2"], "give one target: --speedup or --macs; got --speedup 2, --macs 2"),
-    (["run", "resnet56-cifar", *OUT], "unknown --experiment 'resnet56-cifar'; closest: resnet56-cifar10"),
+    (["run", "resnet56-cifar", *OUT], "unknown experiment 'resnet56-cifar'; closest: resnet56-cifar10"),
     (["compare", "--model", "a", "--data", "digits", *OUT, "--criteria", "l1", "l3"], "unknown --criteria 'l3'"),
     (["evaluate", "x", "--data", "cifar"], "unknown --data 'cifar'"),
 ]
