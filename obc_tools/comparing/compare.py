@@ -134,6 +134,7 @@ def compare_criteria(
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
+    bench = replace(bench, progress=progress)
     curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
     rows: list[Mapping[str, Any]] = []
     with (
@@ -179,6 +180,7 @@ class _Bench:
     costs: CostModel
     checksum: int
     device: torch.device
+    progress: bool = False
 
     @classmethod
     def build(
@@ -239,7 +241,10 @@ class _Bench:
         seed = int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0])
         start = time.perf_counter()
         batches = self.calibration(criterion, curve.repeat, step)
-        scores = s.scoring(criterion, self.objective).score(pruned, curve.plan.pruned_groups(), batches, seed)
+        scoring = s.scoring(criterion, self.objective)
+        hidden = not (self.progress and scoring.needs_data)
+        with tqdm(batches, f"scoring by {curve.contender.label}", disable=hidden, leave=False) as bar:
+            scores = scoring.score(pruned, curve.plan.pruned_groups(), bar, seed)
         seconds = time.perf_counter() - start
         target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
         return next_plan(scores, curve.plan, share, target, self.costs, s.limits), seconds
@@ -248,8 +253,9 @@ class _Bench:
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
     ) -> dict[str, Any]:
         s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
-        held_out = evaluate(pruned, self._images("val", s.held_out), task=self.task)
-        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), task=self.task)
+        measured = {"task": self.task, "progress": self.progress}
+        held_out = evaluate(pruned, self._images("val", s.held_out), **measured)
+        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured)
         data_free = criterion.needs == "weights"
         return {
             "criterion": curve.contender.label,

@@ -132,6 +132,7 @@ def prune_in_steps(
         deciding += [watch.record] if watch.record else []
         plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
+            shares.total = step - 1  # of the steps that are done: a bar that ends before its total is one that failed
             break
     else:
         if target.ratio is None:

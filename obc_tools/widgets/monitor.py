@@ -57,7 +57,7 @@ class RunMonitor(W.VBox):
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
         self._look = look
-        self.picture = LiveFigure(watch_figure(watch_traces(self.views), look=look))
+        self.picture = LiveFigure(self._drawn())
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
@@ -108,8 +108,12 @@ class RunMonitor(W.VBox):
             before = self.views
             self.views = {name: look_at(run, before[name]) for name, run in self.runs.items()}
             if self.views != before:
-                self.picture.show(watch_figure(watch_traces(self.views), look=self._look))
+                self.picture.show(self._drawn())
             self.show()
+
+    def _drawn(self) -> go.Figure:
+        failed = [f"{name} failed: {view.error}" for name, view in self.views.items() if view.error]
+        return watch_figure(watch_traces(self.views), failed=failed, look=self._look)
 
     def close(self) -> None:
         """Stop looking; the runs go on."""
