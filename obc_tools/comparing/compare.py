@@ -195,7 +195,8 @@ class _Bench:
         model = factory().eval()
         device = next(model.parameters()).device
         task = task if task.against is None else task.against(model)
-        example = _example(model, data, settings, task, device)
+        criteria = [contender.criterion for contender in contenders] if objective is None else []
+        example = _example(model, data, settings, task, device, criteria)
         groups, costs = settings.selection.analyse(model, example, settings.counting)
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
@@ -302,7 +303,14 @@ def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
             return
 
 
-def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task, device: torch.device) -> Any:
+def _example(
+    model: nn.Module,
+    data: Data,
+    settings: CompareSettings,
+    task: Task,
+    device: torch.device,
+    criteria: Iterable[Criterion],
+) -> Any:
     """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
     batch = next(iter(data.batches("val", 1, device=device).at(0)))
     if task is CLASSIFICATION:
@@ -311,7 +319,8 @@ def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task
         return batch[0]
     if settings.until_chance:
         raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-    check_task(task, model, next(iter(data.batches("train", settings.batch_size, device=device).at(0))), batch)
+    train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
+    check_task(task, model, train, batch, criteria=criteria)
     return task.example(batch)
 
 

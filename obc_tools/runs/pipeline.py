@@ -88,7 +88,7 @@ def prepare(job: PruningJob) -> JobInputs:
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
-    inputs = JobInputs(job, data, model, source, device, _example(model, data, task, device), task)
+    inputs = JobInputs(job, data, model, source, device, _example(job, model, data, task, device), task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -340,13 +340,14 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
 
 
-def _example(model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
+def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
     """Return example inputs; raise ValueError where the network does not suit the data or the task."""
     if task is CLASSIFICATION:
         images, _ = next(iter(data.batches("val", 1, device=device)))
         check_classes(_count_outputs(model, images), data)
         return images
-    check_task(task, model, *(next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val")))
+    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
+    check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
     return example_inputs(task, data, device)
 
 
