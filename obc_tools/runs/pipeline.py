@@ -1,4 +1,4 @@
-"""One pruning job from end to end: original → sparse → plan → pruned → fine-tuned naively and with EP → merged.
+"""A pruning job end to end: original → sparse → plan → pruned (→ compensated) → fine-tuned naively, with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
 done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
+from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
@@ -40,6 +42,7 @@ from ..training.processes import processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
 from .job import (
+    COMPENSATED,
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -150,10 +153,14 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
             base = models[SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
         plan = work.plan(base)
-        models[PRUNED] = prune(base, plan)
+        start = models[PRUNED] = prune(base, plan)
+    if job.compensate:
+        with _stage("compensating", seconds):
+            batches = inputs.calibration_batches().at(0)
+            start = models[COMPENSATED] = compensate(base, plan, batches, task=inputs.task)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
-            models[NAIVE] = copy.deepcopy(models[PRUNED])
+            models[NAIVE] = copy.deepcopy(start)
             work.train(NAIVE, models[NAIVE], job.finetune)
     equivalence = None
     if job.equivalent:
@@ -251,16 +258,18 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
-    job = inputs.job
+    job, batches = inputs.job, inputs.calibration_batches()
+    left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
     return prune_in_steps(
         model,
         inputs.example,
-        inputs.calibration_batches(),
+        batches,
         target=job.target,
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
         steps=replace(job.schedule, steps=steps),
+        left=left,
         seed=job.seed,
         progress=progress,
     )
@@ -271,9 +280,10 @@ def _equivalent(
 ) -> tuple[nn.Module, Equivalence]:
     """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network."""
     batch, task = next(iter(work.inputs.held_out_batches())), work.inputs.task
-    model = EquivalentModel(base, plan)
-    start = _difference(model, models[PRUNED], batch, task)
-    _check_equal(start, "Equivalent Pruning before training and the pruned network")
+    begun = COMPENSATED if COMPENSATED in models else PRUNED
+    model = EquivalentModel(base, plan, start=models.get(COMPENSATED))
+    start = _difference(model, models[begun], batch, task)
+    _check_equal(start, f"Equivalent Pruning before training and the {begun} network")
     work.train(MERGED, model, work.inputs.job.finetune)
     merged = model.merge()
     difference = _difference(merged, model, batch, task)

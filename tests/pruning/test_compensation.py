@@ -8,7 +8,17 @@ from networks import NETWORKS, Attention, Tied, network, random_plan
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from obc_tools import EquivalentModel, PruningPlan, compensate, find_groups, prune, prune_to, recalibrate
+from obc_tools import (
+    EquivalentModel,
+    PruningPlan,
+    compensate,
+    find_groups,
+    make_plan,
+    prune,
+    prune_to,
+    recalibrate,
+    score_groups,
+)
 from obc_tools.pruning.compensation import left_plain
 from obc_tools.pruning.equivalent import MixedLayer
 
@@ -430,6 +440,21 @@ def test_decompressors_alone_carry_what_a_mixture_of_channels_can():
     made = compensate(model, plan, [inputs])
     mixed = EquivalentModel(model, plan, start=made).mixed_layers["2"]
     torch.testing.assert_close(mixed.weight, EquivalentModel(model, plan).mixed_layers["2"].weight, rtol=0, atol=1e-10)
+
+
+def test_steps_score_what_compensation_leaves():
+    model, images, _ = random_plan("residual")
+    data = [(images_like(images, 32), torch.arange(32) % 5)]
+    first = make_plan(score_groups(model, find_groups(model, images[:1]), "taylor", data), ratio=0.25)
+    made = compensate(model, first, data)
+    left = first.channels - first.channels_removed
+    more = (int(0.5 * first.channels) - first.channels_removed) / left
+    second = make_plan(score_groups(made, first.pruned_groups(), "taylor", data), ratio=more)
+    options = {"criterion": "taylor", "ratio": 0.5, "steps": 2, "progress": False}
+    found = prune_to(model, images[:1], data, compensate=True, **options)
+    assert found == first.then(second) != prune_to(model, images[:1], data, **options)
+    with pytest.raises(ValueError, match="compensate=True needs batches"):
+        prune_to(model, images[:1], compensate=True, **options)
 
 
 def test_a_start_of_another_plan_is_refused():
