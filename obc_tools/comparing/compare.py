@@ -34,6 +34,7 @@ from ..pruning.compensation import compensate
 from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import check_reachable
+from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
 from .comparison import (
