@@ -27,6 +27,7 @@ _NAMES = {
     "pruning.order": ("make_plan", "one_shot_plan"),
     "pruning.plan": ("PruningPlan", "prune"),
     "pruning.prune": ("prune_to",),
+    "pruning.reachable": ("reachable",),
     "runs.experiments": ("EXPERIMENTS", "Experiment"),
     "runs.grid": ("Grid", "GridJob", "launch_grid", "paper_grid"),
     "runs.job": ("PruningJob",),

@@ -29,10 +29,10 @@ from ..files import environment
 from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
-from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
+from ..pruning.choices import OPERATIONS, Settings, Target, check_settings, check_whole
 from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import check_reachable
+from ..pruning.reachable import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
@@ -157,10 +157,7 @@ def compare_criteria(
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:
     """Return the settings, checked for names, in the count in which a comparison in a folder was begun."""
-    known = [field.name for field in fields(CompareSettings)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(known)}")
+    check_settings(settings, [field.name for field in fields(CompareSettings)])
     begun = {} if folder is None else read_settings(folder)
     return {"counting": begun.get("counting", OPERATIONS), **settings}
 

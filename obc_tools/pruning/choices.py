@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from numbers import Integral
 from typing import Any
@@ -36,6 +36,25 @@ def check_name(name: str, value: Any, known: Iterable[str | None]) -> None:
     """Raise UnknownNameError unless a value is among those that are known."""
     if value not in known:
         raise UnknownNameError(name, str(value), [str(entry) for entry in known])
+
+
+def check_settings(settings: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a setting that is not among those that are known."""
+    if unknown := sorted({*settings} - {*known}):
+        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(known)}")
+
+
+def values_of(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
+    """Return a value of each kind, built from those of the settings that are its fields.
+
+    Raises ValueError for a setting that is no kind's.
+    """
+    names = [[entry.name for entry in fields(kind)] for kind in kinds]
+    check_settings(settings, [name for mine in names for name in mine])
+    return [
+        kind(**{name: settings[name] for name in mine if name in settings})
+        for kind, mine in zip(kinds, names, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

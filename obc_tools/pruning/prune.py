@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..measure.costs import CostModel
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
@@ -20,8 +17,7 @@ from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
 from .plan import Deciding, PruningPlan, prune
-
-logger = logging.getLogger(__name__)
+from .reachable import check_reachable
 
 
 def prune_to(
@@ -158,13 +154,3 @@ class Watch:
         batches = len(next(iter(scores.left_out.values())))
         self.record = Deciding(batches, share, share <= self.scoring.stop)
         return self.record.decided
-
-
-def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
-    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target.
-
-    The log says which operations a target of MACs leaves out, for want of a formula.
-    """
-    if costs.original.unknown and target.given[0] in ("speedup", "macs"):
-        logger.warning("%s: MACs leave out %s, which has no formula", target, ", ".join(costs.original.unknown))
-    removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)
