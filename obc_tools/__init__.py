@@ -9,6 +9,7 @@ from importlib import import_module
 _NAMES = {
     "comparing.compare": ("compare_criteria",),
     "comparing.comparison": ("Comparison", "read_comparison"),
+    "comparing.sweep": ("Sweep", "sweep"),
     "data.adapters": ("as_data",),
     "data.batches": ("Augmentation", "take"),
     "data.data": ("hold_out", "load_data"),

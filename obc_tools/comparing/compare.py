@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,6 +41,7 @@ from .comparison import (
     Curve,
     CurveFolder,
     as_frame,
+    checksum,
     described,
     marked,
     read_settings,
@@ -195,7 +195,7 @@ class _Bench:
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
         loss = objective or task.losses
-        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, _checksum(model), device)
+        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, checksum(model), device)
         for contender in contenders:
             bench.calibration(contender.criterion, 0, 1)
         return bench
@@ -304,11 +304,3 @@ def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task
         raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
     check_task(task, model, next(iter(data.batches("train", settings.batch_size, device=device).at(0))), batch)
     return task.example(batch)
-
-
-def _checksum(model: nn.Module) -> int:
-    """Return the CRC-32 of a model's parameters and buffers."""
-    total = 0
-    for value in model.state_dict().values():
-        total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
-    return total

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..measure.costs import CostModel
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
+from .order import RemovalOrder, exchanged, next_units, removal_order
 from .plan import Deciding, PruningPlan, prune
 from .reachable import check_reachable
 
@@ -111,34 +112,82 @@ def prune_in_steps(
     progress: bool = True,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
-    last_step = steps.last_step
-    if verify not in (True, False, "float32"):
-        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
+    check_verify(verify)
     groups, costs = selection.analyse(model, example_inputs, target.counting)
-    plan = PruningPlan.whole(groups)
-    check_reachable(target, plan, limits, costs)
-    shares = tqdm(steps.shares(target), f"pruning to {target}", total=steps.steps, disable=not progress, leave=False)
-    proof, deciding = Proof(), []
-    for step, share in enumerate(shares, start=1):
-        watch = Watch(
-            plan, scoring, limits, lambda order, share=share: next_units(order, share, target, costs, last_step)
-        )
-        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step, **options)
-        deciding += [watch.record] if watch.record else []
-        plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
-        if target.ratio is None and target.met(costs.of(plan), costs.original):
-            break
-    else:
-        if target.ratio is None:
-            best = target.reached(costs.of(plan), costs.original)
-            raise ValueError(
-                f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
-            )
-    plan = replace(plan, deciding=tuple(deciding))
+    whole = PruningPlan.whole(groups)
+    check_reachable(target, whole, limits, costs)
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "seed": seed, "progress": progress}
+    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, **how)
+    plan = last.plan
     if verify:
         prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan
+
+
+def check_verify(verify: bool | str) -> None:
+    """Raise ValueError unless this says how a plan is proven."""
+    if verify not in (True, False, "float32"):
+        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What pruning step ``step`` leaves: its plan, and the targets that are met in it, each with its plan."""
+
+    plan: PruningPlan
+    step: int = 0
+    met: tuple[tuple[Target, PruningPlan], ...] = ()
+
+
+def pruning_steps(
+    model: nn.Module,
+    stage: Stage,
+    batches: Callable[[int], Iterable[Any] | None],
+    targets: Sequence[Target],
+    costs: CostModel,
+    *,
+    scoring: Scoring,
+    limits: Limits,
+    steps: Steps,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[Stage]:
+    """Go on from a stage, step by step, until all targets are met; each step scores what is left once.
+
+    Targets of any kinds, of each the easiest first; where all are ratios the schedule ends with the last. ``batches``:
+    the number of a step, from 1, to what is scored in it. Where scoring may stop early, the last target decides.
+
+    Raises:
+        ValueError: the schedule ends before a target is met (says how far it got), and what `score_groups` raises.
+    """
+    final, left, proof = ([target for target in targets if target.ratio is None] or targets)[-1], list(targets), Proof()
+    shares = list(enumerate(steps.shares(final), start=1))[stage.step :]
+    for step, share in tqdm(shares, f"pruning to {final}", disable=not progress, leave=False):
+        watch = Watch(
+            stage.plan,
+            scoring,
+            limits,
+            lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
+        )
+        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
+        present = prune(model, stage.plan)
+        scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
+        order = removal_order(scores, limits, after=stage.plan)
+        deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
+        met = []
+        for target in left:
+            units = next_units(order, min(share, target.ratio or share), target, costs, steps.last_step)
+            if order.meets(units, target, costs) if target.ratio is None else share >= target.ratio - 1e-9:
+                met.append((target, replace(order.plan(units), deciding=deciding)))
+        left = [target for target in left if target not in dict(met)]
+        plan = met[-1][1] if met and not left else replace(order.plan(order.up_to(share)), deciding=deciding)
+        stage = Stage(plan, step, tuple(met))
+        yield stage
+        if not left:
+            return
+    gone = stage.plan.channels_removed / stage.plan.channels
+    best = left[0].reached(costs.of(stage.plan), costs.original, gone)
+    raise ValueError(f"{left[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
 
 
 class Watch:

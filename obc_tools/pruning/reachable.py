@@ -74,7 +74,7 @@ def reachable(model: nn.Module, example_inputs: Any, *, counting: str = OPERATIO
 
 def reach_of(groups: Iterable[ChannelGroup], costs: CostModel, limits: Limits) -> Reach:
     """Return how far groups can be pruned within limits."""
-    order = _unscored(groups, limits)
+    order = unscored(groups, limits)
     order.check_prunable()
     return Reach(costs.original, costs.of(order.least), order.share_gone(order.least))
 
@@ -86,8 +86,9 @@ def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: C
     """
     if costs.original.unknown and target.given[0] in ("speedup", "macs"):
         logger.warning("%s: MACs leave out %s, which has no formula", target, ", ".join(costs.original.unknown))
-    _unscored(whole.groups, limits).check(target, costs)
+    unscored(whole.groups, limits).check(target, costs)
 
 
-def _unscored(groups: Iterable[ChannelGroup], limits: Limits) -> RemovalOrder:
+def unscored(groups: Iterable[ChannelGroup], limits: Limits) -> RemovalOrder:
+    """Return an order of removal of groups that are not scored, for what does not depend on scores."""
     return removal_order({group: torch.zeros(group.width) for group in groups}, limits)
