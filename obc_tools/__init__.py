@@ -9,6 +9,7 @@ from importlib import import_module
 _NAMES = {
     "comparing.compare": ("compare_criteria",),
     "comparing.comparison": ("Comparison", "read_comparison"),
+    "comparing.sensitivity": ("Sensitivity", "sensitivity"),
     "comparing.sweep": ("Sweep", "sweep"),
     "data.adapters": ("as_data",),
     "data.batches": ("Augmentation", "take"),
