@@ -176,6 +176,8 @@ class Limits:
 class Target:
     """What a pruned model must reach: one of a speed-up (times fewer MACs), MACs, parameters, a ratio of channels.
 
+    Or a latency in milliseconds, where costs have one (see `latency_model`).
+
     MACs are those of the operations that run, or what torch_pruning counts (``counting="torch_pruning"``), in which
     the paper states its targets.
     """
@@ -185,10 +187,11 @@ class Target:
     params: float | None = None
     ratio: float | None = None
     counting: str = OPERATIONS
+    latency: float | None = None
 
     def __post_init__(self):
         check_name("counting", self.counting, COUNTINGS)
-        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in KINDS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
         name, value = self.given
@@ -202,7 +205,7 @@ class Target:
     @property
     def given(self) -> tuple[str, float]:
         """The kind of target and its value."""
-        return next((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None)
+        return next((name, getattr(self, name)) for name in KINDS if getattr(self, name) is not None)
 
     def met(self, cost: Cost, original: Cost, removed: float = 0.0) -> bool:
         """Say whether a cost, and the share of channels removed for it, reach the target."""
@@ -216,6 +219,8 @@ class Target:
         kind, _ = self.given
         if kind == "ratio":  # not rounded up: asked for what is said, it is met
             return f"ratio={math.floor(removed * 1e4) / 1e4:g}"
+        if kind == "latency":
+            return f"latency={cost.latency:.4g} ms"
         return f"speedup={original.macs / cost.macs:.4g}" if kind == "speedup" else f"{kind}={getattr(cost, kind):,.0f}"
 
     def __str__(self) -> str:
@@ -224,6 +229,7 @@ class Target:
 
 
 TARGETS = ("speedup", "macs", "params", "ratio")
+KINDS = (*TARGETS, "latency")
 
 
 @dataclass(frozen=True)

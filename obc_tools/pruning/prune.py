@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..measure.costs import CostModel
+from ..measure.latency_model import LatencyModel, Times
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
@@ -18,7 +21,8 @@ from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_units, removal_order
 from .plan import Deciding, PruningPlan, prune
-from .reachable import check_reachable
+from .reachable import check_reachable, unscored
+from .timed import Measured, Timing, climb, latency_model, measure_apart
 
 
 def prune_to(
@@ -31,6 +35,9 @@ def prune_to(
     macs: float | None = None,
     params: float | None = None,
     ratio: float | None = None,
+    latency: float | None = None,
+    latency_speedup: float | None = None,
+    timing: Mapping[str, Any] | None = None,
     scope: str = "global",
     steps: int = 20,
     schedule_ratio: float = 1.0,
@@ -63,6 +70,10 @@ def prune_to(
         batches: calibration batches; every step iterates over them anew, so that re-drawn ones are fresh each step.
         speedup, macs, params, ratio: give exactly one. Original MACs over the pruned model's; MACs of one example;
             parameters; share of prunable channels removed, in (0, 1).
+        latency, latency_speedup: a target too: milliseconds of a forward pass on the example inputs where the model
+            is, with torch's present threads, or how many times fewer; what counts is measured in new processes.
+        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, file (keeps what was learnt of
+            the layers' times, for the next call).
         scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
@@ -80,13 +91,21 @@ def prune_to(
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
             and what `find_groups` and `score_groups` raise.
+        LatencyError: a latency that the fastest plan does not reach (says the best, measured), that no plan is near
+            enough to, or that cannot be told on a noisy machine.
         ProofError: the plan is wrong; the error carries it.
     """
-    return prune_in_steps(
+    timed = latency is not None or latency_speedup is not None
+    if timed and any(given is not None for given in (speedup, macs, params, ratio)):
+        raise ValueError("give one target: a latency, or speedup=, macs=, params= or ratio=")
+    target = (
+        Timing(latency, latency_speedup, **timing or {}) if timed else Target(speedup, macs, params, ratio, counting)
+    )
+    return (prune_to_latency if timed else prune_in_steps)(
         model,
         example_inputs,
         batches,
-        target=Target(speedup, macs, params, ratio, counting),
+        target=target,
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
@@ -124,6 +143,51 @@ def prune_in_steps(
     return plan
 
 
+def prune_to_latency(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None,
+    *,
+    target: Timing,
+    selection: Selection,
+    scoring: Scoring,
+    limits: Limits,
+    steps: Steps,
+    verify: bool | str = True,
+    seed: int = 0,
+    progress: bool = True,
+    time_plan: Callable[[nn.Module], Times] | None = None,
+    measure: Callable[[nn.Module, nn.Module], Measured] | None = None,
+) -> PruningPlan:
+    """Find the plan whose latency, measured in new processes, is the target's; see `prune_to`.
+
+    Layers are timed in some pruned copies, from which the latency of every plan is predicted. Plans are taken from one
+    way of pruning steps, which is gone no further than needed, and a few are measured (see `climb`). ``time_plan`` and
+    ``measure`` take the place of what times a network's layers, and the original and a pruned one.
+    """
+    check_verify(verify)
+    groups, costs = selection.analyse(model, example_inputs)
+    order = unscored(groups, limits)
+    order.check_prunable()
+    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan)
+    first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
+    rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
+    targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "seed": seed, "progress": progress}
+    stages = pruning_steps(model, Stage(plans[first]), lambda _: batches, targets, fast, **how)
+
+    def plan_of(rung: float) -> PruningPlan:
+        while rung not in plans:
+            plans.update((met.latency, plan) for met, plan in next(stages).met)
+        return plans[rung]
+
+    measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
+    plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
+    if verify:
+        prove(model, plan, example_inputs, costs.of(plan), single=verify == "float32")
+    return plan
+
+
 def check_verify(verify: bool | str) -> None:
     """Raise ValueError unless this says how a plan is proven."""
     if verify not in (True, False, "float32"):
@@ -144,7 +208,7 @@ def pruning_steps(
     stage: Stage,
     batches: Callable[[int], Iterable[Any] | None],
     targets: Sequence[Target],
-    costs: CostModel,
+    costs: CostModel | LatencyModel,
     *,
     scoring: Scoring,
     limits: Limits,
