@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
+from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -19,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from ..files import logging_to
+from .checks import check, spelled
 from .options import Flag, Folder, Name, Names, Number, Numbers, PruningOptions, Whole
 from .runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 
@@ -104,6 +107,8 @@ class Prune(PruningOptions):
     """
 
     AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
+    TARGETS: ClassVar[tuple[int, int]] = (1, 1)
+    FRESH: ClassVar[bool] = True
 
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
@@ -132,8 +137,6 @@ class Prune(PruningOptions):
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 
-        if self.epochs < 0:
-            raise ValueError(f"epochs must be at least 0, not {self.epochs}")
         recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
         return PruningJob(
             title=f"Pruning {self.model} on {self.data}",
@@ -201,6 +204,7 @@ class Sweep(PruningOptions):
     """
 
     AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+    TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
 
     hold_out: Number = None
     """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
@@ -217,28 +221,32 @@ class Sweep(PruningOptions):
     residual, random."""
     steps: int = 20
     """Pruning steps; what is left is scored again in each."""
-    repeats: int = 0
-    """Forward passes to time each network with, beside the unpruned one. 0: none."""
+    repeats: Whole = None
+    """Forward passes to time each network with, beside the unpruned one. Default: none."""
 
     def run(self) -> None:
         from ..comparing.sweep import sweep
         from ..data.batches import take
         from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Steps
+        from ..pruning.compensation import compensate
+        from ..pruning.plan import prune
         from ..runs.own import own_task
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
         model, data, device = trained(self, self.hold_out)
+        batches = take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
         found = sweep(
             model,
             example_inputs(task, data, device),
-            take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches),
+            batches,
             targets={kind: values for kind in TARGETS if (values := getattr(self, kind))},
             criteria=self.criteria,
             held_out=data.batches("val", self.batch_size, shuffle=False, device=device).at(0),
             task=task,
+            build=partial(compensate, batches=batches.at(0), task=task) if self.compensate else prune,
             counting=self.counting or OPERATIONS,
-            repeats=self.repeats,
+            repeats=self.repeats or 0,
             folder=self.out,
             seed=self.seed,
             group_reduction=self.group_reduction,
@@ -298,14 +306,19 @@ Command = Demo | Prune | Compare | Sweep | RunExperiment | Runs | GridCommand | 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 after an error that the user can mend, with 130 after Ctrl-C."""
-    command = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"obc_tools {version('obc_tools')}")
+        return
+    command = parse(arguments)
     try:
+        check(command)
         run(command)
     except KeyboardInterrupt:
         print(f"\nobc: stopped; {command.AFTER_STOP}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"obc: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"obc: error: {spelled(' '.join(str(error).split()), command)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -17,10 +17,11 @@ from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
+from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_units, removal_order
-from .plan import Deciding, PruningPlan, prune
+from .plan import Deciding, PruningPlan, prune, shrink
 from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
 
@@ -54,6 +55,7 @@ def prune_to(
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
     stop: float | None = None,
+    compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
     progress: bool = True,
@@ -83,14 +85,15 @@ def prune_to(
         objective: (model, batch) -> losses, instead of the task's.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
+        compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
             "float32" is single for any, False no proof.
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
-        ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
-            and what `find_groups` and `score_groups` raise.
+        ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring), no
+            batches to compensate with, and what `find_groups` and `score_groups` raise.
         LatencyError: a latency that the fastest plan does not reach (says the best, measured), that no plan is near
             enough to, or that cannot be told on a noisy machine.
         ProofError: the plan is wrong; the error carries it.
@@ -101,6 +104,9 @@ def prune_to(
     target = (
         Timing(latency, latency_speedup, **timing or {}) if timed else Target(speedup, macs, params, ratio, counting)
     )
+    if compensate and batches is None:
+        raise ValueError("compensate=True needs batches, whatever the criterion is")
+    left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
     return (prune_to_latency if timed else prune_in_steps)(
         model,
         example_inputs,
@@ -110,6 +116,7 @@ def prune_to(
         scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
+        left=left,
         verify=verify,
         seed=seed,
         progress=progress,
@@ -126,16 +133,20 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
     verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningPlan:
-    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords.
+
+    ``left`` makes the network that is scored from the model and the plan so far.
+    """
     check_verify(verify)
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     whole = PruningPlan.whole(groups)
     check_reachable(target, whole, limits, costs)
-    how = {"scoring": scoring, "limits": limits, "steps": steps, "seed": seed, "progress": progress}
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
     *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, **how)
     plan = last.plan
     if verify:
@@ -153,6 +164,7 @@ def prune_to_latency(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
     verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
@@ -173,7 +185,7 @@ def prune_to_latency(
     first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
     rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
     targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
-    how = {"scoring": scoring, "limits": limits, "steps": steps, "seed": seed, "progress": progress}
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
     stages = pruning_steps(model, Stage(plans[first]), lambda _: batches, targets, fast, **how)
 
     def plan_of(rung: float) -> PruningPlan:
@@ -213,6 +225,7 @@ def pruning_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[Stage]:
@@ -224,9 +237,11 @@ def pruning_steps(
     Raises:
         ValueError: the schedule ends before a target is met (says how far it got), and what `score_groups` raises.
     """
-    final, left, proof = ([target for target in targets if target.ratio is None] or targets)[-1], list(targets), Proof()
-    shares = list(enumerate(steps.shares(final), start=1))[stage.step :]
-    for step, share in tqdm(shares, f"pruning to {final}", disable=not progress, leave=False):
+    final = ([target for target in targets if target.ratio is None] or targets)[-1]
+    unmet, proof, begun = list(targets), Proof(), stage.step
+    shares = list(enumerate(steps.shares(final), start=1))[begun:]
+    bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
+    for step, share in bar:
         watch = Watch(
             stage.plan,
             scoring,
@@ -234,24 +249,26 @@ def pruning_steps(
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
         )
         options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        present = prune(model, stage.plan)
+        present = left(model, stage.plan)
         scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
         order = removal_order(scores, limits, after=stage.plan)
         deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
         met = []
-        for target in left:
+        for target in unmet:
             units = next_units(order, min(share, target.ratio or share), target, costs, steps.last_step)
             if order.meets(units, target, costs) if target.ratio is None else share >= target.ratio - 1e-9:
                 met.append((target, replace(order.plan(units), deciding=deciding)))
-        left = [target for target in left if target not in dict(met)]
-        plan = met[-1][1] if met and not left else replace(order.plan(order.up_to(share)), deciding=deciding)
+        unmet = [target for target in unmet if target not in dict(met)]
+        plan = met[-1][1] if met and not unmet else replace(order.plan(order.up_to(share)), deciding=deciding)
         stage = Stage(plan, step, tuple(met))
+        if not unmet:  # of the steps that are done: a bar that ends before its total is one that failed
+            bar.total = step - 1 - begun
         yield stage
-        if not left:
+        if not unmet:
             return
     gone = stage.plan.channels_removed / stage.plan.channels
-    best = left[0].reached(costs.of(stage.plan), costs.original, gone)
-    raise ValueError(f"{left[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
+    best = unmet[0].reached(costs.of(stage.plan), costs.original, gone)
+    raise ValueError(f"{unmet[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
 
 
 class Watch:
