@@ -32,8 +32,9 @@ from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
 from ..pruning.compensation import compensate
 from ..pruning.order import next_plan
-from ..pruning.plan import PruningPlan, prune
+from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import check_reachable
+from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
 from .comparison import (
@@ -136,6 +137,7 @@ def compare_criteria(
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
+    bench = replace(bench, progress=progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     rows: list[Mapping[str, Any]] = []
@@ -182,6 +184,7 @@ class _Bench:
     costs: CostModel
     checksum: int
     device: torch.device
+    progress: bool = False
 
     @classmethod
     def build(
@@ -196,7 +199,8 @@ class _Bench:
         model = factory().eval()
         device = next(model.parameters()).device
         task = task if task.against is None else task.against(model)
-        example = _example(model, data, settings, task, device)
+        criteria = [contender.criterion for contender in contenders] if objective is None else []
+        example = _example(model, data, settings, task, device, criteria)
         groups, costs = settings.selection.analyse(model, example, settings.counting)
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
@@ -224,7 +228,7 @@ class _Bench:
     def left(self, model: nn.Module, plan: PruningPlan, repeat: int, step: int) -> nn.Module:
         """Return what a step's plan leaves of the network."""
         if not self.settings.compensate:
-            return prune(model, plan)
+            return shrink(model, plan)
         return compensate(model, plan, self.calibration(None, repeat, step), task=self.task)
 
     def continued(self, curve: Curve) -> Iterator[Curve]:
@@ -248,7 +252,10 @@ class _Bench:
         seed = int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0])
         start = time.perf_counter()
         batches = self.calibration(criterion.batches, curve.repeat, step)
-        scores = s.scoring(criterion, self.objective).score(pruned, curve.plan.pruned_groups(), batches, seed)
+        scoring = s.scoring(criterion, self.objective)
+        hidden = not (self.progress and scoring.needs_data)
+        with tqdm(batches, f"scoring by {curve.contender.label}", disable=hidden, leave=False) as bar:
+            scores = scoring.score(pruned, curve.plan.pruned_groups(), bar, seed)
         seconds = time.perf_counter() - start
         target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
         return next_plan(scores, curve.plan, share, target, self.costs, s.limits), seconds
@@ -257,8 +264,9 @@ class _Bench:
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
     ) -> dict[str, Any]:
         s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
-        held_out = evaluate(pruned, self._images("val", s.held_out), task=self.task)
-        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), task=self.task)
+        measured = {"task": self.task, "progress": self.progress}
+        held_out = evaluate(pruned, self._images("val", s.held_out), **measured)
+        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured)
         data_free = criterion.needs == "weights"
         return {
             "criterion": curve.contender.label,
@@ -305,7 +313,14 @@ def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
             return
 
 
-def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task, device: torch.device) -> Any:
+def _example(
+    model: nn.Module,
+    data: Data,
+    settings: CompareSettings,
+    task: Task,
+    device: torch.device,
+    criteria: Iterable[Criterion],
+) -> Any:
     """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
     batch = next(iter(data.batches("val", 1, device=device).at(0)))
     if task is CLASSIFICATION:
@@ -314,7 +329,8 @@ def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task
         return batch[0]
     if settings.until_chance:
         raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-    check_task(task, model, next(iter(data.batches("train", settings.batch_size, device=device).at(0))), batch)
+    train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
+    check_task(task, model, train, batch, criteria=criteria)
     return task.example(batch)
 
 

@@ -21,7 +21,7 @@ from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
-from .plan import Deciding, PruningPlan, prune
+from .plan import Deciding, PruningPlan, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def prune_to(
     """
     if compensate and batches is None:
         raise ValueError("compensate=True needs batches, whatever the criterion is")
-    left = partial(compensation.compensate, batches=batches, task=task) if compensate else prune
+    left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
     return prune_in_steps(
         model,
         example_inputs,
@@ -118,7 +118,7 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
-    left: Callable[[nn.Module, PruningPlan], nn.Module] = prune,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
     verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
@@ -144,6 +144,7 @@ def prune_in_steps(
         deciding += [watch.record] if watch.record else []
         plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
+            shares.total = step - 1  # of the steps that are done: a bar that ends before its total is one that failed
             break
     else:
         if target.ratio is None:

@@ -15,7 +15,7 @@ from ..data.batches import Augmentation, Batches, take
 from ..data.data import Data
 from ..measure.costs import Cost
 from ..measure.latency import Latency
-from ..measure.metrics import Metrics, TaskMetrics
+from ..measure.metrics import SIGNS, Metrics, TaskMetrics
 from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.jtj import DenseJTJ
@@ -42,6 +42,25 @@ TITLES: Mapping[str, str] = MappingProxyType(
 PLAN, REFUSED_PLAN = "plan.json", "refused_plan.json"
 WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
 """Files of the weights of unpruned networks that a job trained."""
+
+
+DIGITS: Mapping[str, str] = MappingProxyType(
+    {
+        "test accuracy": "{:.2%}",
+        "test loss": "{:.4f}",
+        "MACs": "{:,.0f}",
+        "speed-up": "{:.2f}x",
+        "parameters": "{:,}",
+        "CPU latency (ms)": "{:.2f}",
+    }
+)
+
+
+def as_text(frame: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
+    """Return a table of models as text, with as many digits as a reader wants; say of metrics which way is better."""
+    texts = {name: DIGITS.get(name, "{:.4g}").format for name in frame.columns[1:]}
+    signs = {f"test {name}": f"test {name} {SIGNS[better]}" for name, better in directions.items()}
+    return frame.assign(**{name: frame[name].map(text) for name, text in texts.items()}).rename(columns=signs)
 
 
 @dataclass(frozen=True)
@@ -114,17 +133,7 @@ class JobResult:
 
     def table(self) -> pd.DataFrame:
         """Return `to_frame` as text, each number with as many digits as a reader wants."""
-        digits = {
-            "test accuracy": "{:.2%}",
-            "test loss": "{:.4f}",
-            "MACs": "{:,}",
-            "speed-up": "{:.2f}x",
-            "parameters": "{:,}",
-            "CPU latency (ms)": "{:.2f}",
-        }
-        frame = self.to_frame()
-        digits = {name: digits.get(name, "{:.4g}") for name in frame.columns[1:]}
-        return frame.assign(**{name: frame[name].map(text.format) for name, text in digits.items()})
+        return as_text(self.to_frame(), getattr(self.measured[ORIGINAL].metrics, "directions", {}))
 
     def __repr__(self) -> str:
         return self.table().to_string(index=False)

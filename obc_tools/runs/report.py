@@ -257,7 +257,7 @@ def job_sections(result: JobResult) -> Iterator[Section]:
         yield Figure(jtj_grid(result.filters), f"JᵀJ of the filters of {result.filters.axis.layer}", _filters(result))
     tuned = {CURVES[key]: history for key, history in result.histories.items() if key != ORIGINAL}
     if tuned:
-        yield Figure(plot_histories(tuned), "Fine-tuning", "The same images in the same order, the same recipe.")
+        yield Figure(plot_histories(tuned), "Fine-tuning", "The same examples in the same order, the same recipe.")
     if ORIGINAL in result.histories:
         trained = {CURVES[ORIGINAL]: result.histories[ORIGINAL]}
         yield Figure(plot_histories(trained), "Training the original")
@@ -283,11 +283,11 @@ def _summary(result: JobResult) -> str:
 def _job_table(result: JobResult) -> Table:
     metrics = next(iter(result.measured.values())).metrics
     measured = "Accuracy and mean cross entropy" if isinstance(metrics, Metrics) else metrics.describe()
-    images = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
+    count = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
     formats = {"test accuracy": ".2%", "test loss": ".4f", "MACs": "si", "speed-up": ".2f", "parameters": ",d"}
     caption = (
-        f"{measured} on {images}held-out images, which decided nothing. MACs of one image, "
-        "counted as torch_pruning counts them. Latency of one image at a time: median on the CPU, the models in turns; "
+        f"{measured} on {count}held-out examples, which decided nothing. MACs of one example, "
+        "counted as torch_pruning counts them. Latency of one at a time: median on the CPU, the models in turns; "
         "small networks wait for memory and calls more than for MACs."
     )
     frame = result.to_frame()
@@ -298,8 +298,8 @@ def _job_table(result: JobResult) -> Table:
 def _filters(result: JobResult) -> str:
     job = result.job
     return (
-        f"Rows of J: {job.batches} batches of {job.batch_size} training images, in the original network. The score of "
-        "a filter w, above its map, is wᵀ(JᵀJ)w; what is off the diagonal is how its weights act together."
+        f"Rows of J: {job.batches} batches of {job.batch_size} training examples, in the original network. The score "
+        "of a filter w, above its map, is wᵀ(JᵀJ)w; what is off the diagonal is how its weights act together."
     )
 
 
