@@ -138,8 +138,18 @@ def _title(comparison: Any, metric: str) -> str:
     if metric in TITLES:
         return TITLES[metric]
     name = f"training {metric.removeprefix('train_')}" if metric.startswith("train_") else f"held-out {metric}"
-    better = "higher is better" if comparison.directions.get(metric) == "higher" else "lower is better"
-    return f"{name.replace('_', ' ')} ({better})"
+    return with_direction(name, comparison.directions[metric])
+
+
+def headline_axis(directions: Mapping[str, str]) -> str:
+    """Return the title of an axis for some headlines, the accuracy of classifiers in %."""
+    usual = {"accuracy": QUANTITIES["accuracy"]}
+    return ", ".join(usual.get(name) or with_direction(name, better) for name, better in directions.items())
+
+
+def with_direction(metric: str, direction: str) -> str:
+    """Return the name of another task's metric and which way is better, as axes say it."""
+    return f"{metric.replace('_', ' ')} ({direction} is better)"
 
 
 def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> None:
@@ -187,7 +197,7 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
     """
     if not histories:
         raise ValueError("no history to draw: give {'name': history}")
-    headlines = {next(iter(history.last.values), "accuracy") for history in histories.values()}
+    headlines = dict(history.last.better for history in histories.values())
     named = ", ".join(sorted(headlines)).replace("_", " ")
     figure = make_subplots(1, 2, subplot_titles=("Loss", named.capitalize()), horizontal_spacing=0.1)
     for index, (label, history) in enumerate(histories.items()):
@@ -211,9 +221,9 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
             elif part == "val":
                 shared["showlegend"] = f"{part}_loss" not in frame
                 figure.add_scatter(y=frame[f"val_{headline}"], hovertemplate="%{y:.4g}", **shared, row=1, col=2)
-    of_images = headlines == {"accuracy"}
+    of_images = headlines.keys() == {"accuracy"}
     figure.update_yaxes(title="cross entropy (nats)" if of_images else "loss", row=1, col=1)
-    figure.update_yaxes(title="accuracy (%)" if of_images else named, row=1, col=2)
+    figure.update_yaxes(title=headline_axis(headlines), row=1, col=2)
     figure.update_annotations(font_size=12)
     x = {"title": "epoch", "rangemode": "tozero"}
     return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)
@@ -221,15 +231,23 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
 
 MOST_WORDS = 110
 """Letters of a line in a picture."""
-QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "images/s"}
-"""The panels of the figure of runs: a quantity and the title of its axis."""
+QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "examples/s"}
+"""The panels of the figure of runs: a quantity and the title of its axis. Other tasks have no accuracy, see below."""
 
 
-def watch_figure(traces: Iterable[Mapping[str, Any]], *, failed: Sequence[str] = (), look: str = "light") -> go.Figure:
+def watch_figure(
+    traces: Iterable[Mapping[str, Any]],
+    directions: Mapping[str, str] | None = None,
+    *,
+    failed: Sequence[str] = (),
+    look: str = "light",
+) -> go.Figure:
     """Draw loss, accuracy, learning rate and speed of several runs, as far as they are.
 
     Args:
         traces: the properties of each curve; ``meta[2]`` is the number of its panel, from 0.
+        directions: what is drawn in the place of the accuracy: headline of another task -> "higher" or "lower",
+            whichever is better; "accuracy" where there are also runs that classify.
         failed: what runs failed of, a line each, to stand in the picture.
         look: "light" or "dark".
 
@@ -240,7 +258,8 @@ def watch_figure(traces: Iterable[Mapping[str, Any]], *, failed: Sequence[str] =
     for trace in traces:
         row, column = divmod(trace["meta"][2], 2)
         figure.add_scatter(**trace, row=row + 1, col=column + 1)
-    for panel, title in enumerate(QUANTITIES.values()):
+    titles = QUANTITIES | ({"accuracy": headline_axis(directions)} if directions else {})
+    for panel, title in enumerate(titles.values()):
         figure.update_yaxes(title=title, row=panel // 2 + 1, col=panel % 2 + 1)
     if failed:
         text = "<br>".join(

@@ -1,4 +1,4 @@
-"""One pruning job from end to end: original → sparse → plan → pruned → fine-tuned naively and with EP → merged.
+"""A pruning job end to end: original → sparse → plan → pruned (→ compensated) → fine-tuned naively, with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
 done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
+from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
@@ -40,6 +42,7 @@ from ..training.processes import processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
 from .job import (
+    COMPENSATED,
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -88,7 +91,7 @@ def prepare(job: PruningJob) -> JobInputs:
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
-    inputs = JobInputs(job, data, model, source, device, _example(model, data, task, device), task)
+    inputs = JobInputs(job, data, model, source, device, _example(job, model, data, task, device), task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -150,14 +153,17 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
             base = models[SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
         plan = work.plan(base)
-        models[PRUNED] = prune(base, plan)
+        start = models[PRUNED] = prune(base, plan)
+    if job.compensate:
+        with _stage("compensating", seconds):
+            start = models[COMPENSATED] = work.compensated(base, plan)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
-            models[NAIVE] = work.naive(models[PRUNED])
+            models[NAIVE] = work.naive(start)
     equivalence = None
     if job.equivalent:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
-            models[MERGED], equivalence = work.equivalent(base, plan, models[NAIVE])
+            models[MERGED], equivalence = work.equivalent(base, plan, models[NAIVE], models.get(COMPENSATED))
     with _stage("measuring", seconds):
         measured = work.measure(models)
         filters = _first_filters(inputs)
@@ -213,22 +219,30 @@ class Stages:
             write_text(path, plan.to_json())
         return plan
 
+    def compensated(self, base: nn.Module, plan: PruningPlan) -> nn.Module:
+        """Return the pruned network whose weights make up for what it lost, in least squares."""
+        return compensate(base, plan, self.inputs.calibration_batches().at(0), task=self.inputs.task)
+
     def naive(self, pruned: nn.Module) -> nn.Module:
-        """Return a copy of the pruned network after fine-tuning."""
+        """Return a copy of the pruned network, or of the compensated one, after fine-tuning."""
         model = copy.deepcopy(pruned)
         self._train(NAIVE, model, self.inputs.job.finetune)
         return model
 
-    def equivalent(self, base: nn.Module, plan: PruningPlan, naive: nn.Module) -> tuple[nn.Module, Equivalence]:
+    def equivalent(
+        self, base: nn.Module, plan: PruningPlan, naive: nn.Module, compensated: nn.Module | None = None
+    ) -> tuple[nn.Module, Equivalence]:
         """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network.
+
+        With a compensated network it begins there, else at the pruned one.
 
         Raises:
             EquivalenceError: a start from, or a merge into, another function than it should be.
         """
         batch, task = next(iter(self.inputs.held_out_batches())), self.inputs.task
-        model, pruned = EquivalentModel(base, plan), prune(base, plan)
-        start = _difference(model, pruned, batch, task)
-        _check_equal(start, "Equivalent Pruning before training and the pruned network")
+        model, pruned = EquivalentModel(base, plan, start=compensated), prune(base, plan)
+        start = _difference(model, pruned if compensated is None else compensated, batch, task)
+        _check_equal(start, "Equivalent Pruning before training and the network that it starts from")
         self._train(MERGED, model, self.inputs.job.finetune)
         merged = model.merge()
         difference = _difference(merged, model, batch, task)
@@ -295,16 +309,18 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
-    job = inputs.job
+    job, batches = inputs.job, inputs.calibration_batches()
+    left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
     return prune_in_steps(
         model,
         inputs.example,
-        inputs.calibration_batches(),
+        batches,
         target=job.target,
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
         steps=replace(job.schedule, steps=steps),
+        left=left,
         seed=job.seed,
         progress=progress,
     )
@@ -340,13 +356,14 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
 
 
-def _example(model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
+def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
     """Return example inputs; raise ValueError where the network does not suit the data or the task."""
     if task is CLASSIFICATION:
         images, _ = next(iter(data.batches("val", 1, device=device)))
         check_classes(_count_outputs(model, images), data)
         return images
-    check_task(task, model, *(next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val")))
+    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
+    check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
     return example_inputs(task, data, device)
 
 

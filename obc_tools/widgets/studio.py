@@ -135,6 +135,9 @@ class StudioControls:
         self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
+        self.compensate = W.ToggleButton(
+            description="compensate", icon="magic", tooltip="measure also what least squares make of each plan"
+        )
         self.path = text("write to", "runs/studio", "without the ending")
         self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
 
@@ -294,13 +297,15 @@ class PruningStudio(View):
     def measure(self) -> None:
         """Measure latency and the task's metrics of the plans that are shown and of the original, beside the kernel.
 
+        With "compensate" pressed, also the headline of what `compensate` makes of each, on the calibration batches.
+
         Raises:
             ValueError: while scores are computed, which a measurement would hold up.
         """
         self._refuse_while_scoring()
         shown = (self.session.whole, self._compared(), self._before, self.plan)
         plans = list(dict.fromkeys(plan for plan in shown if plan is not None))
-        work = partial(self.session.measure, plans)
+        work = partial(self.session.measure, plans, compensated=self._controls.compensate.value)
         self._worker.start(lambda task: work(task.watch), lambda _: self._measured(len(plans)))
 
     def export_plan(self, path: str | Path) -> Path:
@@ -332,6 +337,7 @@ class PruningStudio(View):
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
         self.remember_button = self.button("remember", self._remember, "to compare other plans with this one")
         doing = [self.undo_button, self.redo_button, self.measure_button, self.cancel_button]
+        doing.insert(3, c.compensate)
         above = [*doing, c.name, self.remember_button, c.compared]
         export = self._export
         self.plan_button = self.button("plan (JSON)", lambda: export(self.export_plan, ".json"), icon="download")

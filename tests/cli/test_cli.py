@@ -140,10 +140,13 @@ def test_prune_without_epochs_only_prunes(weights, tmp_path, capsys):
     arguments += ["--macs", "1e6", "--batches", 1, "--steps", 2, "--criterion", "l2", "--scope", "local"]
     arguments += ["--group-reduction", "mean", "--round-to", 4, "--ignore", "conv1", "--device", "cpu"]
     arguments += ["--only", "mlp", "--whole-heads", "--max-ratio", 0.9, "--counting", "torch_pruning"]
+    arguments += ["--compensate"]
     assert run("prune", *arguments) == 0
     results = json.loads((out / "results.json").read_text())
-    assert list(results["models"]) == ["original", "pruned"]
-    assert results["models"]["pruned"]["cost"]["macs"] <= 1e6
+    assert list(results["models"]) == ["original", "pruned", "compensated"]
+    assert results["models"]["compensated"]["cost"]["macs"] == results["models"]["pruned"]["cost"]["macs"] <= 1e6
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "pruned, no fine-tuning" in report and "pruned and compensated, no fine-tuning" in report
     assert results["equivalence"] is None and results["histories"] == {}
     assert (results["job"]["only"], results["job"]["whole_heads"]) == ("mlp", True)
     assert (results["job"]["max_ratio"], results["job"]["target"]["counting"]) == (0.9, "torch_pruning")
@@ -238,6 +241,8 @@ def test_compare_draws_curves_and_goes_on(weights, tmp_path, capsys, monkeypatch
     assert run(*arguments) == 0
     assert run(*arguments, "--ratio", 0.5) == 2
     assert "holds a comparison with another ratio" in capsys.readouterr().err
+    assert run(*arguments, "--compensate") == 2
+    assert "holds a comparison with another compensate" in capsys.readouterr().err
 
 
 def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatch):

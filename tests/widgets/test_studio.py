@@ -349,6 +349,25 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     assert studio.session.measured(studio.plan).latency != latency
 
 
+def test_measuring_tells_what_compensation_gives(studio):
+    session, table = studio.session, controls(studio).table
+    controls(studio).target.value = 0.7
+    studio.measure_button.click()
+    studio.wait(60)
+    assert "compensated" not in table.value and session.measured(studio.plan).compensated is None
+    controls(studio).compensate.value = True
+    studio.measure_button.click()
+    studio.wait(60)
+    made = obc.compensate(session.model, studio.plan, session.calibration())
+    measured = session.measured(studio.plan)
+    assert measured.compensated == obc.evaluate(made, list(session.held_out_batches())) != measured.metrics
+    assert session.measured(session.whole).compensated is None
+    row = session.row("now", studio.plan)
+    assert row["accuracy, compensated"].startswith(f"{measured.compensated.accuracy:.2%} ± ")
+    assert "<th>accuracy, compensated</th>" in table.value and row["accuracy, compensated"] in table.value
+    assert session.row("original", session.whole)["accuracy, compensated"] == ""
+
+
 def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
     first = studio.plan
     controls(studio).limit.value = 0.0
