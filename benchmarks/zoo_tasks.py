@@ -96,8 +96,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
              "use_pretrained_backbone": False, "backbone": None,
              "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [16, 24, 32, 48],
                                  "depths": [1, 1, 1, 1], "out_features": ["stage4"]}}, "I"),
-    "vit_mae": ("ViTMAEForPreTraining", _PIXELS | {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1,
-                "decoder_num_attention_heads": 4, "decoder_intermediate_size": 64}, "i"),
 }  # fmt: skip
 """transformers' networks: class, configuration, and which inputs they take."""
 

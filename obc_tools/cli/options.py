@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
+Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="NUMBER ...", help_behavior_hint="")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -71,6 +72,8 @@ class PruningOptions:
     """Batches of training images to score with, drawn afresh for every step."""
     batch_size: int = 128
     """Images in a batch, for scoring and for fine-tuning."""
+    compensate: Flag = False
+    """Make up for removed channels in least squares over those images, without labels; fine-tuning starts there."""
     seed: int = 0
     """Fixes the images that are drawn, their order and their augmentation."""
     device: Name = "auto"

@@ -204,7 +204,7 @@ class PruningPlan:
         open_steps = sum(not step.decided for step in self.deciding)
         left = f", {open_steps} of {len(self.deciding)} steps undecided" if open_steps else ""
         gone = f"{self.channels_removed} of {self.channels} channels removed"
-        return f"PruningPlan({len(self.groups)} groups, {gone}{left})"
+        return f"PruningPlan({len(self.groups)} group{'s' * (len(self.groups) != 1)}, {gone}{left})"
 
     def _repr_html_(self) -> str:
         return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"

@@ -25,12 +25,14 @@ from ..training.processes import processes
 from ..training.recipe import Recipe
 from .own import find_data, is_own
 
-ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
+ORIGINAL, SPARSE, PRUNED, COMPENSATED = "original", "sparse", "pruned", "compensated"
+NAIVE, MERGED = "naive", "merged"
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         ORIGINAL: "original",
         SPARSE: "after sparse training",
         PRUNED: "pruned, no fine-tuning",
+        COMPENSATED: "pruned and compensated, no fine-tuning",
         NAIVE: "naive fine-tuning",
         MERGED: "Equivalent Pruning, merged",
     }
@@ -77,7 +79,7 @@ class Equivalence:
     Differences are over the largest logit where that is above 1, for float32 rounds relative to it.
 
     Attributes:
-        start_from_naive: EP before training against the naively pruned network; at most `TOLERANCE`.
+        start_from_naive: EP before training against the pruned network, or the compensated one; at most `TOLERANCE`.
         merged_from_trained: The merged network against the trained EP; at most `TOLERANCE`.
         merged_from_naive: The merged network against the naively fine-tuned one; above 0, or EP did nothing.
         merged_loads_into_naive: The merged state dict was loaded, strictly, into the naively pruned network.
@@ -162,7 +164,8 @@ class PruningJob(Settings):
         train_images, val_images: Use at most so many images of a split, for a small run.
         normalize: Normalisation of the data, by name; None: its default.
         criterion, steps, schedule_ratio, last_step: of `prune_to`, as are those of `Settings`. Calibration batches are
-            drawn afresh from the training images for every pruning step.
+            drawn afresh from the training images for every pruning step. With ``compensate`` both fine-tunings begin
+            at the compensated network.
         augment: Whether calibration images are augmented, by crops and flips.
         calibrate_as_trained: Augment calibration images by all that ``finetune`` says, mixed labels included.
         pretrain: How to train the network from scratch; None where there are weights.
@@ -289,7 +292,10 @@ class JobInputs:
         )
 
     def calibration_batches(self) -> Batches:
-        """Return the calibration batches, other ones each time they are iterated over."""
+        """Return the calibration batches, other ones each time they are iterated over.
+
+        Those of a pass, by `Batches.at`, are the same in every process and after a resume.
+        """
         job = self.job
         augment = job.finetune.augmentation if job.calibrate_as_trained else Augmentation(crop=job.augment)
         train = self.data.batches("train", job.batch_size, seed=job.seed, augment=augment, device=self.device)

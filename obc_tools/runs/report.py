@@ -22,7 +22,7 @@ from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
-from .job import MERGED, NAIVE, ORIGINAL, JobResult
+from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult
 
 SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -271,8 +271,9 @@ def _summary(result: JobResult) -> str:
     if result.equivalence is None:
         return text
     found = result.equivalence
+    begun = COMPENSATED if COMPENSATED in result.models else PRUNED
     return (
-        f"{text}\n\nEquivalent Pruning starts where the pruned network starts (logits differ by at most "
+        f"{text}\n\nEquivalent Pruning starts where the {begun} network starts (logits differ by at most "
         f"{found.start_from_naive:.1g}), and merging changes nothing (at most {found.merged_from_trained:.1g}). The "
         "merged network has the layers, shapes and cost of the naively pruned one; its logits differ from those of the "
         f"naively fine-tuned one by up to {found.merged_from_naive:.3g}."

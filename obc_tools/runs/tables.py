@@ -70,6 +70,7 @@ def _rows(run: Run, select: str) -> Iterator[dict[str, Any]]:
     for key, method in METHODS.items():
         if TITLES[key] not in table.index:
             continue
+        method += ", compensated start" * job.compensate
         values = (job.title, str(job.target), job.criterion, job.group_reduction, job.normalizer or "none", method)
         yield dict(zip(KEYS, values, strict=True)) | {
             "accuracy": 100 * table.loc[TITLES[key], name],

@@ -145,18 +145,20 @@ def watch_traces(views: Mapping[str, RunView]) -> list[dict[str, Any]]:
             label = f"{name}: {TITLES[key]}" if len(views) > 1 else TITLES[key]
             color = color_of(name, index) if len(views) > 1 else color_of("ep" if key == MERGED else key)
             for panel, quantity in enumerate(QUANTITIES):
-                shared = {"legendgroup": label, "name": label}
-                finished = _finished(view.epochs.get(key, ()), quantity, color) | {"showlegend": panel == 0}
-                live = _live(view.live.get(key, LiveCurve()), quantity, color) | {"showlegend": False}
-                for kind, trace in (("epochs", finished), ("live", live)):
-                    traces.append(shared | trace | {"meta": [name, key, panel, kind]})
+                finished = _finished(view.epochs.get(key, ()), quantity, color)
+                live = _live(view.live.get(key, LiveCurve()), quantity, color)
+                for kind, seen, trace in (("epochs", "validation", finished), ("live", "training", live)):
+                    named = {"legendgroup": label, "name": f"{label}, {seen}", "meta": [name, key, panel, kind]}
+                    traces.append(trace | named | {"showlegend": panel == 0 and bool(trace["x"])})
     return traces
 
 
 def _finished(epochs: tuple[Any, ...], quantity: str, color: str) -> dict[str, Any]:
     values = [_measured(epoch, quantity) for epoch in epochs]
     line = {"color": color, "width": 2}
-    return {"x": [epoch.epoch for epoch in epochs], "y": values, "mode": "lines+markers", "line": line}
+    # An epoch's figures are those of its end, but the learning rate is the one that it began with.
+    begun = quantity == "lr"
+    return {"x": [epoch.epoch - begun for epoch in epochs], "y": values, "mode": "lines+markers", "line": line}
 
 
 def _measured(epoch: Any, quantity: str) -> float | None:

@@ -148,7 +148,7 @@ class History:
         """Return one row an epoch, with what was measured as columns (see `Epoch.figures`)."""
         return pd.DataFrame([epoch.figures() for epoch in self.epochs])
 
-    def plot(self, label: str = "training") -> go.Figure:
+    def plot(self, label: str = "") -> go.Figure:
         """Draw loss and accuracy over the epochs; `plot_histories` draws several side by side."""
         from ..plots.curves import plot_histories
 

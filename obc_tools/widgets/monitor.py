@@ -129,7 +129,8 @@ class RunMonitor(W.VBox):
             self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
 
     def _draw(self) -> go.Figure:
-        return watch_figure(watch_traces(self.views), headlines(self.views), look=self._look)
+        failed = [f"{name} failed: {view.error}" for name, view in self.views.items() if view.error]
+        return watch_figure(watch_traces(self.views), headlines(self.views), failed=failed, look=self._look)
 
     def _watch(self, every: float) -> None:
         while not self._closed.wait(every):

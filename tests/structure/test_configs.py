@@ -72,9 +72,7 @@ def test_an_entry_that_is_usually_not_given_is_found():
 
 def test_layers_of_different_widths_are_in_no_configuration(tmp_path):
     model = made("LlamaForCausalLM")
-    plan = PruningPlan.whole(find_groups(model, TOKENS)).choose(
-        ("model.layers.1.mlp.up_proj", "out"), remove=range(8)
-    )
+    plan = PruningPlan.whole(find_groups(model, TOKENS)).choose(("model.layers.1.mlp.up_proj", "out"), remove=range(8))
     pruned = prune(model, plan)
     with pytest.raises(ConfigError, match="no configuration of Llama.*layers.1.mlp.gate_proj.weight.*save_pruned"):
         pruned.save_pretrained(tmp_path / "never")

@@ -65,7 +65,9 @@ def test_looks_without_figures():
 def test_several_runs_lie_over_each_other(tmp_path):
     views = {name: look_at(Run.open(write(tmp_path / name, done=2))) for name in ("naive", "EP")}
     figure = watch_figure(watch_traces(views), look="dark")
-    assert {trace.name for trace in figure.data} == {"naive: naive fine-tuning", "EP: naive fine-tuning"}
+    assert {trace.name for trace in figure.data} == {
+        f"{run}: naive fine-tuning, {seen}" for run in ("naive", "EP") for seen in ("validation", "training")
+    }
     assert len({trace.line.color for trace in figure.data}) == 2
     losses = next(t for t in figure.data if tuple(t.meta) == ("EP", "naive", 0, "epochs"))
     accuracies = next(t for t in figure.data if tuple(t.meta) == ("EP", "naive", 1, "epochs"))
@@ -103,6 +105,25 @@ def test_the_monitor_follows(tmp_path):
     assert list(by_meta["run", "naive", 0, "epochs"].x) == [1, 2]
     assert list(by_meta["run", "merged", 3, "epochs"].y) == [900.0]
     assert by_meta["run", "merged", 3, "epochs"].yaxis == "y4"
+
+
+def test_an_epochs_learning_rate_stands_where_it_began(tmp_path):
+    monitor = RunMonitor(write(tmp_path, done=2), every=None)
+    by_meta = {tuple(trace.meta): trace for trace in monitor.figure.data}
+    assert list(by_meta["run", "naive", 2, "epochs"].x) == [0, 1]
+    assert list(by_meta["run", "naive", 0, "epochs"].x) == [1, 2]
+    shown = [trace.name for trace in monitor.figure.data if trace.showlegend]
+    assert shown == ["naive fine-tuning, validation", "naive fine-tuning, training"]
+
+
+def test_the_picture_says_why_a_run_failed(tmp_path):
+    (write(tmp_path, running=False) / "error.json").write_text(
+        json.dumps({"error": "ValueError: a <b> of 3 > 2 " + 99 * "x"})
+    )
+    monitor = RunMonitor(tmp_path, every=None)
+    (told,) = (note for note in monitor.figure.layout.annotations if "failed" in note.text)
+    assert told.text.startswith("run failed: ValueError: a &lt;b&gt; of 3 &gt; 2 xxx") and told.text.endswith("x …")
+    assert not watch_figure(watch_traces(monitor.views)).layout.annotations
 
 
 def test_stop_and_resume_are_asked_for(tmp_path, monkeypatch):
