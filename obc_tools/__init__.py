@@ -9,6 +9,8 @@ from importlib import import_module
 _NAMES = {
     "comparing.compare": ("compare_criteria",),
     "comparing.comparison": ("Comparison", "read_comparison"),
+    "comparing.sensitivity": ("Sensitivity", "sensitivity"),
+    "comparing.sweep": ("Sweep", "sweep"),
     "data.adapters": ("as_data",),
     "data.batches": ("Augmentation", "take"),
     "data.data": ("hold_out", "load_data"),
@@ -27,6 +29,7 @@ _NAMES = {
     "pruning.order": ("make_plan", "one_shot_plan"),
     "pruning.plan": ("PruningPlan", "prune"),
     "pruning.prune": ("prune_to",),
+    "pruning.reachable": ("reachable",),
     "runs.experiments": ("EXPERIMENTS", "Experiment"),
     "runs.grid": ("Grid", "GridJob", "launch_grid", "paper_grid"),
     "runs.job": ("PruningJob",),

@@ -131,9 +131,15 @@ def stand_in(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Restoring:
 
 def passing(layer: nn.Module) -> Restoring:
     """Let a layer give what it takes."""
-    restoring = Restoring()
-    restoring.undo.append(partial(vars(layer).pop, "forward", None))
-    layer.forward = lambda taken: taken
+    return calling(layer, lambda taken: taken)
+
+
+def calling(layer: nn.Module, forward: Callable[..., Any]) -> Restoring:
+    """Let another function be what a module does when it is called."""
+    restoring, own = Restoring(), vars(layer)
+    again = partial(own.update, forward=own["forward"]) if "forward" in own else partial(own.pop, "forward", None)
+    restoring.undo.append(again)
+    layer.forward = forward
     return restoring
 
 

@@ -60,14 +60,14 @@ def check(command: Any) -> None:
         for entry in value if isinstance(value, tuple) else (value,):
             if name in KNOWN and ":" not in str(entry) and str(entry).lower() not in (*KNOWN[name], *ALIASES):
                 raise UnknownNameError(option(name), str(entry), KNOWN[name])
+            if name in ("ratio", "hold_out") and not 0 < entry < 1:
+                raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 1")
+            if name == "speedup" and not entry > 1:
+                raise ValueError(f"{option(name)} {entry}: expected a number above 1")
+            if name in TARGETS and not 0 < entry < math.inf:
+                raise ValueError(f"{option(name)} {entry}: expected a positive number")
         if name in LEAST and value < LEAST[name]:
             raise ValueError(f"{option(name)} {value}: expected at least {LEAST[name]}")
-        if name in ("ratio", "hold_out") and not 0 < value < 1:
-            raise ValueError(f"{option(name)} {value}: expected a share between 0 and 1")
-        if name == "speedup" and not value > 1:
-            raise ValueError(f"{option(name)} {value}: expected a number above 1")
-        if name in TARGETS and not 0 < value < math.inf:
-            raise ValueError(f"{option(name)} {value}: expected a positive number")
         if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError(f"{option(name)} {value}: expected auto, cpu, cuda, cuda:1, ...")
     _check_targets(command)
@@ -83,7 +83,8 @@ def _given(command: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_targets(command: Any) -> None:
     least, most = getattr(command, "TARGETS", (0, len(TARGETS)))
-    given = [f"{option(name)} {value:g}" for name, value in _given(command) if name in TARGETS]
+    said = [(name, value if isinstance(value, tuple) else (value,)) for name, value in _given(command)]
+    given = [f"{option(name)} {entry:g}" for name, values in said if name in TARGETS for entry in values]
     if not least <= len(given) <= most:
         known = [option(entry.name) for entry in fields(command) if entry.name in TARGETS]
         raise ValueError(f"give one target: {', '.join(known[:-1])} or {known[-1]}; got {', '.join(given) or 'none'}")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
@@ -21,10 +22,16 @@ from tqdm import tqdm
 
 from ..files import logging_to
 from .checks import check, spelled
-from .options import Flag, Folder, Name, Names, Number, PruningOptions, Whole
+from .options import Flag, Folder, Name, Names, Number, Numbers, PruningOptions, Whole
 from .runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ..comparing.comparison import Comparison
+    from ..comparing.sweep import Sweep as FoundSweep
+    from ..data.data import Data
     from ..runs.job import PruningJob
 
 
@@ -176,28 +183,100 @@ class Compare(PruningOptions):
 
     def run(self) -> None:
         from ..comparing.compare import CompareSettings, compare_criteria
-        from ..data.data import hold_out
-        from ..plots.jtj import save_html
-        from ..runs.job import find_device
-        from ..runs.own import find_data, find_model, is_own, own_task
+        from ..runs.own import own_task
 
-        if self.weights is None and not is_own(self.model):
-            raise ValueError(f"--weights: which weights of '{self.model}'? A comparison begins with a trained network")
-        device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
-        if self.hold_out is not None:
-            data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
-        classes = self.num_classes or len(data.classes)
-        channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
+        model, data, _ = trained(self, self.hold_out)
         comparison = compare_criteria(
-            lambda: find_model(self.model, classes, self.weights, **channels).to(device),
-            data,
-            self.criteria,
-            task=own_task(self.task),
-            folder=self.out,
-            **self.given(CompareSettings),
+            model, data, self.criteria, task=own_task(self.task), folder=self.out, **self.given(CompareSettings)
         )
-        figure = save_html(comparison.plot(), self.out / CURVES)
-        print(f"\n{comparison!r}\n\nfigures: {figure}")
+        show(comparison, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(PruningOptions):
+    """Prune a trained network to many targets on one way, without fine-tuning, and measure it at each.
+
+    Give the targets: --speedup, --macs, --params or --ratio, several values of each. All plans are kept in the folder,
+    and the same command goes on after a stop. For example:
+
+    obc sweep --model resnet56 --weights resnet56.pth --data cifar10 --root data/cifar10 --speedup 1.5 2 2.5 3
+    --criteria jacobian l1 --out runs/frontier
+    """
+
+    AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+    TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
+
+    hold_out: Number = None
+    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
+    speedup: Numbers = ()
+    """Targets: how many times fewer MACs, such as 1.5 2 3."""
+    macs: Numbers = ()
+    """Targets: multiply-accumulate operations for one image, such as 100e6 60e6."""
+    params: Numbers = ()
+    """Targets: numbers of parameters, such as 600000 400000."""
+    ratio: Numbers = ()
+    """Targets: shares of all channels to remove, between 0 and 1."""
+    criteria: Names = ("jacobian",)
+    """What channels are scored by, one or several: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp,
+    residual, random."""
+    steps: int = 20
+    """Pruning steps; what is left is scored again in each."""
+    repeats: Whole = None
+    """Forward passes to time each network with, beside the unpruned one. Default: none."""
+
+    def run(self) -> None:
+        from ..comparing.sweep import sweep
+        from ..data.batches import take
+        from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Steps
+        from ..pruning.compensation import compensate
+        from ..pruning.plan import prune
+        from ..runs.own import own_task
+        from ..scoring.tasks import example_inputs
+
+        task = own_task(self.task)
+        model, data, device = trained(self, self.hold_out)
+        batches = take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
+        found = sweep(
+            model,
+            example_inputs(task, data, device),
+            batches,
+            targets={kind: values for kind in TARGETS if (values := getattr(self, kind))},
+            criteria=self.criteria,
+            held_out=data.batches("val", self.batch_size, shuffle=False, device=device).at(0),
+            task=task,
+            build=partial(compensate, batches=batches.at(0), task=task) if self.compensate else prune,
+            counting=self.counting or OPERATIONS,
+            repeats=self.repeats or 0,
+            folder=self.out,
+            seed=self.seed,
+            group_reduction=self.group_reduction,
+            normalizer=self.normalizer,
+            **self.given(Selection) | self.given(Limits) | self.given(Steps),
+        )
+        show(found, self.out)
+
+
+def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, Data, torch.device]:
+    """Return the trained network and the data that options name, and where to compute; a share may be held out."""
+    from ..data.data import hold_out
+    from ..runs.job import find_device
+    from ..runs.own import find_data, find_model, is_own
+
+    if options.weights is None and not is_own(options.model):
+        raise ValueError(f"--weights: which weights of '{options.model}'? It begins with a trained network")
+    device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
+    if share is not None:
+        data = hold_out(data, "train" if data.train is not None else "val", share=share, seed=options.seed)
+    classes = options.num_classes or len(data.classes)
+    channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
+    return find_model(options.model, classes, options.weights, **channels).to(device), data, device
+
+
+def show(found: Comparison | FoundSweep, out: Path) -> None:
+    """Print a table and keep its figure."""
+    from ..plots.jtj import save_html
+
+    print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), out / CURVES)}")
 
 
 def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
@@ -215,13 +294,14 @@ COMMANDS = {
     "demo": (Demo, "The whole job on handwritten digits, in 2 minutes."),
     "prune": (Prune, "The same on your own network and data."),
     "compare": (Compare, "Criteria beside each other, no fine-tuning."),
+    "sweep": (Sweep, "One network at many targets, no fine-tuning."),
     "run": (RunExperiment, "One of the paper's experiments."),
     "runs": (Runs, "What runs there are; stop and resume them."),
     "grid": (GridCommand, "Many experiments over many GPUs."),
     "slurm": (Slurm, "A script for the SLURM scheduler."),
     "evaluate": (Evaluate, "Accuracy of a saved model."),
 }
-Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | Evaluate
+Command = Demo | Prune | Compare | Sweep | RunExperiment | Runs | GridCommand | Slurm | Evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

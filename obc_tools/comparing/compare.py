@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,11 +28,11 @@ from ..files import environment
 from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
-from ..pruning.choices import OPERATIONS, Settings, Target, check_whole
+from ..pruning.choices import OPERATIONS, Settings, Target, check_settings, check_whole
 from ..pruning.compensation import compensate
 from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan, shrink
-from ..pruning.prune import check_reachable
+from ..pruning.reachable import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
@@ -43,6 +42,7 @@ from .comparison import (
     Curve,
     CurveFolder,
     as_frame,
+    checksum,
     described,
     marked,
     read_settings,
@@ -162,10 +162,7 @@ def compare_criteria(
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:
     """Return the settings, checked for names, in the count in which a comparison in a folder was begun."""
-    known = [field.name for field in fields(CompareSettings)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(known)}")
+    check_settings(settings, [field.name for field in fields(CompareSettings)])
     begun = {} if folder is None else read_settings(folder)
     return {"counting": begun.get("counting", OPERATIONS), **settings}
 
@@ -205,7 +202,7 @@ class _Bench:
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
         loss = objective or task.losses
-        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, _checksum(model), device)
+        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, checksum(model), device)
         for budget in [c.criterion.batches for c in contenders] + [None] * settings.compensate:
             bench.calibration(budget, 0, 1)
         return bench
@@ -332,11 +329,3 @@ def _example(
     train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
     check_task(task, model, train, batch, criteria=criteria)
     return task.example(batch)
-
-
-def _checksum(model: nn.Module) -> int:
-    """Return the CRC-32 of a model's parameters and buffers."""
-    total = 0
-    for value in model.state_dict().values():
-        total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
-    return total

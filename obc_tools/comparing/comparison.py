@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from ..files import entries, write_text
 from ..pruning.choices import TORCH_PRUNING
@@ -57,7 +60,9 @@ class Comparison:
         return metric_directions(self.settings)
 
     def left(self, over: str = "params") -> pd.Series:
-        """Return the share that is left at each row, of "channels", "macs" or "params"."""
+        """Return the share that is left at each row, of "channels", "macs" or "params"; of "latency" where timed."""
+        if over == "latency" and "latency_left" in self.frame:
+            return self.frame["latency_left"]
         if over not in SHARES:
             raise ComparisonError(f"unknown axis '{over}'; known are {', '.join(SHARES)}")
         if over == "channels":
@@ -234,17 +239,25 @@ class Contender:
 
 @dataclass(frozen=True)
 class Curve:
-    """One criterion in one repeat so far: a row a finished step, and the plan of the last one."""
+    """One criterion in one repeat so far: its rows, and the plan of the last finished step.
+
+    Of a sweep, whose steps are not its rows: the number of that step, and the plans at its targets.
+    """
 
     contender: Contender
     repeat: int
     rows: tuple[Mapping[str, Any], ...]
     plan: PruningPlan
     at_chance: bool = False
+    step: int = 0
+    plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the curve as JSON text."""
-        return json.dumps({"rows": self.rows, "at_chance": self.at_chance, "plan": json.loads(self.plan.to_json())})
+        plans = {target: json.loads(plan.to_json()) for target, plan in self.plans.items()}
+        of_sweep = {"step": self.step, "plans": plans} if self.step else {}
+        plan = json.loads(self.plan.to_json())
+        return json.dumps({"rows": self.rows, "at_chance": self.at_chance, "plan": plan} | of_sweep)
 
 
 def resolve_contenders(criteria: Iterable[Any] | Mapping[str, Any]) -> tuple[Contender, ...]:
@@ -308,8 +321,9 @@ class CurveFolder:
         if path is None or not path.exists():
             return Curve(contender, repeat, (), whole)
         data = json.loads(path.read_text(encoding="utf-8"))
-        plan = PruningPlan.from_json(json.dumps(data["plan"]))
-        return Curve(contender, repeat, tuple(data["rows"]), plan, data["at_chance"])
+        plan, *plans = (PruningPlan.from_json(json.dumps(p)) for p in (data["plan"], *data.get("plans", {}).values()))
+        named = dict(zip(data.get("plans", ()), plans, strict=True))
+        return Curve(contender, repeat, tuple(data["rows"]), plan, data["at_chance"], data.get("step", 0), named)
 
     def write(self, curve: Curve) -> None:
         """Keep a curve's finished steps."""
@@ -324,3 +338,11 @@ class CurveFolder:
 
     def _path(self, contender: Contender, repeat: int) -> Path | None:
         return self.folder and self.folder / f"curve_{contender.slug}_{repeat}.json"
+
+
+def checksum(model: nn.Module) -> int:
+    """Return the CRC-32 of a model's parameters and buffers."""
+    total = 0
+    for value in model.state_dict().values():
+        total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+    return total

@@ -42,11 +42,13 @@ class Cost:
     """What a model costs: multiply-accumulate operations of one example, and parameters.
 
     ``unknown`` names operations that work on weights and that have no formula, "fft in layer 'mix'"; they count 0.
+    ``latency``: of a batch in milliseconds, where it is predicted (`latency_model`).
     """
 
     macs: float
     params: int
     unknown: tuple[str, ...] = field(default=(), compare=False)
+    latency: float | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if not (self.macs >= 0 and self.params >= 0):
@@ -236,6 +238,16 @@ class CostModel:
         sizes = self.macs.at(widths)
         batched, once = int(sizes[self.macs.batched].sum()), int(sizes[~self.macs.batched].sum())
         return Cost(once + batched / self.examples, int(self.params.at(widths).sum()), self.original.unknown)
+
+    def terms(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `macs` and `params` are in a plan, one number a term, MACs of the whole batch."""
+        widths = self._widths(plan)
+        return self.macs.at(widths), self.params.at(widths)
+
+    @property
+    def original_terms(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `terms` is of the network itself."""
+        return self.macs.at(self.widths.whole), self.params.at(self.widths.whole)
 
     def by_layer(self, plan: Plan) -> pd.DataFrame:
         """Return what each layer costs where a plan is carried out; raise as `of` does.

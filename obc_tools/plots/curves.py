@@ -17,6 +17,7 @@ from plotly.subplots import make_subplots
 from .looks import COLORS, color_of, finished
 
 AXES = {"channels": "pruned channels (%)", "macs": "MACs left (%)", "params": "parameters left (%)"}
+TIMED = {"latency": "measured latency left (%)"}
 TITLES = {
     "accuracy": "held-out accuracy (%)",
     "top5": "held-out top-5 accuracy (%)",
@@ -37,7 +38,7 @@ def criteria_curves(
 
     Args:
         metric: a column of the comparison's frame that was measured.
-        over: "channels" (pruned), "macs" or "params" (left; to the right is less).
+        over: "channels" (pruned), "macs" or "params" (left; to the right is less), or "latency" where it was timed.
 
     Raises:
         ComparisonError: an unknown axis, a metric that was not measured.
@@ -153,7 +154,7 @@ def with_direction(metric: str, direction: str) -> str:
 
 
 def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> None:
-    figure.update_xaxes(title=AXES[over], autorange=None if over == "channels" else "reversed", **place)
+    figure.update_xaxes(title=(AXES | TIMED)[over], autorange=None if over == "channels" else "reversed", **place)
     figure.update_yaxes(title=title, **place)
 
 
@@ -184,7 +185,7 @@ def accuracy_over_macs(table: pd.DataFrame, *, look: str = "light") -> go.Figure
             hovertemplate=f"{name}: %{{y:.2f}} % with %{{x:.1f}} % of the MACs<extra></extra>",
         )
     _label(figure, TITLES["accuracy"], "macs")
-    return finished(figure, look, 380, title="Accuracy over MACs", legend_y=1.0)
+    return finished(figure, look, 380, title="Accuracy over MACs", legend={"y": -0.2, "yanchor": "top"})
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:

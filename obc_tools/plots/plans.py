@@ -276,3 +276,23 @@ def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figu
         figure.add_bar(x=shares["layer"], y=100 * shares[part], name=part, marker_color=color, hovertemplate=hover)
     x, y = {"title": "layer", **GROUPS}, {"title": "on removed channels (% of squared entries)"}
     return finished(figure, look, 400, x=x, y=y, barmode="group", title="What the removed channels still give")
+
+
+def plot_sensitivity(lost: pd.DataFrame, metric: str, *, look: str = "light") -> go.Figure:
+    """Draw how much worse a metric gets where one group alone is pruned: a row a group, a column a ratio.
+
+    Raises:
+        ValueError: an unknown look.
+    """
+    name = metric.replace("_", " ")
+    heatmap = go.Heatmap(
+        z=lost.to_numpy(),
+        x=[f"{100 * ratio:g}" for ratio in lost.columns],
+        y=list(lost.index),
+        coloraxis="coloraxis",
+        hovertemplate="%{y}<br>%{x} % of its channels removed<br>%{z:.4g} worse<extra></extra>",
+    )
+    x, y = {"title": "removed (% of the group's channels)", "type": "category"}, {"autorange": "reversed", **GROUPS}
+    shown = color_axis(f"{name}, how much worse", cmid=0)
+    height = 150 + 20 * len(lost)
+    return finished(go.Figure(heatmap), look, height, x=x, y=y, coloraxis=shown, title="One group pruned at a time")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from numbers import Integral
 from typing import Any
@@ -36,6 +36,25 @@ def check_name(name: str, value: Any, known: Iterable[str | None]) -> None:
     """Raise UnknownNameError unless a value is among those that are known."""
     if value not in known:
         raise UnknownNameError(name, str(value), [str(entry) for entry in known])
+
+
+def check_settings(settings: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a setting that is not among those that are known."""
+    if unknown := sorted({*settings} - {*known}):
+        raise ValueError(f"unknown setting '{unknown[0]}'; known are {', '.join(known)}")
+
+
+def values_of(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
+    """Return a value of each kind, built from those of the settings that are its fields.
+
+    Raises ValueError for a setting that is no kind's.
+    """
+    names = [[entry.name for entry in fields(kind)] for kind in kinds]
+    check_settings(settings, [name for mine in names for name in mine])
+    return [
+        kind(**{name: settings[name] for name in mine if name in settings})
+        for kind, mine in zip(kinds, names, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,8 @@ class Limits:
 class Target:
     """What a pruned model must reach: one of a speed-up (times fewer MACs), MACs, parameters, a ratio of channels.
 
+    Or a latency in milliseconds, where costs have one (see `latency_model`).
+
     MACs are those of the operations that run, or what torch_pruning counts (``counting="torch_pruning"``), in which
     the paper states its targets.
     """
@@ -166,10 +187,11 @@ class Target:
     params: float | None = None
     ratio: float | None = None
     counting: str = OPERATIONS
+    latency: float | None = None
 
     def __post_init__(self):
         check_name("counting", self.counting, COUNTINGS)
-        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in KINDS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
         name, value = self.given
@@ -183,7 +205,7 @@ class Target:
     @property
     def given(self) -> tuple[str, float]:
         """The kind of target and its value."""
-        return next((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None)
+        return next((name, getattr(self, name)) for name in KINDS if getattr(self, name) is not None)
 
     def met(self, cost: Cost, original: Cost, removed: float = 0.0) -> bool:
         """Say whether a cost, and the share of channels removed for it, reach the target."""
@@ -197,6 +219,8 @@ class Target:
         kind, _ = self.given
         if kind == "ratio":  # not rounded up: asked for what is said, it is met
             return f"ratio={math.floor(removed * 1e4) / 1e4:g}"
+        if kind == "latency":
+            return f"latency={cost.latency:.4g} ms"
         return f"speedup={original.macs / cost.macs:.4g}" if kind == "speedup" else f"{kind}={getattr(cost, kind):,.0f}"
 
     def __str__(self) -> str:
@@ -205,6 +229,7 @@ class Target:
 
 
 TARGETS = ("speedup", "macs", "params", "ratio")
+KINDS = (*TARGETS, "latency")
 
 
 @dataclass(frozen=True)

@@ -106,12 +106,16 @@ class RemovalOrder:
 
     def check(self, target: Target, costs: CostModel) -> None:
         """Raise ValueError where nothing may go, or even all that may go would not meet a target: say the best."""
+        self.check_prunable()
+        best = self._reached(self.least, target, costs)
+        if not target.met(*best):
+            raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(*best)}")
+
+    def check_prunable(self) -> None:
+        """Raise ValueError where nothing may go: say why."""
         if not any(group.prunable for group in self.groups):
             reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in self.groups})[:5])
             raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
-        best = self._reached(self._least, target, costs)
-        if not target.met(*best):
-            raise ValueError(f"{target} cannot be met: the best that can be had is {target.reached(*best)}")
 
     def draft(self, units: int) -> Draft:
         """Return what `plan` keeps, ascending, in the original numbering, unchecked: what a bisection needs."""
@@ -132,15 +136,19 @@ class RemovalOrder:
         """
         if target.ratio is None:
             return costs.of(draft), costs.original, 0.0
+        return costs.original, costs.original, self.share_gone(draft)
+
+    def share_gone(self, draft: Draft) -> float:
+        """Return the share that is gone of all channels that may go."""
         counted = [
             (group.width, group.width - len(kept))
             for group, kept in zip(draft.groups, draft.kept, strict=True)
             if group.prunable and group.root not in self.fixed
         ]
-        return costs.original, costs.original, sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
+        return sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
 
     @cached_property
-    def _least(self) -> Draft:
+    def least(self) -> Draft:
         """What is kept where all goes that may."""
         return self.draft(len(self))
 

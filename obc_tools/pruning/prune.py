@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..measure.costs import CostModel
+from ..measure.latency_model import LatencyModel, Times
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
@@ -20,10 +20,10 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
-from .plan import Deciding, PruningPlan, shrink
-
-logger = logging.getLogger(__name__)
+from .order import RemovalOrder, exchanged, next_units, removal_order
+from .plan import Deciding, PruningPlan, prune, shrink
+from .reachable import check_reachable, unscored
+from .timed import Measured, Timing, climb, latency_model, measure_apart
 
 
 def prune_to(
@@ -36,6 +36,9 @@ def prune_to(
     macs: float | None = None,
     params: float | None = None,
     ratio: float | None = None,
+    latency: float | None = None,
+    latency_speedup: float | None = None,
+    timing: Mapping[str, Any] | None = None,
     scope: str = "global",
     steps: int = 20,
     schedule_ratio: float = 1.0,
@@ -69,6 +72,10 @@ def prune_to(
         batches: calibration batches; every step iterates over them anew, so that re-drawn ones are fresh each step.
         speedup, macs, params, ratio: give exactly one. Original MACs over the pruned model's; MACs of one example;
             parameters; share of prunable channels removed, in (0, 1).
+        latency, latency_speedup: a target too: milliseconds of a forward pass on the example inputs where the model
+            is, with torch's present threads, or how many times fewer; what counts is measured in new processes.
+        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, file (keeps what was learnt of
+            the layers' times, for the next call).
         scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
@@ -87,16 +94,24 @@ def prune_to(
     Raises:
         ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring), no
             batches to compensate with, and what `find_groups` and `score_groups` raise.
+        LatencyError: a latency that the fastest plan does not reach (says the best, measured), that no plan is near
+            enough to, or that cannot be told on a noisy machine.
         ProofError: the plan is wrong; the error carries it.
     """
+    timed = latency is not None or latency_speedup is not None
+    if timed and any(given is not None for given in (speedup, macs, params, ratio)):
+        raise ValueError("give one target: a latency, or speedup=, macs=, params= or ratio=")
+    target = (
+        Timing(latency, latency_speedup, **timing or {}) if timed else Target(speedup, macs, params, ratio, counting)
+    )
     if compensate and batches is None:
         raise ValueError("compensate=True needs batches, whatever the criterion is")
     left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
-    return prune_in_steps(
+    return (prune_to_latency if timed else prune_in_steps)(
         model,
         example_inputs,
         batches,
-        target=Target(speedup, macs, params, ratio, counting),
+        target=target,
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
@@ -127,35 +142,133 @@ def prune_in_steps(
 
     ``left`` makes the network that is scored from the model and the plan so far.
     """
-    last_step = steps.last_step
-    if verify not in (True, False, "float32"):
-        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
+    check_verify(verify)
     groups, costs = selection.analyse(model, example_inputs, target.counting)
-    plan = PruningPlan.whole(groups)
-    check_reachable(target, plan, limits, costs)
-    shares = tqdm(steps.shares(target), f"pruning to {target}", total=steps.steps, disable=not progress, leave=False)
-    proof, deciding = Proof(), []
-    for step, share in enumerate(shares, start=1):
-        watch = Watch(
-            plan, scoring, limits, lambda order, share=share: next_units(order, share, target, costs, last_step)
-        )
-        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        scores = scoring.score(left(model, plan), plan.pruned_groups(), batches, seed + step, **options)
-        deciding += [watch.record] if watch.record else []
-        plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
-        if target.ratio is None and target.met(costs.of(plan), costs.original):
-            shares.total = step - 1  # of the steps that are done: a bar that ends before its total is one that failed
-            break
-    else:
-        if target.ratio is None:
-            best = target.reached(costs.of(plan), costs.original)
-            raise ValueError(
-                f"{target} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}"
-            )
-    plan = replace(plan, deciding=tuple(deciding))
+    whole = PruningPlan.whole(groups)
+    check_reachable(target, whole, limits, costs)
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
+    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, **how)
+    plan = last.plan
     if verify:
         prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan
+
+
+def prune_to_latency(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None,
+    *,
+    target: Timing,
+    selection: Selection,
+    scoring: Scoring,
+    limits: Limits,
+    steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
+    verify: bool | str = True,
+    seed: int = 0,
+    progress: bool = True,
+    time_plan: Callable[[nn.Module], Times] | None = None,
+    measure: Callable[[nn.Module, nn.Module], Measured] | None = None,
+) -> PruningPlan:
+    """Find the plan whose latency, measured in new processes, is the target's; see `prune_to`.
+
+    Layers are timed in some pruned copies, from which the latency of every plan is predicted. Plans are taken from one
+    way of pruning steps, which is gone no further than needed, and a few are measured (see `climb`). ``time_plan`` and
+    ``measure`` take the place of what times a network's layers, and the original and a pruned one.
+    """
+    check_verify(verify)
+    groups, costs = selection.analyse(model, example_inputs)
+    order = unscored(groups, limits)
+    order.check_prunable()
+    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan)
+    first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
+    rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
+    targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
+    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
+    stages = pruning_steps(model, Stage(plans[first]), lambda _: batches, targets, fast, **how)
+
+    def plan_of(rung: float) -> PruningPlan:
+        while rung not in plans:
+            plans.update((met.latency, plan) for met, plan in next(stages).met)
+        return plans[rung]
+
+    measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
+    plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
+    if verify:
+        prove(model, plan, example_inputs, costs.of(plan), single=verify == "float32")
+    return plan
+
+
+def check_verify(verify: bool | str) -> None:
+    """Raise ValueError unless this says how a plan is proven."""
+    if verify not in (True, False, "float32"):
+        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What pruning step ``step`` leaves: its plan, and the targets that are met in it, each with its plan."""
+
+    plan: PruningPlan
+    step: int = 0
+    met: tuple[tuple[Target, PruningPlan], ...] = ()
+
+
+def pruning_steps(
+    model: nn.Module,
+    stage: Stage,
+    batches: Callable[[int], Iterable[Any] | None],
+    targets: Sequence[Target],
+    costs: CostModel | LatencyModel,
+    *,
+    scoring: Scoring,
+    limits: Limits,
+    steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[Stage]:
+    """Go on from a stage, step by step, until all targets are met; each step scores what is left once.
+
+    Targets of any kinds, of each the easiest first; where all are ratios the schedule ends with the last. ``batches``:
+    the number of a step, from 1, to what is scored in it. Where scoring may stop early, the last target decides.
+
+    Raises:
+        ValueError: the schedule ends before a target is met (says how far it got), and what `score_groups` raises.
+    """
+    final = ([target for target in targets if target.ratio is None] or targets)[-1]
+    unmet, proof, begun = list(targets), Proof(), stage.step
+    shares = list(enumerate(steps.shares(final), start=1))[begun:]
+    bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
+    for step, share in bar:
+        watch = Watch(
+            stage.plan,
+            scoring,
+            limits,
+            lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
+        )
+        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
+        present = left(model, stage.plan)
+        scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
+        order = removal_order(scores, limits, after=stage.plan)
+        deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
+        met = []
+        for target in unmet:
+            units = next_units(order, min(share, target.ratio or share), target, costs, steps.last_step)
+            if order.meets(units, target, costs) if target.ratio is None else share >= target.ratio - 1e-9:
+                met.append((target, replace(order.plan(units), deciding=deciding)))
+        unmet = [target for target in unmet if target not in dict(met)]
+        plan = met[-1][1] if met and not unmet else replace(order.plan(order.up_to(share)), deciding=deciding)
+        stage = Stage(plan, step, tuple(met))
+        if not unmet:  # of the steps that are done: a bar that ends before its total is one that failed
+            bar.total = step - 1 - begun
+        yield stage
+        if not unmet:
+            return
+    gone = stage.plan.channels_removed / stage.plan.channels
+    best = unmet[0].reached(costs.of(stage.plan), costs.original, gone)
+    raise ValueError(f"{unmet[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
 
 
 class Watch:
@@ -171,13 +284,3 @@ class Watch:
         batches = len(next(iter(scores.left_out.values())))
         self.record = Deciding(batches, share, share <= self.scoring.stop)
         return self.record.decided
-
-
-def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
-    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target.
-
-    The log says which operations a target of MACs leaves out, for want of a formula.
-    """
-    if costs.original.unknown and target.given[0] in ("speedup", "macs"):
-        logger.warning("%s: MACs leave out %s, which has no formula", target, ", ".join(costs.original.unknown))
-    removal_order({group: torch.zeros(group.width) for group in whole.groups}, limits).check(target, costs)

@@ -84,7 +84,7 @@ def test_the_package_runs_as_the_command_without_being_on_the_path():
     assert text.startswith("usage: obc ") and "compare" in text
 
 
-@pytest.mark.parametrize("command", ["prune", "compare"])
+@pytest.mark.parametrize("command", ["prune", "compare", "sweep"])
 def test_help_lists_what_is_known(command, capsys):
     assert run(command, "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -260,4 +260,31 @@ def test_compare_names_what_is_wrong(weights, tmp_path, capsys):
     assert "unknown --criteria 'jacobean'; closest: jacobian" in capsys.readouterr().err
     assert run(*given, "--hold-out", 2) == 2
     assert "--hold-out 2.0: expected a share between 0 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sweep_finds_plans_at_all_targets_and_goes_on(weights, tmp_path, capsys, monkeypatch):
+    arguments = ["sweep", "--data", "digits", "--model", "resnet8", "--weights", weights / "good.safetensors"]
+    arguments += ["--criteria", "jacobian", "l1", "--batches", 1, "--batch-size", 16, "--steps", 3]
+    arguments += ["--speedup", 1.5, 2, "--ratio", 0.2, "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(target) == 2 for target in ("speedup=1.5", "speedup=2", "ratio=0.2"))
+    assert "held-out accuracy" in (tmp_path / "out" / "curves.html").read_text(encoding="utf-8")
+    assert len(json.loads((tmp_path / "out" / "curve_l1_0.json").read_text(encoding="utf-8"))["plans"]) == 3
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", pytest.fail)
+    assert run(*arguments) == 0
+    assert run(*arguments, "--steps", 4) == 2
+    assert "holds a comparison with another settings" in capsys.readouterr().err
+
+
+def test_sweep_names_what_is_wrong(weights, tmp_path, capsys):
+    given = ["sweep", "--data", "digits", "--model", "resnet8", "--out", tmp_path / "out"]
+    assert run(*given, "--speedup", 2) == 2
+    assert_one_line(capsys.readouterr().err, "--weights: which weights of 'resnet8'?")
+    given += ["--weights", weights / "good.safetensors", "--batches", 1]
+    assert run(*given) == 2
+    assert_one_line(capsys.readouterr().err, "give one target: --speedup, --macs, --params or --ratio; got none")
+    assert run(*given, "--speedup", 2, 1000) == 2
+    assert_one_line(capsys.readouterr().err, "--speedup 1000 cannot be met: the best that can be had is")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,276 @@
+"""What a target costs: plans at many targets from one way to the last of them, each measured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..data.batches import Batches
+from ..errors import UnknownNameError
+from ..files import environment
+from ..holding import held
+from ..measure.costs import CostModel
+from ..measure.latency import latencies
+from ..pruning.check import prove
+from ..pruning.choices import (
+    OPERATIONS,
+    TARGETS,
+    Limits,
+    Scoring,
+    Selection,
+    Steps,
+    Target,
+    check_settings,
+    check_whole,
+    values_of,
+)
+from ..pruning.plan import PruningPlan, prune
+from ..pruning.prune import Stage, check_verify, pruning_steps
+from ..pruning.reachable import check_reachable
+from ..scoring.criteria import Criterion
+from ..scoring.objectives import Objective
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
+from .comparison import Comparison, Curve, CurveFolder, as_frame, checksum, described, marked, resolve_contenders
+
+Build = Callable[[nn.Module, PruningPlan], nn.Module]
+"""(model, plan) -> the pruned network that is measured."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep:
+    """What `sweep` found.
+
+    Attributes:
+        curves: the table as a `Comparison`, whose step is the number of the target, 0 for the unpruned network.
+        plans: criterion -> target, "speedup=2" -> plan.
+    """
+
+    curves: Comparison
+    plans: Mapping[str, Mapping[str, PruningPlan]]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row a criterion and target, the unpruned network first: what it is and what was measured."""
+        return self.curves.frame.drop(columns=["repeat", "at_chance"]).dropna(axis=1, how="all")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the table, one row a criterion and target."""
+        return self.frame
+
+    def plan(self, target: str, criterion: str | None = None) -> PruningPlan:
+        """Return the plan of a target, "speedup=2", by the first criterion unless one is named."""
+        found = self.plans[criterion or self.curves.criteria[0]]
+        if target not in found:
+            raise UnknownNameError("target", target, list(found))
+        return found[target]
+
+    def plot(self, metric: str | None = None, over: str = "macs", *, look: str = "light"):
+        """Draw a metric, by default the headline, over what is left: of "macs", "params", "channels" or "latency"."""
+        from ..plots.curves import criteria_curves
+
+        return criteria_curves(self.curves, metric or self.curves.headline, over, look=look)
+
+    def __repr__(self) -> str:
+        return self.frame.to_string(index=False, float_format="{:.4g}".format, na_rep="")
+
+    def _repr_html_(self) -> str:
+        return self.frame.to_html(index=False, float_format="{:.4g}".format, na_rep="")
+
+
+def sweep(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    targets: Mapping[str, float | Iterable[float]],
+    criteria: Any = "jacobian",
+    held_out: Iterable[Any] | None = None,
+    task: str | Task = CLASSIFICATION,
+    objective: Objective | None = None,
+    build: Build = prune,
+    repeats: int = 0,
+    counting: str = OPERATIONS,
+    folder: str | Path | None = None,
+    verify: bool | str = True,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Sweep:
+    """Find plans at many targets on the way to the last of them, and measure each: the frontier of a network.
+
+    Every plan is that which `prune_to` finds for its target with the same settings; targets that are ratios share the
+    steps of the largest. What is left is scored once a step, not once a target.
+
+    Args:
+        model, example_inputs, task, objective, counting, verify, seed: as in `prune_to`.
+        batches: calibration batches; every step iterates over them anew, all criteria over the same: step k takes pass
+            k - 1 of `Batches`.
+        targets: kind -> values, {"speedup": (1.5, 2, 3)}; kinds are those of `prune_to` and may be mixed.
+        criteria: one or several, as `compare_criteria` takes them.
+        held_out: batches to measure the task's metrics on; None: none.
+        build: (model, plan) -> the network to measure, `prune` by default; it may fine-tune or compensate.
+        repeats: forward passes on the example inputs to time each network with, in turns with the unpruned one.
+        folder: keep every finished step and all plans here, and go on from there if it is called again.
+        settings: the other keywords of `prune_to`, such as steps, scope, ignore.
+
+    Raises:
+        ValueError: no target, one that cannot be met (says the best that can be had), what `prune_to` and
+            `compare_criteria` raise.
+    """
+    check_verify(verify)
+    check_whole("repeats", repeats, 0)
+    if isinstance(held_out, Iterator):
+        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
+    contenders = resolve_contenders([criteria] if _is_one(criteria) else criteria)
+    task = find_task(task)
+    task = task if task.against is None else task.against(model)
+    scored = {"criterion": contenders[0].criterion, "objective": objective or task.losses}
+    selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
+    groups, costs = selection.analyse(model, example_inputs, counting)
+    whole, asked = PruningPlan.whole(groups), _targets(targets, counting)
+    for target in {target.given[0]: target for target in asked}.values():
+        check_reachable(target, whole, how[1], costs)
+    bench = _Bench(model, example_inputs, batches, asked, costs, *how, task, held_out, build, repeats, verify, seed)
+    about = bench.describe() | {"settings": {name: str(value) for name, value in settings.items()}}
+    about |= {"criteria": {contender.label: described(contender.criterion) for contender in contenders}}
+    about = json.loads(json.dumps(about))
+    with nullcontext() if folder is None else held(Path(folder)):
+        store = CurveFolder.open(folder, about)
+        curves = [store.read(contender, 0, whole) for contender in contenders]
+        for index, curve in enumerate(curves):
+            for curves[index] in bench.continued(curve, progress):
+                store.write(curves[index])
+        rows = [row for curve in curves for row in marked(curve.rows, False)]
+        found = Comparison(as_frame(rows, about), about, environment(bench.device))
+        return Sweep(store.finish(found), {curve.contender.label: curve.plans for curve in curves})
+
+
+def _is_one(criteria: Any) -> bool:
+    """Say whether this is one criterion: a name, (name, options), a Criterion or a function."""
+    with_options = isinstance(criteria, tuple) and len(criteria) == 2 and isinstance(criteria[1], Mapping)
+    return with_options or isinstance(criteria, str | Criterion) or callable(criteria)
+
+
+def _targets(targets: Mapping[str, float | Iterable[float]], counting: str) -> list[Target]:
+    """Return the targets, of each kind the easiest first; raise ValueError where there are none, or unknown kinds."""
+    check_settings(targets, TARGETS)
+    given = {kind: {values} if isinstance(values, Real) else {*values} for kind, values in targets.items()}
+    found = [
+        Target(**{kind: value}, counting=counting)
+        for kind, values in given.items()
+        for value in sorted(values, reverse=kind in ("macs", "params"))
+    ]
+    if not found:
+        raise ValueError("no targets: give some, such as targets={'speedup': (1.5, 2, 3)}")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """Everything that curves share."""
+
+    model: nn.Module
+    example: Any
+    batches: Iterable[Any] | None
+    targets: list[Target]
+    costs: CostModel
+    scoring: Scoring
+    limits: Limits
+    steps: Steps
+    task: Task
+    held_out: Iterable[Any] | None
+    build: Build
+    repeats: int
+    verify: bool | str
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the numbers depend on, as JSON holds it; ``steps`` are those of the table."""
+        return {
+            "targets": list(map(str, self.targets)),
+            "steps": len(self.targets),
+            "counting": self.targets[0].counting,
+            "checksum_of_weights": checksum(self.model),
+            "metrics": dict(self.task.directions),
+            "build": getattr(self.build, "__name__", type(self.build).__name__),
+            "repeats": self.repeats,
+            "seed": self.seed,
+        }
+
+    def continued(self, curve: Curve, progress: bool) -> Iterator[Curve]:
+        """Go on with a curve; yield it after every step of pruning, once what it met is measured."""
+        if not curve.rows:
+            curve = replace(curve, rows=(self._row(curve, curve.plan),))
+            yield curve
+        left = [target for target in self.targets if str(target) not in curve.plans]
+        start = time.perf_counter()
+        stages = pruning_steps(
+            self.model,
+            Stage(curve.plan, curve.step),
+            self._batches,
+            left,
+            self.costs,
+            scoring=replace(self.scoring, criterion=curve.contender.criterion),
+            limits=self.limits,
+            steps=self.steps,
+            seed=self.seed,
+            progress=progress,
+        )
+        for stage in stages if left else ():
+            seconds = time.perf_counter() - start
+            for target, plan in stage.met:
+                row = self._row(curve, plan, target, seconds)
+                curve = replace(curve, rows=(*curve.rows, row), plans={**curve.plans, str(target): plan})
+            curve = replace(curve, plan=stage.plan, step=stage.step)
+            yield curve
+            start = time.perf_counter()
+
+    def _batches(self, step: int) -> Iterable[Any] | None:
+        return self.batches.at(step - 1) if isinstance(self.batches, Batches) else self.batches
+
+    def _row(
+        self, curve: Curve, plan: PruningPlan, target: Target | None = None, seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Prove a plan and measure it."""
+        cost, network = self.costs.of(plan), self.model
+        if target is not None:
+            if self.verify:
+                single = self.verify == "float32"
+                prove(self.model, plan, self.example, cost, counting=target.counting, single=single)
+            network = self.build(self.model, plan)
+        values = {} if self.held_out is None else evaluate(network, self.held_out, task=self.task).values
+        return {
+            "criterion": curve.contender.label,
+            "repeat": 0,
+            "step": len(curve.rows),
+            "target": "" if target is None else str(target),
+            "pruned_channels": plan.channels_removed,
+            "channels": plan.channels,
+            "macs": cost.macs,
+            "params": cost.params,
+            "speedup": self.costs.original.macs / cost.macs,
+            **{name: values.get(name) for name in self.task.directions},
+            **{f"train_{name}": None for name in self.task.directions},
+            **self._timed(network),
+            "seconds": seconds,
+        }
+
+    def _timed(self, network: nn.Module) -> dict[str, float | None]:
+        if not self.repeats:
+            return {"latency_ms": None, "latency_left": None}
+        found = latencies({"unpruned": self.model, "pruned": network}, self.example, repeats=self.repeats)
+        return {"latency_ms": found["pruned"].median_ms, "latency_left": 1 / found.speedup("pruned")}

@@ -1,0 +1,22 @@
+"""Time two networks in turns in this process, for `pruning.timed.measure_apart`, which wrote the file that it reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from .latency import latencies
+
+
+def main(path: str) -> None:
+    """Write the median milliseconds of both, one JSON line, to where the process that asked reads them."""
+    original, pruned, example_inputs, repeats, threads = torch.load(path, weights_only=False)
+    models = {"original": original, "pruned": pruned}
+    found = latencies(models, example_inputs, repeats=repeats, threads=threads)
+    sys.stdout.write(json.dumps({name: measured.median_ms for name, measured in found.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,233 @@
+"""What pruning to a latency takes: the predicted one of every plan, and the measured one of some, in new processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..measure.costs import CostModel
+from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
+from ..state import copy_of
+from ..structure.groups import ChannelGroup
+from .choices import Limits, check_whole
+from .plan import PruningPlan, prune
+from .reachable import unscored
+
+logger = logging.getLogger(__name__)
+PLANS = 10
+"""Pruned copies whose layers are timed."""
+ROUNDS = 8
+
+
+class LatencyError(ValueError):
+    """A latency that is not reached, or cannot be told. ``plan`` is the nearest there is, ``measured`` its latency."""
+
+    def __init__(self, said: str, plan: PruningPlan, measured: Measured):
+        super().__init__(said)
+        self.plan, self.measured = plan, measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of the unpruned and the pruned network, side by side, a pair for each of some new processes."""
+
+    original: tuple[float, ...]
+    pruned: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.pruned or len(self.original) != len(self.pruned) or min(*self.original, *self.pruned) <= 0:
+            raise ValueError(f"latencies {self.original} and {self.pruned}: expected a pair of each process, above 0")
+
+    def of(self, target: Timing) -> tuple[float, ...]:
+        """Return what counts for a target: milliseconds, or the share of the unpruned network's."""
+        if target.speedup is None:
+            return self.pruned
+        return tuple(b / a for a, b in zip(self.original, self.pruned, strict=True))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes.
+
+    The interval of the median is from the least to the largest of them: it holds the median with a probability of
+    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target.
+    """
+
+    latency: float | None = None
+    speedup: float | None = None
+    tolerance: float = 0.04
+    processes: int = 5
+    repeats: int = 30
+    file: str | Path | None = None
+
+    def __post_init__(self):
+        if (self.latency is None) == (self.speedup is None):
+            raise ValueError("give one target: latency= (milliseconds) or latency_speedup=")
+        if self.latency is not None and not self.latency > 0:
+            raise ValueError(f"latency={self.latency}: expected milliseconds above 0")
+        if self.speedup is not None and not self.speedup > 1:
+            raise ValueError(f"latency_speedup={self.speedup}: expected a number above 1")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance={self.tolerance}: expected a share in (0, 1)")
+        check_whole("processes", self.processes, 2)
+        check_whole("repeats", self.repeats, 1)
+
+    @property
+    def aim(self) -> float:
+        """The target in milliseconds, or as a share of the unpruned network's latency."""
+        return self.latency if self.speedup is None else 1 / self.speedup
+
+    def __str__(self) -> str:
+        return f"latency={self.latency:g} ms" if self.speedup is None else f"latency_speedup={self.speedup:g}"
+
+    def told(self, values: Sequence[float]) -> str:
+        """Say what was measured in the target's own terms, with its interval."""
+        middle, *ends = statistics.median(values), min(values), max(values)
+        if self.speedup is not None:
+            return f"{1 / middle:.3g}x ({1 / ends[1]:.3g} to {1 / ends[0]:.3g} in {len(values)} processes)"
+        return f"{middle:.4g} ms ({ends[0]:.4g} to {ends[1]:.4g} in {len(values)} processes)"
+
+
+def climb(
+    timing: Timing,
+    fast: LatencyModel,
+    rungs: np.ndarray,
+    plan_of: Callable[[float], PruningPlan],
+    measured: Callable[[PruningPlan], Measured],
+) -> PruningPlan:
+    """Return the plan, of those by predicted latency, whose measured one is the target's.
+
+    ``rungs``: the predicted latencies, those of the network as it is first. ``plan_of`` gives the plan that gets to
+    one of them. The next plan to measure is where an affine map from predicted to measured latencies puts the target.
+
+    Raises:
+        LatencyError: see `prune_to`.
+    """
+    seen: dict[float, tuple[PruningPlan, Measured]] = {}
+    aim = timing.aim * (1.0 if timing.speedup is None else fast.original.latency)
+    for _ in range(ROUNDS):
+        plans = _around(aim, fast, rungs, plan_of)
+        found = min(plans, key=lambda latency: abs(latency - aim))
+        if found in seen:
+            break
+        seen[found] = plans[found], measured(plans[found])
+        if _judged(timing, *seen[found]):
+            return plans[found]
+        points = {predicted: statistics.median(found.of(timing)) for predicted, (_, found) in seen.items()}
+        aim = _corrected(points, timing.aim)
+    nearest = min(points, key=lambda predicted: abs(points[predicted] - timing.aim))
+    said = "is not met: the nearest plan has"
+    if nearest <= rungs[-1] and points[nearest] > timing.aim:
+        said = "cannot be met: the best that can be had is"
+    elif nearest == rungs[0] and points[nearest] < timing.aim:
+        said = "asks for less than the network does as it is:"
+    plan, times = seen[nearest]
+    raise LatencyError(f"{timing} {said} {timing.told(times.of(timing))}", plan, times)
+
+
+def _around(
+    aim: float, fast: LatencyModel, rungs: np.ndarray, plan_of: Callable[[float], PruningPlan]
+) -> dict[float, PruningPlan]:
+    """Return the plans next to a predicted latency, above and below it, by their own; one at either end."""
+    place = int(np.searchsorted(-rungs, -aim, side="right"))
+    found = {}
+    for rung in (*rungs[place : place + 1], *rungs[:place][::-1]):  # that below, then upwards
+        plan = plan_of(rung)
+        latency = fast.of(plan).latency
+        found[latency] = plan
+        if latency >= aim:
+            break
+    return found
+
+
+def _judged(timing: Timing, plan: PruningPlan, measured: Measured) -> bool:
+    """Say whether a plan is within the tolerance for sure; raise LatencyError where nobody could tell."""
+    values = measured.of(timing)
+    low, middle, high = min(values), statistics.median(values), max(values)
+    logger.info("%s: measured %s", timing, timing.told(values))
+    if high - low > 2 * timing.tolerance * middle:
+        raise LatencyError(
+            f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy: "
+            "stop other work, use one thread, more processes= or repeats=, or a larger tolerance=",
+            plan,
+            measured,
+        )
+    return timing.aim * (1 - timing.tolerance) <= low and high <= timing.aim * (1 + timing.tolerance)
+
+
+def _corrected(points: dict[float, float], aim: float) -> float:
+    """Return the predicted latency at which the target would be measured, by the two nearest points, or by one."""
+    (x, y), *others = sorted(points.items(), key=lambda point: abs(point[1] - aim))
+    slope = next(((y - v) / (x - u) for u, v in others), y / x)
+    return x + (aim - y) / (slope if slope > 0 else y / x)
+
+
+def latency_model(
+    model: nn.Module,
+    example_inputs: Any,
+    groups: Sequence[ChannelGroup],
+    costs: CostModel,
+    limits: Limits | None = None,
+    file: str | Path | None = None,
+    time_plan: Callable[[nn.Module], Times] | None = None,
+) -> LatencyModel:
+    """Learn the latency of every plan for a network, or read it from a file measured under the same conditions.
+
+    ``time_plan`` takes the place of what times the layers of a network.
+    """
+    layers = [name for name, _ in model.named_modules() if name in {*costs.macs.owners, *costs.params.owners}]
+    time_plan = time_plan or (lambda network: time_layers(network, example_inputs, layers))
+
+    def learn() -> LatencyModel:
+        plans = [PruningPlan.whole(groups), *random_plans(groups, limits or Limits(), PLANS)]
+        return learn_latency(costs, plans, layers, lambda plan: time_plan(prune(model, plan)))
+
+    return kept_latency(file, costs, conditions(model, example_inputs), learn)
+
+
+def random_plans(groups: Sequence[ChannelGroup], limits: Limits, count: int, seed: int = 0) -> list[PruningPlan]:
+    """Return plans that remove other shares of every group; every second one the same share of all."""
+    random, plans = np.random.default_rng(seed), []
+    for number in range(count):
+        shared = random.uniform(0.1, 0.9)
+        ratios = {g.root: shared if number % 2 else random.uniform(0, 0.9) for g in groups}
+        ratios = {root: min(ratio, limits.max_ratio_of.get(root, limits.max_ratio)) for root, ratio in ratios.items()}
+        order = unscored(groups, replace(limits, max_ratio_of=ratios))
+        plans.append(order.plan(len(order)))
+    return plans
+
+
+def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, timing: Timing) -> Measured:
+    """Measure two networks in turns, in several new processes one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "networks.pt"
+        try:
+            torch.save((copy_of(original), pruned, example_inputs, timing.repeats, torch.get_num_threads()), path)
+        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the network cannot be handed to a new process: {error}") from error
+        here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "obc_tools.measure.timing_worker", str(path)]
+        found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
+    for process in found:
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ValueError(
+                f"the network could not be timed in a new process: {last} (its class must be in a module that can be "
+                "imported there, not in a notebook)"
+            )
+    pairs = [json.loads(process.stdout.splitlines()[-1]) for process in found]
+    return Measured(tuple(pair["original"] for pair in pairs), tuple(pair["pruned"] for pair in pairs))
