@@ -184,7 +184,7 @@ class Compare(PruningOptions):
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if self.hold_out is not None:
             data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
-        classes = self.num_classes or len(data.classes)
+        classes = len(data.classes) if self.num_classes is None else self.num_classes
         channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
         comparison = compare_criteria(
             lambda: find_model(self.model, classes, self.weights, **channels).to(device),

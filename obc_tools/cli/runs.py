@@ -61,7 +61,7 @@ class RunExperiment(OneExperiment):
         job = self.job()
         if not self.resume:
             check_run_folder(self.out, overwrite=False)
-        if self.background or self.processes > 1 or self.devices:
+        if self.background or self.processes != 1 or self.devices:
             devices = self.devices or ("cpu" if self.device == "cpu" else None)
             run = launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
             if not self.background:
@@ -160,7 +160,7 @@ class GridCommand(ExperimentOptions):
             weights=self.weights,
             sparse_weights=self.sparse_weights,
             seeds=self.seeds or None,
-            processes=self.processes or (None if self.devices else 1),
+            processes=1 if self.processes is None and not self.devices else self.processes,
             small=self.small,
             as_requested=self.as_requested,
             **changes,
@@ -225,11 +225,13 @@ class Evaluate:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
+        from ..data.data import check_classes
         from ..measure.costs import cost
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_device
         from ..runs.own import find_data, find_model, is_own, own_task
-        from ..scoring.tasks import evaluate, example_inputs
+        from ..runs.pipeline import count_outputs
+        from ..scoring.tasks import CLASSIFICATION, evaluate, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
@@ -239,5 +241,8 @@ class Evaluate:
         else:
             model = find_model(self.model, None, self.weights).to(device)
         batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)
+        example = example_inputs(task, data, device)
+        if task is CLASSIFICATION:
+            check_classes(count_outputs(model, example), data)
         found = evaluate(model, batches, task=task, progress=True)
-        print(f"{found!r}\n{cost(model, example_inputs(task, data, device))!r}")
+        print(f"{found!r}\n{cost(model, example)!r}")

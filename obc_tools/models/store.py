@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import entries, replacing
+from ..files import LONGEST_JSON, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
-from ..pruning.plan import PlanMismatchError, PruningPlan, prune
+from ..pruning.plan import PlanMismatchError, PruningPlan, check_is_plan, prune
+from ..state import check_module
 from ..structure.layers import get_layer, is_projection, layer_axes, named_axes
 from .networks import load_model
 from .weights import load_weights, read_weights
@@ -74,7 +75,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        data = json.loads(text)
+        data = parse_json(text)
         known = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             found = ", ".join(sorted(data)) if isinstance(data, dict) else f"a {type(data).__name__}"
@@ -109,6 +110,8 @@ def save_pruned(
     """
     folder = Path(folder).resolve()
     _check_folder(folder, overwrite)
+    check_module(model)
+    check_is_plan(plan)
     if isinstance(model, EquivalentModel):
         raise StoreError("an EquivalentModel is saved after merging: pass model.merge()")
     _check_widths(model, plan)
@@ -147,6 +150,8 @@ def load_pruned(folder: str | os.PathLike[str], *, model: nn.Module | None = Non
     for name, digest in manifest.sha256.items():
         if not (folder / name).is_file():
             raise StoreError(f"'{folder}' holds no {name}: it is no complete saved model")
+        if name != TENSORS and (folder / name).stat().st_size > LONGEST_JSON:
+            raise StoreError(f"'{folder / name}' is longer than the {LONGEST_JSON:,} bytes that are read")
         if _digest(folder / name) != digest:
             raise StoreError(f"'{folder / name}' is truncated or was changed: its SHA-256 is not that of {MANIFEST}")
     plan = PruningPlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
@@ -265,7 +270,7 @@ def _build(source: Mapping[str, Any], plan: PruningPlan) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             model = load_model(**source)
-        except TypeError as error:
+        except ValueError as error:
             raise StoreError(f"source {dict(source)}: load_model cannot take it: {error}") from error
     return prune(model, plan)
 
@@ -280,10 +285,10 @@ def _match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'does not exist'}")
+        raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'is no folder'}")
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (StoreError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError) as error:
         raise StoreError(f"'{path}' is no manifest of a saved model: {error}") from error
 
 

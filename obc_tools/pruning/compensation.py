@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from ..errors import UnknownNameError
-from ..state import call_model, copy_of, evaluating, hooks, numbered
+from ..errors import UnknownNameError, check_number, check_whole
+from ..state import call_model, copy_of, evaluating, hooks, numbered, running
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm
 from .lockstep import PausableCall, pause
 from .moments import Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
@@ -93,12 +94,14 @@ def compensate(
         ValueError: no batches, activations that are not finite (says the layer), a layer over `max_bytes`, batches that
             run different layers, an ignored name that does not exist.
     """
-    if ridge < 0 or (positions is not None and positions < 1):
-        raise ValueError(f"ridge={ridge}, positions={positions}: ridge is 0 or more, positions at least 1 or None")
+    check_number("ridge", ridge, "a number of 0 or more", lambda number: 0 <= number < math.inf)
+    if positions is not None:
+        check_whole("positions", positions, 1, ", or None for all")
     pruned = prune(model, plan)
     data = _frozen(model, batches)
     with evaluating(model), evaluating(pruned):
-        found = _ignoring(model, survey(model, partial(forward, model, data[0])), ignore)
+        with running(model, data[0], lambda: "batch 1"):
+            found = _ignoring(model, survey(model, partial(forward, model, data[0])), ignore)
         for name, reason in found.plain.items():
             logger.info("layer %r stays as it was pruned: %s", name, reason)
         _check_sizes(pruned, found, max_bytes)
@@ -272,8 +275,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: ForwardPas
         for norm in counts:
             norm.reset_running_stats()
             norm.training = True
-        for batch in _frozen(copied, batches):
-            forward(copied, batch)
+        for number, batch in enumerate(_frozen(copied, batches), start=1):
+            with running(copied, batch, lambda number=number: f"batch {number}"):
+                forward(copied, batch)
     for norm, momentum in momenta.items():
         norm.momentum = momentum
     for name, norm in norms.items():

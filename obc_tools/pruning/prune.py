@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import check_whole
 from ..measure.costs import CostModel
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
@@ -118,6 +119,7 @@ def prune_in_steps(
     last_step = steps.last_step
     if verify not in (True, False, "float32"):
         raise ValueError(f"verify={verify!r}: True, False or 'float32'")
+    check_whole("seed", seed, 0)
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     plan = PruningPlan.whole(groups)
     check_reachable(target, plan, limits, costs)

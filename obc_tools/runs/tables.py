@@ -18,7 +18,9 @@ METHODS = {NAIVE: "naive", MERGED: "EP"}
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
-    """Return the runs in a folder, grids' among them, by name."""
+    """Return the runs in a folder, grids' among them, by name; raise ValueError where there is no folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"'{folder}' is no folder")
     return [Run.open(path.parent) for path in sorted(Path(folder).rglob(JOB))]
 
 
