@@ -107,9 +107,14 @@ class Runs:
         if not found or (len(found) > 1 and (self.stop or self.resume)):
             raise ValueError(f"'{self.folder}' holds {len(found)} runs" + (": name one of them" if found else ""))
         for path in found:
-            run = Run.open(path)
-            _end_or_begin(run, self.stop, self.resume)
-            print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
+            try:
+                run = Run.open(path)
+                _end_or_begin(run, self.stop, self.resume)
+                print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
+            except (ValueError, OSError) as error:
+                if len(found) == 1:
+                    raise
+                print(f"Run('{path}'): cannot be read: {error}")
 
 
 def _end_or_begin(target: Any, stop: bool, resume: bool) -> None:
