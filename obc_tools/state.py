@@ -156,13 +156,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def running(model: nn.Module, inputs: Any, where: Callable[[], str]) -> Iterator[None]:
     """Say of whatever keeps a model from running on inputs where, and how these differ from what the model takes.
 
-    Errors that the library raises itself, and those of a full memory, pass.
+    Errors that the library or a user's own code raises, and those of a full memory, pass.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if isinstance(error, ValueError) and not raised_in.startswith(os.path.dirname(torch.__file__)):
             raise

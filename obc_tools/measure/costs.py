@@ -88,9 +88,9 @@ def cost(model: nn.Module, example_inputs: Any, *, counting: str = "operations")
     check_name("counting", counting, COUNTINGS)
     check_module(model)
     examples = example_count(example_inputs)
-    if counting == "torch_pruning":
-        return _count_modules(model, example_inputs)[0]
     with running(model, example_inputs, lambda: "example inputs"):
+        if counting == "torch_pruning":
+            return _count_modules(model, example_inputs)[0]
         ledger = count(model, example_inputs)
     return Cost(_per_example(ledger.products, examples), parameter_count(model), tuple(ledger.unknown))
 

@@ -9,6 +9,7 @@ which the paper's targets are given, count modules only.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -257,7 +258,11 @@ def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pr
             family, depth = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
             return {"resnet": CifarResNet, "vgg": CifarVGG}[family](int(depth), **given)
         if source == "torchvision":
-            return torchvision.models.get_model(entry, weights="DEFAULT" if pretrained else None, **given)
+            # Detectors fetch the weights of a backbone unless they are told not to.
+            builder = inspect.signature(torchvision.models.get_model_builder(entry))
+            empty = {"weights_backbone": None} if "weights_backbone" in builder.parameters else {}
+            weights = "DEFAULT" if pretrained else None
+            return torchvision.models.get_model(entry, weights=weights, **empty | given)
         return timm.create_model(entry, pretrained=pretrained, **given)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"network '{name}': {error}") from error

@@ -17,9 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..files import LONGEST_JSON, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
@@ -27,7 +29,7 @@ from ..pruning.plan import PlanMismatchError, PruningPlan, check_is_plan, prune
 from ..state import check_module
 from ..structure.layers import get_layer, is_projection, layer_axes, named_axes
 from .networks import load_model
-from .weights import load_weights, read_weights
+from .weights import kind_of, load_weights, read_weights
 
 FORMAT = 1
 TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
@@ -266,8 +268,25 @@ def _is_text_mapping(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
+class Sized(TorchDispatchMode):
+    """Refuses to make tensors that together would take more than so many bytes, before they are made."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.made = most, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = function._schema.arguments
+        if args and arguments and arguments[0].name == "size":
+            self.made += math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+            if self.made > self.most:
+                raise StoreError(f"its network would take {self.made:,} bytes; {self.most:,} are free")
+        return function(*args, **kwargs)
+
+
 def _build(source: Mapping[str, Any], plan: PruningPlan) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Sized(psutil.virtual_memory().available):
         try:
             model = load_model(**source)
         except ValueError as error:
@@ -276,9 +295,18 @@ def _build(source: Mapping[str, Any], plan: PruningPlan) -> nn.Module:
 
 
 def _match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the tensors of a model the dtypes of a state dict, so that filling it rounds nothing."""
+    """Give the tensors of a model the dtypes of a state dict, so that filling it rounds nothing.
+
+    Raises:
+        StoreError: parameters of one layer of several dtypes, which cannot run.
+    """
+    for layer, module in model.named_modules():
+        names = (f"{layer}.{key}".strip(".") for key, _ in module.named_parameters(recurse=False))
+        floats = [state[name] for name in names if name in state and state[name].is_floating_point()]
+        if len(found := {str(tensor.dtype) for tensor in floats}) > 1:
+            raise StoreError(f"layer '{layer}' is half converted: its parameters are {' and '.join(sorted(found))}")
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in state and isinstance(tensor, Tensor):
+        if name in state and isinstance(tensor, Tensor) and kind_of(tensor) == kind_of(state[name]):
             tensor.data = tensor.data.to(state[name].dtype)
 
 

@@ -403,7 +403,9 @@ def prove(
         counted = cost(prune(model, plan), example_inputs, counting=counting)
     except Exception as error:
         where = _first_difference(model, plan, _Outputs(example_inputs, TOLERANCE))
-        raise ProofError(f"the pruned network does not run: {_describe(error)}; {where}", plan) from error
+        raise ProofError(
+            f"the pruned network does not run: {_describe(error.__cause__ or error)}; {where}", plan
+        ) from error
     if _deviation(predicted, counted) > ROUNDING and not _depends_on_data(model, plan, example_inputs):
         where = _first_cost(model, plan, example_inputs)
         raise ProofError(f"the pruned network costs {counted}, and {predicted} was predicted; {where}", plan)

@@ -241,6 +241,12 @@ def score_groups(
 
 
 def _scores(groups: Sequence[ChannelGroup], criterion: Criterion, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
+    if criterion.needs != "weights" and scored and not any(score.any() for score in scored.values()):
+        logger.warning(
+            "criterion %r: all scores are zero, so that they say nothing: look at the calibration data (few batches, "
+            "sorted by class?) and at the loss (already zero?)",
+            criterion.name,
+        )
     whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
     return Scores({group: (scored | whole)[group] for group in groups}, criterion.name)
 

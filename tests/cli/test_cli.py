@@ -254,5 +254,5 @@ def test_compare_names_what_is_wrong(weights, tmp_path, capsys):
     assert run(*given, "--criteria", "jacobean") == 2
     assert "criterion 'jacobean'" in capsys.readouterr().err
     assert run(*given, "--hold-out", 2) == 2
-    assert "share=2.0 holds out" in capsys.readouterr().err
+    assert "share=2.0: expected a share of the images" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
