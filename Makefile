@@ -13,7 +13,8 @@ STAMP := $(VENV)/.installed
 CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name) 2>/dev/null)))
 export CHROMIUM
 UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -p no:rerunfailures -n 2
-NOTEBOOKS := $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax
+# Notebooks that train for long have a small setting, which runs everything and learns nothing.
+NOTEBOOKS := OBC_TOOLS_SMALL=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax
 # A browser on a busy machine may miss a click: what fails is done again, and said to have been.
 BROWSER := $(BIN)/python -m pytest tests/browser --reruns 2 -rR
 

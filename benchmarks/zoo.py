@@ -1,4 +1,5 @@
-"""Take every network of torchvision and at least one of each family of timm through pruning and all of its proofs.
+"""Take every classifier of torchvision, one or more of each family of timm, and 70 networks for other tasks through
+pruning and all of its proofs.
 
     python benchmarks/zoo.py [--jobs 2 --out results/zoo.csv --names timm:resnet10t --keep same --limit-s 300]
 
@@ -65,7 +66,9 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for path in sorted((ROOT / "obc_tools").rglob("*.py")):
         digest.update(path.read_bytes())
-    digest.update(" ".join(version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")).encode())
+    digest.update(
+        " ".join(version(name) for name in ("torch", "torchvision", "timm", "torch-pruning", "transformers")).encode()
+    )
     return digest.hexdigest()[:10]
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.vision_transformer import VisionTransformer
+from zoo_tasks import made
 
 from obc_tools import load_model
-from obc_tools.state import evaluating
+from obc_tools.state import call_model, evaluating
 
 BATCH, CLASSES = 2, 10
 
@@ -132,6 +133,9 @@ _ONNX = {
 }
 """The networks that are exported too."""
 
+OTHER_TASKS = {(source, name): functions for source, name, *functions in made()}
+"""What builds each network that is no classifier of images, and what makes its inputs."""
+
 
 def cases() -> list[Case]:
     """Return every network of the zoo in the order to run them: one of each module of timm, torchvision's, more."""
@@ -140,6 +144,7 @@ def cases() -> list[Case]:
         *map(_timm_case, _TIMM.split()),
         *map(_torchvision_case, classifiers),
         *map(_timm_case, _TIMM_MORE.split()),
+        *(Case(source, name, 0) for source, name in OTHER_TASKS),
     ]
 
 
@@ -160,19 +165,23 @@ def build(case: Case, *, seed: int = 0) -> nn.Module:
     """Build a network with seeded random weights, in eval mode; nothing is downloaded."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if (case.source, case.name) in OTHER_TASKS:
+            return OTHER_TASKS[case.source, case.name][0]().eval()
         if case.source == "torchvision" and case.name in REDUCED:
             return REDUCED[case.name][1](num_classes=CLASSES).eval()
         return load_model(case.id, num_classes=CLASSES, **case.options).eval()
 
 
-def example(case: Case) -> Tensor:
-    """Return two random images."""
+def example(case: Case) -> Any:
+    """Return two random images, or what a network of another task takes."""
+    if (case.source, case.name) in OTHER_TASKS:
+        return OTHER_TASKS[case.source, case.name][1]()
     generator = torch.Generator().manual_seed(0)
     return torch.randn(BATCH, 3, case.size, case.size, generator=generator)
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> None:
+def randomize(model: nn.Module, inputs: Any, *, seed: int = 0) -> None:
     """Redraw every parameter that is constant and set running statistics near those of the inputs, in place.
 
     Zeros, ones and layer scales of 1e-6 switch branches off or make channels alike; a wrong coupling would not show.
@@ -180,7 +189,7 @@ def randomize(model: nn.Module, inputs: Tensor, *, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
-            if (parameter == parameter.flatten()[0]).all():
+            if parameter.is_floating_point() and (parameter == parameter.flatten()[0]).all():
                 _redraw(name, parameter)
         _measure_statistics(model, inputs)
 
@@ -194,7 +203,7 @@ def _redraw(name: str, parameter: nn.Parameter) -> None:
         nn.init.uniform_(parameter, 0.5, 1.5)
 
 
-def _measure_statistics(model: nn.Module, inputs: Tensor) -> None:
+def _measure_statistics(model: nn.Module, inputs: Any) -> None:
     """Set the running statistics of batch norms to those of the inputs, then disturb them."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.running_mean is not None]
@@ -203,7 +212,7 @@ def _measure_statistics(model: nn.Module, inputs: Tensor) -> None:
         for norm in norms:
             norm.train()
             norm.momentum = 1.0
-        model(inputs)
+        call_model(model, inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         deviation = norm.running_var.clamp_min(1e-3).sqrt()

@@ -20,7 +20,7 @@ _HEADINGS = (
 def families(table: pd.DataFrame) -> pd.Series:
     """Return the family of each network: timm's module, or the first word of torchvision's name."""
     modules = {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
-    first = {name: re.match("[a-z]+(_resnet)?", name).group() for name in table["model"]}
+    first = {name: re.match("[A-Za-z]+(_resnet)?", name).group() for name in table["model"]}
     pairs = zip(table["source"], table["model"], strict=True)
     return pd.Series([modules[name] if source == "timm" else first[name] for source, name in pairs], table.index)
 

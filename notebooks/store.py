@@ -8,7 +8,9 @@ that what changed is what a reader would see.
 
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -30,10 +32,17 @@ def store(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict(cells[cell.id])
         cell.metadata.pop("execution", None)
+        drop_copies(cell.get("outputs", ()))
         if cell.id == COLAB:
             cell.execution_count = None
     write_text(path, nbformat.writes(notebook) + "\n")
     add_stills(path)
+
+
+def drop_copies(outputs: Iterable[Mapping[str, Any]]) -> None:
+    """Leave out the JPEG of a picture that is there as PNG too."""
+    for data in (output["data"] for output in outputs if "image/png" in output.get("data", ())):
+        data.pop("image/jpeg", None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,12 +88,38 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Restoring:
     return restoring
 
 
+_PROCESS = threading.RLock()
+_SHARED: dict[str, tuple[Callable[[], Any], set[object]]] = {}
+"""What is changed now for the whole process: how to put it back, and for whom it is changed."""
+
+
+def shared(name: str, change: Callable[[], Any], back: Callable[[], Any]) -> Restoring:
+    """Change a setting of the whole process, which the last of the threads that need it puts back as the first met it.
+
+    Both functions may be called several times; `back` is made before the change.
+    """
+    restoring, user = Restoring(), object()
+    with _PROCESS:
+        restoring.undo.append(partial(_leave, name, user))
+        _SHARED.setdefault(name, (back, set()))[1].add(user)
+        change()
+    return restoring
+
+
+def _leave(name: str, user: object) -> None:
+    with _PROCESS:
+        back, users = _SHARED.get(name, (None, {user}))
+        users.discard(user)
+        if back is not None and not users:
+            back()
+            del _SHARED[name]
+
+
 def no_fused_attention() -> Restoring:
     """Keep torch from its fused transformer kernels: they have no backward, and their parts cannot be seen."""
-    restoring = Restoring()
-    restoring.undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
-    torch.backends.mha.set_fastpath_enabled(False)
-    return restoring
+    backend = torch.backends.mha
+    back = partial(backend.set_fastpath_enabled, backend.get_fastpath_enabled())
+    return shared("fused attention", partial(backend.set_fastpath_enabled, False), back)
 
 
 def flushing_denormals() -> Restoring:

@@ -1,8 +1,10 @@
 """The form that all notebooks share; what is in them is run by nbval and, in a browser, by tests/browser."""
 
 import json
+import re
 from pathlib import Path
 
+import papermill
 import pytest
 from nbconvert import HTMLExporter
 
@@ -27,6 +29,59 @@ def test_a_notebook_begins_like_all_others(path):
     assert source(title).startswith(f"# {int(path.stem[:2])}. ")
     assert "*Question:*" in source(title) and "*Time and hardware:*" in source(title).replace("\n", " ")
     assert source(colab) == source(cells_of(PATHS[0])[1]) and '"google.colab" in sys.modules' in source(colab)
+    assert colab["metadata"] == {"jupyter": {"source_hidden": True}, "cellView": "form", "tags": ["hide-input"]}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_notebook_ends_with_where_else_it_runs(path):
+    last = cells_of(path)[-1]
+    assert source(last) == source(cells_of(PATHS[0])[-1]) and "Open in Colab" in source(last)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_one_cell_of_constants_is_papermills(path):
+    tagged = [cell for cell in cells_of(path) if "parameters" in cell["metadata"].get("tags", ())]
+    assert [cell["cell_type"] for cell in tagged] == ["code"] and " = " in source(tagged[0])
+    assert "../.." not in "".join(map(source, cells_of(path))), "a path outside the repository"
+
+
+def test_the_papers_experiments_differ_in_their_constants_alone():
+    first, *others = (path for path in PATHS if "12" <= path.stem[:2] <= "16")
+    assert len(others) == 4
+    common = [source(cell) for cell in cells_of(first)[1:] if "parameters" not in cell["metadata"].get("tags", ())]
+    for path in others:
+        cells = [cell for cell in cells_of(path)[1:] if "parameters" not in cell["metadata"].get("tags", ())]
+        assert list(map(source, cells)) == common
+
+
+CHANGED = {
+    "01_quickstart": ({"SPEEDUP": 3.0}, "2.0", "3.0"),
+    "05_interactive_pruning": (
+        {"CALIBRATION": {"batches": 2, "batch_size": 32}},
+        "64, seed=0), 10)",
+        "32, seed=0), 2)",
+    ),
+    "13_resnet56_cifar10": ({"TARGET": {"speedup": 1.5}, "BACKGROUND": False}, "2.1", "1.5"),
+}
+SAID = {"01_quickstart": r"; {}\dx", "05_interactive_pruning": "{}", "13_resnet56_cifar10": r"{}\d times fewer MACs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGED)
+def test_papermill_changes_the_result(name, tmp_path):
+    changed, before, after = CHANGED[name]
+    path, output = FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
+    papermill.execute_notebook(path, output, changed, cwd=FOLDER, progress_bar=False, kernel_name="python3")
+    for run, there, gone in ((path, before, after), (output, after, before)):
+        words = "".join(said(cell) for cell in cells_of(run) if cell["cell_type"] == "code")
+        assert re.search(SAID[name].format(re.escape(there)), words)
+        assert not re.search(SAID[name].format(re.escape(gone)), words)
+
+
+def said(cell):
+    """Return what a cell printed or showed, as text."""
+    parts = (output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell["outputs"])
+    return "".join("".join(part) for part in parts)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

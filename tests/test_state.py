@@ -1,5 +1,9 @@
 """Every function that touches a model gives it back as it was, also after an error in the objective."""
 
+import math
+import threading
+from functools import partial
+
 import pytest
 import torch
 from networks import network
@@ -24,6 +28,7 @@ from obc_tools import (
 )
 from obc_tools.interop import JacobianImportance
 from obc_tools.scoring.objectives import classification
+from obc_tools.state import shared
 
 
 def group_of(model, images):
@@ -97,3 +102,52 @@ def test_a_forward_pass_that_fails_leaves_nothing(name):
     with pytest.raises(Exception, match=r"mat1 and mat2|shapes|size"):
         WITHOUT[name](model, batches)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("first_leaves_first", [True, False])
+def test_what_is_changed_for_the_process_stays_until_the_last_thread_is_done(first_leaves_first):
+    value = ["before"]
+
+    def take():
+        return shared("a setting of this test", lambda: value.append("changed"), partial(value.append, value[-1]))
+
+    first, second = take(), take()
+    one, other = (first, second) if first_leaves_first else (second, first)
+    one.close()
+    assert value[-1] == "changed"
+    other.close()
+    assert value[-1] == "before"
+    other.close()
+    assert value.count("before") == 2
+
+
+class Looping(nn.Module):
+    """Counts its channels in Python, and waits before."""
+
+    def __init__(self, wait):
+        super().__init__()
+        self.first, self.last, self.wait = nn.Linear(3, 6), nn.Linear(6, 2), wait
+
+    def forward(self, x):
+        self.wait()
+        x = self.first(x)
+        return self.last(x * sum(1.0 for _ in range(x.shape[1])))
+
+
+def test_traces_of_several_threads_see_what_one_sees_and_leave_python_as_it_was():
+    before, barrier = (range, math.log2, torch.backends.mha.get_fastpath_enabled()), threading.Barrier(2)
+    alone = [(group.root, group.kept_whole) for group in find_groups(Looping(lambda: None), torch.zeros(1, 3))]
+    found = []
+
+    def trace():
+        model = Looping(lambda: barrier.wait(60))
+        found.append([(group.root, group.kept_whole) for group in find_groups(model, torch.zeros(1, 3))])
+
+    threads = [threading.Thread(target=trace) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone, alone]
+    assert any("range" in reason for _, reason in alone)
+    assert (range, math.log2, torch.backends.mha.get_fastpath_enabled()) == before

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from importlib.metadata import version
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -19,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from ..files import logging_to
+from .checks import check, spelled
 from .options import Flag, Folder, Name, Names, Number, PruningOptions, Whole
 from .runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 
@@ -98,6 +100,8 @@ class Prune(PruningOptions):
     """
 
     AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
+    TARGETS: ClassVar[tuple[int, int]] = (1, 1)
+    FRESH: ClassVar[bool] = True
 
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
@@ -126,8 +130,6 @@ class Prune(PruningOptions):
         from ..runs.job import PruningJob
         from ..training.recipe import Recipe
 
-        if self.epochs < 0:
-            raise ValueError(f"epochs must be at least 0, not {self.epochs}")
         recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
         return PruningJob(
             title=f"Pruning {self.model} on {self.data}",
@@ -224,14 +226,19 @@ Command = Demo | Prune | Compare | RunExperiment | Runs | GridCommand | Slurm | 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 after an error that the user can mend, with 130 after Ctrl-C."""
-    command = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"obc_tools {version('obc_tools')}")
+        return
+    command = parse(arguments)
     try:
+        check(command)
         run(command)
     except KeyboardInterrupt:
         print(f"\nobc: stopped; {command.AFTER_STOP}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"obc: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"obc: error: {spelled(' '.join(str(error).split()), command)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -71,6 +71,8 @@ class PruningOptions:
     """Batches of training images to score with, drawn afresh for every step."""
     batch_size: int = 128
     """Images in a batch, for scoring and for fine-tuning."""
+    compensate: Flag = False
+    """Make up for removed channels in least squares over those images, without labels; fine-tuning starts there."""
     seed: int = 0
     """Fixes the images that are drawn, their order and their augmentation."""
     device: Name = "auto"

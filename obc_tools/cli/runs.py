@@ -27,6 +27,8 @@ class RunExperiment(OneExperiment):
     """
 
     AFTER_STOP: ClassVar[str] = CAN_BE_RESUMED
+    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
+    FRESH: ClassVar[bool] = True
 
     speedup: Number = None
     """Target: how many times fewer MACs. Default: the paper's first target."""
@@ -186,6 +188,7 @@ class Slurm(OneExperiment):
     """
 
     AFTER_STOP: ClassVar[str] = "nothing was written"
+    ELSEWHERE: ClassVar[bool] = True
 
     nodes: int = 1
     """Nodes."""

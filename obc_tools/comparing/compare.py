@@ -31,8 +31,9 @@ from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target
+from ..pruning.compensation import compensate
 from ..pruning.order import next_plan
-from ..pruning.plan import PruningPlan, prune
+from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
@@ -116,6 +117,8 @@ def compare_criteria(
         scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
             only: as in `prune_to`.
         batches, batch_size: the calibration batches of a step.
+        compensate: measure every step, and score it for the next one, as `compensate` leaves the network with that
+            step's ``batches``.
         repeats: how often each criterion is repeated; once for those in which neither data nor chance has a say.
         held_out, training: images to measure on, a fixed random choice; None: all, and ``training=0``: none.
         until_chance: end a curve once both accuracies are within three standard errors of a guess.
@@ -134,7 +137,9 @@ def compare_criteria(
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
     bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
-    curves = [(c, repeat) for c in contenders for repeat in range(chosen.repeats if c.criterion.draws else 1)]
+    bench = replace(bench, progress=progress)
+    draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
+    curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     rows: list[Mapping[str, Any]] = []
     with (
         nullcontext() if folder is None else held(Path(folder)),
@@ -179,6 +184,7 @@ class _Bench:
     costs: CostModel
     checksum: int
     device: torch.device
+    progress: bool = False
 
     @classmethod
     def build(
@@ -193,14 +199,15 @@ class _Bench:
         model = factory().eval()
         device = next(model.parameters()).device
         task = task if task.against is None else task.against(model)
-        example = _example(model, data, settings, task, device)
+        criteria = [contender.criterion for contender in contenders] if objective is None else []
+        example = _example(model, data, settings, task, device, criteria)
         groups, costs = settings.selection.analyse(model, example, settings.counting)
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
         loss = objective or task.losses
         bench = cls(factory, data, settings, task, loss, contenders, whole, costs, _checksum(model), device)
-        for contender in contenders:
-            bench.calibration(contender.criterion, 0, 1)
+        for budget in [c.criterion.batches for c in contenders] + [None] * settings.compensate:
+            bench.calibration(budget, 0, 1)
         return bench
 
     def describe(self) -> dict[str, Any]:
@@ -212,21 +219,27 @@ class _Bench:
             about |= {"task": self.task.name, "metrics": dict(self.task.directions)}
         return json.loads(json.dumps(asdict(self.settings) | about))
 
-    def calibration(self, criterion: Criterion, repeat: int, step: int) -> Iterable[Batch]:
-        """Return the calibration batches of a step, by the criterion's own budget if it has one."""
+    def calibration(self, budget: int | None, repeat: int, step: int) -> Iterable[Batch]:
+        """Return so many calibration batches of a step, or as many as the settings say."""
         s = self.settings
         drawn = self.data.batches("train", s.batch_size, seed=s.seed + repeat, device=self.device)
-        return take(drawn.at(step), criterion.batches or s.batches)
+        return take(drawn.at(step), budget or s.batches)
+
+    def left(self, model: nn.Module, plan: PruningPlan, repeat: int, step: int) -> nn.Module:
+        """Return what a step's plan leaves of the network."""
+        if not self.settings.compensate:
+            return shrink(model, plan)
+        return compensate(model, plan, self.calibration(None, repeat, step), task=self.task)
 
     def continued(self, curve: Curve) -> Iterator[Curve]:
         """Go on with a curve; yield it after every step."""
         if curve.at_chance or len(curve.rows) > self.settings.steps:
             return
         model = self.factory().eval()
-        pruned = prune(model, curve.plan)
+        pruned = self.left(model, curve.plan, curve.repeat, len(curve.rows) - 1)
         for step in range(len(curve.rows), self.settings.steps + 1):
             plan, seconds = (curve.plan, None) if step == 0 else self._next_plan(curve, pruned, step)
-            pruned = prune(model, plan) if step else pruned
+            pruned = self.left(model, plan, curve.repeat, step) if step else pruned
             row = self._row(curve, step, plan, seconds, pruned)
             curve = replace(curve, rows=(*curve.rows, row), plan=plan, at_chance=self._at_chance(row))
             yield curve
@@ -238,8 +251,11 @@ class _Bench:
         s, criterion = self.settings, curve.contender.criterion
         seed = int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0])
         start = time.perf_counter()
-        batches = self.calibration(criterion, curve.repeat, step)
-        scores = s.scoring(criterion, self.objective).score(pruned, curve.plan.pruned_groups(), batches, seed)
+        batches = self.calibration(criterion.batches, curve.repeat, step)
+        scoring = s.scoring(criterion, self.objective)
+        hidden = not (self.progress and scoring.needs_data)
+        with tqdm(batches, f"scoring by {curve.contender.label}", disable=hidden, leave=False) as bar:
+            scores = scoring.score(pruned, curve.plan.pruned_groups(), bar, seed)
         seconds = time.perf_counter() - start
         target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
         return next_plan(scores, curve.plan, share, target, self.costs, s.limits), seconds
@@ -248,8 +264,9 @@ class _Bench:
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
     ) -> dict[str, Any]:
         s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
-        held_out = evaluate(pruned, self._images("val", s.held_out), task=self.task)
-        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), task=self.task)
+        measured = {"task": self.task, "progress": self.progress}
+        held_out = evaluate(pruned, self._images("val", s.held_out), **measured)
+        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured)
         data_free = criterion.needs == "weights"
         return {
             "criterion": curve.contender.label,
@@ -296,7 +313,14 @@ def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
             return
 
 
-def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task, device: torch.device) -> Any:
+def _example(
+    model: nn.Module,
+    data: Data,
+    settings: CompareSettings,
+    task: Task,
+    device: torch.device,
+    criteria: Iterable[Criterion],
+) -> Any:
     """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
     batch = next(iter(data.batches("val", 1, device=device).at(0)))
     if task is CLASSIFICATION:
@@ -305,7 +329,8 @@ def _example(model: nn.Module, data: Data, settings: CompareSettings, task: Task
         return batch[0]
     if settings.until_chance:
         raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-    check_task(task, model, next(iter(data.batches("train", settings.batch_size, device=device).at(0))), batch)
+    train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
+    check_task(task, model, train, batch, criteria=criteria)
     return task.example(batch)
 
 

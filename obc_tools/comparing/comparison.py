@@ -172,9 +172,10 @@ def read_comparison(path: str | Path) -> Comparison:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings of the comparison in a folder, {} without one; MACs were torch_pruning's when none said."""
+    """Return the settings of the comparison in a folder, {} without one, with what held before they were all said."""
     path = Path(folder) / SETTINGS
-    return {"counting": TORCH_PRUNING} | json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = {"counting": TORCH_PRUNING, "compensate": False}
+    return before | json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def metric_directions(settings: Mapping[str, Any]) -> dict[str, str]:

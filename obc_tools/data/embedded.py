@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -48,6 +49,17 @@ def read_digits() -> tuple[Tensor, Tensor]:
     # 17 grey levels, 0 to 16, spread over a byte.
     pixels = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
     return pixels, torch.from_numpy(digits.target.astype(np.int64))
+
+
+def write_digit_files(folder: str | Path, count: int = 60) -> Path:
+    """Write the first held-out digits as image files in class folders below ``val``, for whoever reads files."""
+    pixels, labels = read_digits()
+    held_out = hold_out_digits(labels)
+    for number, (image, label) in enumerate(zip(pixels[held_out][:count], labels[held_out][:count], strict=True)):
+        path = Path(folder) / "val" / str(int(label)) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).convert("RGB").save(path)
+    return Path(folder)
 
 
 def hold_out_digits(labels: Tensor) -> Tensor:

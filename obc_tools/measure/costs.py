@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from ..errors import check_name
 from ..state import Forward, call_model, check_module, evaluating, hooks, running
 from ..structure.counting import Product, count
 from ..structure.coupling import Classes
-from ..structure.groups import ChannelGroup, find_groups, groups_of, kept_positions
+from ..structure.groups import ChannelGroup, find_groups, groups_of, kept_positions, loses_heads
 from ..structure.layers import LayerAxis
 from ..structure.shrinking import shrink_model
 from ..structure.tracing import Traced, trace_model
@@ -133,6 +133,11 @@ class Plan(Protocol):
     kept: tuple[Sequence[int], ...]
 
 
+class _Kept(NamedTuple):
+    groups: tuple[ChannelGroup, ...]
+    kept: Sequence[Sequence[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class _Widths:
     """The lengths of dimensions, given how many channels of each pattern are gone.
@@ -204,12 +209,14 @@ def _key(labels: np.ndarray, classes: Classes) -> bytes:
 class CostModel:
     """The cost of every plan for one model, by arithmetic. Built by :func:`cost_model`.
 
-    ``original`` is the cost of the model itself, ``axes`` the classes of channels along every axis of its layers.
+    ``original`` is the cost of the model itself, ``axes`` the classes of channels along every axis of its layers in
+    the order in which these first run, ``kinds`` the layers' types.
     """
 
     original: Cost
     examples: int
     axes: Mapping[LayerAxis, np.ndarray]
+    kinds: Mapping[str, str]
     reasons: Mapping[int, str]
     widths: _Widths
     macs: _Terms
@@ -236,6 +243,22 @@ class CostModel:
         widths = self._widths(plan)
         macs = self.macs.at(widths) / np.where(self.macs.batched, self.examples, 1)
         return _by_layer((self.macs.owners, macs), (self.params.owners, self.params.at(widths)))
+
+    def layers(self, plan: Plan) -> pd.DataFrame:
+        """Return what a plan makes of every layer, as `layers_table` does; raise as `of` does."""
+        whole = [range(group.width) for group in plan.groups]
+        before, after = self.by_layer(_Kept(plan.groups, whole)), self.by_layer(plan)
+        shrunk = kept_positions(dict(zip(plan.groups, plan.kept, strict=True)))
+        wide = {axis: (classes.size, len(shrunk.get(axis, classes))) for axis, classes in self.axes.items()}
+        layers = list(dict.fromkeys((*(axis.layer for axis in self.axes), *before["layer"])))
+        table = pd.DataFrame({"layer": layers, "type": [self.kinds.get(layer, "") for layer in layers]})
+        for axis in ("in", "out"):
+            pairs = [wide.get(LayerAxis(layer, axis), (None, None)) for layer in layers]
+            table[[axis, f"{axis} after"]] = pd.DataFrame(pairs, dtype="Int64")
+        for name in ("parameters", "MACs"):
+            for column, costs in ((name, before), (f"{name} after", after)):
+                table[column] = costs.set_index("layer")[name].reindex(layers, fill_value=0).to_numpy()
+        return table
 
     def _widths(self, plan: Plan) -> np.ndarray:
         gone = np.zeros(self.widths.occurrences.shape[1], dtype=np.int64)
@@ -308,6 +331,24 @@ def cost_model(
     return _learn(traced, Classes(traced.flow), example_inputs)
 
 
+def layers_table(model: nn.Module, plan: Plan, example_inputs: Any) -> pd.DataFrame:
+    """Tell what a plan makes of every layer: its widths, parameters and MACs before and after.
+
+    Args:
+        model: the original, which is left unchanged; nothing is pruned.
+        plan: for this model.
+        example_inputs: as for `cost`; the MACs are those of one example.
+
+    Returns:
+        One row a layer in the order in which they first run. Columns: layer, type, in, in after, out, out after
+        (channels; missing where a layer has no such axis), parameters, parameters after, MACs, MACs after.
+
+    Raises:
+        ValueError: a plan that does not fit the model, or a model that `find_groups` cannot trace.
+    """
+    return cost_model(model, example_inputs, whole_heads=loses_heads(plan.groups)).layers(plan)
+
+
 def analyse(
     model: nn.Module,
     example_inputs: Any,
@@ -340,6 +381,7 @@ def _learn(traced: Traced, classes: Classes, example_inputs: Any) -> CostModel:
         Cost(_per_example(products, examples), params, tuple(traced.ledger.unknown)),
         examples,
         {axis: classes.of(labels) for axis, labels in traced.axes.items()},
+        traced.kinds,
         classes.reasons,
         _Widths.learn(dims, classes.count + 1),
         _Terms.of(products, rows, classes),

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from .latency import TOP
 
+SIGNS = {"higher": "↑", "lower": "↓"}
+"""Which way of a metric is better."""
+
 
 @dataclass(frozen=True, repr=False)
 class Metrics:
@@ -83,8 +86,7 @@ class TaskMetrics:
         return ", ".join(f"{name.replace('_', ' ')} ({self.directions[name]} is better)" for name in self.values)
 
     def __repr__(self) -> str:
-        signs = {"higher": "↑", "lower": "↓"}
-        shown = (f"{name} {value:.4g} {signs[self.directions[name]]}" for name, value in self.values.items())
+        shown = (f"{name} {value:.4g} {SIGNS[self.directions[name]]}" for name, value in self.values.items())
         return f"{self.task}: {', '.join(shown)}"
 
     def to_frame(self) -> pd.DataFrame:

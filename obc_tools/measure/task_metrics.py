@@ -41,6 +41,23 @@ def mask_targets(batch: Any, logits: Tensor) -> Tensor:
     return _in_range(masks.masked_fill(masks == 255, IGNORED), logits.shape[1], "class")
 
 
+def box_targets(batch: Any) -> list[Mapping[str, Tensor]]:
+    """Return the boxes of each image, {"boxes": (boxes, 4), "labels": (boxes,)}; raise ValueError where there are none.
+
+    An image without any box has boxes (0, 4).
+    """
+    _, targets = inputs_and_targets(batch)
+    entries = targets if isinstance(targets, list | tuple) else [targets]
+    for entry in entries:
+        parts = [entry.get(name) for name in ("boxes", "labels")] if isinstance(entry, Mapping) else [None]
+        if not all(isinstance(part, Tensor) for part in parts) or len(parts[0]) != len(parts[1]):
+            raise ValueError(
+                f"targets of type {type(targets).__name__}; expected a list of {{'boxes', 'labels'}}, equally many, "
+                "one such mapping an image"
+            )
+    return entries
+
+
 def token_targets(batch: Any, logits: Tensor, *, shift: bool = True) -> Tensor:
     """Return what each position is to predict, int64 (examples, tokens), `IGNORED` for padding and for the last one.
 

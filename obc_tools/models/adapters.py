@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from ..data.batches import count_examples, inputs_and_targets
 from ..measure.metrics import Metrics, classification_metrics
-from ..measure.task_metrics import IGNORED
+from ..measure.task_metrics import IGNORED, box_targets
 from ..scoring.tasks import (
     CLASSIFICATION,
     Task,
@@ -64,7 +64,7 @@ def _of_transformers(model: nn.Module, kind: type) -> Task:
         if names & {name for entry in known for name in ((entry,) if isinstance(entry, str) else entry)}:
             return make(model)
     if "CLIPModel" in names:
-        return image_text_task(_embed_named)
+        return image_text_task(partial(_embed_named, model.config.text_config))
     raise ValueError(
         f"{type(model).__name__} has no head that tells what it is for: pass task=, such as 'outputs', which needs none"
     )
@@ -77,21 +77,43 @@ def _named(batch: Any, name: str) -> dict[str, Any]:
     return {name: inputs_and_targets(batch)[0]}
 
 
-def _embed_named(network: nn.Module, batch: Any) -> Any:
-    pair = batch if isinstance(batch, Mapping) else dict(zip(("pixel_values", "input_ids"), batch, strict=True))
-    return embed_pairs(network, _named(pair, ""))
-
-
-def _token_logits(config: Any, network: nn.Module, batch: Any, **options: Any) -> Tensor:
-    """Return the logits of every token; raise ValueError where tokens, or their number, are not the model's."""
-    inputs = _named(batch, "input_ids")
-    tokens, longest = inputs["input_ids"], getattr(config, "max_position_embeddings", None)
+def _check_tokens(tokens: Any, longest: int | None, known: int) -> None:
+    """Raise ValueError where tokens, or their number, are not the model's. What is no tokens is for it to say."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
+        return
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(f"sequences of {tokens.shape[1]} tokens for a model that takes {longest}")
     low, high = (int(end) for end in tokens.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(f"token {low if low < 0 else high} for a model of {config.vocab_size} tokens")
-    return network(**inputs, **options).logits
+    if low < 0 or high >= known:
+        raise ValueError(f"token {low if low < 0 else high} for a model of {known} tokens")
+
+
+def _with_tokens(config: Any, batch: Any) -> dict[str, Any]:
+    """Return a batch as keyword arguments of a network of transformers that reads tokens, once they are checked."""
+    inputs = _named(batch, "input_ids")
+    longest = getattr(config, "max_position_embeddings", None)
+    _check_tokens(inputs.get("input_ids"), longest, config.vocab_size)
+    return inputs
+
+
+def _embed_named(config: Any, network: nn.Module, batch: Any) -> Any:
+    pair = batch if isinstance(batch, Mapping) else dict(zip(("pixel_values", "input_ids"), batch, strict=True))
+    return embed_pairs(network, _with_tokens(config, pair))
+
+
+def _of_open_clip(model: nn.Module, kind: type) -> Task:
+    longest, known = getattr(model, "context_length", None), getattr(model, "vocab_size", None)
+
+    def forward(network: nn.Module, batch: Any) -> Any:
+        if known is not None and not isinstance(batch, Mapping):
+            _check_tokens(batch[1], longest, known)
+        return embed_pairs(network, batch)
+
+    return image_text_task(forward)
+
+
+def _token_logits(config: Any, network: nn.Module, batch: Any, **options: Any) -> Tensor:
+    return network(**_with_tokens(config, batch), **options).logits
 
 
 def _causal_language(model: nn.Module) -> Task:
@@ -110,7 +132,8 @@ def _masked_language(model: nn.Module) -> Task:
 
 def _classifier(name: str, model: nn.Module) -> Task:
     def forward(network: nn.Module, batch: Any) -> Tensor:
-        return network(**_named(batch, name)).logits
+        inputs = _with_tokens(model.config, batch) if name == "input_ids" else _named(batch, name)
+        return network(**inputs).logits
 
     def losses(network: nn.Module, batch: Any) -> Tensor:
         labels = inputs_and_targets(batch)[1]
@@ -209,7 +232,7 @@ def _heads(network: nn.Module, batch: Any) -> Any:
 
 def _yolo_losses(network: nn.Module, batch: Any) -> Tensor:
     """Return the loss of a batch, per image; a batch is ultralytics' own dict, or images and targets."""
-    given = dict(batch) if isinstance(batch, Mapping) else _yolo_batch(*batch)
+    given = dict(batch) if isinstance(batch, Mapping) else _yolo_batch(batch[0], box_targets(batch))
     with _lent_criterion(network):
         return network(given)[0].sum() / len(given["img"])
 
@@ -263,7 +286,7 @@ def _yolo_boxes(network: nn.Module, batch: Any) -> list[dict[str, Tensor]]:
 def _boxes(batch: Any) -> list[Mapping[str, Tensor]]:
     """Return the targets of a batch, boxes in pixels, whichever of the two forms it has."""
     if not isinstance(batch, Mapping):
-        return inputs_and_targets(batch)[1]
+        return box_targets(batch)
     height, width = batch["img"].shape[-2:]
     boxes = box_convert(batch["bboxes"], "cxcywh", "xyxy") * batch["bboxes"].new_tensor([width, height, width, height])
     own = [batch["batch_idx"] == number for number in range(count_examples(batch["img"]))]
@@ -275,7 +298,7 @@ LIBRARIES: Mapping[str, Callable[[nn.Module, type], Task]] = MappingProxyType(
         "transformers": _of_transformers,
         "ultralytics": _of_ultralytics,
         "torchvision": _of_torchvision,
-        "open_clip": lambda model, kind: image_text_task(),
+        "open_clip": _of_open_clip,
         "timm": lambda model, kind: CLASSIFICATION,
         "segmentation_models_pytorch": lambda model, kind: segmentation_task(),
     }

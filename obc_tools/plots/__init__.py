@@ -1,6 +1,7 @@
 """Figures: numbers, names and labels in, a plotly figure out."""
 
-from .curves import criteria_curves, criteria_panels, plot_histories, scoring_seconds
+from .curves import accuracy_over_macs, criteria_curves, criteria_panels, plot_histories, scoring_seconds
+from .graph import coupling_graph
 from .jtj import (
     filter_image,
     group_jtj_heatmap,
@@ -15,6 +16,8 @@ from .jtj import (
 from .plans import mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
 
 __all__ = [
+    "accuracy_over_macs",
+    "coupling_graph",
     "criteria_curves",
     "criteria_panels",
     "filter_image",

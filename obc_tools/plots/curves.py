@@ -5,6 +5,7 @@ A criterion has the same colour in all figures (see `looks`); variants of one cr
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .looks import color_of, finished
+from .looks import COLORS, color_of, finished
 
 AXES = {"channels": "pruned channels (%)", "macs": "MACs left (%)", "params": "parameters left (%)"}
 TITLES = {
@@ -137,13 +138,53 @@ def _title(comparison: Any, metric: str) -> str:
     if metric in TITLES:
         return TITLES[metric]
     name = f"training {metric.removeprefix('train_')}" if metric.startswith("train_") else f"held-out {metric}"
-    better = "higher is better" if comparison.directions.get(metric) == "higher" else "lower is better"
-    return f"{name.replace('_', ' ')} ({better})"
+    return with_direction(name, comparison.directions[metric])
+
+
+def headline_axis(directions: Mapping[str, str]) -> str:
+    """Return the title of an axis for some headlines, the accuracy of classifiers in %."""
+    usual = {"accuracy": QUANTITIES["accuracy"]}
+    return ", ".join(usual.get(name) or with_direction(name, better) for name, better in directions.items())
+
+
+def with_direction(metric: str, direction: str) -> str:
+    """Return the name of another task's metric and which way is better, as axes say it."""
+    return f"{metric.replace('_', ' ')} ({direction} is better)"
 
 
 def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> None:
     figure.update_xaxes(title=AXES[over], autorange=None if over == "channels" else "reversed", **place)
     figure.update_yaxes(title=title, **place)
+
+
+def accuracy_over_macs(table: pd.DataFrame, *, look: str = "light") -> go.Figure:
+    """Draw what networks reach at what they cost; those of one name are joined.
+
+    Args:
+        table: columns "network" (names), "MACs left" and "accuracy" (shares), and where it is known "error", how far
+            the accuracy may be off either way.
+        look: "light" or "dark".
+
+    Raises:
+        ValueError: an empty table, or an unknown look.
+    """
+    if table.empty:
+        raise ValueError("no network to draw: give a table with a row for each")
+    figure = go.Figure()
+    for index, (name, rows) in enumerate(table.groupby("network", sort=False)):
+        color, rows = color_of(name, index), rows.sort_values("MACs left")
+        figure.add_scatter(
+            x=100 * rows["MACs left"],
+            y=100 * rows["accuracy"],
+            error_y={"array": 100 * rows["error"], "thickness": 1.2} if "error" in rows else None,
+            name=name,
+            mode="lines+markers",
+            line={"color": color, "width": 1.5},
+            marker={"size": 10},
+            hovertemplate=f"{name}: %{{y:.2f}} % with %{{x:.1f}} % of the MACs<extra></extra>",
+        )
+    _label(figure, TITLES["accuracy"], "macs")
+    return finished(figure, look, 380, title="Accuracy over MACs", legend_y=1.0)
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:
@@ -156,14 +197,19 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
     """
     if not histories:
         raise ValueError("no history to draw: give {'name': history}")
-    headlines = {next(iter(history.last.values), "accuracy") for history in histories.values()}
+    headlines = dict(history.last.better for history in histories.values())
     named = ", ".join(sorted(headlines)).replace("_", " ")
     figure = make_subplots(1, 2, subplot_titles=("Loss", named.capitalize()), horizontal_spacing=0.1)
     for index, (label, history) in enumerate(histories.items()):
         frame = history.to_frame()
         for part, name, dash in (("val", "validation", "solid"), ("train", "training", "dot")):
             style = {"color": color_of(label, index), "dash": dash, "width": 2 if part == "val" else 1.4}
-            shared = {"x": frame["epoch"], "name": f"{label}, {name}", "legendgroup": f"{label} {part}", "line": style}
+            shared = {
+                "x": frame["epoch"],
+                "name": f"{label}, {name}" if label else name,
+                "legendgroup": f"{label} {part}",
+                "line": style,
+            }
             shared["mode"] = "lines+markers" if len(frame) <= 20 else "lines"
             shared["marker"] = {"size": 5}
             if f"{part}_loss" in frame:
@@ -173,24 +219,36 @@ def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.F
                 percent = 100 * frame[f"{part}_accuracy"]
                 figure.add_scatter(y=percent, hovertemplate="%{y:.2f} %", showlegend=False, **shared, row=1, col=2)
             elif part == "val":
+                shared["showlegend"] = f"{part}_loss" not in frame
                 figure.add_scatter(y=frame[f"val_{headline}"], hovertemplate="%{y:.4g}", **shared, row=1, col=2)
-    of_images = headlines == {"accuracy"}
+    of_images = headlines.keys() == {"accuracy"}
     figure.update_yaxes(title="cross entropy (nats)" if of_images else "loss", row=1, col=1)
-    figure.update_yaxes(title="accuracy (%)" if of_images else named, row=1, col=2)
+    figure.update_yaxes(title=headline_axis(headlines), row=1, col=2)
     figure.update_annotations(font_size=12)
     x = {"title": "epoch", "rangemode": "tozero"}
     return finished(figure, look, 400, x=x, hovermode="x unified", legend_y=1.1)
 
 
-QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "images/s"}
-"""The panels of the figure of runs: a quantity and the title of its axis."""
+MOST_WORDS = 110
+"""Letters of a line in a picture."""
+QUANTITIES = {"loss": "loss", "accuracy": "accuracy (%)", "lr": "learning rate", "images_per_second": "examples/s"}
+"""The panels of the figure of runs: a quantity and the title of its axis. Other tasks have no accuracy, see below."""
 
 
-def watch_figure(traces: Iterable[Mapping[str, Any]], *, look: str = "light") -> go.Figure:
+def watch_figure(
+    traces: Iterable[Mapping[str, Any]],
+    directions: Mapping[str, str] | None = None,
+    *,
+    failed: Sequence[str] = (),
+    look: str = "light",
+) -> go.Figure:
     """Draw loss, accuracy, learning rate and speed of several runs, as far as they are.
 
     Args:
         traces: the properties of each curve; ``meta[2]`` is the number of its panel, from 0.
+        directions: what is drawn in the place of the accuracy: headline of another task -> "higher" or "lower",
+            whichever is better; "accuracy" where there are also runs that classify.
+        failed: what runs failed of, a line each, to stand in the picture.
         look: "light" or "dark".
 
     Raises:
@@ -200,7 +258,15 @@ def watch_figure(traces: Iterable[Mapping[str, Any]], *, look: str = "light") ->
     for trace in traces:
         row, column = divmod(trace["meta"][2], 2)
         figure.add_scatter(**trace, row=row + 1, col=column + 1)
-    for panel, title in enumerate(QUANTITIES.values()):
+    titles = QUANTITIES | ({"accuracy": headline_axis(directions)} if directions else {})
+    for panel, title in enumerate(titles.values()):
         figure.update_yaxes(title=title, row=panel // 2 + 1, col=panel % 2 + 1)
+    if failed:
+        text = "<br>".join(
+            html.escape(line if len(line) <= MOST_WORDS else f"{line[:MOST_WORDS]} …") for line in failed
+        )
+        place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1.1, "yanchor": "bottom", "align": "left"}
+        figure.add_annotation(text=text, showarrow=False, font_color=COLORS["naive"], **place)
     x = {"title": "epochs", "rangemode": "tozero"}
-    return finished(figure, look, 520, x=x, margin_t=40, legend_y=1.04)
+    top = 40 if not failed else 64 + 14 * len(failed)
+    return finished(figure, look, 520, x=x, margin_t=top, legend_y=1.04)

@@ -40,7 +40,7 @@ COLORS: Mapping[str, str] = {
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _INK = {"light": "#24292F", "dark": "#D7DCE2"}
-_PAPER = {"light": "#FFFFFF", "dark": "#16191D"}
+PAPER = {"light": "#FFFFFF", "dark": "#16191D"}
 _LINE = {"light": "#C4CAD1", "dark": "#454C54"}
 _GRID = {"light": "#E7EAEE", "dark": "#2B3036"}
 _SEQUENTIAL = {
@@ -68,8 +68,8 @@ def theme(look: str = "light") -> go.layout.Template:
     layout = {
         "font": {"family": _FONT, "size": 11, "color": _INK[look]},
         "title": {"font": {"size": 14}, "x": 0.01, "xanchor": "left"},
-        "paper_bgcolor": _PAPER[look],
-        "plot_bgcolor": _PAPER[look],
+        "paper_bgcolor": PAPER[look],
+        "plot_bgcolor": PAPER[look],
         "colorway": PALETTE,
         "colorscale": {"sequential": _scale(_SEQUENTIAL[look]), "diverging": _scale(_DIVERGING[look])},
         "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 10, "tickfont": {"size": 10}}},

@@ -31,7 +31,7 @@ from ..structure.counting import count
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
 from .masking import Masking, dead_entries
-from .plan import PruningPlan, check_is_plan, prune
+from .plan import PruningPlan, check_is_plan, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def _compare(model: nn.Module, plan: PruningPlan, outputs: _Outputs, seed: int) 
         whole = outputs.of(model)
     constant = _check_telling(whole, outputs.inputs)
     try:
-        naive = outputs.of(prune(model, plan))
+        naive = outputs.of(shrink(model, plan))
     except Exception as error:
         return [Finding("pruned = masked", math.inf, outputs.tolerance, note=_describe(error))], math.nan, False
     effect = relative_error(whole, naive)
@@ -360,7 +360,7 @@ def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | 
     try:
         predicted, counted = (
             (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan),
-            cost(prune(model, plan), inputs),
+            cost(shrink(model, plan), inputs),
         )
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
@@ -400,7 +400,7 @@ def prove(
         ProofError: it does not; says the first layer that differs.
     """
     try:
-        counted = cost(prune(model, plan), example_inputs, counting=counting)
+        counted = cost(shrink(model, plan), example_inputs, counting=counting)
     except Exception as error:
         where = _first_difference(model, plan, _Outputs(example_inputs, TOLERANCE))
         raise ProofError(
@@ -424,7 +424,7 @@ def prove(
 
 def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tuple[Finding, bool]:
     """Compare a pruned network with the masked one; say also whether their outputs hide what goes."""
-    whole, naive = outputs.of(model), outputs.of(prune(model, plan))
+    whole, naive = outputs.of(model), outputs.of(shrink(model, plan))
     effect = relative_error(whole, naive) if plan.channels_removed else math.inf
     hidden = effect <= LEAST_EFFECT or _all_the_same(naive)
     return _compare_masked(model, plan, naive, outputs), hidden
@@ -473,7 +473,7 @@ def _draw_weights(model: nn.Module, seed: int) -> None:
 def _first_cost(model: nn.Module, plan: PruningPlan, inputs: Any) -> str:
     """Name the first layer that does not cost what was predicted."""
     predicted = cost_model(model, inputs, whole_heads=loses_heads(plan.groups)).by_layer(plan)
-    counted = cost_model(prune(model, plan), inputs).by_layer(PruningPlan((), ())).set_index("layer")
+    counted = cost_model(shrink(model, plan), inputs).by_layer(PruningPlan((), ())).set_index("layer")
     for layer, *expected in predicted.itertuples(index=False):
         found = counted.loc[layer].tolist() if layer in counted.index else [0, 0]
         if not np.allclose(found, expected, rtol=ROUNDING, atol=0):
@@ -485,7 +485,7 @@ def _first_difference(model: nn.Module, plan: PruningPlan, outputs: _Outputs) ->
     """Name the first layer whose output is not that of the masked network, or at which the pruned one ends."""
     whole = copy_of(model)
     expected = _layer_outputs(whole, outputs, Masking(whole, plan))
-    found = _layer_outputs(prune(model, plan), outputs)
+    found = _layer_outputs(shrink(model, plan), outputs)
     for number, (name, output) in enumerate(expected):
         if number >= len(found):
             return f"it ends at layer {name!r} or before"

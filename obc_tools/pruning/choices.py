@@ -224,6 +224,8 @@ class Settings:
         group_reduction, normalizer: how scores are combined and scaled (see `score_groups`).
         scope, min_channels, max_ratio, round_to: what every group keeps (see `Limits`).
         batches, batch_size: calibration batches of a pruning step, images in one.
+        compensate: make up for what is removed in least squares over calibration batches (see `compensate`): at the
+            end, and before what is left is scored again.
         seed: fixes all that is drawn.
     """
 
@@ -238,6 +240,7 @@ class Settings:
     round_to: int | None = None
     batches: int = 50
     batch_size: int = 128
+    compensate: bool = False
     seed: int = 0
 
     def __post_init__(self):

@@ -29,23 +29,27 @@ from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError, check_number, check_whole
+from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered, running
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm
 from .lockstep import PausableCall, pause
 from .moments import Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
-from .plan import PruningPlan
-from .prune import prune
+from .plan import PruningPlan, prune
 from .readings import Reading, Stop, Survey, linear_map, stopping, survey
 
 logger = logging.getLogger(__name__)
 
 ForwardPass = Callable[[nn.Module, Any], Any]
-"""(model, batch) -> whatever: how a batch is put through a model. An objective will do."""
+"""(model, batch) -> whatever: how a batch is put through a model."""
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
+def _run_batch(model: nn.Module, batch: Any) -> Any:
     """Put a batch through a model: a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`."""
     return call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _forward_of(task: str | Task | None) -> ForwardPass:
+    return _run_batch if task is None else find_task(task).forward
 
 
 @torch.no_grad()
@@ -54,7 +58,7 @@ def compensate(
     plan: PruningPlan,
     batches: Iterable[Any],
     *,
-    forward: ForwardPass = run_batch,
+    task: str | Task | None = None,
     ridge: float = 1e-3,
     positions: int | None = None,
     seed: int = 0,
@@ -78,8 +82,8 @@ def compensate(
     Args:
         model: the unpruned model; run in eval mode and left unchanged.
         batches: calibration data. Some hundred images suffice for a small network.
-        forward: how a batch is put through a model. By default batches are tensors, pairs (inputs, labels), dicts of
-            keyword arguments or `Forward`s.
+        task: what the network is for, a `Task` or the name of one of `TASKS`, which says how a batch is put through it.
+            None: batches are tensors, pairs (inputs, labels), dicts of keyword arguments or `Forward`s.
         ridge: λ over the mean variance of a layer's inputs; 0 is plain least squares.
         positions: take at most so many positions of an example's output (pixels, tokens), drawn for every layer and
             batch by ``seed``; None takes all.
@@ -97,7 +101,9 @@ def compensate(
     check_number("ridge", ridge, "a number of 0 or more", lambda number: 0 <= number < math.inf)
     if positions is not None:
         check_whole("positions", positions, 1, ", or None for all")
-    pruned = prune(model, plan)
+    pruned, forward = prune(model, plan), _forward_of(task)
+    if not plan.shrunk:
+        return pruned
     data = _frozen(model, batches)
     with evaluating(model), evaluating(pruned):
         with running(model, data[0], lambda: "batch 1"):
@@ -117,11 +123,11 @@ def _draw(generator: torch.Generator, most: int, positions: int) -> Tensor:
 
 
 @torch.no_grad()
-def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, forward: ForwardPass = run_batch) -> dict[str, str]:
+def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, task: str | Task | None = None) -> dict[str, str]:
     """Return the layers that `compensate` leaves as they are pruned although they lose inputs, with the reasons."""
     lose = {axis.layer for axis in plan.shrunk}
     with evaluating(model):
-        found = survey(model, partial(forward, model, _frozen(model, [batch])[0]))
+        found = survey(model, partial(_forward_of(task), model, _frozen(model, [batch])[0]))
     return {name: reason for name, reason in found.plain.items() if name in lose}
 
 
@@ -247,7 +253,7 @@ def _same_inputs(full: Sequence[Stop], own: Sequence[Stop]) -> bool:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: ForwardPass = run_batch) -> nn.Module:
+def recalibrate(model: nn.Module, batches: Iterable[Any], *, task: str | Task | None = None) -> nn.Module:
     """Return a copy of a model whose batch norms have the statistics of calibration data.
 
     One pass: means and variances of the batches, averaged by their numbers of positions; dropout stays off. A pruned
@@ -270,7 +276,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, forward: ForwardPas
         counts[norm] += positions
         norm.momentum = positions / counts[norm]
 
-    momenta = {norm: norm.momentum for norm in counts}
+    momenta, forward = {norm: norm.momentum for norm in counts}, _forward_of(task)
     with evaluating(copied), hooks([norm.register_forward_pre_hook(weigh) for norm in counts]):
         for norm in counts:
             norm.reset_running_stats()

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..structure.flow import name_of, tensors_in
+from ..structure.flow import elementwise, handler_of, name_of, tensors_in
 from ..structure.layers import (
     LayerAxis,
     activation_dim,
@@ -103,7 +103,7 @@ class Masking(TorchDispatchMode):
 
     def _follow(self, call: Call) -> tuple[Any, Sequence[Mask]]:
         rule = RULES.get(call.name)
-        if rule is None and torch.Tag.pointwise in call.function.tags:
+        if rule is None and handler_of(call.function) is elementwise:
             rule = _elementwise
         if rule is not None and (rule in (_elementwise, _rearrange) or not call.function._schema.is_mutable):
             return rule(call)
@@ -245,9 +245,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return enter
 
 
-@rule("_to_copy", "copy", "where", "masked_fill", "native_dropout", "dropout", "fill", "zero", "lerp", "threshold",
-      "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli",
-      "_prelu_kernel")  # fmt: skip
 def _elementwise(call: Call) -> tuple[Any, Sequence[Mask]]:
     out = call.run()
     return out, [call.union(result.shape) for result in tensors_in((out,))]

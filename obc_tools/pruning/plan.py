@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import PlanMismatchError, UnknownNameError
 from ..files import parse_json
+from ..structure.configs import follow_config
 from ..structure.groups import ChannelGroup, Member, kept_positions
 from ..structure.layers import TEMPERATURE, LayerAxis, get_layer, named_axes
 from ..structure.shrinking import shrink_model
@@ -213,7 +214,7 @@ class PruningPlan:
         open_steps = sum(not step.decided for step in self.deciding)
         left = f", {open_steps} of {len(self.deciding)} steps undecided" if open_steps else ""
         gone = f"{self.channels_removed} of {self.channels} channels removed"
-        return f"PruningPlan({len(self.groups)} groups, {gone}{left})"
+        return f"PruningPlan({len(self.groups)} group{'s' * (len(self.groups) != 1)}, {gone}{left})"
 
     def _repr_html_(self) -> str:
         return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"
@@ -340,11 +341,20 @@ def _integer(value: object) -> int:
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Return a new model with only the kept channels; the given model is left unchanged.
 
-    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy.
+    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy. The
+    `config` of transformers' networks follows where one describes the pruned network; else its `save_pretrained` raises
+    an error that says why not.
 
     Raises:
         PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.
     """
+    pruned = shrink(model, plan)
+    follow_config(model, pruned)
+    return pruned
+
+
+def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Prune, and leave the configuration as it is: for networks that nobody is given."""
     check_is_plan(plan)
     plan.validate(model)
     return shrink_model(model, plan.shrunk, plan.scaled)

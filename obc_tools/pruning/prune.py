@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from ..scoring.objectives import Objective
 from ..scoring.rows import Proof
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
+from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, exchanged, next_plan, next_units, removal_order
-from .plan import Deciding, PruningPlan, prune
+from .plan import Deciding, PruningPlan, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def prune_to(
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
     stop: float | None = None,
+    compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
     progress: bool = True,
@@ -76,16 +79,20 @@ def prune_to(
         objective: (model, batch) -> losses, instead of the task's.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
+        compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
             "float32" is single for any, False no proof.
         last_step: "exact", or "full": the published rule, which stops after the whole step that passes the target.
 
     Raises:
-        ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring),
-            and what `find_groups` and `score_groups` raise.
+        ValueError: no target or several, one that cannot be met (says the best that can be had, before any scoring), no
+            batches to compensate with, and what `find_groups` and `score_groups` raise.
         ProofError: the plan is wrong; the error carries it.
     """
+    if compensate and batches is None:
+        raise ValueError("compensate=True needs batches, whatever the criterion is")
+    left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
     return prune_in_steps(
         model,
         example_inputs,
@@ -95,6 +102,7 @@ def prune_to(
         scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
+        left=left,
         verify=verify,
         seed=seed,
         progress=progress,
@@ -111,11 +119,15 @@ def prune_in_steps(
     scoring: Scoring,
     limits: Limits,
     steps: Steps,
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
     verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
 ) -> PruningPlan:
-    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords.
+
+    ``left`` makes the network that is scored from the model and the plan so far.
+    """
     last_step = steps.last_step
     if verify not in (True, False, "float32"):
         raise ValueError(f"verify={verify!r}: True, False or 'float32'")
@@ -130,10 +142,11 @@ def prune_in_steps(
             plan, scoring, limits, lambda order, share=share: next_units(order, share, target, costs, last_step)
         )
         options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        scores = scoring.score(prune(model, plan), plan.pruned_groups(), batches, seed + step, **options)
+        scores = scoring.score(left(model, plan), plan.pruned_groups(), batches, seed + step, **options)
         deciding += [watch.record] if watch.record else []
         plan = next_plan(scores, plan, share, target, costs, limits, last_step=last_step)
         if target.ratio is None and target.met(costs.of(plan), costs.original):
+            shares.total = step - 1  # of the steps that are done: a bar that ends before its total is one that failed
             break
     else:
         if target.ratio is None:

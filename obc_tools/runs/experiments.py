@@ -96,14 +96,16 @@ class Experiment:
     def small(self, **changes: Any) -> PruningJob:
         """Return the job at a size for a CPU and a few minutes: the same network and stages, little of everything.
 
-        Takes the arguments of :meth:`job`. What comes out says that everything runs, and nothing about accuracy.
+        Takes the arguments of :meth:`job`. What comes out says that everything runs, and nothing about accuracy. So
+        "scratch" goes where there is no baseline too: by the recipe of fine-tuning.
         """
+        plain = replace(self.base.finetune, label_weight=1.0, distill_weight=0.0)
         imagenet = self.base.data == "imagenet"
         batch = 4 if imagenet else 32
         little = {"epochs": SMALL_EPOCHS, "batch_size": batch, "warmup_epochs": 0, "amp": "no"}
         sizes = {"train_images": 8, "val_images": 8} if imagenet else {"train_images": 128, "val_images": 128}
         sizes |= {"steps": 1 if imagenet else 2, "batches": 2, "batch_size": batch}
-        job = self.job(**(sizes | changes))
+        job = replace(self, baseline=self.baseline or plain).job(**(sizes | changes))
         shortened = {name: _shortened(recipe, little) for name, recipe in job.recipes.items()}
         return replace(job, title=f"{job.title}, small run", **shortened)
 

@@ -36,6 +36,7 @@ from ..pruning.choices import TORCH_PRUNING
 from ..scoring.tasks import evaluate
 from ..training.processes import processes
 from .job import (
+    COMPENSATED,
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -55,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
-SAVED_MODELS = (PRUNED, NAIVE, MERGED)
+SAVED_MODELS = (PRUNED, COMPENSATED, NAIVE, MERGED)
 TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
 STOP, STOPPED, ERROR, OUTPUT = "stop", "stopped.json", "error.json", "output.log"
 ENTRIES = {

@@ -16,7 +16,7 @@ from ..data.data import Data
 from ..errors import check_whole
 from ..measure.costs import Cost
 from ..measure.latency import Latency
-from ..measure.metrics import Metrics, TaskMetrics
+from ..measure.metrics import SIGNS, Metrics, TaskMetrics
 from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.jtj import DenseJTJ
@@ -26,12 +26,14 @@ from ..training.processes import processes
 from ..training.recipe import Recipe
 from .own import find_data, is_own
 
-ORIGINAL, SPARSE, PRUNED, NAIVE, MERGED = "original", "sparse", "pruned", "naive", "merged"
+ORIGINAL, SPARSE, PRUNED, COMPENSATED = "original", "sparse", "pruned", "compensated"
+NAIVE, MERGED = "naive", "merged"
 TITLES: Mapping[str, str] = MappingProxyType(
     {
         ORIGINAL: "original",
         SPARSE: "after sparse training",
         PRUNED: "pruned, no fine-tuning",
+        COMPENSATED: "pruned and compensated, no fine-tuning",
         NAIVE: "naive fine-tuning",
         MERGED: "Equivalent Pruning, merged",
     }
@@ -41,6 +43,25 @@ TITLES: Mapping[str, str] = MappingProxyType(
 PLAN, REFUSED_PLAN = "plan.json", "refused_plan.json"
 WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
 """Files of the weights of unpruned networks that a job trained."""
+
+
+DIGITS: Mapping[str, str] = MappingProxyType(
+    {
+        "test accuracy": "{:.2%}",
+        "test loss": "{:.4f}",
+        "MACs": "{:,.0f}",
+        "speed-up": "{:.2f}x",
+        "parameters": "{:,}",
+        "CPU latency (ms)": "{:.2f}",
+    }
+)
+
+
+def as_text(frame: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
+    """Return a table of models as text, with as many digits as a reader wants; say of metrics which way is better."""
+    texts = {name: DIGITS.get(name, "{:.4g}").format for name in frame.columns[1:]}
+    signs = {f"test {name}": f"test {name} {SIGNS[better]}" for name, better in directions.items()}
+    return frame.assign(**{name: frame[name].map(text) for name, text in texts.items()}).rename(columns=signs)
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ class Equivalence:
     Differences are over the largest logit where that is above 1, for float32 rounds relative to it.
 
     Attributes:
-        start_from_naive: EP before training against the naively pruned network; at most `TOLERANCE`.
+        start_from_naive: EP before training against the pruned network, or the compensated one; at most `TOLERANCE`.
         merged_from_trained: The merged network against the trained EP; at most `TOLERANCE`.
         merged_from_naive: The merged network against the naively fine-tuned one; above 0, or EP did nothing.
         merged_loads_into_naive: The merged state dict was loaded, strictly, into the naively pruned network.
@@ -113,17 +134,7 @@ class JobResult:
 
     def table(self) -> pd.DataFrame:
         """Return `to_frame` as text, each number with as many digits as a reader wants."""
-        digits = {
-            "test accuracy": "{:.2%}",
-            "test loss": "{:.4f}",
-            "MACs": "{:,}",
-            "speed-up": "{:.2f}x",
-            "parameters": "{:,}",
-            "CPU latency (ms)": "{:.2f}",
-        }
-        frame = self.to_frame()
-        digits = {name: digits.get(name, "{:.4g}") for name in frame.columns[1:]}
-        return frame.assign(**{name: frame[name].map(text.format) for name, text in digits.items()})
+        return as_text(self.to_frame(), getattr(self.measured[ORIGINAL].metrics, "directions", {}))
 
     def __repr__(self) -> str:
         return self.table().to_string(index=False)
@@ -154,7 +165,8 @@ class PruningJob(Settings):
         train_images, val_images: Use at most so many images of a split, for a small run.
         normalize: Normalisation of the data, by name; None: its default.
         criterion, steps, schedule_ratio, last_step: of `prune_to`, as are those of `Settings`. Calibration batches are
-            drawn afresh from the training images for every pruning step.
+            drawn afresh from the training images for every pruning step. With ``compensate`` both fine-tunings begin
+            at the compensated network.
         augment: Whether calibration images are augmented, by crops and flips.
         calibrate_as_trained: Augment calibration images by all that ``finetune`` says, mixed labels included.
         pretrain: How to train the network from scratch; None where there are weights.
@@ -295,7 +307,10 @@ class JobInputs:
         )
 
     def calibration_batches(self) -> Batches:
-        """Return the calibration batches, other ones each time they are iterated over."""
+        """Return the calibration batches, other ones each time they are iterated over.
+
+        Those of a pass, by `Batches.at`, are the same in every process and after a resume.
+        """
         job = self.job
         augment = job.finetune.augmentation if job.calibrate_as_trained else Augmentation(crop=job.augment)
         train = self.data.batches("train", job.batch_size, seed=job.seed, augment=augment, device=self.device)

@@ -1,4 +1,4 @@
-"""One pruning job from end to end: original → sparse → plan → pruned → fine-tuned naively and with EP → merged.
+"""A pruning job end to end: original → sparse → plan → pruned (→ compensated) → fine-tuned naively, with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
 done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
+from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import prune_in_steps
@@ -40,6 +42,7 @@ from ..training.processes import processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
 from .job import (
+    COMPENSATED,
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -88,7 +91,7 @@ def prepare(job: PruningJob) -> JobInputs:
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
-    inputs = JobInputs(job, data, model, source, device, _example(model, data, task, device), task)
+    inputs = JobInputs(job, data, model, source, device, _example(job, model, data, task, device), task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -138,57 +141,64 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
         ValueError: for training that diverges and scores that are not finite.
         Stopped: when ``keeping.stop`` said so.
     """
-    work = _Work(inputs, progress and processes().is_main, keeping or Keeping())
+    work = Stages(inputs, progress=progress and processes().is_main, keeping=keeping)
     job, seconds = inputs.job, {}
     models: dict[str, nn.Module] = {ORIGINAL: inputs.model}
     if job.pretrain:
         with _stage(f"training {job.model} from scratch on {job.data}", seconds):
-            work.train(ORIGINAL, inputs.model, job.pretrain)
+            work.original()
     base = inputs.model
     if job.sparse or job.sparse_weights:
         with _stage("sparse training", seconds):
             base = models[SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
         plan = work.plan(base)
-        models[PRUNED] = prune(base, plan)
+        start = models[PRUNED] = prune(base, plan)
+    if job.compensate:
+        with _stage("compensating", seconds):
+            start = models[COMPENSATED] = work.compensated(base, plan)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
-            models[NAIVE] = copy.deepcopy(models[PRUNED])
-            work.train(NAIVE, models[NAIVE], job.finetune)
+            models[NAIVE] = work.naive(start)
     equivalence = None
     if job.equivalent:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
-            models[MERGED], equivalence = _equivalent(work, base, plan, models)
+            models[MERGED], equivalence = work.equivalent(base, plan, models[NAIVE], models.get(COMPENSATED))
     with _stage("measuring", seconds):
-        measured = _measure(inputs, models, work.progress)
+        measured = work.measure(models)
         filters = _first_filters(inputs)
     return JobResult(job, plan, models, measured, work.histories, equivalence, filters, seconds)
 
 
-class _Work:
-    """What the stages of a job share: its inputs, where they keep things, the histories so far."""
+class Stages:
+    """The stages of a job, one at a time; what they share: its inputs, where they keep things, the histories so far.
 
-    def __init__(self, inputs: JobInputs, progress: bool, keeping: Keeping):
-        self.inputs, self.progress, self._keeping = inputs, progress, keeping
+    Args:
+        inputs: What :func:`prepare` returned.
+        progress: Show bars.
+        keeping: Where to keep what is done, and go on from.
+    """
+
+    def __init__(self, inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None = None):
+        self.inputs, self.progress, self._keeping = inputs, progress, keeping or Keeping()
         self.histories: dict[str, History] = {}
         # The unpruned network teaches, as it was before sparse training.
         self._teacher = inputs.model
 
-    def train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
-        """Train a model, keep its history."""
-        history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))
-        self._keep(key, model, history)
+    def original(self) -> nn.Module:
+        """Return the unpruned network, trained from scratch where the job says so."""
+        if self.inputs.job.pretrain:
+            self._train(ORIGINAL, self.inputs.model, self.inputs.job.pretrain)
+        return self.inputs.model
 
     def sparse(self) -> nn.Module:
-        """Return the network after sparse training, or with the weights that one left before."""
+        """Return the network after sparse training, or with the weights that one left; without either, the original."""
         job, model = self.inputs.job, copy.deepcopy(self.inputs.model)
         if job.sparse_weights:
             load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
-            return model
-        recipe, options = job.sparse, self._options(SPARSE, job.sparse)
-        task = self.inputs.task
-        history = sparse_train(model, *self._batches(recipe), recipe, ignore=job.ignore, task=task, **options)
-        self._keep(SPARSE, model, history)
+        elif job.sparse:
+            options = {"ignore": job.ignore, "task": self.inputs.task, **self._options(SPARSE, job.sparse)}
+            self._keep(SPARSE, model, sparse_train(model, *self._batches(job.sparse), job.sparse, **options))
         return model
 
     def plan(self, model: nn.Module) -> PruningPlan:
@@ -208,6 +218,54 @@ class _Work:
         if path is not None:
             write_text(path, plan.to_json())
         return plan
+
+    def compensated(self, base: nn.Module, plan: PruningPlan) -> nn.Module:
+        """Return the pruned network whose weights make up for what it lost, in least squares."""
+        return compensate(base, plan, self.inputs.calibration_batches().at(0), task=self.inputs.task)
+
+    def naive(self, pruned: nn.Module) -> nn.Module:
+        """Return a copy of the pruned network, or of the compensated one, after fine-tuning."""
+        model = copy.deepcopy(pruned)
+        self._train(NAIVE, model, self.inputs.job.finetune)
+        return model
+
+    def equivalent(
+        self, base: nn.Module, plan: PruningPlan, naive: nn.Module, compensated: nn.Module | None = None
+    ) -> tuple[nn.Module, Equivalence]:
+        """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network.
+
+        With a compensated network it begins there, else at the pruned one.
+
+        Raises:
+            EquivalenceError: a start from, or a merge into, another function than it should be.
+        """
+        batch, task = next(iter(self.inputs.held_out_batches())), self.inputs.task
+        model, pruned = EquivalentModel(base, plan, start=compensated), prune(base, plan)
+        start = _difference(model, pruned if compensated is None else compensated, batch, task)
+        _check_equal(start, "Equivalent Pruning before training and the network that it starts from")
+        self._train(MERGED, model, self.inputs.job.finetune)
+        merged = model.merge()
+        difference = _difference(merged, model, batch, task)
+        _check_equal(difference, "the merged network and the trained Equivalent Pruning")
+        try:
+            pruned.load_state_dict(merged.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise EquivalenceError(f"the merged network does not load into the pruned one: {error}") from error
+        return merged, Equivalence(start, difference, _difference(merged, naive, batch, task), True)
+
+    def measure(self, models: Mapping[str, nn.Module]) -> dict[str, Measured]:
+        """Return metrics on the held-out examples, cost and CPU latency of every network."""
+        inputs, batches = self.inputs, self.inputs.held_out_batches()
+        bar = {"task": inputs.task, "progress": self.progress}
+        metrics = {key: evaluate(model, batches, **bar) for key, model in models.items()}
+        costs = {key: cost(model, inputs.example, counting=inputs.job.target.counting) for key, model in models.items()}
+        on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
+        timed = latencies(on_cpu, to_device(inputs.example, "cpu"))
+        return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}
+
+    def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
+        history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))
+        self._keep(key, model, history)
 
     def _keep(self, key: str, model: nn.Module, history: History) -> None:
         """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
@@ -251,39 +309,21 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
-    job = inputs.job
+    job, batches = inputs.job, inputs.calibration_batches()
+    left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
     return prune_in_steps(
         model,
         inputs.example,
-        inputs.calibration_batches(),
+        batches,
         target=job.target,
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
         steps=replace(job.schedule, steps=steps),
+        left=left,
         seed=job.seed,
         progress=progress,
     )
-
-
-def _equivalent(
-    work: _Work, base: nn.Module, plan: PruningPlan, models: Mapping[str, nn.Module]
-) -> tuple[nn.Module, Equivalence]:
-    """Fine-tune with Equivalent Pruning and merge; check the start, the merge and that it fits the naive network."""
-    batch, task = next(iter(work.inputs.held_out_batches())), work.inputs.task
-    model = EquivalentModel(base, plan)
-    start = _difference(model, models[PRUNED], batch, task)
-    _check_equal(start, "Equivalent Pruning before training and the pruned network")
-    work.train(MERGED, model, work.inputs.job.finetune)
-    merged = model.merge()
-    difference = _difference(merged, model, batch, task)
-    _check_equal(difference, "the merged network and the trained Equivalent Pruning")
-    try:
-        copy.deepcopy(models[PRUNED]).load_state_dict(merged.state_dict(), strict=True)
-    except RuntimeError as error:
-        raise EquivalenceError(f"the merged network does not load into the pruned one: {error}") from error
-    against_naive = _difference(merged, models[NAIVE], batch, task)
-    return merged, Equivalence(start, difference, against_naive, True)
 
 
 def _difference(one: nn.Module, other: nn.Module, batch: Any, task: Task) -> float:
@@ -306,15 +346,6 @@ def _check_equal(difference: float, models: str) -> None:
         raise EquivalenceError(f"{models}: logits differ by up to {difference:.3g}; at most {TOLERANCE:g} is rounding")
 
 
-def _measure(inputs: JobInputs, models: Mapping[str, nn.Module], progress: bool) -> dict[str, Measured]:
-    batches = inputs.held_out_batches()
-    metrics = {key: evaluate(model, batches, task=inputs.task, progress=progress) for key, model in models.items()}
-    costs = {key: cost(model, inputs.example, counting=inputs.job.target.counting) for key, model in models.items()}
-    on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
-    timed = latencies(on_cpu, to_device(inputs.example, "cpu"))
-    return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}
-
-
 def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     """Return JᵀJ of the first filters of the first convolution, over one set of calibration batches."""
     found = [(name, layer) for name, layer in inputs.model.named_modules() if kernel_dims(layer) == 2]
@@ -325,13 +356,14 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
 
 
-def _example(model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
+def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
     """Return example inputs; raise ValueError where the network does not suit the data or the task."""
     if task is CLASSIFICATION:
         images, _ = next(iter(data.batches("val", 1, device=device)))
         check_classes(count_outputs(model, images), data)
         return images
-    check_task(task, model, *(next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val")))
+    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
+    check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
     return example_inputs(task, data, device)
 
 

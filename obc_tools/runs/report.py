@@ -22,7 +22,7 @@ from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
-from .job import MERGED, NAIVE, ORIGINAL, JobResult
+from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult
 
 SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -257,7 +257,7 @@ def job_sections(result: JobResult) -> Iterator[Section]:
         yield Figure(jtj_grid(result.filters), f"JᵀJ of the filters of {result.filters.axis.layer}", _filters(result))
     tuned = {CURVES[key]: history for key, history in result.histories.items() if key != ORIGINAL}
     if tuned:
-        yield Figure(plot_histories(tuned), "Fine-tuning", "The same images in the same order, the same recipe.")
+        yield Figure(plot_histories(tuned), "Fine-tuning", "The same examples in the same order, the same recipe.")
     if ORIGINAL in result.histories:
         trained = {CURVES[ORIGINAL]: result.histories[ORIGINAL]}
         yield Figure(plot_histories(trained), "Training the original")
@@ -271,8 +271,9 @@ def _summary(result: JobResult) -> str:
     if result.equivalence is None:
         return text
     found = result.equivalence
+    begun = COMPENSATED if COMPENSATED in result.models else PRUNED
     return (
-        f"{text}\n\nEquivalent Pruning starts where the pruned network starts (logits differ by at most "
+        f"{text}\n\nEquivalent Pruning starts where the {begun} network starts (logits differ by at most "
         f"{found.start_from_naive:.1g}), and merging changes nothing (at most {found.merged_from_trained:.1g}). The "
         "merged network has the layers, shapes and cost of the naively pruned one; its logits differ from those of the "
         f"naively fine-tuned one by up to {found.merged_from_naive:.3g}."
@@ -282,11 +283,11 @@ def _summary(result: JobResult) -> str:
 def _job_table(result: JobResult) -> Table:
     metrics = next(iter(result.measured.values())).metrics
     measured = "Accuracy and mean cross entropy" if isinstance(metrics, Metrics) else metrics.describe()
-    images = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
+    count = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
     formats = {"test accuracy": ".2%", "test loss": ".4f", "MACs": "si", "speed-up": ".2f", "parameters": ",d"}
     caption = (
-        f"{measured} on {images}held-out images, which decided nothing. MACs of one image, "
-        "counted as torch_pruning counts them. Latency of one image at a time: median on the CPU, the models in turns; "
+        f"{measured} on {count}held-out examples, which decided nothing. MACs of one example, "
+        "counted as torch_pruning counts them. Latency of one at a time: median on the CPU, the models in turns; "
         "small networks wait for memory and calls more than for MACs."
     )
     frame = result.to_frame()
@@ -297,8 +298,8 @@ def _job_table(result: JobResult) -> Table:
 def _filters(result: JobResult) -> str:
     job = result.job
     return (
-        f"Rows of J: {job.batches} batches of {job.batch_size} training images, in the original network. The score of "
-        "a filter w, above its map, is wᵀ(JᵀJ)w; what is off the diagonal is how its weights act together."
+        f"Rows of J: {job.batches} batches of {job.batch_size} training examples, in the original network. The score "
+        "of a filter w, above its map, is wᵀ(JᵀJ)w; what is off the diagonal is how its weights act together."
     )
 
 

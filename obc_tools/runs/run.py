@@ -42,7 +42,7 @@ from .folder import (
     read_results,
     work_on,
 )
-from .job import TITLES, PruningJob
+from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
 from .worker import BETWEEN_LOOKS, forget_outcome, outcome_noted, wait_while
 
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 STILL_RUNNING = 600.0
 """Seconds after its last sign of life in which a run on another machine counts as running."""
 
-SELECTIONS = {"last": "test accuracy", "best_on_test": "test accuracy (best epoch, picked on test)"}
+SELECTIONS = {"last": "test {}", "best_on_test": "test {} (best epoch, picked on test)"}
+"""What `Run.table` calls the headline, by the epoch that it is of."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,11 +107,11 @@ class Run:
         return "\n".join(path.read_text(encoding="utf-8").splitlines()[-lines:]) if path.is_file() else ""
 
     def table(self, select: str = "last") -> pd.DataFrame:
-        """Return one row a model of a finished run.
+        """Return one row a model of a finished run: its metrics, the headline first, its cost.
 
         Args:
-            select: Which epoch's accuracy: "last", or "best_on_test", as published: the epoch was then picked by the
-                very images it is reported on, which overstates it, and the column says so.
+            select: Which epoch's accuracy, or headline of another task: "last", or "best_on_test", as published: the
+                epoch was then picked by the very images it is reported on, which overstates it, and the column says so.
         """
         if select not in SELECTIONS:
             raise ValueError(f"unknown select {select!r}; known are {', '.join(map(repr, SELECTIONS))}")
@@ -118,11 +119,15 @@ class Run:
         whole = results["models"]["original"]["cost"]["macs"]
         rows = []
         for key, found in results["models"].items():
-            accuracy = found["metrics"]["accuracy"]
+            metrics = found["metrics"]
+            values = metrics.get("values") or {name: metrics[name] for name in ("accuracy", "loss")}
+            (headline, value), *others = values.items()
             if select == "best_on_test" and key in results["histories"]:
-                accuracy = max(row["val_accuracy"] for row in results["histories"][key])
+                better = min if metrics.get("directions", {}).get(headline) == "lower" else max
+                value = better(row[f"val_{headline}"] for row in results["histories"][key])
             cost = found["cost"]
-            row = {"model": TITLES[key], SELECTIONS[select]: accuracy, "test loss": found["metrics"]["loss"]}
+            row = {"model": TITLES[key], SELECTIONS[select].format(headline): value}
+            row |= {f"test {name}": other for name, other in others}
             rows.append(row | {"MACs": cost["macs"], "speed-up": whole / cost["macs"], "parameters": cost["params"]})
         return pd.DataFrame(rows)
 
@@ -173,10 +178,8 @@ class Run:
         lines = "<br>".join(html.escape(line) for line in repr(self).splitlines())
         if self.status != "finished":
             return lines
-        digits = {"test loss": "{:.4f}", "MACs": "{:,.0f}", "speed-up": "{:.2f}x", "parameters": "{:,}"}
-        shown = {name: text.format for name, text in digits.items()}
-        table = self.table().to_html(index=False, float_format="{:.2%}".format, formatters=shown)
-        return f"{lines}{table}"
+        directions = self.results["models"][ORIGINAL]["metrics"].get("directions", {})
+        return f"{lines}{as_text(self.table(), directions).to_html(index=False)}"
 
     def _show(self, bar: tqdm) -> None:
         found = self.progress()

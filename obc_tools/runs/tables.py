@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from ..scoring.tasks import CLASSIFICATION
 from .folder import JOB, RunFolderError
 from .job import MERGED, NAIVE, ORIGINAL, TITLES
 from .run import SELECTIONS, Run
@@ -51,7 +52,8 @@ def results_table(
     """Return one row for each thing that finished runs repeat over seeds.
 
     Args:
-        runs: Runs, or a folder that holds them; those that have not finished are left out.
+        runs: Runs, or a folder that holds them; those that have not finished, or that are no
+            classifiers', are left out.
         select: Which epoch's accuracy, as of `Run.table`.
         paper: A file like ``results/paper/table9_vgg19_cifar100.csv``, whose figures to show beside.
 
@@ -63,12 +65,12 @@ def results_table(
         ValueError: for an unknown ``select``, and where no run has finished.
     """
     found = find_runs(runs) if isinstance(runs, str | os.PathLike) else list(runs)
-    finished = [run for run in found if run.status == "finished"]
+    finished = [run for run in found if run.status == "finished" and run.job.task == CLASSIFICATION.name]
     rows = [row for run in finished for row in _unless_unreadable(lambda run=run: _rows(run, select))]
     if not rows:
-        raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned network")
+        raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned classifier")
     grouped = pd.DataFrame(rows).groupby(KEYS, sort=False, dropna=False)
-    name = SELECTIONS[select]
+    name = SELECTIONS[select].format("accuracy")
     table = grouped.agg(
         **{
             f"{name} (%)": ("accuracy", "mean"),
@@ -84,13 +86,15 @@ def results_table(
 def _rows(run: Run, select: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each fine-tuned network of a run."""
     job, table = run.job, run.table(select).set_index("model")
+    name = SELECTIONS[select].format("accuracy")
     for key, method in METHODS.items():
         if TITLES[key] not in table.index:
             continue
+        method += ", compensated start" * job.compensate
         values = (job.title, str(job.target), job.criterion, job.group_reduction, job.normalizer or "none", method)
         yield dict(zip(KEYS, values, strict=True)) | {
-            "accuracy": 100 * table.loc[TITLES[key], SELECTIONS[select]],
-            "original": 100 * table.loc[TITLES[ORIGINAL], SELECTIONS[select]],
+            "accuracy": 100 * table.loc[TITLES[key], name],
+            "original": 100 * table.loc[TITLES[ORIGINAL], name],
             "speed-up": table.loc[TITLES[key], "speed-up"],
         }
 

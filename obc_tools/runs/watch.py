@@ -19,7 +19,7 @@ FIGURES = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.2%}",
     "lr": "learning rate {:.3g}",
-    "images_per_second": "{:,.0f} images/s",
+    "images_per_second": "{:,.0f} examples/s",
 }
 
 
@@ -128,6 +128,11 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
+def headlines(views: Mapping[str, RunView]) -> dict[str, str]:
+    """Return the headlines of runs, as far as there are epochs: metric -> "higher" or "lower", whichever is better."""
+    return dict(epochs[-1].better for view in views.values() for epochs in view.epochs.values() if epochs)
+
+
 def watch_traces(views: Mapping[str, RunView]) -> list[dict[str, Any]]:
     """Return the curves of runs, by their names: properties of a trace each.
 
@@ -140,19 +145,27 @@ def watch_traces(views: Mapping[str, RunView]) -> list[dict[str, Any]]:
             label = f"{name}: {TITLES[key]}" if len(views) > 1 else TITLES[key]
             color = color_of(name, index) if len(views) > 1 else color_of("ep" if key == MERGED else key)
             for panel, quantity in enumerate(QUANTITIES):
-                shared = {"legendgroup": label, "name": label}
-                finished = _finished(view.epochs.get(key, ()), quantity, color) | {"showlegend": panel == 0}
-                live = _live(view.live.get(key, LiveCurve()), quantity, color) | {"showlegend": False}
-                for kind, trace in (("epochs", finished), ("live", live)):
-                    traces.append(shared | trace | {"meta": [name, key, panel, kind]})
+                finished = _finished(view.epochs.get(key, ()), quantity, color)
+                live = _live(view.live.get(key, LiveCurve()), quantity, color)
+                for kind, seen, trace in (("epochs", "validation", finished), ("live", "training", live)):
+                    named = {"legendgroup": label, "name": f"{label}, {seen}", "meta": [name, key, panel, kind]}
+                    traces.append(trace | named | {"showlegend": panel == 0 and bool(trace["x"])})
     return traces
 
 
 def _finished(epochs: tuple[Any, ...], quantity: str, color: str) -> dict[str, Any]:
-    field_of = {"loss": "val_loss", "accuracy": "val_accuracy"}.get(quantity, quantity)
-    values = [_scaled(getattr(epoch, field_of), quantity) for epoch in epochs]
+    values = [_measured(epoch, quantity) for epoch in epochs]
     line = {"color": color, "width": 2}
-    return {"x": [epoch.epoch for epoch in epochs], "y": values, "mode": "lines+markers", "line": line}
+    # An epoch's figures are those of its end, but the learning rate is the one that it began with.
+    begun = quantity == "lr"
+    return {"x": [epoch.epoch - begun for epoch in epochs], "y": values, "mode": "lines+markers", "line": line}
+
+
+def _measured(epoch: Any, quantity: str) -> float | None:
+    if quantity == "accuracy" and epoch.values:
+        return epoch.headline[1]
+    field_of = {"loss": "val_loss", "accuracy": "val_accuracy"}.get(quantity, quantity)
+    return _scaled(getattr(epoch, field_of), quantity)
 
 
 def _live(curve: LiveCurve, quantity: str, color: str) -> dict[str, Any]:

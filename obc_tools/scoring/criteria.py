@@ -115,6 +115,11 @@ class Criterion:
             raise ValueError(f"criterion {self.name!r}: batches={self.batches}; expected at least 1, or None for all")
 
     @property
+    def by_example(self) -> bool:
+        """Whether it needs losses one an example, which those of a task need not be."""
+        return self.needs == "squares" or self.rows != "batch"
+
+    @property
     def draws(self) -> bool:
         """Whether data or chance has a say, so that another seed gives other scores."""
         return self.needs != "weights" or self.saliency is _random

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +28,7 @@ from ..state import (
     keeping_statistics,
     numbered,
     passing,
+    shared,
     stand_in,
     within,
 )
@@ -512,25 +512,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else model
 
 
-_STANCE, _EAGER = threading.Lock(), []
-"""What runs eagerly now. The stance is the process's: the first one takes it, the last gives it back."""
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
+def _eagerly() -> AbstractContextManager:
     """Let compiled parts of a model run eagerly, since a capture is hooks inside them; threads may overlap."""
     if _compiler() is None:
-        yield
-        return
-    with _STANCE:
-        _EAGER.append(_EAGER[0] if _EAGER else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        with _STANCE:
-            stance = _EAGER.pop()
-            if not _EAGER:
-                stance.__exit__(None, None, None)
+        return nullcontext()
+    stances = []
+    return shared(
+        "eager",
+        lambda: stances.append(torch.compiler.set_stance("force_eager")),
+        lambda: stances and stances.pop(0).__exit__(None, None, None),
+    )
 
 
 def _compiler() -> Any:

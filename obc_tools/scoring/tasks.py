@@ -37,6 +37,7 @@ from ..errors import UnknownNameError
 from ..measure.metrics import Metrics, TaskMetrics, classification_metrics
 from ..measure.task_metrics import (
     IGNORED,
+    box_targets,
     closeness_metrics,
     detection_metrics,
     language_metrics,
@@ -46,6 +47,7 @@ from ..measure.task_metrics import (
     token_targets,
 )
 from ..state import Forward, call_model, check_iterable, check_module, evaluating, logits_of, numbered, running
+from .criteria import Criterion
 from .objectives import Objective, check_losses, classification
 
 Run = Callable[[nn.Module, Any], Any]
@@ -126,7 +128,7 @@ def detector_losses(model: nn.Module, batch: Any) -> Tensor:
 
     In eval mode, modules that hold others alone are switched to train mode: norms and dropout stay as they are.
     """
-    images, targets = inputs_and_targets(batch)
+    images, targets = inputs_and_targets(batch)[0], box_targets(batch)
     modes = {module: module.training for module in model.modules()}
     try:
         for module in () if model.training else modes:
@@ -271,7 +273,7 @@ def detection_task(
     forward: Run = detect,
     *,
     found: Run = detect,
-    wanted: Callable[[Any], Any] = lambda batch: inputs_and_targets(batch)[1],
+    wanted: Callable[[Any], Any] = box_targets,
 ) -> Task:
     """Return the task of finding boxes, by a detector's own losses.
 
@@ -415,10 +417,19 @@ def fitting(task: Task, model: nn.Module, where: Callable[[], str]) -> Iterator[
         raise ValueError(f"{where()}: task '{task.name}' does not fit {type(model).__name__}: {said}") from error
 
 
-def check_task(task: Task, model: nn.Module, train: Any, val: Any, *, distils: bool = False) -> None:
+def check_task(
+    task: Task, model: nn.Module, train: Any, val: Any, *, distils: bool = False, criteria: Iterable[Criterion] = ()
+) -> TaskMetrics:
     """Raise ValueError, with one sentence, where a task does not fit a model on a first batch of each kind.
 
     The model is in eval mode meanwhile, and no gradients are kept.
+
+    Args:
+        distils: there will be a teacher.
+        criteria: those that will score.
+
+    Returns:
+        What was measured on the batch of ``val``, NaN where it says nothing yet.
     """
     with evaluating(model), torch.no_grad():
         with fitting(task, model, lambda: "train, batch 1"):
@@ -428,5 +439,11 @@ def check_task(task: Task, model: nn.Module, train: Any, val: Any, *, distils: b
             if distils:
                 task.logits(task.forward(model, train), train)
         check_losses(losses, f"train, batch 1, task '{task.name}'")
+        alone = [criterion.name for criterion in criteria if criterion.by_example]
+        if alone and losses.dim() == 0:
+            raise ValueError(
+                f"criterion '{alone[0]}' takes rows of single examples, and the loss of task '{task.name}' is one a "
+                "batch: take rows='batch' or another criterion"
+            )
         with fitting(task, model, lambda: "val, batch 1"):
-            as_metrics(task, task.metrics(model, iter([val])))
+            return as_metrics(task, task.metrics(model, iter([val])))

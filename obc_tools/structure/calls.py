@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..state import Restoring
+from ..state import Restoring, shared
 from .flow import Dimension, Flow, Size, tensors_in
 
 
@@ -107,11 +107,12 @@ _SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.log, math.log2, math.
 
 def seen_by_python() -> Restoring:
     """Let `range` and functions of `math` note the widths that they take: these ask no number how it becomes plain."""
-    restoring = Restoring()
-    for module, name, function, noting in _SEEN:
-        restoring.undo.append(functools.partial(setattr, module, name, function))
-        setattr(module, name, noting)
-    return restoring
+
+    def place(noting: bool) -> None:
+        for module, name, *functions in _SEEN:
+            setattr(module, name, functions[noting])
+
+    return shared("range and math", functools.partial(place, True), functools.partial(place, False))
 
 
 @stand_in(*TAKES_LAYERS)

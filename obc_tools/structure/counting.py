@@ -57,6 +57,7 @@ WITHOUT_PRODUCTS = (
     "roi_align", "roi_pool", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill",
     "masked_select", "masked_scatter", "take", "diagonal", "tril", "triu", "unfold", "_embedding_bag", "kthvalue",
     "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "view_as_complex", "view_as_real", "complex", "polar",
+    "aminmax",
 )  # fmt: skip
 """Operations that the trace does not follow and that multiply no matrices all the same."""
 

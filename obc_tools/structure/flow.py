@@ -512,6 +512,7 @@ def name_of(function: Any) -> str:
     "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "_prelu_kernel", "native_dropout", "rand_like", "randn_like",
     "full_like", "where", "masked_fill", "threshold", "relu6", "elu", "celu", "softplus", "bernoulli", "dropout",
     "fill", "zero", "lerp", "addcmul", "addcdiv", "nan_to_num", "uniform", "normal", "_fused_dropout",
+    "log_sigmoid_forward", "rrelu_with_noise",
 )  # fmt: skip
 def elementwise(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     """Join what stands at the same position; dimensions of length 1 stretch."""

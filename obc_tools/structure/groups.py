@@ -378,7 +378,8 @@ class Explanation:
 
     def _title(self) -> str:
         channels = sum(group.width for group in self.prunable)
-        return f"{len(self.groups)} groups, {len(self.prunable)} prunable with {channels:,} channels"
+        several = "s" * (len(self.groups) != 1)
+        return f"{len(self.groups)} group{several}, {len(self.prunable)} prunable with {channels:,} channels"
 
 
 def explain(groups: Iterable[ChannelGroup]) -> Explanation:

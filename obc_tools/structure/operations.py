@@ -49,6 +49,14 @@ def _multiply(flow: Flow, out: Tensor, left: Tensor, right: Tensor) -> None:
     flow.put(out, [*batch[: out.dim() - 2], *a[-2:-1], *(b[-1:] if len(b) > 1 else [])])
 
 
+@operation("_grouped_mm")
+def _grouped_product(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    """Keep what is multiplied expert by expert in one kernel, which takes rows of multiples of 16 bytes alone."""
+    way_out = "transformers' model.set_experts_implementation('eager') multiplies otherwise"
+    reason = f"passes through {flow.where('grouped_mm')}, which needs widths of whole 16 bytes; {way_out}"
+    flow.freeze_all([flow.of(tensor) for tensor in tensors_in((*args, *kwargs.values()))], reason)
+
+
 @operation("index_add", "index_copy")
 def _index_add(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     """Follow rows that are added into others, picked by number."""

@@ -7,11 +7,13 @@ module's forward function with the methods that it calls does not name, follows.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,7 @@ class Unread:
         for name, module in self.model.named_modules():
             plain = not is_known(module) and type(module).__getattr__ is nn.Module.__getattr__
             own = {key: held for key, held in vars(module).items() if plain and _is_width(key, held)}
-            named = _named_forward(type(module)) if own else set()
+            named = named_forward(type(module)) if own else frozenset()
             if not named.isdisjoint(("__dict__", "vars")):
                 continue
             hidden = {key: own[key] for key in own if key not in named and not hasattr(type(module), key)}
@@ -120,14 +122,21 @@ def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
     return next(found, None)
 
 
-def _named_forward(kind: type) -> set[str]:
+@functools.cache
+def named_forward(kind: type) -> frozenset[str]:
     """Return what the forward function of a module's type names, and what the methods name that it may call."""
-    waiting, named = ["forward"], set()
+    return frozenset().union(*map(names_in, forward_codes(kind)))
+
+
+def forward_codes(kind: type) -> list[CodeType]:
+    """Return the code of the forward function of a module's type, and of the methods that it may call."""
+    waiting, named, codes = ["forward"], set(), []
     while waiting:
         name = waiting.pop()
         for function in (vars(base).get(name) for base in kind.__mro__ if base is not nn.Module):
             code = getattr(inspect.unwrap(getattr(function, "fget", function)), "__code__", None)
+            codes += [code] if code is not None else []
             fresh = names_in(code) - named if code is not None else set()
             named |= fresh
             waiting += fresh
-    return named
+    return codes

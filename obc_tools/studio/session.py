@@ -20,6 +20,7 @@ from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, TaskMetrics
 from ..plots.plans import group_names
 from ..pruning.choices import Scoring
+from ..pruning.compensation import compensate
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.scores import Scores
@@ -35,16 +36,21 @@ BARS = (CHANNELS, "MACs", "parameters")
 LEAST_SHARE = 1e-3
 MILLION = 1e6
 KEPT_RANKINGS = 8
+Kept = tuple[tuple[int, ...], ...]
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 """Takes batches and what is done with them, and returns them to be iterated over."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a forward pass tells of a pruned network: latency of one example, metrics on held-out ones."""
+    """What a forward pass tells of a pruned network: latency of one example, metrics on held-out ones.
+
+    ``compensated``: the metrics of the network that `compensate` makes of it; None: not measured.
+    """
 
     latency: Latency
     metrics: Metrics | TaskMetrics
+    compensated: Metrics | TaskMetrics | None = None
 
 
 class StudioSession:
@@ -72,7 +78,8 @@ class StudioSession:
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
         self._rankings: dict[Choices, RemovalOrder] = {}
-        self._measured: dict[tuple[tuple[int, ...], ...], Measurement] = {}
+        self._metrics: dict[tuple[Kept, bool], Metrics | TaskMetrics] = {}
+        self._latencies: dict[Kept, Latency] = {}
 
     def calibration(self) -> Collection[Any]:
         """Return the calibration batches, the same each time."""
@@ -103,26 +110,31 @@ class StudioSession:
             self._rankings[key] = choices.rank(self._scores[choices.scoring])
         return choices.plan(self._rankings[key], self.costs)
 
-    def measure(self, plans: Sequence[PruningPlan], watch: Watch = lambda batches, what: batches) -> None:
+    def measure(
+        self, plans: Sequence[PruningPlan], watch: Watch = lambda batches, what: batches, *, compensated: bool = False
+    ) -> None:
         """Measure how good the networks are that plans leave, once each, and their latencies in turns.
 
-        Latencies are measured anew each time: only those of one occasion can be compared.
+        With ``compensated`` also how good they are as `compensate` leaves them with the calibration batches. Latencies
+        are measured anew each time: only those of one occasion can be compared.
         """
-        networks = {plan.kept: prune(self.model, plan) for plan in plans}
-        metrics = {kept: found.metrics for kept, found in self._measured.items() if kept in networks}
-        missing = [kept for kept in networks if kept not in metrics]
-        for number, kept in enumerate(missing, start=1):
+        by_kept = {plan.kept: plan for plan in plans}
+        networks = {kept: prune(self.model, plan) for kept, plan in by_kept.items()}
+        wanted = [(kept, False) for kept in networks] + [(kept, True) for kept in networks if compensated]
+        missing = [key for key in wanted if key not in self._metrics and key != (self.whole.kept, True)]
+        for number, (kept, made) in enumerate(missing, start=1):
             batches = watch(self.held_out_batches(), f"measuring plan {number} of {len(missing)}")
-            metrics[kept] = evaluate(networks[kept], batches, task=self.task)
+            plan, data = by_kept[kept], self.calibration()
+            network = compensate(self.model, plan, data, task=self.task) if made else networks[kept]
+            self._metrics[kept, made] = evaluate(network, batches, task=self.task)
         named = {str(number): network for number, network in enumerate(networks.values())}
         took = latencies(named, self.example, repeats=10, warmup=2)
-        self._measured |= {
-            kept: Measurement(took[name], metrics[kept]) for name, kept in zip(named, networks, strict=True)
-        }
+        self._latencies |= {kept: took[name] for name, kept in zip(named, networks, strict=True)}
 
     def measured(self, plan: PruningPlan) -> Measurement | None:
         """Return what was measured of a plan before."""
-        return self._measured.get(plan.kept)
+        latency, kept = self._latencies.get(plan.kept), plan.kept
+        return latency and Measurement(latency, self._metrics[kept, False], self._metrics.get((kept, True)))
 
     def row(self, name: str, plan: PruningPlan) -> dict[str, Any]:
         """Return a plan's figures, those that were measured where they were."""
@@ -133,14 +145,21 @@ class StudioSession:
             "MACs": f"{cost.macs:,.0f}",
             "speed-up": f"{original.macs / cost.macs:.2f}x",
             "parameters": f"{cost.params:,}",
+            "latency (ms)": "" if measured is None else f"{measured.latency.median_ms:.2f}",
+            **self._texts(measured and measured.metrics),
         }
-        if measured is None:
-            return row | {"latency (ms)": ""} | dict.fromkeys(self.shown_metrics, "")
-        values, digits = measured.metrics.values, {"loss": "{:.4f}"}
-        found = {name: digits.get(name, "{:.4g}").format(values[name]) for name in self.shown_metrics if name in values}
-        if isinstance(measured.metrics, Metrics):
-            found["accuracy"] = with_interval(values["accuracy"], measured.metrics.examples)
-        return row | {"latency (ms)": f"{measured.latency.median_ms:.2f}"} | found
+        if any(made for _, made in self._metrics):
+            headline = self.task.headline
+            row[f"{headline}, compensated"] = self._texts(measured and measured.compensated)[headline]
+        return row
+
+    def _texts(self, metrics: Metrics | TaskMetrics | None) -> dict[str, str]:
+        """Return metrics as the table shows them."""
+        values, digits = {} if metrics is None else metrics.values, {"loss": "{:.4f}"}
+        found = {n: digits.get(n, "{:.4g}").format(values[n]) if n in values else "" for n in self.shown_metrics}
+        if isinstance(metrics, Metrics):
+            found["accuracy"] = with_interval(values["accuracy"], metrics.examples)
+        return found
 
     @property
     def shown_metrics(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -422,7 +423,10 @@ def _check_fit(
     for name, batch in firsts.items():
         if batch is None:
             raise ValueError(f"{name}: batches that yield no data")
-    check_task(task, model, *to_device([*firsts.values()], device), distils=bool(recipe.distill_weight))
+    found = check_task(task, model, *to_device([*firsts.values()], device), distils=bool(recipe.distill_weight))
+    if any(math.isnan(value) for value in found.values.values()):
+        # One batch may say nothing, such as one without any box; all of them have to, before an epoch is spent on it.
+        evaluate(model, val, task=task)
     return None
 
 

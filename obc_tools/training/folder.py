@@ -66,12 +66,19 @@ class Epoch:
     directions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def headline(self) -> tuple[str, float]:
+        """The metric that stands for all, and its value on the validation batches."""
+        return next(iter(self.values.items()), ("accuracy", self.val_accuracy))
+
+    @property
+    def better(self) -> tuple[str, str]:
+        """The headline, and which way of it is better."""
+        return self.headline[0], self.directions.get(self.headline[0], "higher")
+
+    @property
     def rank(self) -> float:
-        """The headline: the higher, the better."""
-        if not self.values:
-            return self.val_accuracy
-        headline, value = next(iter(self.values.items()))
-        return value if self.directions[headline] == "higher" else -value
+        """The headline's value: the higher, the better."""
+        return -self.headline[1] if self.better[1] == "lower" else self.headline[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON holds them; those of other tasks only where there are any."""
@@ -138,7 +145,7 @@ class History:
         """Return one row an epoch, with what was measured as columns (see `Epoch.figures`)."""
         return pd.DataFrame([epoch.figures() for epoch in self.epochs])
 
-    def plot(self, label: str = "training") -> go.Figure:
+    def plot(self, label: str = "") -> go.Figure:
         """Draw loss and accuracy over the epochs; `plot_histories` draws several side by side."""
         from ..plots.curves import plot_histories
 

@@ -114,7 +114,7 @@ class Guard:
 def _explain(verdict: _Verdict) -> str:
     tensors = (leaf for leaf in tree_leaves(verdict.batch) if isinstance(leaf, Tensor))
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        cause, advice = "the images of its batch hold values that are not finite", "Look at the data."
+        cause, advice = "the inputs of its batch hold values that are not finite", "Look at the data."
     else:
         advice = "Lower lr, lengthen warmup_epochs or set clip_norm."
         if not torch.isfinite(verdict.loss):

@@ -16,7 +16,7 @@ from ..plots.curves import watch_figure
 from ..plots.stills import with_still
 from ..runs.folder import STOP
 from ..runs.run import Run
-from ..runs.watch import RunView, describe, look_at, watch_traces
+from ..runs.watch import RunView, describe, headlines, look_at, watch_traces
 from .controls import LiveFigure, button, code_area, dropdown, note
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class RunMonitor(W.VBox):
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
         self._look = look
-        self.picture = LiveFigure(watch_figure(watch_traces(self.views), look=look))
+        self.picture = LiveFigure(self._draw())
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
@@ -108,7 +108,7 @@ class RunMonitor(W.VBox):
             before = self.views
             self.views = {name: look_at(run, before[name]) for name, run in self.runs.items()}
             if self.views != before:
-                self.picture.show(watch_figure(watch_traces(self.views), look=self._look))
+                self.picture.show(self._draw())
             self.show()
 
     def close(self) -> None:
@@ -127,6 +127,10 @@ class RunMonitor(W.VBox):
             self.tail.value = f"<pre style='max-height:220px;overflow:auto'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+
+    def _draw(self) -> go.Figure:
+        failed = [f"{name} failed: {view.error}" for name, view in self.views.items() if view.error]
+        return watch_figure(watch_traces(self.views), headlines(self.views), failed=failed, look=self._look)
 
     def _watch(self, every: float) -> None:
         while not self._closed.wait(every):

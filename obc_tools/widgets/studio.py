@@ -19,6 +19,7 @@ from ..data.adapters import as_data
 from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
+from ..plots.graph import coupling_graph
 from ..plots.looks import counted
 from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
@@ -49,12 +50,12 @@ from ..studio.state import (
 from .controls import (
     WRAPPING,
     Click,
+    LiveFigure,
     View,
     code_area,
     dropdown,
     integer,
     listed,
-    note,
     set_options,
     set_slider,
     slider,
@@ -134,6 +135,9 @@ class StudioControls:
         self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
+        self.compensate = W.ToggleButton(
+            description="compensate", icon="magic", tooltip="measure also what least squares make of each plan"
+        )
         self.path = text("write to", "runs/studio", "without the ending")
         self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
 
@@ -198,6 +202,8 @@ class StudioControls:
         self.place.children, self.kind.value = (self.targets[kind],), kind
 
 
+FOLDS = ("What changed", "Coupled layers")
+"""What opens below the tables: channels that two plans treat differently, and the graph of what goes together."""
 SECONDS_OF_A_DRAG = 1.0
 """Moves of the target within so many seconds of each other are undone together."""
 
@@ -264,7 +270,10 @@ class PruningStudio(View):
         super().__init__(self._drawn())
         self._connect()
         above, below = self._buttons()
-        self.children = (above, self.beside(c.column), c.table, c.changes, below, c.code)
+        self.graph = LiveFigure(go.Figure(), self._clicked_layer)
+        self.folds = W.Accordion([c.changes, self.graph], titles=FOLDS)
+        self.folds.observe(lambda _: self._try(self._show_graph), "selected_index")
+        self.children = (above, self.beside(c.column), c.table, self.folds, below, c.code)
         self._show()
 
     @property
@@ -288,13 +297,15 @@ class PruningStudio(View):
     def measure(self) -> None:
         """Measure latency and the task's metrics of the plans that are shown and of the original, beside the kernel.
 
+        With "compensate" pressed, also the headline of what `compensate` makes of each, on the calibration batches.
+
         Raises:
             ValueError: while scores are computed, which a measurement would hold up.
         """
         self._refuse_while_scoring()
         shown = (self.session.whole, self._compared(), self._before, self.plan)
         plans = list(dict.fromkeys(plan for plan in shown if plan is not None))
-        work = partial(self.session.measure, plans)
+        work = partial(self.session.measure, plans, compensated=self._controls.compensate.value)
         self._worker.start(lambda task: work(task.watch), lambda _: self._measured(len(plans)))
 
     def export_plan(self, path: str | Path) -> Path:
@@ -326,6 +337,7 @@ class PruningStudio(View):
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
         self.remember_button = self.button("remember", self._remember, "to compare other plans with this one")
         doing = [self.undo_button, self.redo_button, self.measure_button, self.cancel_button]
+        doing.insert(3, c.compensate)
         above = [*doing, c.name, self.remember_button, c.compared]
         export = self._export
         self.plan_button = self.button("plan (JSON)", lambda: export(self.export_plan, ".json"), icon="download")
@@ -467,12 +479,14 @@ class PruningStudio(View):
         plans |= {"before": self._before} if self._before else {}
         c.table.value = table(self.session.table(plans | {"now": self.plan}))
         name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
-        c.changes.value = "" if other is None else self._changes(name, other)
+        if other is not None:
+            self._show_changes(name, other)
         # Last, since a page that draws takes nothing else meanwhile.
         traces = studio_traces(self._bars(compared), self.plan.kept_of(root), score)
         for old, new in zip(figure.data, traces, strict=True):
             old.update(new)
         self.picture.show(figure.update_layout(studio_axes(str(LayerAxis(*root)), score)))
+        self._show_graph()
 
     def _bars(self, compared: PruningPlan | None) -> Bars:
         c = self._controls
@@ -483,10 +497,23 @@ class PruningStudio(View):
         bars, kept = self._bars(self._compared()), self.plan.kept_of(root)
         return studio_figure(bars, kept, str(LayerAxis(*root)), self._score(root), look=self._look)
 
-    def _changes(self, name: str, other: PruningPlan) -> str:
+    def _show_changes(self, name: str, other: PruningPlan) -> None:
         frame = plan_changes(other, self.plan)
         shown = frame.assign(removed=frame["removed"].map(listed), restored=frame["restored"].map(listed))
-        return f"Changed since {note(name)}: {counted(len(frame), 'group')}{table(shown) if len(shown) else ''}"
+        self._controls.changes.value = table(shown) if len(shown) else ""
+        self.folds.titles = (f"Changed since {name}: {counted(len(frame), 'group')}", FOLDS[1])
+
+    def _show_graph(self) -> None:
+        """Draw the graph, where its fold is open."""
+        if self.folds.selected_index == FOLDS.index("Coupled layers"):
+            self.graph.show(coupling_graph(self.plan, self.session.costs.layers(self.plan), look=self._look))
+
+    def _clicked_layer(self, click: Click) -> None:
+        """Show the group of the layer whose box was clicked."""
+        drawn = self.graph.figure.data
+        if click.trace == len(drawn) - 1:
+            _, root = drawn[-1].customdata[click.place[0]]
+            self._controls.group.value = dict(self._controls.group.options).get(root, self._controls.group.value)
 
     def _compared(self) -> PruningPlan | None:
         """Return the remembered plan to compare with, if its scores are there."""

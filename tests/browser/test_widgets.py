@@ -142,6 +142,34 @@ def test_the_studio_treats_single_groups_and_channels(show):
     view.until(lambda: "by_hand" in view.code, "the plan again")
 
 
+def test_the_studio_opens_the_graph_of_coupled_layers(show):
+    view = planned(show)
+    view.cell.get_by_text("Coupled layers").click()
+    graph = view.cell.locator(".js-plotly-plot").nth(1)
+    view.until(lambda: graph.is_visible() and "layer3.0.conv2" in graph.inner_text(), "the graph")
+    before = graph.evaluate("g => g.data.at(-1).text.join()")
+    view.page.mouse.move(*middle(graph))
+    for _ in range(4):
+        view.page.mouse.wheel(0, -100)
+    view.until(lambda: graph.evaluate("g => g._fullLayout.yaxis.range[0]") < 9, "the wheel zooms")
+    view.drag("to", 0.5)
+    view.until(lambda: graph.evaluate("g => g.data.at(-1).text.join()") != before, "another plan in the graph")
+    assert graph.evaluate("g => g._fullLayout.yaxis.range[0]") < 9, "it stays where it was moved to"
+
+
+def test_a_view_without_its_kernel_says_since_when(show):
+    notebook = show(NETWORK, EXPLORER)
+    view = notebook.view("obc.JTJExplorer(")
+    view.until(lambda: view.title.startswith("|JᵀJ| of conv1.out"), "the grid")
+    notebook.shutdown()
+    view.until(lambda: "Without its kernel since " in view.words, "that the kernel is gone")
+
+
+def middle(graph):
+    box = graph.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
 def test_the_studio_measures_compares_and_keeps(show, folder):
     view = planned(show)
     view.press("measure")

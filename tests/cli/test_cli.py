@@ -140,10 +140,13 @@ def test_prune_without_epochs_only_prunes(weights, tmp_path, capsys):
     arguments += ["--macs", "1e6", "--batches", 1, "--steps", 2, "--criterion", "l2", "--scope", "local"]
     arguments += ["--group-reduction", "mean", "--round-to", 4, "--ignore", "conv1", "--device", "cpu"]
     arguments += ["--only", "mlp", "--whole-heads", "--max-ratio", 0.9, "--counting", "torch_pruning"]
+    arguments += ["--compensate"]
     assert run("prune", *arguments) == 0
     results = json.loads((out / "results.json").read_text())
-    assert list(results["models"]) == ["original", "pruned"]
-    assert results["models"]["pruned"]["cost"]["macs"] <= 1e6
+    assert list(results["models"]) == ["original", "pruned", "compensated"]
+    assert results["models"]["compensated"]["cost"]["macs"] == results["models"]["pruned"]["cost"]["macs"] <= 1e6
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "pruned, no fine-tuning" in report and "pruned and compensated, no fine-tuning" in report
     assert results["equivalence"] is None and results["histories"] == {}
     assert (results["job"]["only"], results["job"]["whole_heads"]) == ("mlp", True)
     assert (results["job"]["max_ratio"], results["job"]["target"]["counting"]) == (0.9, "torch_pruning")
@@ -171,27 +174,27 @@ BAD = {
     "other class count": ({"weights": "seven.safetensors"}, "model has 7 outputs, data has 10 classes"),
     "class count asked for": ({"num-classes": 12}, "file has 10 classes, model asked for 12"),
     "unknown model": ({"model": "resnet57"}, "unknown network 'resnet57'; known are resnet20"),
-    "unknown data": ({"data": "cifar"}, "unknown data set 'cifar'; known are digits, cifar10"),
-    "unknown criterion": ({"criterion": "jacobain"}, "unknown criterion 'jacobain'; closest: jacobian"),
-    "unknown reduction": ({"group-reduction": "median"}, "unknown group_reduction 'median'"),
-    "unknown part": ({"only": "heads"}, "unknown only 'heads'"),
-    "unknown normalizer": ({"normalizer": "l7"}, "unknown normalizer 'l7'"),
-    "unknown scope": ({"scope": "layer"}, "unknown scope 'layer'"),
+    "unknown data": ({"data": "cifar"}, "unknown --data 'cifar'; closest: cifar10"),
+    "unknown criterion": ({"criterion": "jacobain"}, "unknown --criterion 'jacobain'; closest: jacobian"),
+    "unknown reduction": ({"group-reduction": "median"}, "unknown --group-reduction 'median'"),
+    "unknown part": ({"only": "heads"}, "unknown --only 'heads'"),
+    "unknown normalizer": ({"normalizer": "l7"}, "unknown --normalizer 'l7'"),
+    "unknown scope": ({"scope": "layer"}, "unknown --scope 'layer'"),
     "unknown normalisation": ({"data": "cifar10", "normalize": "x"}, "unknown normalisation 'x' of cifar10; known are"),
-    "unknown device": ({"device": "gpu"}, "unknown device 'gpu'"),
+    "unknown device": ({"device": "gpu"}, "--device gpu: expected auto, cpu, cuda, cuda:1"),
     "empty data folder": ({"data": "cifar10", "root": "empty"}, "no cifar10 in"),
-    "missing data folder": ({"data": "folder", "root": "nosuch"}, "is not a folder"),
+    "missing data folder": ({"data": "folder", "root": "nosuch"}, "there is no such folder"),
     "labels out of range": ({"data": "cifar10", "root": "labels.npz"}, "label 10"),
-    "speed-up out of reach": ({"speedup": 1000}, "speedup=1000"),
-    "ratio out of range": ({"speedup": None, "ratio": 1.5}, "ratio=1.5: expected a share of channels in (0, 1)"),
+    "speed-up out of reach": ({"speedup": 1000}, "--speedup 1000"),
+    "ratio out of range": ({"speedup": None, "ratio": 1.5}, "--ratio 1.5: expected a share between 0 and 1"),
     "ratio that the limits forbid": (
         {"speedup": None, "ratio": 0.5, "round-to": 64},
-        "ratio=0.5 cannot be met: the best that can be had is ratio=0",
+        "--ratio 0.5 cannot be met: the best that can be had is --ratio 0",
     ),
-    "unknown count": ({"counting": "fvcore"}, "unknown counting 'fvcore'"),
-    "two targets": ({"ratio": 0.5}, "give one target"),
-    "no target": ({"speedup": None}, "give one target"),
-    "negative epochs": ({"epochs": -1}, "epochs must be at least 0, not -1"),
+    "unknown count": ({"counting": "fvcore"}, "unknown --counting 'fvcore'"),
+    "two targets": ({"ratio": 0.5}, "ratio; got --speedup 1.5, --ratio 0.5"),
+    "no target": ({"speedup": None}, "give one target: --speedup, --macs, --params or --ratio; got none"),
+    "negative epochs": ({"epochs": -1}, "--epochs -1: expected at least 0"),
     "EP without epochs": ({"epochs": 0, "equivalent": True}, "give it at least 1 epoch"),
     "too many batches": ({"batches": 1000}, "1000 batches were asked for"),
     "diverging training": ({"epochs": 1, "lr": 1e12, "batches": 1, "steps": 1}, "The step was not taken"),
@@ -222,7 +225,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(change, message, weights, tm
 def test_the_best_that_can_be_had_is_said(weights, tmp_path, capsys):
     arguments = ["--model", "resnet8", "--weights", weights / "good.safetensors", "--data", "digits"]
     assert run("prune", *arguments, "--speedup", 1000, "--batches", 2, "--out", tmp_path / "out") == 2
-    assert re.search(r"best .*speedup=\d", capsys.readouterr().err)
+    assert re.search(r"best .*--speedup \d", capsys.readouterr().err)
 
 
 COMPARE = ["--data", "digits", "--model", "resnet8", "--criteria", "jacobian", "l1", "--batches", 1, "--repeats", 1]
@@ -238,6 +241,8 @@ def test_compare_draws_curves_and_goes_on(weights, tmp_path, capsys, monkeypatch
     assert run(*arguments) == 0
     assert run(*arguments, "--ratio", 0.5) == 2
     assert "holds a comparison with another ratio" in capsys.readouterr().err
+    assert run(*arguments, "--compensate") == 2
+    assert "holds a comparison with another compensate" in capsys.readouterr().err
 
 
 def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatch):
@@ -252,7 +257,7 @@ def test_compare_stopped_says_how_to_go_on(weights, tmp_path, capsys, monkeypatc
 def test_compare_names_what_is_wrong(weights, tmp_path, capsys):
     given = ["compare", *COMPARE, "--weights", weights / "good.safetensors", "--out", tmp_path / "out"]
     assert run(*given, "--criteria", "jacobean") == 2
-    assert "criterion 'jacobean'" in capsys.readouterr().err
+    assert "unknown --criteria 'jacobean'; closest: jacobian" in capsys.readouterr().err
     assert run(*given, "--hold-out", 2) == 2
-    assert "share=2.0: expected a share of the images" in capsys.readouterr().err
+    assert "--hold-out 2.0: expected a share between 0 and 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,18 @@ import torch
 from cases import curve
 from torch import nn
 
-from obc_tools import CRITERIA, compare_criteria, cost, evaluate, find_groups, load_data, make_plan, prune, score_groups
+from obc_tools import (
+    CRITERIA,
+    compare_criteria,
+    compensate,
+    cost,
+    evaluate,
+    find_groups,
+    load_data,
+    make_plan,
+    prune,
+    score_groups,
+)
 from obc_tools.comparing.comparison import Comparison, ComparisonError, read_comparison
 from obc_tools.data.batches import take
 
@@ -137,6 +148,39 @@ def test_a_killed_comparison_goes_on_where_it_was(data, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(
         read_comparison(folder / "comparison.csv").frame, resumed.frame, rtol=1e-6, check_dtype=False
     )
+
+
+def test_steps_may_be_compensated_by_the_calibration_images_of_each(data, tmp_path, monkeypatch):
+    asked = SMALL | {"repeats": 2, "compensate": True, "seed": 3}
+    whole = compare_criteria(network, data, ["l1"], **asked)
+    assert set(whole.frame["repeat"]) == {0, 1}, "weights alone decided, and so do the images now"
+    held_out = [batch[:40] for batch in next(iter(data.batches("val", 250, seed=3, shuffle=True).at(0)))]
+    for repeat, rows in whole.frame.groupby("repeat"):
+        model = network()
+        plan = make_plan(score_groups(model, find_groups(model, torch.zeros(1, 1, 8, 8)), "l1"), ratio=0.2)
+        made = compensate(model, plan, take(data.batches("train", 16, seed=3 + repeat).at(1), 2))
+        loss = evaluate(made, [held_out]).loss
+        assert rows["loss"].iloc[1] == pytest.approx(loss, rel=1e-12)
+        assert loss != evaluate(prune(model, plan), [held_out]).loss
+    scored = []
+
+    def dying(model, *arguments, **options):
+        scored.append(model)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score_groups(model, *arguments, **options)
+
+    monkeypatch.setattr("obc_tools.pruning.choices.score_groups", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compare_criteria(network, data, ["l1"], folder=tmp_path, **asked)
+    resumed = compare_criteria(network, data, ["l1"], folder=tmp_path, **asked)
+    assert all(torch.equal(a, b) for a, b in zip(scored[2].parameters(), scored[3].parameters(), strict=True))
+    pd.testing.assert_frame_equal(without_seconds(resumed), without_seconds(whole))
+    assert read_comparison(tmp_path).settings["compensate"] is True
+    with pytest.raises(ComparisonError, match="a comparison with another compensate"):
+        compare_criteria(network, data, ["l1"], folder=tmp_path, **asked | {"compensate": False})
+    with pytest.raises(ValueError, match="batches"):
+        compare_criteria(network, data, ["l1"], **asked | {"batches": 1000})
 
 
 def test_a_folder_takes_more_criteria_but_no_other_comparison(data, tmp_path):

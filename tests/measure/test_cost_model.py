@@ -19,7 +19,7 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import Bottleneck
 
 from obc_tools import find_groups
-from obc_tools.measure.costs import Cost, CostModelError, analyse, cost, cost_model
+from obc_tools.measure.costs import Cost, CostModelError, analyse, cost, cost_model, layers_table
 from obc_tools.pruning.plan import PruningPlan, prune
 from obc_tools.structure.counting import count
 from obc_tools.structure.layers import LayerAxis
@@ -274,6 +274,32 @@ def test_each_layer_costs_what_it_costs_in_the_pruned_network():
     modules = {name: sum(p.numel() for p in pruned.get_submodule(name).parameters()) for name in found.index}
     assert dict(found["parameters"]) == modules
     assert found["MACs"].sum() < predicted.by_layer(PruningPlan.whole(groups))["MACs"].sum()
+
+
+@pytest.mark.parametrize(
+    "make, sizes, options",
+    [(resnext, (3, 3, 32, 32), {}), (timm_transformer, (2, 3, 16, 16), {"only": "attention", "whole_heads": True})],
+)
+def test_the_table_of_layers_is_what_pruning_leaves_of_each(make, sizes, options):
+    model, inputs = seeded(make, *sizes)
+    plan = random_plan(find_groups(model, inputs, **options), 0)
+    pruned, table = prune(model, plan), layers_table(model, plan, inputs).set_index("layer")
+    assert (table["out after"] < table["out"]).any() and (table["in after"] < table["in"]).any()
+    for end, built in (("", model), (" after", pruned)):
+        macs = Counter()
+        for product in count(built, inputs).products:
+            macs[product.layer] += product.size / len(inputs)
+        assert table[f"MACs{end}"].to_dict() == pytest.approx({name: macs[name] for name in table.index}, rel=1e-12)
+        modules = {name: module for name, module in built.named_modules() if name in table.index}
+        for name, module in modules.items():
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            assert table[f"parameters{end}"][name] == own
+            assert table["type"][name] in ("", type(module).__name__)
+        for name in (name for name, module in modules.items() if isinstance(module, nn.Linear)):
+            assert tuple(table.loc[name, [f"out{end}", f"in{end}"]]) == modules[name].weight.shape
+        assert table[f"parameters{end}"].sum() == sum(parameter.numel() for parameter in built.parameters())
+    ran = [name for name in table.index if table["MACs"][name] and table["type"][name]]
+    assert ran == [name for name in dict.fromkeys(p.layer for p in count(model, inputs).products) if name in ran]
 
 
 def test_groups_and_costs_of_one_trace_are_those_of_two():

@@ -132,9 +132,28 @@ def test_tokens_and_lengths_that_the_model_does_not_take():
         evaluate(model, [tokens.repeat(1, 2)], task=task)
     with pytest.raises(ValueError, match="token 50 for a model of 50 tokens"):
         evaluate(model, [tokens.clamp_min(50)], task=task)
+    classifier, batch, _, _ = made("bert, sequences")
+    longer = {name: value.repeat(1, 2) for name, value in batch.items() if value.ndim == 2}
+    with pytest.raises(ValueError, match="sequences of 24 tokens for a model that takes 16"):
+        evaluate(classifier, [batch | longer], task=task_of(classifier))
+    with pytest.raises(ValueError, match="label 7 for a model with 3 outputs"):
+        evaluate(classifier, [batch | {"labels": batch["labels"] + 5}], task=task_of(classifier))
     masked, batch, _, _ = made("bert, masked")
     with pytest.raises(ValueError, match="batches need 'labels', the tokens that were masked, and -100 for all others"):
         evaluate(masked, [{"input_ids": batch["input_ids"]}], task=task_of(masked))
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip"])
+def test_captions_that_the_model_does_not_take(name):
+    model, (images, tokens), _, _ = made(name)
+    recipe, untrained = Recipe(epochs=1), [value.clone() for value in model.state_dict().values()]
+    for wrong, message in (
+        (tokens.repeat(1, 2), "train, batch 1: .*sequences of 24 tokens for a model that takes 12"),
+        (tokens.clamp_min(50), "train, batch 1: .*token 50 for a model of 50 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(model, [(images, wrong)], [(images, tokens)], recipe, task=task_of(model), progress=False)
+    assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), untrained, strict=True))
 
 
 def test_the_task_of_one_s_own_network_is_not_guessed():

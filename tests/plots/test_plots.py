@@ -2,6 +2,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
@@ -239,3 +240,18 @@ def test_save_png_needs_kaleido(tmp_path, monkeypatch):
     monkeypatch.setattr(go.Figure, "write_image", lambda figure, path, **options: written.update(options, path=path))
     plots.save_png(plots.plot_plan(plan()), tmp_path / "plan.png", width=800)
     assert written == {"path": tmp_path / "plan.png", "format": "png", "width": 800, "height": 420, "scale": 2}
+
+
+def test_accuracy_over_macs_joins_networks_of_one_name():
+    columns = ["network", "MACs left", "accuracy", "error"]
+    rows = [("EP", 0.25, 0.8, 0.01), ("original", 1.0, 0.9, 0.02), ("EP", 0.5, 0.85, 0.03)]
+    table = pd.DataFrame(rows, columns=columns)
+    figure = plots.accuracy_over_macs(table)
+    assert [trace.name for trace in figure.data] == ["EP", "original"] and figure.layout.xaxis.autorange == "reversed"
+    for trace, expected in zip(figure.data, ([(25, 80, 1), (50, 85, 3)], [(100, 90, 2)]), strict=True):
+        drawn = np.array([trace.x, trace.y, trace.error_y.array]).T
+        assert drawn == pytest.approx(np.array(expected))
+        assert trace.line.color == color_of(trace.name)
+    assert plots.accuracy_over_macs(table.drop(columns="error")).data[0].error_y.array is None
+    with pytest.raises(ValueError, match="no network to draw: give a table with a row for each"):
+        plots.accuracy_over_macs(table[:0])

@@ -411,7 +411,7 @@ def test_what_weights_hide_is_shown_by_others(name, monkeypatch, caplog):
         widest.data = widest.data.roll(1, 1)
         return pruned
 
-    monkeypatch.setattr("obc_tools.pruning.check.prune", wrong)
+    monkeypatch.setattr("obc_tools.pruning.check.shrink", wrong)
     assert check_plan(model, plan, x).verdict == WRONG
     with pytest.raises(ProofError, match="pruned = masked: .*; first differs layer"):
         prove(model, plan, x, cost_model(model, x).of(plan))

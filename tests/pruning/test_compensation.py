@@ -8,7 +8,17 @@ from networks import NETWORKS, Attention, Tied, network, random_plan
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from obc_tools import EquivalentModel, PruningPlan, compensate, find_groups, prune, prune_to, recalibrate
+from obc_tools import (
+    EquivalentModel,
+    PruningPlan,
+    compensate,
+    find_groups,
+    make_plan,
+    prune,
+    prune_to,
+    recalibrate,
+    score_groups,
+)
 from obc_tools.pruning.compensation import left_plain
 from obc_tools.pruning.equivalent import MixedLayer
 
@@ -422,6 +432,32 @@ def test_equivalent_pruning_begins_where_compensation_ends(name):
     assert max(moved) > 1e-3
 
 
+@pytest.mark.parametrize("name", LAYERS | ALONE)
+def test_every_layer_begins_at_its_compensated_weights_and_merges_what_it_has_learned(name):
+    model, inputs = chain(name, nn.Tanh())
+    plan = half_of(model, inputs, "0", "2" if name in LAYERS else "4")
+    made = compensate(model, plan, [inputs])
+    state = copy.deepcopy(made.state_dict())
+    equivalent = EquivalentModel(model, plan, start=made)
+    torch.testing.assert_close(equivalent(inputs), made(inputs), rtol=0, atol=1e-10)
+    optimizer = torch.optim.SGD(equivalent.parameters(), lr=0.1)
+    equivalent(inputs).square().mean().backward()
+    optimizer.step()
+    merged = equivalent.merge()
+    torch.testing.assert_close(merged(inputs), equivalent(inputs), rtol=0, atol=1e-10)
+    assert (merged(inputs) - made(inputs)).abs().max() > 1e-4
+    assert [(k, v.shape) for k, v in merged.state_dict().items()] == [(k, v.shape) for k, v in state.items()]
+    assert all(torch.equal(value, state[key]) for key, value in made.state_dict().items())
+
+
+def test_attention_begins_where_compensation_ends():
+    torch.manual_seed(0)
+    model, tokens = Attending().double(), torch.randn(6, 8, 5).double()
+    plan = half_of(model, tokens, "stem")
+    made = compensate(model, plan, [tokens])
+    torch.testing.assert_close(EquivalentModel(model, plan, start=made)(tokens), made(tokens), rtol=0, atol=1e-10)
+
+
 def test_decompressors_alone_carry_what_a_mixture_of_channels_can():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 20, 1), nn.Tanh(), nn.Conv2d(20, 4, 1)).double()
@@ -430,6 +466,21 @@ def test_decompressors_alone_carry_what_a_mixture_of_channels_can():
     made = compensate(model, plan, [inputs])
     mixed = EquivalentModel(model, plan, start=made).mixed_layers["2"]
     torch.testing.assert_close(mixed.weight, EquivalentModel(model, plan).mixed_layers["2"].weight, rtol=0, atol=1e-10)
+
+
+def test_steps_score_what_compensation_leaves():
+    model, images, _ = random_plan("residual")
+    data = [(images_like(images, 32), torch.arange(32) % 5)]
+    first = make_plan(score_groups(model, find_groups(model, images[:1]), "taylor", data), ratio=0.25)
+    made = compensate(model, first, data)
+    left = first.channels - first.channels_removed
+    more = (int(0.5 * first.channels) - first.channels_removed) / left
+    second = make_plan(score_groups(made, first.pruned_groups(), "taylor", data), ratio=more)
+    options = {"criterion": "taylor", "ratio": 0.5, "steps": 2, "progress": False}
+    found = prune_to(model, images[:1], data, compensate=True, **options)
+    assert found == first.then(second) != prune_to(model, images[:1], data, **options)
+    with pytest.raises(ValueError, match="compensate=True needs batches"):
+        prune_to(model, images[:1], compensate=True, **options)
 
 
 def test_a_start_of_another_plan_is_refused():

@@ -1,6 +1,7 @@
 """The masked network by operations: norms that no table knows against pruning by hand, and sabotage that must show."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -144,9 +145,28 @@ def test_a_sabotaged_network_is_called_wrong(name, where, monkeypatch):
         SABOTAGE[where](pruned)
         return pruned
 
-    monkeypatch.setattr("obc_tools.pruning.check.prune", wrong)
+    monkeypatch.setattr("obc_tools.pruning.check.shrink", wrong)
     model, x, plan = case(name)
     check = check_plan(model, plan, x)
     found = check.findings[0]
     assert check.verdict == found.verdict == WRONG and found.error > 1e-4
     assert found.where == f"first differs layer '{where or 1}'"
+
+
+def test_every_function_of_single_numbers_is_followed():
+    """torch tags `hardswish` and others as nothing that could be asked for: each has to be in the table."""
+    functions = [F.hardswish, F.hardsigmoid, F.logsigmoid, F.mish, F.gelu, F.selu, F.softshrink, F.rrelu, F.threshold]
+
+    class Net(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.first, self.last, self.function = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 3, 1), function
+
+        def forward(self, x):
+            return self.last(self.function(self.first(x)))
+
+    functions[-1] = partial(F.threshold, threshold=0.1, value=0.5)
+    for function in functions:
+        model, images = Net(function).double().eval(), torch.randn(2, 2, 4, 4).double()
+        plan = PruningPlan.whole(find_groups(model, images)).choose(("first", "out"), remove=[1, 4])
+        assert check_plan(model, plan, images).ok, function

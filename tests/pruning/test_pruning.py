@@ -3,6 +3,7 @@ import torch
 from networks import NETWORKS, Tied, mlp_layernorm, network, random_plan
 from oracles_pruning import masked
 from torch import nn
+from tqdm import tqdm
 
 from obc_tools import LayerAxis, PruningPlan, cost, find_groups, prune, prune_to
 from obc_tools.pruning.plan import PlanMismatchError
@@ -185,3 +186,20 @@ def test_a_target_of_macs_says_once_what_is_not_counted(target, told, caplog):
     prune_to(model, torch.randn(2, 4), criterion="l1", steps=3, progress=False, **target)
     message = "MACs leave out _fft_r2c in layer '1', which has no formula"
     assert sum(message in record.message for record in caplog.records) == told
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_bar_ends_whole_where_the_target_is_met_before_the_last_step(steps, monkeypatch, capsys):
+    """A notebook's bar is red where it closes before its total."""
+    closed = []
+
+    class Bar(tqdm):
+        def close(self):
+            closed.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr("obc_tools.pruning.prune.tqdm", Bar)
+    model, images = network("residual")
+    prune_to(model, images, criterion="l2", speedup=1.3, steps=steps)
+    done, total = closed[0]
+    assert done == total < steps, "the target is met on the way"

@@ -57,6 +57,7 @@ def test_finished_runs_open(before):
     run = Run.open(before / "finished")
     assert run.status == "finished" and run.job.target == Target(speedup=1.3, counting=TORCH_PRUNING)
     assert list(run.histories) == ["original", "naive", "merged"]
+    assert not run.job.compensate
     assert results_table([run])["target"].tolist() == ["speedup=1.3"] * 2
     assert run.table()["speed-up"].iloc[1] >= 1.3
 
@@ -87,6 +88,7 @@ def test_comparisons_open_and_go_on(before):
         compare_criteria(network, data, ["l1", "jacobian"], folder=folder, counting="operations", **SETTINGS)
     more = compare_criteria(network, data, ["l1", "jacobian"], folder=folder, **SETTINGS)
     assert more.settings["counting"] == TORCH_PRUNING
+    assert not more.settings["compensate"]
     columns = ["criterion", "step", "pruned_channels", "macs", "params", "accuracy", "loss"]
     pd.testing.assert_frame_equal(more.frame[columns], whole[columns], check_dtype=False, rtol=1e-4)
 

@@ -1,16 +1,19 @@
 """A user's own model, data and task through jobs and the command line."""
 
+import dataclasses
 import json
 
 import own_parts
 import pytest
 
-from obc_tools import PruningJob, Target, evaluate, load_pruned
+from obc_tools import TASKS, PruningJob, Target, compare_criteria, evaluate, load_pruned
 from obc_tools.cli import main
 from obc_tools.data.data import Data
 from obc_tools.runs.folder import read_job, run_job
 from obc_tools.runs.own import find_data, find_model, is_own, own_task
 from obc_tools.runs.report import write_job_report
+from obc_tools.runs.run import Run
+from obc_tools.runs.tables import results_table
 from obc_tools.training.recipe import Recipe
 
 
@@ -42,6 +45,14 @@ def test_a_job_of_one_s_own_from_end_to_end(tmp_path):
     assert read_job(tmp_path / "run") == job()
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
     assert stored["models"]["merged"]["metrics"]["directions"]["mean_iou"] == "higher"
+    run, measured = Run.open(tmp_path / "run"), result.measured
+    last, best = run.table(), run.table("best_on_test")
+    assert last["test mean_iou"].tolist() == [m.metrics.values["mean_iou"] for m in measured.values()]
+    assert best["test mean_iou (best epoch, picked on test)"].iloc[-1] == result.histories["merged"].best.headline[1]
+    for shown in (repr(result), result._repr_html_(), run._repr_html_()):
+        assert "test mean_iou ↑" in shown and "test loss ↓" in shown
+    with pytest.raises(ValueError, match="none of 1 runs has finished with a fine-tuned classifier"):
+        results_table([run])
     report = write_job_report(result, tmp_path / "report.html").read_text()
     assert "mean iou (higher is better)" in report
 
@@ -50,6 +61,21 @@ def test_a_job_without_labels(tmp_path):
     result = run_job(job(task="outputs"), tmp_path / "run", progress=False)
     assert [*result.measured["original"].metrics.values.values()] == pytest.approx([1.0, 0.0], abs=1e-6)
     assert result.measured["pruned"].metrics.values["relative_error"] > 0
+
+
+def test_criteria_that_want_a_loss_an_example_are_refused_before_training(tmp_path, monkeypatch):
+    """The mean over a batch, as contrastive losses are."""
+    whole = dataclasses.replace(
+        TASKS["segmentation"], losses=lambda *given: TASKS["segmentation"].losses(*given).mean()
+    )
+    monkeypatch.setattr(own_parts, "task", lambda: whole)
+    message = "criterion 'hessian' takes rows of single examples, and the loss of task 'segmentation' is one a batch"
+    with pytest.raises(ValueError, match=message):
+        run_job(job(criterion="hessian", pretrain=Recipe(epochs=1, batch_size=4)), tmp_path / "run", progress=False)
+    assert not [*(tmp_path / "run").glob("training_*")]
+    with pytest.raises(ValueError, match=message.replace("hessian", "jacobian")):
+        rows = ["random", ("jacobian", {"rows": "sample"})]
+        compare_criteria(own_parts.model(), own_parts.data(), rows, task=whole, steps=1, batches=1, progress=False)
 
 
 def test_a_job_says_nothing_of_the_task_that_was_the_only_one():

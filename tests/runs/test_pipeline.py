@@ -16,10 +16,13 @@ from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
 from obc_tools.pruning.check import ProofError
 from obc_tools.pruning.choices import Target
+from obc_tools.pruning.compensation import compensate
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
-from obc_tools.runs.job import MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
+from obc_tools.runs.job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
+from obc_tools.runs.report import job_sections
+from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe
 
 TINY = PruningJob(
@@ -64,6 +67,36 @@ def test_equivalent_pruning_keeps_its_promises(run):
         {key: value.shape for key, value in result.models[name].state_dict().items()} for name in (PRUNED, MERGED)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_fine_tuning_begins_where_compensation_ends(tmp_path):
+    job = replace(TINY, compensate=True, finetune=replace(TINY.finetune, epochs=2), target=Target(speedup=3.0))
+    result = run_job(job, tmp_path / "run", progress=False)
+    assert list(result.measured) == [ORIGINAL, PRUNED, COMPENSATED, NAIVE, MERGED]
+    losses = {key: measured.metrics.loss for key, measured in result.measured.items()}
+    assert losses[COMPENSATED] < losses[PRUNED]
+    batches = prepare(job).calibration_batches().at(0)
+    again = compensate(result.models[ORIGINAL], result.plan, batches)
+    for key, value in result.models[COMPENSATED].state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    assert result.equivalence.start_from_naive <= 1e-4
+    assert result.table()["model"].tolist()[2] == "pruned and compensated, no fine-tuning"
+    assert "starts where the compensated network starts" in next(job_sections(result)).text
+    figures = read_results(tmp_path / "run")
+    assert figures["job"]["compensate"] and figures["models"]["compensated"]["metrics"]["loss"] == losses[COMPENSATED]
+    assert figures["reloaded"]["compensated"]["bit_equal_logits"]
+
+
+def test_a_run_stopped_at_the_compensated_start_ends_as_one_that_was_not(tmp_path):
+    job = replace(TINY, compensate=True, pretrain=replace(TINY.pretrain, epochs=1))
+    whole = perform(prepare(job), progress=False)
+    with pytest.raises(Stopped):
+        steps = iter(range(10_000))
+        work_on(job, tmp_path / "run", stop=lambda: next(steps) > 18, progress=False)
+    assert (tmp_path / "run" / "training_naive").is_dir()
+    resumed = work_on(job, tmp_path / "run", progress=False)
+    for key in (COMPENSATED, NAIVE, MERGED):
+        assert resumed.measured[key].metrics == whole.measured[key].metrics
 
 
 def test_results_say_everything(run):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from obc_tools import PruningPlan, check_plan, cost_model, find_groups, make_plan, score_groups
 from obc_tools.pruning.check import prove
@@ -47,3 +48,23 @@ def test_costs_are_not_compared_where_the_gate_sends_rows_elsewhere():
     assert (found.name, check.verdict) == ("costs predicted = counted", "cannot tell") and found.error > 1e-3
     assert "how many rows an expert is sent" in str(found) and all(other.ok for other in check.findings[:-1])
     prove(model, plan, x, cost_model(model, x).of(plan))
+
+
+class ManyAtOnce(nn.Module):
+    """Experts multiplied by one kernel, each with the rows up to its bound."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Linear(8, 16), nn.Linear(12, 3)
+        self.experts = nn.Parameter(torch.randn(2, 16, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bounds = torch.tensor([3, len(x)], dtype=torch.int32)
+        return self.out(F.grouped_mm(self.stem(x), self.experts, offs=bounds))
+
+
+def test_experts_of_one_kernel_stay_whole_and_the_reason_says_what_to_do():
+    groups = find_groups(ManyAtOnce(), torch.randn(6, 8))
+    assert not any(group.prunable for group in groups)
+    reasons = {str(group.root): group.kept_whole for group in groups}
+    assert "needs widths of whole 16 bytes" in reasons["stem.out"] and "eager" in reasons["stem.out"]

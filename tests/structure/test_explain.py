@@ -1,7 +1,9 @@
 import pytest
+import torch
 from networks import network
+from torch import nn
 
-from obc_tools import explain, find_groups
+from obc_tools import PruningPlan, explain, find_groups
 from obc_tools.plots.looks import COLORS
 
 
@@ -66,3 +68,9 @@ def test_large_figures_label_some_layers_only_and_none_is_refused(monkeypatch):
     assert 2 <= len(figure.layout.yaxis.tickvals) <= 4
     with pytest.raises(ValueError, match="no group to draw"):
         group_plots.plot_groups([])
+
+
+def test_one_group_is_not_called_groups():
+    found = find_groups(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
+    assert repr(explain(found)).startswith("1 group, 0 prunable")
+    assert repr(PruningPlan.whole(found)).startswith("PruningPlan(1 group, ")

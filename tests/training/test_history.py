@@ -49,4 +49,9 @@ def test_refuses(epochs, message):
 
 def test_plot_asks_plots(monkeypatch):
     monkeypatch.setattr("obc_tools.plots.curves.plot_histories", lambda histories: histories)
-    assert HISTORY.plot("naive") == {"naive": HISTORY}
+    assert HISTORY.plot("naive") == {"naive": HISTORY} and HISTORY.plot() == {"": HISTORY}
+
+
+def test_the_legend_names_runs_where_they_have_names():
+    for label, expected in (("", ["validation", "training"]), ("EP", ["EP, validation", "EP, training"])):
+        assert [trace.name for trace in HISTORY.plot(label).data if trace.showlegend is not False] == expected

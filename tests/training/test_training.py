@@ -233,7 +233,7 @@ def test_stops_before_a_step_that_is_not_finite(optimizer, lag, monkeypatch):
     recipe = Recipe(epochs=2, optimizer=optimizer, **CONSTANT)
     poisoned = [*TRAIN[:2], (TRAIN[2][0] * torch.nan, TRAIN[2][1])]
     model, expected = network(), network()
-    message = r"epoch 1, step 3 of 3 \(learning rate 0.05\): the images of its batch hold values that are not finite"
+    message = r"epoch 1, step 3 of 3 \(learning rate 0.05\): the inputs of its batch hold values that are not finite"
     with pytest.raises(DivergenceError, match=message):
         fit(model, poisoned, VAL, recipe, progress=False)
     fit(expected, TRAIN[:2], VAL, Recipe(epochs=1, optimizer=optimizer, **CONSTANT), progress=False)
@@ -300,7 +300,7 @@ def test_guard_undoes_everything_since_the_bad_step(lag, last_step_is_bad):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, fused=True)
     guard = Guard(model.buffers(), optimizer, torch.device("cpu"), lag)
     states, taken = [], 0
-    with pytest.raises(DivergenceError, match=r"epoch 1, step 3 of 4 .*: the images of its batch"):
+    with pytest.raises(DivergenceError, match=r"epoch 1, step 3 of 4 .*: the inputs of its batch"):
         for step, batch in enumerate(images, start=1):
             states.append(deepcopy(model.state_dict()))
             guard.keep_buffers()

@@ -1,11 +1,12 @@
 """`fit` on tasks that are no classification: the usual loop, pieces, distillation, imitation, folders, refusals."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
-from task_networks import CASES, case_of
+from task_networks import CASES, Detector, case_of
 from trainings import batches_of, network, numbers, same_state
 
 from obc_tools import TASKS, EquivalentModel, Recipe, fit, make_plan, score_groups
@@ -212,6 +213,17 @@ REFUSED = {
         {"teacher": True},
     ),
     "train: batches that yield no data": ("segmentation", {}, {"train": "none"}),
+    r"train, batch 1: .* targets of type Tensor; expected a list of \{'boxes', 'labels'\}": (
+        "detection",
+        {},
+        {"train": "classes"},
+    ),
+    r"val, batch 1: .* targets of type list; expected a list of \{'boxes', 'labels'\}": (
+        "detection",
+        {},
+        {"val": "no boxes"},
+    ),
+    "metric 'map50' of task 'detection' is NaN": ("detection", {}, {"val": "nothing there"}),
 }
 
 
@@ -220,13 +232,55 @@ def test_what_does_not_fit_is_refused_before_training(message, given):
     task, recipe, wrong = given
     case = case_of(task)
     sets = {"train": batches(case), "val": batches(case, 1)}
-    others = {"labels": [(torch.randn(4, 2, 5, 5).double(), torch.zeros(4, dtype=torch.int64))], "none": []}
+    classes, pictures = torch.zeros(4, dtype=torch.int64), case_of("detection").batch()[0]
+    empty = {"boxes": torch.zeros(0, 4), "labels": classes[:0]}
+    others = {
+        "labels": [(torch.randn(4, 2, 5, 5).double(), classes)],
+        "none": [],
+        "classes": [(pictures, classes)],
+        "no boxes": [(pictures, [{"labels": classes}] * 4)],
+        "nothing there": [(pictures, [empty] * 4)],
+    }
     sets |= {name: others[wrong[name]] for name in sets if name in wrong}
     teacher = case.model(seed=5) if "teacher" in wrong else None
     model = case.model()
     with pytest.raises(ValueError, match=message):
         fit(model, *sets.values(), Recipe(epochs=1, **recipe), task=task, teacher=teacher, progress=False)
     assert same_state(model, case.model()) and not model.training
+
+
+class Finder(Detector):
+    """Returns what it found in train mode too."""
+
+    def forward(self, images, targets=None):
+        training, self.training = self.training, False
+        try:
+            return super().forward(images)
+        finally:
+            self.training = training
+
+
+def test_a_detector_without_losses_is_refused_before_training():
+    given = batches(case_of("detection"))
+    with pytest.raises(ValueError, match="does not fit Finder: a detector in train mode returns a dict of losses, not"):
+        fit(Finder().double(), given, given, RECIPE, task="detection", progress=False)
+
+
+def test_a_batch_without_any_box_says_nothing_and_the_next_one_does():
+    case = case_of("detection")
+    empty = {"boxes": torch.zeros(0, 4).double(), "labels": torch.zeros(0, dtype=torch.int64)}
+    val = [(case.batch()[0], [empty] * 4), case.batch()]
+    history = fit(case.model(), batches(case), val, RECIPE, task="detection", progress=False)
+    assert 0 <= history.last.values["map50"] <= 1
+
+
+def test_a_metric_that_is_never_a_number_is_refused_before_training():
+    case = case_of("segmentation")
+    model, given = case.model(), batches(case, 1)
+    task = dataclasses.replace(TASKS["segmentation"], metrics=lambda model, batches: {"mean_iou": float("nan")})
+    with pytest.raises(ValueError, match="^metric 'mean_iou' of task 'segmentation' is NaN: look at"):
+        fit(model, given, given, RECIPE, task=task, progress=False)
+    assert same_state(model, case.model())
 
 
 def test_a_teacher_that_is_the_model_is_refused():

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from run_folders import PLACE, write
+from run_folders import PLACE, detections, write
 
 from obc_tools.plots.curves import watch_figure
 from obc_tools.runs.folder import RunFolderError
@@ -48,7 +48,7 @@ def test_a_look_reads_a_run(tmp_path):
     assert seconds_left(view) == 2.5 * 60
     assert describe(view, now=view.place[1]["time"]) == (
         "running: naive fine-tuning, epoch 2 of 4, step 5 of 10; loss 0.5000; accuracy 75.00%; learning rate 0.1; "
-        "1,234 images/s; at most 3.00 GiB on the GPU; about 2 min 30 s left in this training"
+        "1,234 examples/s; at most 3.00 GiB on the GPU; about 2 min 30 s left in this training"
     )
     assert describe(view, now=view.place[1]["time"] + 7260).endswith("last heard of 2 h 01 min ago")
 
@@ -65,12 +65,31 @@ def test_looks_without_figures():
 def test_several_runs_lie_over_each_other(tmp_path):
     views = {name: look_at(Run.open(write(tmp_path / name, done=2))) for name in ("naive", "EP")}
     figure = watch_figure(watch_traces(views), look="dark")
-    assert {trace.name for trace in figure.data} == {"naive: naive fine-tuning", "EP: naive fine-tuning"}
+    assert {trace.name for trace in figure.data} == {
+        f"{run}: naive fine-tuning, {seen}" for run in ("naive", "EP") for seen in ("validation", "training")
+    }
     assert len({trace.line.color for trace in figure.data}) == 2
     losses = next(t for t in figure.data if tuple(t.meta) == ("EP", "naive", 0, "epochs"))
     accuracies = next(t for t in figure.data if tuple(t.meta) == ("EP", "naive", 1, "epochs"))
     assert (list(losses.y), list(accuracies.y)) == ([1.5, 0.75], [60.0, 60.0])
-    assert [axis.title.text for axis in figure.select_yaxes()] == ["loss", "accuracy (%)", "learning rate", "images/s"]
+    assert [axis.title.text for axis in figure.select_yaxes()] == [
+        "loss",
+        "accuracy (%)",
+        "learning rate",
+        "examples/s",
+    ]
+
+
+def test_the_headline_of_another_task_is_drawn_and_named(tmp_path):
+    monitor = RunMonitor(write(tmp_path, done=2, made=detections, accuracy=None), every=None)
+    by_meta = {tuple(trace.meta): trace for trace in monitor.figure.data}
+    assert list(by_meta["run", "naive", 1, "epochs"].y) == [pytest.approx(0.3), 0.4]
+    titles = [axis.title.text for axis in monitor.figure.select_yaxes()]
+    assert titles == ["loss", "map50 (higher is better)", "learning rate", "examples/s"]
+    assert "loss 0.5000; learning rate 0.1" in monitor.lines.value
+    mixed = {"a": tmp_path, "b": write(tmp_path / "b", done=2)}
+    titles = [axis.title.text for axis in RunMonitor(mixed, every=None).figure.select_yaxes()]
+    assert titles[1] == "map50 (higher is better), accuracy (%)"
 
 
 def test_the_monitor_follows(tmp_path):
@@ -86,6 +105,25 @@ def test_the_monitor_follows(tmp_path):
     assert list(by_meta["run", "naive", 0, "epochs"].x) == [1, 2]
     assert list(by_meta["run", "merged", 3, "epochs"].y) == [900.0]
     assert by_meta["run", "merged", 3, "epochs"].yaxis == "y4"
+
+
+def test_an_epochs_learning_rate_stands_where_it_began(tmp_path):
+    monitor = RunMonitor(write(tmp_path, done=2), every=None)
+    by_meta = {tuple(trace.meta): trace for trace in monitor.figure.data}
+    assert list(by_meta["run", "naive", 2, "epochs"].x) == [0, 1]
+    assert list(by_meta["run", "naive", 0, "epochs"].x) == [1, 2]
+    shown = [trace.name for trace in monitor.figure.data if trace.showlegend]
+    assert shown == ["naive fine-tuning, validation", "naive fine-tuning, training"]
+
+
+def test_the_picture_says_why_a_run_failed(tmp_path):
+    (write(tmp_path, running=False) / "error.json").write_text(
+        json.dumps({"error": "ValueError: a <b> of 3 > 2 " + 99 * "x"})
+    )
+    monitor = RunMonitor(tmp_path, every=None)
+    (told,) = (note for note in monitor.figure.layout.annotations if "failed" in note.text)
+    assert told.text.startswith("run failed: ValueError: a &lt;b&gt; of 3 &gt; 2 xxx") and told.text.endswith("x …")
+    assert not watch_figure(watch_traces(monitor.views)).layout.annotations
 
 
 def test_stop_and_resume_are_asked_for(tmp_path, monkeypatch):

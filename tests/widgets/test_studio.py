@@ -10,6 +10,7 @@ import timm
 import torch
 
 import obc_tools as obc
+from obc_tools.plots import coupling_graph
 from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.choices import Limits, Target
 from obc_tools.pruning.plan import PruningPlan
@@ -62,7 +63,7 @@ def test_the_slider_makes_a_plan_without_a_forward_pass(studio):
     controls(studio).target.value = 0.5
     assert studio.plan.channels_removed == int(0.5 * studio.plan.channels)
     assert kept_bars(studio) == studio.plan.channels - studio.plan.channels_removed
-    assert "Changed since" in controls(studio).changes.value and before != studio.plan
+    assert "Changed since" in studio.folds.titles[0] and before != studio.plan
     controls(studio).kind.value = "speedup"
     controls(studio).target.value = 2.0
     assert Target(speedup=2.0).met(studio.session.costs.of(studio.plan), studio.session.costs.original)
@@ -210,9 +211,9 @@ def test_one_group_is_not_called_groups(studio):
     )
     gone = min(set(range(group.width)) - set(kept))
     studio.choose(replace(studio.state.choices, by_hand=((group.root, gone, True), (group.root, kept[0], False))))
-    assert ": 1 group<" in controls(studio).changes.value
+    assert studio.folds.titles[0].endswith(": 1 group")
     controls(studio).target.value = 0.6
-    assert " groups<" in controls(studio).changes.value
+    assert studio.folds.titles[0].endswith(" groups")
 
 
 def test_what_cannot_be_toggled_is_said(studio):
@@ -348,6 +349,25 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     assert studio.session.measured(studio.plan).latency != latency
 
 
+def test_measuring_tells_what_compensation_gives(studio):
+    session, table = studio.session, controls(studio).table
+    controls(studio).target.value = 0.7
+    studio.measure_button.click()
+    studio.wait(60)
+    assert "compensated" not in table.value and session.measured(studio.plan).compensated is None
+    controls(studio).compensate.value = True
+    studio.measure_button.click()
+    studio.wait(60)
+    made = obc.compensate(session.model, studio.plan, session.calibration())
+    measured = session.measured(studio.plan)
+    assert measured.compensated == obc.evaluate(made, list(session.held_out_batches())) != measured.metrics
+    assert session.measured(session.whole).compensated is None
+    row = session.row("now", studio.plan)
+    assert row["accuracy, compensated"].startswith(f"{measured.compensated.accuracy:.2%} ± ")
+    assert "<th>accuracy, compensated</th>" in table.value and row["accuracy, compensated"] in table.value
+    assert session.row("original", session.whole)["accuracy, compensated"] == ""
+
+
 def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
     first = studio.plan
     controls(studio).limit.value = 0.0
@@ -376,9 +396,25 @@ def test_plans_are_compared(studio):
     c.target.value = 0.6
     assert c.compared.value == "mild" and c.compared.options == ("none", "mild")
     assert list(studio.figure.data[3].y) == [len(kept) for kept in mild.kept]
-    assert "Changed since <span style='color:inherit'>mild" in c.changes.value
+    assert studio.folds.titles[0].startswith("Changed since mild: ") and "<table" in c.changes.value
     c.compared.value = "none"
     assert len(studio.figure.data[3].y) == 0
+
+
+def test_the_graph_is_drawn_where_it_is_open_and_leads_to_groups(studio):
+    c, boxes = controls(studio), lambda: studio.graph.figure.data
+    c.target.value = 0.4
+    assert not boxes(), "closed, it costs nothing"
+    studio.folds.selected_index = 1
+    drawn = coupling_graph(studio.plan, obc.layers_table(studio.session.model, studio.plan, studio.session.example))
+    assert studio.graph.figure == drawn
+    c.target.value = 0.6
+    assert boxes()[-1].text != drawn.data[-1].text
+    roots = [root for _, root in boxes()[-1].customdata]
+    here = roots.index("layer3.0.conv1.out")
+    for place, trace in ((here, len(boxes()) - 1), (0, 0), (len(roots) - 1, len(boxes()) - 1)):
+        studio._clicked_layer(Click(trace, (place,), 0, 0))
+        assert c.group.value == ("layer3.0.conv1", "out"), "neither a line nor what is kept whole is a group to show"
 
 
 def test_the_plan_is_taken_away(studio, made, tmp_path):

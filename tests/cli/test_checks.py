@@ -1,0 +1,123 @@
+"""What is found before anything is loaded: names, numbers and paths, as the command spells them."""
+
+import subprocess
+import sys
+
+import pytest
+from terminal import assert_one_line, run
+
+import obc_tools as obc
+from obc_tools import cli
+from obc_tools.cli import checks
+from obc_tools.cli.commands import main, parse
+from obc_tools.data.data import DATA_SETS
+from obc_tools.measure.costs import COUNTINGS
+from obc_tools.models.networks import PUBLISHED_KINDS
+from obc_tools.pruning.choices import SCOPES, TARGETS
+from obc_tools.runs import folder
+from obc_tools.scoring.criteria import ALIASES, CRITERIA
+from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
+from obc_tools.structure.groups import PARTS
+
+PRUNE = ["prune", "--model", "resnet20", "--data", "digits"]
+RUN = ["run", "resnet56-cifar10"]
+OUT = ["--out", "new"]
+FOUND_AT_ONCE = [
+    ([*PRUNE, *OUT, "--speedup", "0.5"], "--speedup 0.5: expected a number above 1"),
+    ([*PRUNE, *OUT, "--speedup", "2", "--macs", "5e6"], "got --speedup 2, --macs 5e+06"),
+    ([*PRUNE, *OUT, "--macs", "-1"], "--macs -1.0: expected a positive number"),
+    ([*PRUNE, *OUT, "--params", "inf"], "--params inf: expected a positive number"),
+    ([*PRUNE, *OUT, "--ratio", "0"], "--ratio 0.0: expected a share between 0 and 1"),
+    ([*PRUNE, *OUT], "give one target: --speedup, --macs, --params or --ratio; got none"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--weights", "no.pth"], "--weights no.pth: there is no such file"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--root", "no"], "--root no: there is no such folder"),
+    ([*PRUNE, "--out", "file", "--ratio", "0.5"], "--out file is a file, not a folder"),
+    ([*PRUNE, "--out", "run", "--ratio", "0.5"], "--out run already holds a run: choose another folder, or overwrite"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--criterion", "fischer"], "unknown --criterion 'fischer'"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--task", "detecting"], "unknown --task 'detecting'; closest: detection"),
+    ([*RUN, "--out", "run"], "--out run already holds a run: choose another folder, or go on with it (--resume)"),
+    ([*RUN, *OUT, "--speedup", "2", "--macs", "2"], "give one target: --speedup or --macs; got --speedup 2, --macs 2"),
+    (["run", "resnet56-cifar", *OUT], "unknown experiment 'resnet56-cifar'; closest: resnet56-cifar10"),
+    (["compare", "--model", "a", "--data", "digits", *OUT, "--criteria", "l1", "l3"], "unknown --criteria 'l3'"),
+    (["evaluate", "x", "--data", "cifar"], "unknown --data 'cifar'"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", FOUND_AT_ONCE, ids=[message for _, message in FOUND_AT_ONCE])
+def test_it_is_said_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    monkeypatch.setattr("obc_tools.cli.commands.run", lambda _: pytest.fail("something was loaded"))
+    assert run(*arguments) == 2
+    assert_one_line(capsys.readouterr().err, message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+def test_no_library_is_loaded_to_find_it():
+    script = (
+        "import sys; from obc_tools.cli import main\n"
+        f"try: main({[*PRUNE, *OUT, '--speedup', '0.5']})\n"
+        "finally: print('heavy:', sorted({'torch', 'torchvision', 'timm', 'plotly', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "heavy: []\n"
+    assert done.stderr == "obc: error: --speedup 0.5: expected a number above 1\n"
+
+
+def test_what_is_meant_passes(monkeypatch):
+    passed = []
+    monkeypatch.setattr("obc_tools.cli.commands.run", passed.append)
+    ways = (
+        "--speedup 2",
+        "--ratio 0.5 --criterion magnitude",
+        "--macs 5e6 --task own:task",
+        "--params 1 --device cuda:1",
+    )
+    for way in ways:
+        main([*PRUNE, *OUT, *way.split()])
+    for arguments in (["demo"], RUN + OUT, ["evaluate", "a", "--data", "own:data"], ["runs"], ["slurm", RUN[1], *OUT]):
+        main(arguments)
+    assert len(passed) == len(ways) + 5 and passed[1].criterion == "magnitude"
+
+
+def test_the_names_are_the_librarys():
+    known, weights = checks.KNOWN, set(checks.NAMED_WEIGHTS)
+    assert set(known["criterion"]) == set(CRITERIA) and known["criteria"] == known["criterion"]
+    assert set(checks.ALIASES) == set(ALIASES)
+    assert (known["scope"], known["group_reduction"], known["counting"]) == (SCOPES, REDUCTIONS, COUNTINGS)
+    assert (None, *known["normalizer"]) == NORMALIZERS and {None, *known["only"]} == set(PARTS)
+    assert set(known["task"]) == set(obc.TASKS) and set(known["data"]) == set(DATA_SETS)
+    assert set(known["experiment"]) == set(obc.EXPERIMENTS)
+    assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
+    assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
+
+
+def test_the_librarys_own_words_are_spelled_as_options():
+    command = main_command("--ratio", "0.5", "--round-to", "8")
+    said = "ratio=0.5 cannot be met: the best is ratio=0; leave round_to=, unknown group_reduction 'x'; loss=0.9"
+    meant = (
+        "--ratio 0.5 cannot be met: the best is --ratio 0; leave --round-to, unknown --group-reduction 'x'; loss=0.9"
+    )
+    assert checks.spelled(said, command) == meant
+
+
+def main_command(*options):
+    return parse([*PRUNE, *OUT, *options])
+
+
+def test_the_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == "obc_tools 0.1.0\n"
+
+
+def test_ctrl_c_while_commands_are_loaded_leaves_one_line(monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("obc_tools.cli.commands.parse", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo"])
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nobc: stopped\n"
