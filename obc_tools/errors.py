@@ -1,9 +1,11 @@
-"""Errors that several parts of the library raise."""
+"""Errors that several parts of the library raise, and the checks of single values that raise them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 
 class UnknownNameError(ValueError):
@@ -17,3 +19,22 @@ class UnknownNameError(ValueError):
 
 class PlanMismatchError(ValueError):
     """A plan that does not fit a model or another plan."""
+
+
+def check_whole(name: str, value: Any, least: int, what: str = "") -> None:
+    """Raise ValueError unless a value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value}: expected at least {least}{what} (a whole number)")
+
+
+def check_number(name: str, value: Any, expected: str, fits: Callable[[Any], bool]) -> None:
+    """Raise ValueError, saying what is expected, unless a value is a number that fits."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+        raise ValueError(f"{name}={value}: expected {expected}")
+
+
+def check_name(name: str, value: Any, known: Iterable[str | None]) -> None:
+    """Raise UnknownNameError unless a value is among those that are known."""
+    known = tuple(known)
+    if value not in known:
+        raise UnknownNameError(name, str(value), list(map(str, known)))

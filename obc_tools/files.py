@@ -5,6 +5,7 @@ Everything that the package keeps on disk is written through `replacing`, lines 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 LOGGER = "obc_tools"
+LONGEST_JSON = 2**28
+"""Bytes of the longest JSON file that is read."""
 LOCK, HOLDER = ".lock", ".holder.json"
 """The lock of a folder that is worked on, and who holds it (`obc_tools.holding`)."""
 
@@ -118,6 +121,8 @@ def remove_leftovers(folder: Path, of: str = "*") -> None:
 
 
 def _take_place(new: Path, path: Path, old: Path) -> None:
+    if path.is_dir() and not new.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a file was to be written, this is a folder", str(path))
     # A folder with something in it cannot be replaced in one step: it steps aside.
     if path.is_dir():
         path.replace(old)
@@ -158,5 +163,15 @@ def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return what a JSON file holds; raise ValueError as `parse_json` does."""
+    if (size := path.stat().st_size) > LONGEST_JSON:
+        raise ValueError(f"'{path}' has {size:,} bytes; JSON of at most {LONGEST_JSON:,} is read")
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON text holds; raise ValueError for text that is none or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None

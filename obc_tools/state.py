@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -53,8 +55,15 @@ def within(*managers: AbstractContextManager) -> Restoring:
     return restoring
 
 
+def check_module(model: Any) -> None:
+    """Raise ValueError for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a network (nn.Module), not {type(model).__name__}")
+
+
 def evaluating(model: nn.Module) -> Restoring:
     """Put every module into eval mode; on the way out each gets its own mode back, also after an exception."""
+    check_module(model)
     restoring = Restoring(model)
     restoring.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
     model.eval()
@@ -176,6 +185,61 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+@contextmanager
+def running(model: nn.Module, inputs: Any, where: Callable[[], str]) -> Iterator[None]:
+    """Say of whatever keeps a model from running on inputs where, and how these differ from what the model takes.
+
+    Errors that the library or a user's own code raises, and those of a full memory, pass.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, ValueError) and not raised_in.startswith(os.path.dirname(torch.__file__)):
+            raise
+        name, said = type(model).__name__, misfit(model, inputs, error)
+        raise ValueError(f"{where()}: {name} cannot work on {shapes(inputs)}: {said}") from error
+
+
+def misfit(model: nn.Module, inputs: Any, error: Exception) -> str:
+    """Say how the tensors of inputs differ from a model's parameters or, where they do not, what the error says."""
+    parameters = [*model.parameters()]
+    leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if "more than 1 value per channel" in str(error):
+        return "a batch norm in train mode needs two values a channel; make batches larger, or drop_last=True"
+    for name in ("device", "dtype"):
+        here = {getattr(parameter, name) for parameter in parameters}
+        if len(here) > 1:
+            return f"its parameters have several {name}s: {', '.join(sorted(map(_short, here)))}"
+        there = {getattr(leaf, name) for leaf in leaves if name == "device" or leaf.is_floating_point()}
+        if here and there - here:
+            return f"{name} {_short((there - here).pop())}, the model's is {_short(*here)}"
+    if not leaves:
+        return "there is no tensor among them"
+    if leaves[0].dim() > 3 and not leaves[0].is_floating_point():
+        return "images of whole numbers; make them floating point numbers and normalise them"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _short(name: Any) -> str:
+    return str(name).removeprefix("torch.")
+
+
+def shapes(batch: Any) -> str:
+    """Describe the tensors in a batch, such as "(8, 3, 32, 32) float32"."""
+    if isinstance(batch, Forward):
+        return shapes(batch.inputs)
+    if isinstance(batch, Tensor):
+        return f"{tuple(batch.shape)} {_short(batch.dtype)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {shapes(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return ", ".join(map(shapes, batch)) or "nothing"
+    return type(batch).__name__
+
+
 def logits_of(output: Any) -> Tensor:
     """Return the logits in what a model returned: itself, its ``logits`` or ``out``, or the first of a tuple.
 
@@ -199,6 +263,7 @@ WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Full
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise ValueError for a model that is wrapped: its layers have other names than the plan's."""
+    check_module(model)
     name = type(model).__name__
     if name in WRAPPERS and hasattr(model, WRAPPERS[name]):
         raise ValueError(f"the model is wrapped in a {name}: give the model itself, model.{WRAPPERS[name]}")
@@ -217,6 +282,7 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
 
     Whoever writes into one of them gives it memory of its own before.
     """
+    check_module(model)
     plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
     borrowed = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in plain}
     # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
@@ -228,6 +294,7 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, also of one that keeps tensors which were computed from others."""
+    check_module(model)
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
 
 
@@ -242,10 +309,18 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
                 yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_leaf)
 
 
+def check_iterable(batches: Any) -> Iterable[Any]:
+    """Return batches; raise ValueError for what is none."""
+    if not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise ValueError(f"batches: not a {kind}; pass a list of batches, a DataLoader or data.batches(...)")
+    return batches
+
+
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Iterate over batches with their numbers from 1; raise ValueError when there are none."""
     number = 0
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(check_iterable(batches), start=1):
         yield number, batch
     if number == 0:
         raise ValueError("the batches yield no data: an empty data set, or an iterator that was already used up")

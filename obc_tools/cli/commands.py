@@ -267,7 +267,7 @@ def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, D
     device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
     if share is not None:
         data = hold_out(data, "train" if data.train is not None else "val", share=share, seed=options.seed)
-    classes = options.num_classes or len(data.classes)
+    classes = len(data.classes) if options.num_classes is None else options.num_classes
     channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
     return find_model(options.model, classes, options.weights, **channels).to(device), data, device
 

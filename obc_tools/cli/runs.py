@@ -63,7 +63,7 @@ class RunExperiment(OneExperiment):
         job = self.job()
         if not self.resume:
             check_run_folder(self.out, overwrite=False)
-        if self.background or self.processes > 1 or self.devices:
+        if self.background or self.processes != 1 or self.devices:
             devices = self.devices or ("cpu" if self.device == "cpu" else None)
             run = launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
             if not self.background:
@@ -109,9 +109,14 @@ class Runs:
         if not found or (len(found) > 1 and (self.stop or self.resume)):
             raise ValueError(f"'{self.folder}' holds {len(found)} runs" + (": name one of them" if found else ""))
         for path in found:
-            run = Run.open(path)
-            _end_or_begin(run, self.stop, self.resume)
-            print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
+            try:
+                run = Run.open(path)
+                _end_or_begin(run, self.stop, self.resume)
+                print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
+            except (ValueError, OSError) as error:
+                if len(found) == 1:
+                    raise
+                print(f"Run('{path}'): cannot be read: {error}")
 
 
 def _end_or_begin(target: Any, stop: bool, resume: bool) -> None:
@@ -162,7 +167,7 @@ class GridCommand(ExperimentOptions):
             weights=self.weights,
             sparse_weights=self.sparse_weights,
             seeds=self.seeds or None,
-            processes=self.processes or (None if self.devices else 1),
+            processes=1 if self.processes is None and not self.devices else self.processes,
             small=self.small,
             as_requested=self.as_requested,
             **changes,
@@ -228,11 +233,13 @@ class Evaluate:
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
 
     def run(self) -> None:
+        from ..data.data import check_classes
         from ..measure.costs import cost
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_device
         from ..runs.own import find_data, find_model, is_own, own_task
-        from ..scoring.tasks import evaluate, example_inputs
+        from ..runs.pipeline import count_outputs
+        from ..scoring.tasks import CLASSIFICATION, evaluate, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
@@ -242,5 +249,8 @@ class Evaluate:
         else:
             model = find_model(self.model, None, self.weights).to(device)
         batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)
+        example = example_inputs(task, data, device)
+        if task is CLASSIFICATION:
+            check_classes(count_outputs(model, example), data)
         found = evaluate(model, batches, task=task, progress=True)
-        print(f"{found!r}\n{cost(model, example_inputs(task, data, device))!r}")
+        print(f"{found!r}\n{cost(model, example)!r}")

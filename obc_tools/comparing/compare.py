@@ -24,11 +24,12 @@ from tqdm.auto import tqdm
 from ..data.adapters import as_data
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
 from ..data.data import Data, check_classes
+from ..errors import check_number, check_whole
 from ..files import environment
 from ..holding import held
 from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
-from ..pruning.choices import OPERATIONS, Settings, Target, check_settings, check_whole
+from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
 from ..pruning.compensation import compensate
 from ..pruning.order import next_plan
 from ..pruning.plan import PruningPlan, shrink
@@ -77,8 +78,7 @@ class CompareSettings(Settings):
         if self.ratio is None and self.macs is None:
             object.__setattr__(self, "ratio", 0.9)
         name = "ratio" if self.macs is None else "macs"
-        if not 0 < getattr(self, name) < 1:
-            raise ValueError(f"{name}={getattr(self, name)}: expected a share in (0, 1)")
+        check_number(name, getattr(self, name), "a share in (0, 1)", lambda share: 0 < share < 1)
         _ = self.target(self.steps, Cost(1, 1))
 
     def target(self, step: int, original: Cost) -> Target:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_whole
 from ..files import environment
 from ..holding import held
 from ..measure.costs import CostModel
@@ -31,7 +31,6 @@ from ..pruning.choices import (
     Steps,
     Target,
     check_settings,
-    check_whole,
     values_of,
 )
 from ..pruning.plan import PruningPlan, prune

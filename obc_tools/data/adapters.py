@@ -44,8 +44,15 @@ def as_data(
     """
     if isinstance(train, Data):
         return train
+    if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+        raise ValueError(f"as_data: classes={classes!r}; expected names, one a class")
     splits = [None if given is None else _split(given, collate) for given in (train, val)]
-    names = _classes(splits[0]) if classes is None else tuple(classes)
+    if splits[0] is None and val is None:
+        raise ValueError("as_data: there are neither train nor val examples")
+    known = _classes(splits[0] or splits[1])
+    names = known if classes is None else tuple(classes)
+    if len(known) > len(names):
+        raise ValueError(f"as_data: label {len(known) - 1} is out of range for {len(names)} classes")
     return Data(*splits, names, None, name)
 
 
@@ -70,5 +77,7 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
 def _classes(split: Examples) -> tuple[str, ...]:
     tensors = split.examples.tensors if isinstance(split.examples, Tensors) else None
     if isinstance(tensors, tuple) and len(tensors) == 2 and tensors[1].ndim == 1 and not tensors[1].is_floating_point():
+        if (least := int(tensors[1].min())) < 0:
+            raise ValueError(f"as_data: label {least}; class numbers count from 0")
         return tuple(map(str, range(int(tensors[1].max()) + 1)))
     return tuple(map(str, getattr(split.examples, "classes", ())))

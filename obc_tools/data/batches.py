@@ -10,6 +10,7 @@ that are to be compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
@@ -22,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torchvision.transforms import v2
+
+from ..errors import check_number, check_whole
+from ..state import check_iterable
 
 Batch = Any
 Draw = Callable[..., Iterator[Batch]]
@@ -54,10 +58,8 @@ class Sampling:
     equal_shares: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"batch size must be at least 1, not {self.size}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        check_whole("batch size", self.size, 1)
+        check_whole("seed", self.seed, 0)
         if self.repeats < 1 or (self.repeats > 1 and not self.shuffle):
             raise ValueError(f"repeats must be at least 1, and 1 without shuffle, not {self.repeats}")
         part, parts = self.share
@@ -176,7 +178,8 @@ class FirstBatches(Generic[T]):
                 f"take: a {type(self.batches).__name__} can be gone through only once; pass Batches, a DataLoader or "
                 "a list of batches"
             )
-        _check_length(self.length, length_hint(self.batches, self.length))
+        check_whole("take: length", self.length, 1)
+        _check_length(self.length, length_hint(check_iterable(self.batches), self.length))
 
     def __len__(self) -> int:
         return self.length
@@ -208,8 +211,7 @@ def take(batches: Iterable[T], length: int) -> Batches | FirstBatches[T]:
 
 
 def _check_length(length: int, available: int) -> None:
-    if length < 1:
-        raise ValueError(f"take: the number of batches must be at least 1, not {length}")
+    check_whole("take: length", length, 1)
     if available < length:
         raise ValueError(f"take: {length} batches were asked for, a pass holds {available}")
 
@@ -325,13 +327,14 @@ class Augmentation:
     repeats: int = 1
 
     def __post_init__(self) -> None:
+        check_whole("rand_augment", self.rand_augment, 0)
         if not 0 <= self.rand_augment < RAND_AUGMENT_LEVELS or (self.rand_augment and not self.crop):
             most = RAND_AUGMENT_LEVELS - 1
             raise ValueError(f"rand_augment is {self.rand_augment}; it is 0 to {most}, and 0 without crop")
-        if not 0 <= self.erase <= 1:
-            raise ValueError(f"erase is {self.erase}; it is a share of images, 0 to 1")
-        if min(self.mixup, self.cutmix) < 0:
-            raise ValueError(f"mixup is {self.mixup} and cutmix {self.cutmix}; they are 0 or above")
+        check_number("erase", self.erase, "a share of images, 0 to 1", lambda share: 0 <= share <= 1)
+        for name in ("mixup", "cutmix"):
+            check_number(name, getattr(self, name), "a number of 0 or above", lambda alpha: 0 <= alpha < math.inf)
+        check_whole("repeats", self.repeats, 1)
 
     @property
     def changes_batches(self) -> bool:

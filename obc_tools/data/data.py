@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import check_number, check_whole
 from .batches import Augmentation, Batches, Sampling, augment_batches
 from .cifar import CLASSES, read_cifar
 from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
@@ -247,6 +248,13 @@ def _check_normalization(name: str, normalize: object) -> None:
         raise ValueError(
             f"unknown normalisation '{normalize}' of {name}; known are {', '.join(known)}, or pass (mean, std)"
         )
+    pair = isinstance(normalize, str | None) or (
+        isinstance(normalize, Sequence)
+        and len(normalize) == 2
+        and all(isinstance(part, Sequence) for part in normalize)
+    )
+    if not pair:
+        raise ValueError(f"normalize={normalize!r}: expected a name or (mean, std), one number a channel each")
 
 
 def _normalization(name: str, normalize: str | tuple | None, train: Split | None) -> Normalization:
@@ -300,6 +308,8 @@ def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Da
         ValueError: a split that is not there, a share that leaves one side without images.
     """
     images = data._split(split)
+    check_number("share", share, "a share of the images in (0, 1)", lambda part: 0 < part < 1)
+    check_whole("seed", seed, 0)
     held_out = round(share * len(images))
     if not 0 < held_out < len(images):
         raise ValueError(f"share={share} holds out {held_out} of {len(images)} images; leave some on each side")

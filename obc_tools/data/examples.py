@@ -18,7 +18,7 @@ class Tensors(Dataset):
     """Examples along the first axis of tensors, in any structure; asked for a list of positions, a whole batch."""
 
     def __init__(self, tensors: Any):
-        lengths = {len(tensor) for tensor in tree_leaves(tensors)}
+        lengths = {len(tensor) if tensor.dim() else 0 for tensor in tree_leaves(tensors)}
         if len(lengths) != 1 or lengths == {0}:
             raise ValueError(f"as_data: tensors of {sorted(lengths)} examples; expected equally many, at least 1")
         self.tensors = tensors

@@ -24,8 +24,8 @@ from scipy.sparse import coo_array
 from torch import Tensor, nn
 from torch_pruning.utils import op_counter
 
-from ..errors import UnknownNameError
-from ..state import Forward, call_model, evaluating, hooks
+from ..errors import check_name
+from ..state import Forward, call_model, check_module, evaluating, hooks, running
 from ..structure.counting import Product, count
 from ..structure.coupling import Classes
 from ..structure.groups import ChannelGroup, find_groups, groups_of, kept_positions, loses_heads
@@ -87,11 +87,13 @@ def cost(model: nn.Module, example_inputs: Any, *, counting: str = "operations")
     Raises:
         ValueError: unknown ``counting``, inputs without examples, or a call that torch_pruning's formula cannot count.
     """
-    _check_counting(counting)
+    check_name("counting", counting, COUNTINGS)
+    check_module(model)
     examples = example_count(example_inputs)
-    if counting == "torch_pruning":
-        return _count_modules(model, example_inputs)[0]
-    ledger = count(model, example_inputs)
+    with running(model, example_inputs, lambda: "example inputs"):
+        if counting == "torch_pruning":
+            return _count_modules(model, example_inputs)[0]
+        ledger = count(model, example_inputs)
     return Cost(_per_example(ledger.products, examples), parameter_count(model), tuple(ledger.unknown))
 
 
@@ -100,11 +102,6 @@ def _per_example(products: Iterable[Product], examples: int) -> float:
     for product in products:
         sums[product.batched] += product.size
     return sums[0] + sums[1] / examples
-
-
-def _check_counting(counting: str) -> None:
-    if counting not in COUNTINGS:
-        raise UnknownNameError("counting", counting, list(COUNTINGS))
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -339,7 +336,7 @@ def cost_model(
     Raises:
         ValueError: as `find_groups` and `cost` raise.
     """
-    _check_counting(counting)
+    check_name("counting", counting, COUNTINGS)
     if counting == "torch_pruning":
         return ModuleCosts(model, example_inputs, _count_modules(model, example_inputs)[0])
     traced = trace_model(model, example_inputs, whole_heads=whole_heads)
@@ -374,7 +371,7 @@ def analyse(
     counting: str = "operations",
 ) -> tuple[tuple[ChannelGroup, ...], CostModel | ModuleCosts]:
     """Return what `find_groups` and `cost_model` return, from one trace."""
-    _check_counting(counting)
+    check_name("counting", counting, COUNTINGS)
     if counting == "torch_pruning":
         groups = find_groups(model, example_inputs, ignore=ignore, whole_heads=whole_heads, only=only)
         return groups, cost_model(model, example_inputs, counting=counting)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..state import call_model, evaluating
+from ..errors import check_whole
+from ..state import call_model, evaluating, running
 from .costs import example_count
 
 TOP = 5
@@ -148,8 +149,7 @@ def latencies(
     Arguments and errors are those of :func:`latency`.
     """
     for name, value, least in (("models", len(models), 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise ValueError(f"latency: {name} is {value}; expected at least {least}")
+        check_whole(f"latency: {name}", value, least)
     size = example_count(example_inputs)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
@@ -158,7 +158,8 @@ def latencies(
         timers = {name: _timer(stack.enter_context(evaluating(m)), example_inputs) for name, m in models.items()}
         for number in range(warmup + repeats):
             for name, timer in timers.items():
-                duration = timer()
+                with running(models[name], example_inputs, lambda: "example inputs"):
+                    duration = timer()
                 if number >= warmup:
                     seconds[name].append(duration)
     return Latencies(
@@ -198,8 +199,8 @@ def _timer(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
 @contextmanager
 def _threads(number: int | None) -> Iterator[int]:
     before = torch.get_num_threads()
-    if number is not None and number < 1:
-        raise ValueError(f"latency: threads is {number}; expected at least 1, or None for torch's setting of {before}")
+    if number is not None:
+        check_whole("latency: threads", number, 1, f", or None for torch's setting of {before}")
     torch.set_num_threads(number or before)
     try:
         yield number or before

@@ -151,7 +151,7 @@ def _ranks(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def _pair(batch: Any, number: int) -> tuple[Tensor, Tensor]:
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-    if not pair or batch[1].dim() != 1 or batch[1].is_floating_point():
+    if not pair or batch[1].dim() != 1 or batch[1].is_floating_point() or batch[1].dtype is torch.bool:
         raise ValueError(
             f"batch {number}: expected a pair (images, labels), labels integers of shape (examples,), or another task="
         )

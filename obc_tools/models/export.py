@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import check_number
 from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
-from ..state import Forward, call_model, copy_of, within
+from ..state import Forward, call_model, copy_of, misfit, within
 
 TOLERANCE = 1e-4
 """Default bound on the difference between onnxruntime's output and torch's, relative to the largest output."""
@@ -66,7 +67,8 @@ def export_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool
         with within(torch.no_grad()):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        raise ExportError(f"torch.export cannot export this {type(model).__name__}: {_first_line(error)}") from error
+        said = misfit(model, example_inputs, error)
+        raise ExportError(f"torch.export cannot export this {type(model).__name__}: {said}") from error
 
 
 def export_onnx(
@@ -90,6 +92,7 @@ def export_onnx(
             refuse, or outputs that differ by more than the tolerance.
     """
     _require_packages()
+    check_number("tolerance", tolerance, "a number above 0", lambda number: number > 0)
     program = export_program(model, example_inputs, dynamic_batch=dynamic_batch)
     with replacing(Path(path)) as new:
         try:

@@ -9,6 +9,7 @@ which the paper's targets are given, count modules only.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from ..errors import check_whole
 from ..structure.layers import kernel_dims
 from .weights import load_weights, other_classes, read_weights
 
@@ -204,11 +206,12 @@ def _initialize_convolutions(model: nn.Module) -> None:
 
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        check_whole(name, value, 1)
 
 
 def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"name={name!r}: expected that of a network, such as 'resnet56'")
     source, colon, entry = name.partition(":")
     if not colon:
         known = name in OWN_NETWORKS or _is_free_resnet(name)
@@ -250,14 +253,18 @@ def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pr
     source, colon, entry = name.partition(":")
     if source in ADAPTERS:
         return ADAPTERS[source](entry, num_classes, options, pretrained)
-    if not colon:
-        family, depth = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
-        return {"resnet": CifarResNet, "vgg": CifarVGG}[family](int(depth), **given)
     try:
+        if not colon:
+            family, depth = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
+            return {"resnet": CifarResNet, "vgg": CifarVGG}[family](int(depth), **given)
         if source == "torchvision":
-            return torchvision.models.get_model(entry, weights="DEFAULT" if pretrained else None, **given)
+            # Detectors fetch the weights of a backbone unless they are told not to.
+            builder = inspect.signature(torchvision.models.get_model_builder(entry))
+            empty = {"weights_backbone": None} if "weights_backbone" in builder.parameters else {}
+            weights = "DEFAULT" if pretrained else None
+            return torchvision.models.get_model(entry, weights=weights, **empty | given)
         return timm.create_model(entry, pretrained=pretrained, **given)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"network '{name}': {error}") from error
 
 

@@ -17,16 +17,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..files import entries, replacing
+from ..files import LONGEST_JSON, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
-from ..pruning.plan import PlanMismatchError, PruningPlan, prune
+from ..pruning.plan import PlanMismatchError, PruningPlan, check_is_plan, prune
+from ..state import check_module
 from ..structure.layers import get_layer, is_projection, layer_axes, named_axes
 from .networks import load_model
-from .weights import load_weights, read_weights
+from .weights import kind_of, load_weights, read_weights
 
 FORMAT = 1
 TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"
@@ -74,7 +77,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        data = json.loads(text)
+        data = parse_json(text)
         known = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or set(data) != known:
             found = ", ".join(sorted(data)) if isinstance(data, dict) else f"a {type(data).__name__}"
@@ -109,6 +112,8 @@ def save_pruned(
     """
     folder = Path(folder).resolve()
     _check_folder(folder, overwrite)
+    check_module(model)
+    check_is_plan(plan)
     if isinstance(model, EquivalentModel):
         raise StoreError("an EquivalentModel is saved after merging: pass model.merge()")
     _check_widths(model, plan)
@@ -147,6 +152,8 @@ def load_pruned(folder: str | os.PathLike[str], *, model: nn.Module | None = Non
     for name, digest in manifest.sha256.items():
         if not (folder / name).is_file():
             raise StoreError(f"'{folder}' holds no {name}: it is no complete saved model")
+        if name != TENSORS and (folder / name).stat().st_size > LONGEST_JSON:
+            raise StoreError(f"'{folder / name}' is longer than the {LONGEST_JSON:,} bytes that are read")
         if _digest(folder / name) != digest:
             raise StoreError(f"'{folder / name}' is truncated or was changed: its SHA-256 is not that of {MANIFEST}")
     plan = PruningPlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
@@ -261,29 +268,55 @@ def _is_text_mapping(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
+class Sized(TorchDispatchMode):
+    """Refuses to make tensors that together would take more than so many bytes, before they are made."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.made = most, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = function._schema.arguments
+        if args and arguments and arguments[0].name == "size":
+            self.made += math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+            if self.made > self.most:
+                raise StoreError(f"its network would take {self.made:,} bytes; {self.most:,} are free")
+        return function(*args, **kwargs)
+
+
 def _build(source: Mapping[str, Any], plan: PruningPlan) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Sized(psutil.virtual_memory().available):
         try:
             model = load_model(**source)
-        except TypeError as error:
+        except ValueError as error:
             raise StoreError(f"source {dict(source)}: load_model cannot take it: {error}") from error
     return prune(model, plan)
 
 
 def _match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the tensors of a model the dtypes of a state dict, so that filling it rounds nothing."""
+    """Give the tensors of a model the dtypes of a state dict, so that filling it rounds nothing.
+
+    Raises:
+        StoreError: parameters of one layer of several dtypes, which cannot run.
+    """
+    for layer, module in model.named_modules():
+        names = (f"{layer}.{key}".strip(".") for key, _ in module.named_parameters(recurse=False))
+        floats = [state[name] for name in names if name in state and state[name].is_floating_point()]
+        if len(found := {str(tensor.dtype) for tensor in floats}) > 1:
+            raise StoreError(f"layer '{layer}' is half converted: its parameters are {' and '.join(sorted(found))}")
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in state and isinstance(tensor, Tensor):
+        if name in state and isinstance(tensor, Tensor) and kind_of(tensor) == kind_of(state[name]):
             tensor.data = tensor.data.to(state[name].dtype)
 
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'does not exist'}")
+        raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'is no folder'}")
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except (StoreError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError) as error:
         raise StoreError(f"'{path}' is no manifest of a saved model: {error}") from error
 
 

@@ -42,11 +42,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
         origin: Where the state dict is from; error messages begin with it.
 
     Raises:
-        ValueError: For missing, unexpected or differently shaped entries, another number of classes, NaN or infinity.
+        ValueError: For missing, unexpected or differently shaped entries, another number of classes, another kind of
+            numbers, negative variances, NaN or infinity.
     """
     own = model.state_dict()
     _check_fit(own, state, origin)
     for key, tensor in state.items():
+        if key in own and kind_of(tensor) != kind_of(own[key]):
+            raise ValueError(f"{origin}: '{key}' holds {tensor.dtype}, the network's is {own[key].dtype}")
+        if key.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{origin}: '{key}' holds a negative variance")
         # A buffer that is infinite by construction, such as an attention mask, may stay so.
         if not tensor.isfinite().all() and own[key].isfinite().all():
             count = int((~tensor.isfinite()).sum())
@@ -54,6 +59,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
     # The network's own state dict adds missing counters and the version marks that some modules insist on.
     own.update(state)
     model.load_state_dict(own)
+
+
+def kind_of(tensor: Tensor) -> tuple[bool, bool]:
+    """Say whether a tensor holds complex numbers, and whether real ones; whole ones if neither."""
+    return tensor.is_complex(), tensor.is_floating_point()
 
 
 def other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..measure.costs import Cost, CostModel, cost, cost_model
-from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, within
+from ..errors import check_number, check_whole
+from ..measure.costs import Cost, CostModel, cost, cost_model, example_count
+from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, running, within
 from ..structure.counting import count
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
 from .masking import Masking, dead_entries
-from .plan import PruningPlan, shrink
+from .plan import PruningPlan, check_is_plan, shrink
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,13 @@ def check_plan(
         PlanMismatchError: the plan does not fit the model.
         CheckError: the model returns nothing to compare, its output is not finite, or all examples are the same.
     """
+    check_is_plan(plan)
     plan.validate(model)
+    check_number("tolerance", tolerance, "a number above 0", lambda number: number > 0)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype}: expected one of floating point numbers, such as torch.float64, or None")
+    check_whole("seed", seed, 0)
+    example_count(example_inputs)
     counted = _count(model, plan, example_inputs, costs)
     original = copy_of(model).eval()
     if dtype is not None:
@@ -238,7 +245,8 @@ def _unclear_if(hidden: bool, finding: Finding) -> Finding:
 
 def _compare(model: nn.Module, plan: PruningPlan, outputs: _Outputs, seed: int) -> tuple[list[Finding], float, bool]:
     """Return what comparisons of outputs find, the effect of pruning, and whether the outputs hide what goes."""
-    whole = outputs.of(model)
+    with running(model, outputs.inputs, lambda: "example inputs"):
+        whole = outputs.of(model)
     constant = _check_telling(whole, outputs.inputs)
     try:
         naive = outputs.of(shrink(model, plan))
@@ -395,7 +403,9 @@ def prove(
         counted = cost(shrink(model, plan), example_inputs, counting=counting)
     except Exception as error:
         where = _first_difference(model, plan, _Outputs(example_inputs, TOLERANCE))
-        raise ProofError(f"the pruned network does not run: {_describe(error)}; {where}", plan) from error
+        raise ProofError(
+            f"the pruned network does not run: {_describe(error.__cause__ or error)}; {where}", plan
+        ) from error
     if _deviation(predicted, counted) > ROUNDING and not _depends_on_data(model, plan, example_inputs):
         where = _first_cost(model, plan, example_inputs)
         raise ProofError(f"the pruned network costs {counted}, and {predicted} was predicted; {where}", plan)

@@ -9,12 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 from torch import nn
 
-from ..errors import UnknownNameError
+from ..errors import check_name, check_number, check_whole
 from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse
 from ..scoring.criteria import Criterion, resolve_criterion
 from ..scoring.objectives import Objective, classification
@@ -24,18 +23,6 @@ from ..structure.layers import LayerAxis
 
 SCOPES = ("global", "local", "isomorphic")
 OPERATIONS, TORCH_PRUNING = COUNTINGS
-
-
-def check_whole(name: str, value: Any, least: int, what: str = "") -> None:
-    """Raise ValueError unless a value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}{what} (a whole number)")
-
-
-def check_name(name: str, value: Any, known: Iterable[str | None]) -> None:
-    """Raise UnknownNameError unless a value is among those that are known."""
-    if value not in known:
-        raise UnknownNameError(name, str(value), [str(entry) for entry in known])
 
 
 def check_settings(settings: Iterable[str], known: Sequence[str]) -> None:
@@ -66,7 +53,7 @@ class Selection:
     only: str | None = None
 
     def __post_init__(self):
-        single = isinstance(self.ignore, nn.Module | str)
+        single = isinstance(self.ignore, nn.Module | str) or not isinstance(self.ignore, Iterable)
         object.__setattr__(self, "ignore", (self.ignore,) if single else tuple(self.ignore))
         check_name("only", self.only, PARTS)
 
@@ -102,8 +89,9 @@ class Scoring:
             check_whole("batches", self.batches, 1, ", or None for all")
         if self.stop is None:
             return
-        if not 0 < self.stop < 0.5:
-            raise ValueError(f"stop={self.stop}: expected a share of a step's channels in (0, 0.5), or None")
+        check_number(
+            "stop", self.stop, "a share of a step's channels in (0, 0.5), or None", lambda share: 0 < share < 0.5
+        )
         if criterion.needs != "products" or criterion.coupling != "member":
             raise ValueError(f"stop={self.stop}: criterion {criterion.name!r} has no rows that add up; leave stop")
         if self.normalizer in ("gaussian", "standarization"):
@@ -158,13 +146,12 @@ class Limits:
     def __post_init__(self):
         check_name("scope", self.scope, SCOPES)
         check_whole("min_channels", self.min_channels, 1)
-        if not 0 < self.max_ratio <= 1:
-            raise ValueError(f"max_ratio={self.max_ratio}: expected a share in (0, 1]")
+        check_number("max_ratio", self.max_ratio, "a share in (0, 1]", lambda share: 0 < share <= 1)
         if self.round_to is not None:
             check_whole("round_to", self.round_to, 1, ", or None")
         for root, ratio in self.max_ratio_of.items():
-            if not 0 <= ratio <= 1:
-                raise ValueError(f"max_ratio_of group {LayerAxis(*root)}: {ratio}; expected a share in [0, 1]")
+            name = f"max_ratio_of group {LayerAxis.of(root)}"
+            check_number(name, ratio, "a share in [0, 1]", lambda share: 0 <= share <= 1)
 
     def fewest(self, root: LayerAxis, initial: int) -> int:
         """Return the least number of channels that a group keeps which had `initial` channels."""
@@ -195,12 +182,11 @@ class Target:
         if len(given) != 1:
             raise ValueError(f"give one target: speedup=, macs=, params= or ratio=; got {given or 'none'}")
         name, value = self.given
-        if name == "ratio" and not 0 < value < 1:
-            raise ValueError(f"ratio={value}: expected a share of channels in (0, 1)")
-        if name == "speedup" and not value > 1:
-            raise ValueError(f"speedup={value}: expected a number above 1")
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: expected a positive number, not an infinite one")
+        if name == "ratio":
+            check_number(name, value, "a share of channels in (0, 1)", lambda share: 0 < share < 1)
+        if name == "speedup":
+            check_number(name, value, "a number above 1", lambda times: times > 1)
+        check_number(name, value, "a positive number, not an infinite one", lambda number: 0 < number < math.inf)
 
     @property
     def given(self) -> tuple[str, float]:
@@ -245,8 +231,7 @@ class Steps:
 
     def __post_init__(self):
         check_whole("steps", self.steps, 1)
-        if not 0 < self.schedule_ratio <= 1:
-            raise ValueError(f"schedule_ratio={self.schedule_ratio}: expected a share in (0, 1]")
+        check_number("schedule_ratio", self.schedule_ratio, "a share in (0, 1]", lambda share: 0 < share <= 1)
         check_name("last_step", self.last_step, ("exact", "full"))
 
     def shares(self, target: Target) -> Iterator[float]:

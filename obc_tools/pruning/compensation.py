@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_number, check_whole
 from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
@@ -114,8 +114,9 @@ def compensate(
             (says the layer), a layer over `max_bytes`, batches that run different layers, an ignored name that does not
             exist.
     """
-    if ridge < 0 or (positions is not None and positions < 1):
-        raise ValueError(f"ridge={ridge}, positions={positions}: ridge is 0 or more, positions at least 1 or None")
+    check_number("ridge", ridge, "a number of 0 or more", lambda number: 0 <= number < math.inf)
+    if positions is not None:
+        check_whole("positions", positions, 1, ", or None for all")
     pruned, forward = prune(model, plan), _forward_of(task)
     if not plan.shrunk:
         return pruned

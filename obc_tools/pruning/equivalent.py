@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..state import copy_of
+from ..state import check_module, copy_of
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
 from .plan import PlanMismatchError, PruningPlan, prune
@@ -363,6 +363,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _like(pruned: nn.Module, start: nn.Module) -> nn.Module:
     """Return a copy of a start; raise PlanMismatchError unless it has the keys and shapes of the pruned network."""
+    check_module(start)
     ours, theirs = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (pruned, start))
     wrong = next((key for key in ours | theirs if ours.get(key) != theirs.get(key)), None)
     if wrong is not None:

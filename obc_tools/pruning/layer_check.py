@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import check_number, check_whole
+from ..state import check_module, running
 from ..structure.groups import find_groups
 from ..structure.layers import activation_dim, channel_sum, fixed_outputs, layer_axes, layer_type, own_parameters
 from ..structure.shrinking import shrink_layer
@@ -35,12 +37,18 @@ def check_layer(layer: nn.Module, example_input: Tensor, *, tolerance: float = T
         LayerTypeError, UnknownLayerError: a layer that is not as its type is described, or of no known type.
         CheckError: none of its channels could go between linear maps.
     """
+    check_module(layer)
     layer_axes(layer)
+    check_number("tolerance", tolerance, "a number above 0", lambda number: number > 0)
+    check_whole("seed", seed, 0)
+    if not isinstance(example_input, Tensor):
+        raise ValueError(f"example_input: expected a tensor, not {type(example_input).__name__}")
     layer = copy.deepcopy(layer).double().eval().requires_grad_()
     taken = example_input.double() if example_input.is_floating_point() else example_input
     generator = torch.Generator().manual_seed(seed)
     findings = [_compare(name, CHECKS[name], layer, taken, generator, tolerance) for name in CHECKS]
-    model = _Between(layer, taken, generator)
+    with running(layer, taken, lambda: "example_input"):
+        model = _Between(layer, taken, generator)
     groups = find_groups(model, taken)
     scores = {group: torch.rand(group.width, generator=generator) for group in groups}
     plan = make_plan(scores, ratio=0.5, scope="local")

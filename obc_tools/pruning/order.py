@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_number, check_whole
 from ..measure.costs import Cost, CostModel
 from ..scoring.scores import Scores
+from ..state import shapes
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import Limits, Target
@@ -62,9 +63,9 @@ class RemovalOrder:
         """
         found = {}
         for root, chosen in hands.items():
-            index = next((n for n, group in enumerate(self.after.groups) if group.root == LayerAxis(*root)), None)
+            index = next((n for n, group in enumerate(self.after.groups) if group.root == LayerAxis.of(root)), None)
             if index is None:
-                raise UnknownNameError("group", str(LayerAxis(*root)), [str(group.root) for group in self.groups])
+                raise UnknownNameError("group", str(LayerAxis.of(root)), [str(group.root) for group in self.groups])
             keep, remove = (with_blocks(self.after.groups[index], channels) for channels in chosen)
             if both := keep & remove:
                 raise PlanMismatchError(f"group {root}: channel {min(both)} is to be kept and to be removed")
@@ -192,15 +193,17 @@ def removal_order(
         ValueError: scores of another width, scores that are not finite, limits or fixed channels of a group that is
             not there.
     """
+    if not isinstance(scores, Mapping) or not all(isinstance(group, ChannelGroup) for group in scores):
+        raise ValueError("scores: expected a mapping from groups of channels to tensors, as score_groups returns it")
     groups = tuple(scores)
     limits, after = limits or Limits(), after or PruningPlan.whole(groups)
-    held = {LayerAxis(*root): tuple(kept) for root, kept in (fixed or {}).items()}
+    held = {LayerAxis.of(root): tuple(kept) for root, kept in (fixed or {}).items()}
     known = [group.root for group in groups]
     if known != [group.root for group in after.groups]:
         raise ValueError("the scores are not those of the groups that the earlier plan leaves, in its order")
     for root in (*limits.max_ratio_of, *held):
         if root not in known:
-            raise UnknownNameError("group", str(LayerAxis(*root)), [str(name) for name in known])
+            raise UnknownNameError("group", str(LayerAxis.of(root)), [str(name) for name in known])
     start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
     sizes = np.array([group.blocks for group in groups])
@@ -231,6 +234,8 @@ def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int)
 
     A score is the mean over the group's blocks.
     """
+    if not isinstance(score, Tensor) or score.is_complex():
+        raise ValueError(f"group {group.root}: scores are a tensor of real numbers, not {shapes(score)}")
     if score.shape != (group.width,):
         raise ValueError(f"group {group.root}: scores of shape {tuple(score.shape)} for {group.width} channels")
     if not torch.isfinite(score).all():
@@ -266,11 +271,11 @@ def make_plan(
         raise ValueError("give one target: ratio= or channels=")
     order = removal_order(scores, Limits(min_channels, max_ratio, round_to, scope=scope))
     if ratio is not None:
-        if not 0 < ratio < 1:
-            raise ValueError(f"ratio={ratio}: expected a share of channels in (0, 1)")
+        check_number("ratio", ratio, "a share of channels in (0, 1)", lambda share: 0 < share < 1)
         return order.plan(order.up_to(ratio))
     most = int(order.counts[-1]) if len(order) else 0
-    if not 0 <= channels <= most:
+    check_whole("channels", channels, 0)
+    if channels > most:
         raise ValueError(f"channels={channels}: from 0 to {most} channels can be removed within the limits")
     return order.plan(order.up_to_channels(channels))
 

@@ -9,17 +9,23 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
+from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from ..errors import PlanMismatchError, UnknownNameError
+from ..files import parse_json
 from ..structure.configs import follow_config
 from ..structure.groups import ChannelGroup, Member, kept_positions
 from ..structure.layers import TEMPERATURE, LayerAxis, get_layer, named_axes
 from ..structure.shrinking import shrink_model
 
 FORMAT = 1
+MEMBERS = ("members", "attributes")
+MOST_CHANNELS = 2**26
+"""Of all axes of a plan that is read from text."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,14 @@ class PruningPlan:
 
     def selection(self, axis: LayerAxis) -> tuple[int, ...]:
         """Return the kept positions of an axis, ascending, in the original numbering."""
-        axis = LayerAxis(*axis)
+        axis = LayerAxis.of(axis)
         if axis not in self.axes:
             raise UnknownNameError("layer axis of this plan", str(axis), [str(known) for known in self.axes])
         return self.shrunk.get(axis, tuple(range(self.axes[axis])))
 
     def kept_of(self, root: LayerAxis | ChannelGroup) -> tuple[int, ...]:
         """Return the kept channels of one group, given the group or its root."""
-        root = root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)
+        root = root.root if isinstance(root, ChannelGroup) else LayerAxis.of(root)
         index = self._index.get(root)
         if index is None:
             raise UnknownNameError("group of this plan", str(root), [str(known) for known in self._index])
@@ -119,6 +125,7 @@ class PruningPlan:
 
     def then(self, other: PruningPlan) -> PruningPlan:
         """Compose: first this plan, then `other`, a plan for the model that this one leaves."""
+        check_is_plan(other)
         kept = list(self.kept)
         for group, more in zip(other.groups, other.kept, strict=True):
             index = self._index.get(group.root)
@@ -138,7 +145,7 @@ class PruningPlan:
         to stay.
         """
         kept = set(self.kept_of(root))
-        index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis(*root)]
+        index = self._index[root.root if isinstance(root, ChannelGroup) else LayerAxis.of(root)]
         group = self.groups[index]
         back, gone = (with_blocks(group, channels) for channels in (keep, remove))
         if back & gone:
@@ -173,12 +180,15 @@ class PruningPlan:
     def from_json(cls, text: str) -> PruningPlan:
         """Read a plan from JSON text; raise ValueError when it is no plan or not a valid one."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["format"] != FORMAT:
                 raise PlanMismatchError(f"plan format {data['format']}; this version reads format {FORMAT}")
+            _check_sizes(data["groups"])
             read = [_group_from_data(entry) for entry in data["groups"]]
             steps = tuple(Deciding(**entry) for entry in data.get("deciding", ()))
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        except PlanMismatchError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise PlanMismatchError(f"not a pruning plan: {type(error).__name__} {error}") from error
         return cls(tuple(group for group, _ in read), tuple(kept for _, kept in read), steps)
 
@@ -216,9 +226,18 @@ class PruningPlan:
         return plot_plan(self)
 
 
+def check_is_plan(plan: Any) -> None:
+    """Raise PlanMismatchError for what is no plan."""
+    if not isinstance(plan, PruningPlan):
+        kind = type(plan).__name__
+        raise PlanMismatchError(f"plan: expected a PruningPlan, not {kind}; PruningPlan.from_json reads one from text")
+
+
 def _check_kept(group: ChannelGroup, kept: tuple[int, ...]) -> None:
     if not kept:
         raise PlanMismatchError(f"group {group.root}: no channel is kept")
+    if wrong := [channel for channel in kept if not isinstance(channel, Integral)]:
+        raise PlanMismatchError(f"group {group.root}: {wrong[0]!r} is no number of a channel")
     if any(b <= a for a, b in itertools.pairwise(kept)):
         raise PlanMismatchError(f"group {group.root}: kept channels must ascend without repetition")
     if kept[0] < 0 or kept[-1] >= group.width:
@@ -235,8 +254,8 @@ def with_blocks(group: ChannelGroup, channels: Iterable[int]) -> set[int]:
     """Return the channels, and those at the same positions of the group's other blocks."""
     size = group.width // group.blocks
     found = set()
-    for channel in channels:
-        if not 0 <= channel < group.width:
+    for channel in channels if isinstance(channels, Iterable) else (channels,):
+        if not isinstance(channel, Integral) or not 0 <= channel < group.width:
             raise PlanMismatchError(f"group {group.root}: no channel {channel} in a group of width {group.width}")
         found.update(range(channel % size, group.width, size))
     return found
@@ -288,16 +307,28 @@ def _is_identity(member: Member) -> bool:
 
 
 def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:
-    members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in ("members", "attributes"))
-    width, blocks, attends = _integer(data["width"]), _integer(data["blocks"]), data.get("attends", False) is True
+    members, attributes = (tuple(map(_member_from_data, data.get(key, ()))) for key in MEMBERS)
+    width, blocks, attends = data["width"], _integer(data["blocks"]), data.get("attends", False) is True
+    if blocks < 1 or width % blocks:
+        raise PlanMismatchError(f"group {data['root']}: {blocks} blocks of {width} channels")
     root, least = LayerAxis(*map(str, data["root"])), _integer(data.get("least", _least_of(blocks)))
     group = ChannelGroup(root, width, members, data["kept_whole"], blocks, attributes, attends, least)
     return group, tuple(map(_integer, data["kept"]))
 
 
+def _check_sizes(groups: Iterable[Mapping]) -> None:
+    """Raise PlanMismatchError where axes are so wide that the numbers of their channels would fill the memory."""
+    members = [member for group in groups for key in MEMBERS for member in group.get(key, ())]
+    widths = [_integer(entry["width"]) for entry in (*groups, *members)]
+    if min(widths, default=1) < 1 or sum(widths) > MOST_CHANNELS:
+        raise PlanMismatchError(f"a plan for {sum(widths):,} channels of axes; from 1 to {MOST_CHANNELS:,} are read")
+
+
 def _member_from_data(data: Mapping) -> Member:
-    full = range(_integer(data["width"]))
+    full = range(data["width"])
     positions, channels = (tuple(map(_integer, data.get(key, full))) for key in ("positions", "channels"))
+    if len(positions) != len(channels) or not all(0 <= position < len(full) for position in positions):
+        raise PlanMismatchError(f"axis {data['layer']}.{data['axis']}: positions outside its width of {len(full)}")
     return Member(LayerAxis(str(data["layer"]), str(data["axis"])), positions, channels, len(full), str(data["type"]))
 
 
@@ -324,5 +355,6 @@ def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def shrink(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Prune, and leave the configuration as it is: for networks that nobody is given."""
+    check_is_plan(plan)
     plan.validate(model)
     return shrink_model(model, plan.shrunk, plan.scaled)

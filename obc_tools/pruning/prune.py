@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import check_whole
 from ..measure.costs import CostModel
 from ..measure.latency_model import LatencyModel, Times
 from ..scoring.objectives import Objective
@@ -143,6 +144,7 @@ def prune_in_steps(
     ``left`` makes the network that is scored from the model and the plan so far.
     """
     check_verify(verify)
+    check_whole("seed", seed, 0)
     groups, costs = selection.analyse(model, example_inputs, target.counting)
     whole = PruningPlan.whole(groups)
     check_reachable(target, whole, limits, costs)

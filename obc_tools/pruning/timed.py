@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import check_whole
 from ..measure.costs import CostModel
 from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
-from .choices import Limits, check_whole
+from .choices import Limits
 from .plan import PruningPlan, prune
 from .reachable import unscored
 

@@ -7,12 +7,12 @@ defaults of its published code (release v0). What those scripts ask for and thei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_name
 from ..pruning.choices import TORCH_PRUNING, Target
 from ..training.recipe import Recipe
 from .job import PruningJob
@@ -75,6 +75,8 @@ class Experiment:
         Raises:
             ValueError: for "scratch" without a baseline, and for fields that contradict each other.
         """
+        for name in changes:
+            check_name("field of a job", name, [entry.name for entry in fields(PruningJob)])
         if changes.get("steps", self.base.steps) != self.base.steps:
             changes.setdefault("last_step", "exact")
         other_data = changes.get("data", self.base.data)

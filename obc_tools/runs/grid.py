@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..errors import check_whole
 from ..files import entries, logging_to_file, read_json, write_json
 from ..holding import PROCESS, held, is_worked_on, start
 from .experiments import SCRATCH, Experiment, get_experiment
@@ -57,6 +58,11 @@ class GridJob:
     job: PruningJob
     needs: tuple[str, ...] = ()
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole(f"job '{self.name}': processes", self.processes, 1)
+        if Path(self.name).name != self.name:
+            raise ValueError(f"job '{self.name}': its name is that of a folder in the grid's")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain data that JSON can hold."""
@@ -199,6 +205,9 @@ def launch_grid(
             devices than there are.
     """
     path, jobs = Path(folder).resolve(), list(jobs)
+    check_whole("each", each, 1)
+    if isinstance(devices, str) and devices != "cpu":
+        raise ValueError(f"devices={devices!r}: expected numbers of GPUs, or 'cpu'")
     names = [entry.name for entry in jobs]
     places = ["cpu"] if devices == "cpu" else list(devices)
     if not jobs or len(set(names)) < len(names):
@@ -262,7 +271,7 @@ def _jobs(
 ) -> list[GridJob]:
     """Return the jobs of one experiment and seed."""
     make = experiment.small if small else experiment.job
-    count = processes or experiment.processes
+    count = experiment.processes if processes is None else processes
     jobs: list[GridJob] = []
     for variant, target in product(experiment.variants, experiment.targets):
         job = make(**options, target=target, **variant)

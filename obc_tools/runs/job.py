@@ -13,13 +13,14 @@ from torch import nn
 
 from ..data.batches import Augmentation, Batches, take
 from ..data.data import Data
+from ..errors import check_whole
 from ..measure.costs import Cost
 from ..measure.latency import Latency
 from ..measure.metrics import SIGNS, Metrics, TaskMetrics
 from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.jtj import DenseJTJ
-from ..scoring.tasks import CLASSIFICATION, Task
+from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..training.folder import History
 from ..training.processes import processes
 from ..training.recipe import Recipe
@@ -209,6 +210,13 @@ class PruningJob(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, kind in (("model", str), ("data", str), ("target", Target)):
+            self._check_kind(name, kind)
+        for name in (*RECIPES, "train_images", "val_images", "num_classes"):
+            if getattr(self, name) is not None:
+                self._check_kind(name, Recipe) if name in RECIPES else check_whole(name, getattr(self, name), 1)
+        if not is_own(self.task):
+            find_task(self.task)
         _ = self.scoring(self.criterion), self.schedule
         own = is_own(self.model)
         if own and self.weights is not None:
@@ -221,6 +229,10 @@ class PruningJob(Settings):
             raise ValueError("sparse training needs a recipe with group_penalty above 0")
         if self.calibrate_as_trained and self.finetune is None:
             raise ValueError("calibrate_as_trained asks for the augmentation of finetune, and there is none")
+
+    def _check_kind(self, name: str, kind: type) -> None:
+        if not isinstance(getattr(self, name), kind):
+            raise ValueError(f"{name}={getattr(self, name)!r}: expected a value of type {kind.__name__}")
 
     @property
     def schedule(self) -> Steps:
@@ -253,7 +265,10 @@ class PruningJob(Settings):
         if unknown := sorted(set(data) - {entry.name for entry in fields(cls)}):
             raise ValueError(f"a job has no {', '.join(unknown)}")
         recipes = {name: data[name] and Recipe.from_dict(data[name]) for name in RECIPES if name in data}
-        return cls(**{**data, **recipes, "target": Target(**{"counting": TORCH_PRUNING} | data["target"])})
+        target = data.get("target")
+        if not isinstance(target, Mapping) or not {*target} <= {entry.name for entry in fields(Target)}:
+            raise ValueError(f"a job's target is {target!r}; expected one of speedup, macs, params, ratio")
+        return cls(**{**data, **recipes, "target": Target(**{"counting": TORCH_PRUNING} | target)})
 
     def load(self) -> Data:
         """Load the data that the job names, as much of it as it asks for."""

@@ -360,14 +360,15 @@ def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: 
     """Return example inputs; raise ValueError where the network does not suit the data or the task."""
     if task is CLASSIFICATION:
         images, _ = next(iter(data.batches("val", 1, device=device)))
-        check_classes(_count_outputs(model, images), data)
+        check_classes(count_outputs(model, images), data)
         return images
     firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
     check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
     return example_inputs(task, data, device)
 
 
-def _count_outputs(model: nn.Module, example: Tensor) -> int:
+def count_outputs(model: nn.Module, example: Tensor) -> int:
+    """Return how many logits a classifier gives for an example; raise ValueError for what is no classifier of it."""
     try:
         with torch.no_grad(), evaluating(model):
             logits = model(example)

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..errors import check_whole
 from ..files import is_leftover, read_json, write_json
 from ..holding import PROCESS, is_worked_on, start, worker_of
 from ..training.folder import PROGRESS, History, read_history
@@ -220,6 +221,8 @@ def run_experiment(
         ValueError: for an unknown experiment, and what `work_on` raises.
     """
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    if not (path / JOB).is_file():
+        check_run_folder(path, overwrite=False)
     if not is_worked_on(path):
         forget_outcome(path)
     with outcome_noted(path):
@@ -252,6 +255,10 @@ def launch(
         ValueError: for a folder in use, a run that is under way, and processes that devices do not suffice for.
     """
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    if processes is not None:
+        check_whole("processes", processes, 1)
+    if isinstance(devices, str) and devices != "cpu":
+        raise ValueError(f"devices={devices!r}: expected numbers of GPUs, or 'cpu'")
     count = processes or (len(devices) if devices and devices != "cpu" else 1)
     if devices is not None and devices != "cpu" and count > len(devices):
         raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
@@ -285,7 +292,7 @@ def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **
         if small or options:
             raise ValueError(f"a job is complete: {', '.join(['small', *options])} belong to an experiment")
         return experiment
-    found = get_experiment(experiment) if isinstance(experiment, str) else experiment
+    found = experiment if isinstance(experiment, Experiment) else get_experiment(experiment)
     return found.small(**options) if small else found.job(**options)
 
 

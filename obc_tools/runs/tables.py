@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from ..scoring.tasks import CLASSIFICATION
-from .folder import JOB
+from .folder import JOB, RunFolderError
 from .job import MERGED, NAIVE, ORIGINAL, TITLES
 from .run import SELECTIONS, Run
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KEYS = ["experiment", "target", "criterion", "reduction", "normalizer", "method"]
 METHODS = {NAIVE: "naive", MERGED: "EP"}
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
-    """Return the runs in a folder, grids' among them, by name."""
-    return [Run.open(path.parent) for path in sorted(Path(folder).rglob(JOB))]
+    """Return the runs in a folder, grids' among them, by name; raise ValueError where there is no folder.
+
+    Those that cannot be read, damaged or of a newer version, are left out, and the log names them.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"'{folder}' is no folder")
+    opened = (_unless_unreadable(lambda path=path: [Run.open(path.parent)]) for path in sorted(Path(folder).rglob(JOB)))
+    return [run for runs in opened for run in runs]
+
+
+def _unless_unreadable(read: Callable[[], Iterable[T]]) -> list[T]:
+    """Return what is read of a run; nothing, and say so in the log, where its folder is damaged."""
+    try:
+        return list(read())
+    except RunFolderError as error:
+        logger.warning("left out: %s", error)
+        return []
 
 
 def results_table(
@@ -45,8 +65,8 @@ def results_table(
         ValueError: for an unknown ``select``, and where no run has finished.
     """
     found = find_runs(runs) if isinstance(runs, str | os.PathLike) else list(runs)
-    classifiers = [run for run in found if run.status == "finished" and run.job.task == CLASSIFICATION.name]
-    rows = [row for run in classifiers for row in _rows(run, select)]
+    finished = [run for run in found if run.status == "finished" and run.job.task == CLASSIFICATION.name]
+    rows = [row for run in finished for row in _unless_unreadable(lambda run=run: _rows(run, select))]
     if not rows:
         raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned classifier")
     grouped = pd.DataFrame(rows).groupby(KEYS, sort=False, dropna=False)

@@ -17,7 +17,7 @@ from ..files import write_json
 from ..holding import FolderInUseError
 from ..training.folder import Stopped
 from ..training.processes import processes
-from .folder import ERROR, STOP, STOPPED, read_job, work_on
+from .folder import ERROR, JOB, STOP, STOPPED, read_job, work_on
 
 BETWEEN_LOOKS = 0.2
 
@@ -53,7 +53,7 @@ def work_on_run(folder: Path) -> int:
 
 @contextmanager
 def outcome_noted(folder: Path) -> Iterator[None]:
-    """Leave a word in a run folder when work on it is stopped or fails; whoever else works on it is left alone."""
+    """Leave a word in a run's folder when work on it is stopped or fails; whoever else works on it is left alone."""
     try:
         yield
     except FolderInUseError:
@@ -73,5 +73,5 @@ def forget_outcome(folder: Path) -> None:
 
 
 def _note(path: Path, content: dict[str, Any]) -> None:
-    if processes().is_main:
+    if processes().is_main and (path.parent / JOB).is_file():
         write_json(path, content | {"time": time.time()})

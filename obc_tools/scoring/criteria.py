@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_name
 from ..structure.layers import Axis, channel_view, is_batch_norm, is_projection, own_parameters
 from .rows import Rows, parameter_slots
 
@@ -226,7 +226,10 @@ def resolve_criterion(criterion: Any) -> Criterion:
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, tuple) and len(criterion) == 2:
-        return replace(resolve_criterion(criterion[0]), **criterion[1])
+        found, options = resolve_criterion(criterion[0]), criterion[1]
+        for name in options:
+            check_name(f"option of criterion {found.name!r}", name, [entry.name for entry in fields(Criterion)])
+        return replace(found, **options)
     if isinstance(criterion, str):
         name = ALIASES.get(criterion.lower(), criterion.lower())
         if name not in CRITERIA:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_number
 from ..state import numbered
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
@@ -31,7 +31,7 @@ class JacobianProducts(Mapping[LayerAxis, Tensor]):
     rows: Rows
 
     def __getitem__(self, axis: LayerAxis) -> Tensor:
-        axis = LayerAxis(*axis)
+        axis = LayerAxis.of(axis)
         if axis not in self.values_:
             raise UnknownNameError("layer axis", str(axis), [str(known) for known in self.values_])
         return self.values_[axis]
@@ -77,6 +77,7 @@ def jacobian_products(
         ValueError: no batches, an unknown layer, a layer that never ran, a loss that is not finite, or rows that would
             take more than `max_bytes`.
     """
+    check_number("max_bytes", max_bytes, "a number of bytes above 0", lambda number: number > 0)
     axes = model_axes(model, layers)
     kept: dict[LayerAxis, list[Tensor]] = {axis: [] for axis in axes}
     used = 0
@@ -92,7 +93,8 @@ def jacobian_products(
 def model_axes(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[LayerAxis, ...]:
     """Return the scorable axes of the named layers, or of all layers that the table knows."""
     model = uncompiled(model)
-    names = [name for name, _ in scored_layers(model)] if layers is None else list(layers)
+    chosen = [layers] if isinstance(layers, str) else layers
+    names = [name for name, _ in scored_layers(model)] if chosen is None else list(chosen)
     axes = []
     for name in names:
         layer = get_layer(model, name)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,13 +89,12 @@ class ChannelParameters:
 
 def check_channels(what: str, channels: Iterable[int], width: int) -> tuple[int, ...]:
     """Return the channels as a tuple; raise ValueError when there are none, or one outside an axis of this width."""
-    chosen = tuple(int(channel) for channel in channels)
+    chosen = tuple(channels) if isinstance(channels, Iterable) else (channels,)
     if not chosen:
         raise ValueError(f"{what}: no channels are asked for")
-    wrong = next((channel for channel in chosen if not 0 <= channel < width), None)
-    if wrong is not None:
-        raise ValueError(f"{what}: no channel {wrong}; the channels are 0 to {width - 1}")
-    return chosen
+    if wrong := [channel for channel in chosen if not isinstance(channel, Integral) or not 0 <= channel < width]:
+        raise ValueError(f"{what}: no channel {wrong[0]}; the channels are 0 to {width - 1}")
+    return tuple(map(int, chosen))
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -414,6 +414,8 @@ def group_jtj(
     Members without parameters (a norm without scale) are left out, tied ones are one (see `score_groups`). For the
     arguments and errors see `dense_jtj`.
     """
+    if not isinstance(group, ChannelGroup):
+        raise ValueError(f"group={group!r}: expected a group of channels, one of those that find_groups returns")
     check_channels(f"group {group.root}", [channel], group.width)
     members = distinct_members(uncompiled(model), group.members)
     parts = [part for member in members if (part := _part_of_channel(model, member, channel)) is not None]
@@ -527,6 +529,8 @@ class FilterInteractions:
 
 def filter_interactions(products: JacobianProducts, layer: str, axis: str = "out") -> FilterInteractions:
     """Compute the interactions of a layer's channels from their products J·w; raise ValueError for an unknown layer."""
+    if not isinstance(products, JacobianProducts):
+        raise ValueError(f"products: expected what jacobian_products returns, not {type(products).__name__}")
     name = LayerAxis(layer, axis)
     weighted = products[name].double().cpu()
     return FilterInteractions(name, weighted.T @ weighted)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..state import running, shapes
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the losses of the batch's examples, shape (examples,), or one scalar."""
@@ -17,10 +19,17 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     """Return the cross entropy of each example of a batch (images, labels), shape (examples,). Soft labels work too.
 
     Raises:
-        ValueError: labels outside the model's outputs.
+        ValueError: a batch that is no such pair, labels outside the model's outputs.
     """
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise ValueError(f"a batch is two tensors (images, labels), not {shapes(batch)}")
     images, labels = batch
     outputs = model(images)
+    if len(labels) != len(outputs) or labels.dim() != 1 + labels.is_floating_point() or labels.dtype is torch.bool:
+        raise ValueError(
+            f"labels {shapes(labels)} for outputs {tuple(outputs.shape)}: expected a class number an example (whole), "
+            "or shares of the classes (examples, classes)"
+        )
     if not labels.is_floating_point() and labels.numel():
         low, high = labels.aminmax()
         if low < 0 or high >= outputs.shape[-1]:
@@ -57,15 +66,11 @@ def checked_losses(model: nn.Module, batch: Any, objective: Objective, number: i
     """Call the objective; return its losses, a scalar or one an example, at least float32.
 
     Raises:
-        ValueError: neither a scalar nor one number an example, not finite, or without grad; names the batch.
-        RuntimeError: torch's own while the objective ran, with the batch's shapes.
+        ValueError: what the objective does not work on, neither a scalar nor one number an example, not finite, or
+            without grad; names the batch.
     """
-    try:
+    with running(model, batch, lambda: f"batch {number}"):
         losses = objective(model, batch)
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:
-            raise
-        raise RuntimeError(f"batch {number}, {_shapes(batch)}: {error}") from error
     check_losses(losses, f"batch {number}")
     if losses.grad_fn is None:
         raise ValueError(f"batch {number}: the loss does not depend on the model's parameters through autograd")
@@ -80,14 +85,3 @@ def check_losses(losses: Any, where: str) -> None:
     if not torch.isfinite(losses).all():
         wrong = losses.detach()[~torch.isfinite(losses)].flatten()[0].item()
         raise ValueError(f"{where}: the loss is {wrong}; look for NaN in the weights or the inputs")
-
-
-def _shapes(batch: Any) -> str:
-    """Describe the tensors in a batch, such as "(8, 3, 32, 32) float32"."""
-    if isinstance(batch, Tensor):
-        return f"{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{key}: {_shapes(value)}" for key, value in batch.items())
-    if isinstance(batch, tuple | list):
-        return ", ".join(map(_shapes, batch))
-    return type(batch).__name__

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError
+from ..errors import PlanMismatchError, UnknownNameError, check_whole
 from ..state import differentiable, evaluating, numbered
 from ..structure.groups import ChannelGroup, Member
 from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parameters
@@ -208,6 +208,9 @@ def score_groups(
             a score that is not finite (says the layer).
     """
     criterion = resolve_criterion(criterion)
+    check_whole("seed", seed, 0)
+    if not isinstance(groups, Iterable) or not all(isinstance(group, ChannelGroup) for group in groups):
+        raise ValueError("groups: expected groups of channels, as find_groups returns them")
     _check_request(criterion, batches, group_reduction, normalizer)
     if batches is not None and criterion.batches is not None:
         batches = islice(batches, criterion.batches)
@@ -238,6 +241,12 @@ def score_groups(
 
 
 def _scores(groups: Sequence[ChannelGroup], criterion: Criterion, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
+    if criterion.needs != "weights" and scored and not any(score.any() for score in scored.values()):
+        logger.warning(
+            "criterion %r: all scores are zero, so that they say nothing: look at the calibration data (few batches, "
+            "sorted by class?) and at the loss (already zero?)",
+            criterion.name,
+        )
     whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
     return Scores({group: (scored | whole)[group] for group in groups}, criterion.name)
 
@@ -381,7 +390,10 @@ def _saliencies(
 
 def _saliency(criterion: Criterion, name: LayerAxis, evidence: Evidence, shape: Sequence[int]) -> Tensor:
     """Return the checked saliency of one axis, on the CPU in float64."""
-    value = criterion.saliency(evidence.layer, evidence.axis, evidence).detach().double().cpu()
+    value = criterion.saliency(evidence.layer, evidence.axis, evidence)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"criterion {criterion.name!r} gave {type(value).__name__} for {name}, not a tensor")
+    value = value.detach().double().cpu()
     if value.shape != tuple(shape):
         raise ValueError(f"criterion {criterion.name!r} gave {tuple(value.shape)} for {name}, not {tuple(shape)}")
     if not torch.isfinite(value).all():
@@ -408,6 +420,8 @@ def combine(parts: Sequence[Tensor], reduction: str) -> Tensor:
 
 def _by_channel(width: int, member: Member, values: Tensor) -> Tensor:
     """Sum what is known of an axis, (..., positions), over the positions of each of the group's channels."""
+    if member.width != values.shape[-1]:
+        raise PlanMismatchError(f"group of axis {member.axis}: {member.width} wide, in this model {values.shape[-1]}")
     at = values[..., torch.tensor(member.positions)]
     return at.new_zeros(*at.shape[:-1], width).index_add_(-1, torch.tensor(member.channels), at)
 

@@ -46,7 +46,7 @@ from ..measure.task_metrics import (
     segmentation_metrics,
     token_targets,
 )
-from ..state import Forward, call_model, evaluating, logits_of, numbered
+from ..state import Forward, call_model, check_iterable, check_module, evaluating, logits_of, numbered, running
 from .criteria import Criterion
 from .objectives import Objective, check_losses, classification
 
@@ -88,6 +88,8 @@ class Task:
         for name in ("losses", "metrics", "forward"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"task '{self.name}': {name} is {getattr(self, name)!r}; expected a function")
+        if not isinstance(self.directions, Mapping):
+            raise ValueError(f"task '{self.name}': directions={self.directions!r}; expected a mapping from metrics")
         if not self.directions or set(self.directions.values()) - {*DIRECTIONS}:
             raise ValueError(
                 f"task '{self.name}': directions={dict(self.directions)}; expected 'higher' or 'lower', whichever is "
@@ -364,17 +366,21 @@ def evaluate(
         ValueError: no data, a batch that does not fit the model or the task (named, counted from 1), metrics that are
             NaN or not there.
     """
-    task, seen = find_task(task), [0]
+    task, seen, held = find_task(task), [0], []
+    check_module(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    bar = tqdm(batches, desc="evaluate", total=length_hint(batches) or None, disable=not progress, leave=False)
+    total = length_hint(check_iterable(batches)) or None
+    bar = tqdm(batches, desc="evaluate", total=total, disable=not progress, leave=False)
 
     def moved() -> Iterator[Any]:
         for seen[0], batch in numbered(bar):
+            held[:] = [batch]
             yield to_device(batch, device)
 
     with evaluating(model), torch.no_grad():
         if task is CLASSIFICATION:
-            return task.metrics(model, moved())
+            with running(model, held, lambda: f"batch {seen[0]}"):
+                return task.metrics(model, moved())
         with fitting(task, model, lambda: f"batch {seen[0]}"):
             found = as_metrics(task, task.metrics(model, moved()))
     if wrong := [name for name, value in found.values.items() if value != value]:

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_name
 from .coupling import Bundle, Classes, Place, bundles
 from .layers import LayerAxis, UnknownLayerError, get_layer, has_role, is_grouped, layer_axes
 from .operations import HEAD_COUNTS
@@ -184,8 +184,7 @@ def groups_of(
     only: str | None = None,
 ) -> tuple[ChannelGroup, ...]:
     """Return the groups of a model that was traced, as `find_groups` does."""
-    if only not in PARTS:
-        raise UnknownNameError("only", only, [str(part) for part in PARTS])
+    check_name("only", only, PARTS)
     ignored = _ignored_layers(model, ignore)
     order = {name: index for index, name in enumerate(_layer_names(model))}
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
@@ -292,7 +291,9 @@ def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict
     names = {module: name for name, module in model.named_modules()}
     known = [*names.values(), *(name for name, _ in model.named_parameters())]
     resolved = {}
-    for item in [ignore] if isinstance(ignore, str | nn.Module) else ignore:
+    for item in [ignore] if isinstance(ignore, str | nn.Module) or not isinstance(ignore, Iterable) else ignore:
+        if not isinstance(item, nn.Module | str):
+            raise ValueError(f"ignore: {item!r} is neither a module nor the name or pattern of one")
         if isinstance(item, nn.Module) and item not in names:
             raise ValueError(f"ignore: a {type(item).__name__} that is not part of the model")
         pattern = names[item] if isinstance(item, nn.Module) else item

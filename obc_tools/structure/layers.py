@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError
+from ..state import check_module
 
 
 class LayerAxis(NamedTuple):
@@ -47,6 +48,13 @@ class LayerAxis(NamedTuple):
 
     layer: str
     axis: str
+
+    @classmethod
+    def of(cls, pair: Any) -> LayerAxis:
+        """Return the axis that a pair names; raise ValueError for anything else."""
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{pair!r} is no layer axis: expected a pair such as ('conv1', 'out')")
+        return cls(*pair)
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.axis}"
@@ -304,6 +312,8 @@ def register_layer(kind: type[nn.Module], described: LayerType, *, replace: bool
         raise LayerTypeError(f"{kind!r} is no class of modules: register the type of a layer, not a layer")
     if kind in _TABLE and not replace:
         raise LayerTypeError(f"{kind.__name__} is in the table of layer types already: replace=True takes its place")
+    if not isinstance(described, LayerType):
+        raise LayerTypeError(f"{kind.__name__} is described by {described!r}: expected a LayerType")
     if not described.outputs:
         raise LayerTypeError(f"{kind.__name__}: outputs name no tensor, so that nothing of it could be pruned")
     undo = ExitStack()
@@ -321,9 +331,10 @@ def _enter(kind: type, described: LayerType | None) -> None:
 
 def get_layer(model: nn.Module, name: str) -> nn.Module | Tensor:
     """Return the module, bare parameter or bare buffer called `name`; raise UnknownNameError otherwise."""
-    owner, _, leaf = name.rpartition(".")
+    check_module(model)
+    owner, _, leaf = str(name).rpartition(".")
     try:
-        return model.get_submodule(name)
+        return model.get_submodule(str(name))
     except AttributeError:
         pass
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -80,12 +81,18 @@ def is_attribute(axis: str) -> bool:
 
 def _set_attribute(layer: nn.Module, axis: str, width: int) -> None:
     name, *path = axis.removesuffix(ROOT).removeprefix(".").split(".")
-    setattr(layer, name, _with(getattr(layer, name), path, width**-0.5 if axis.endswith(ROOT) else width))
+    try:
+        changed = _with(getattr(layer, name), path, width**-0.5 if axis.endswith(ROOT) else width)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise PlanMismatchError(f"the plan's {axis!r} is no number that a {type(layer).__name__} keeps") from error
+    setattr(layer, name, changed)
 
 
 def _with(held: Any, path: Sequence[str], number: float) -> Any:
     """Return what an attribute holds with a number in it, at the places in lists, tuples and dicts that lead to it."""
     if not path:
+        if isinstance(held, bool) or not isinstance(held, Real):
+            raise TypeError(f"{held!r} is no number")
         return number
     if isinstance(held, dict):
         return held | {path[0]: _with(held[path[0]], path[1:], number)}

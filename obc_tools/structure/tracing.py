@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, copy_borrowing, hooks, no_fused_attention, own_inputs, refuse_wrapped, within
+from ..state import call_model, copy_borrowing, hooks, misfit, no_fused_attention, own_inputs, refuse_wrapped, within
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
@@ -442,7 +442,8 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
         try:
             tracer = _traced(model, example_inputs, whole_heads, attributes=False)
         except (TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, NotImplementedError):
-            raise ValueError(f"cannot trace this {type(model).__name__}: {type(error).__name__}: {error}") from error
+            said = misfit(model, example_inputs, error)
+            raise ValueError(f"cannot trace this {type(model).__name__}: {said}") from error
     order = {name: index for index, name in enumerate(tracer.ran)}
     axes = sorted((axis for axis in tracer.axes if axis.layer in order), key=lambda axis: order[axis.layer])
     axes = {axis: tracer.axes[axis] for axis in axes}

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Batches, count_examples, to_device
 from ..measure.metrics import Metrics, TaskMetrics
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
-from ..state import evaluating
+from ..state import check_module, evaluating, running
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
 from .guard import DivergenceError, Where
@@ -102,6 +102,8 @@ def fit(
     check_batches(val, "val")
     _check_shares(train, own)
     check_weights(model)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe: expected a Recipe, not {type(recipe).__name__}; Recipe.from_dict reads a mapping")
     task, teacher = check_teacher(teacher, model, recipe, task)
     if resume and run is None:
         raise ValueError("resume=True goes on from a checkpoint: pass run=, the folder that holds it")
@@ -189,7 +191,8 @@ class _Training:
             lr = self.stepper.set_lr(epoch.number * self.steps + epoch.taken)
             where = Where(epoch.number + 1, epoch.taken + 1, self.steps, lr)
             batch = self._moved(batch, where)
-            epoch.totals = epoch.totals + self.stepper.step(batch, where)
+            with running(self.stepper.model, batch, lambda where=where: f"train, {where}"):
+                epoch.totals = epoch.totals + self.stepper.step(batch, where)
             epoch.images, epoch.taken = epoch.images + count_examples(batch), epoch.taken + 1
             self._show(where, epoch, start)
         self.stepper.settle()
@@ -374,6 +377,8 @@ def check_teacher(
     Raises:
         ValueError: a recipe needs a teacher and has none, or has one too many; the teacher is what is trained.
     """
+    if teacher is not None:
+        check_module(teacher)
     if teacher is not None and {*teacher.parameters()} & {*model.parameters()}:
         raise ValueError("the teacher shares weights with the model that is trained: pass a copy")
     if task.against is not None:
@@ -400,6 +405,7 @@ def check_batches(batches: object, name: str) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
+    check_module(model)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"parameter {name!r} holds values that are not finite: load or build the model again")
@@ -430,12 +436,8 @@ def count_outputs(model: nn.Module, val: Iterable[Batch], device: torch.device) 
     if batch is None:
         raise ValueError("val: batches that yield no data")
     images, labels = unpack(batch, "val, batch 1")
-    try:
-        with torch.no_grad():
-            logits = model(images[:1].to(device))
-    except RuntimeError as error:
-        shape = tuple(images.shape[1:])
-        raise ValueError(f"val: the model cannot take images of shape {shape} ({images.dtype}): {error}") from error
+    with running(model, images, lambda: "val, batch 1"), torch.no_grad():
+        logits = model(images[:1].to(device))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

@@ -130,8 +130,8 @@ def test_splits_can_be_cut():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"erase": 1.5}, "erase is 1.5; it is a share of images"),
-        ({"mixup": -1.0}, "mixup is -1.0 and cutmix 0.0; they are 0 or above"),
+        ({"erase": 1.5}, "erase=1.5: expected a share of images"),
+        ({"mixup": -1.0}, "mixup=-1.0: expected a number of 0 or above"),
         ({"rand_augment": 31}, "rand_augment is 31; it is 0 to 30, and 0 without crop"),
         ({"rand_augment": 9, "crop": False}, "rand_augment is 9; it is 0 to 30, and 0 without crop"),
     ],

@@ -90,7 +90,7 @@ def test_take_refuses_what_can_be_gone_through_only_once(source) -> None:
 def test_take_says_how_many_batches_there_are(source) -> None:
     with pytest.raises(ValueError, match="take: 5 batches were asked for, a pass holds 4"):
         take(source, 5)
-    with pytest.raises(ValueError, match="take: the number of batches must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="take: length=0: expected at least 1"):
         take(source, 0)
 
 
@@ -111,9 +111,9 @@ def test_take_from_a_source_without_a_length_fails_where_it_ends() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "batch size must be at least 1, not 0"),
-        ({"size": -3}, "batch size must be at least 1, not -3"),
-        ({"size": 1, "seed": -1}, "seed must be 0 or more, not -1"),
+        ({"size": 0}, "batch size=0: expected at least 1"),
+        ({"size": -3}, "batch size=-3: expected at least 1"),
+        ({"size": 1, "seed": -1}, "seed=-1: expected at least 0"),
     ],
 )
 def test_sampling_is_checked(arguments: dict, message: str) -> None:

@@ -193,7 +193,7 @@ def test_a_call_that_cannot_be_counted_is_named():
 
 
 def test_an_error_of_the_model_is_its_own():
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match="shapes cannot be multiplied"):
         by_modules(nn.Linear(6, 4), torch.zeros(1, 5))
 
 

@@ -104,10 +104,10 @@ def test_a_resnet_block_adds_its_shortcut() -> None:
         (lambda: CifarResNet(57), "a CIFAR ResNet has 6k + 2 layers (20, 32, 44, 56, 110, ...), not 57"),
         (lambda: CifarResNet(2), "a CIFAR ResNet has 6k + 2 layers (20, 32, 44, 56, 110, ...), not 2"),
         (lambda: CifarVGG(12), "a VGG has 11, 13, 16, 19 layers, not 12"),
-        (lambda: load_model("resnet20", 0), "num_classes must be at least 1, not 0"),
-        (lambda: load_model("torchvision:resnet18", -1), "num_classes must be at least 1, not -1"),
-        (lambda: load_model("resnet20", width=0), "width must be at least 1, not 0"),
-        (lambda: load_model("vgg11", in_channels=0), "in_channels must be at least 1, not 0"),
+        (lambda: load_model("resnet20", 0), "num_classes=0: expected at least 1"),
+        (lambda: load_model("torchvision:resnet18", -1), "num_classes=-1: expected at least 1"),
+        (lambda: load_model("resnet20", width=0), "width=0: expected at least 1"),
+        (lambda: load_model("vgg11", in_channels=0), "in_channels=0: expected at least 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(build, message: str) -> None:

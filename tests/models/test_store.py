@@ -312,5 +312,5 @@ def test_refuses_a_damaged_folder(tmp_path, model, plan, damage, message):
 
 
 def test_refuses_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="nowhere' does not exist"):
+    with pytest.raises(ValueError, match="nowhere' is no folder"):
         load_pruned(tmp_path / "nowhere")

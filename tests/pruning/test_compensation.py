@@ -357,7 +357,7 @@ def test_bad_input_is_refused():
     model, images, plan = random_plan("residual")
     with pytest.raises(ValueError, match="the batches yield no data"):
         compensate(model, plan, [])
-    with pytest.raises(ValueError, match="ridge is 0 or more"):
+    with pytest.raises(ValueError, match="ridge=-1: expected a number of 0 or more"):
         compensate(model, plan, [images], ridge=-1)
     with pytest.raises(
         ValueError, match=r"layer 'conv1': .* 45 inputs take [\d,]+ bytes, over max_bytes=20,000: .*ignore="

@@ -77,7 +77,7 @@ def test_what_cannot_be_had_is_said(scored):
     for options in ({"fixed": {("nowhere", "out"): (0,)}}, {"max_ratio_of": {LayerAxis("nowhere", "out"): 0.5}}):
         with pytest.raises(ValueError, match="unknown group 'nowhere.out'"):
             one_shot_plan(scores, costs, ratio=0.3, **options)
-    with pytest.raises(ValueError, match=re.escape("max_ratio_of group nowhere.out: 1.5; expected a share in [0, 1]")):
+    with pytest.raises(ValueError, match=re.escape("max_ratio_of group nowhere.out=1.5: expected a share in [0, 1]")):
         Limits(max_ratio_of={LayerAxis("nowhere", "out"): 1.5})
 
 

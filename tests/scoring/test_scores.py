@@ -1,7 +1,10 @@
+import logging
+
 import pytest
 import torch
 from cases import CASES
 from networks import NETWORKS, network
+from torch import nn
 
 from obc_tools import find_groups, score_groups
 from obc_tools.scoring.rows import parameter_slots
@@ -49,3 +52,15 @@ def test_no_parametrised_member_is_skipped(name):
                 assert not torch.allclose(after, before[group], rtol=1e-6, atol=0), (
                     f"{member.axis} {slot.tensor} of {group}"
                 )
+
+
+def test_scores_that_are_all_zero_are_said_to_be(caplog):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    nn.init.constant_(model[2].bias, 0.0).data[1] = 1e4  # sure of class 1, and right, whatever it is shown
+    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
+    groups = find_groups(model, inputs)
+    for labels, said in ((torch.ones(6, dtype=torch.long), True), (torch.arange(6) % 3, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "obc_tools"):
+            score_groups(model, groups, "jacobian", [(inputs, labels)])
+        assert ("all scores are zero" in caplog.text and "sorted by class?" in caplog.text) == said

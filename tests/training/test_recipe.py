@@ -67,7 +67,7 @@ def every_kind() -> nn.Module:
         ({"mixup": 0.8, "augment": False}, "mixup is 0.8; it needs augment=True"),
         ({"repeats": 3, "augment": False}, "repeats is 3; it needs augment=True"),
         ({"rand_augment": 40}, "rand_augment is 40; it is 0 to 30"),
-        ({"erase": 2.0}, "erase is 2.0; it is a share of images"),
+        ({"erase": 2.0}, "erase=2.0: expected a share of images"),
         ({"freeze": "conv1"}, "freeze is 'conv1'; it is a list of names or patterns"),
         ({"compile": 1}, "compile is 1; it is True or False"),
         ({"momentum": 1.0}, "momentum is 1.0; it is below 1"),

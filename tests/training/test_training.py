@@ -195,7 +195,7 @@ def test_frozen_parameters_stay():
             [(VAL[0][0], VAL[0][1] - 5)],
             r"val, batch 1: label -\d, but the model has 3 outputs \(labels 0 to 2\)",
         ),
-        (TRAIN, [(VAL[0][0][:, :2], VAL[0][1])], r"val: the model cannot take images of shape \(2, 6, 6\)"),
+        (TRAIN, [(VAL[0][0][:, :2], VAL[0][1])], r"val, batch 1: Net cannot work on \(\d+, 2, 6, 6\)"),
     ],
 )
 def test_refuses_batches(train, val, message):

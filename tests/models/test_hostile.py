@@ -1,0 +1,134 @@
+"""Folders of saved models whose files were made up, digests and all: refused, without downloads and without memory."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from obc_tools import PruningPlan, find_groups, load_model, load_pruned, make_plan, prune, save_pruned, score_groups
+from obc_tools.models import store
+
+SOURCE = {"name": "resnet8", "num_classes": 3, "width": 4}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = load_model(**SOURCE)
+    plan = make_plan(score_groups(model, find_groups(model, torch.zeros(1, 3, 8, 8)), "l1"), ratio=0.3)
+    save_pruned(tmp_path / "saved", prune(model, plan), plan, source=SOURCE)
+    return tmp_path / "saved"
+
+
+def forge(folder, *, plan=None, tensors=None, **manifest):
+    """Change what a folder holds, and give it the digests that belong to it."""
+    if plan is not None:
+        (folder / "plan.json").write_text(plan)
+    if tensors is not None:
+        save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
+    names = ("model.safetensors", "plan.json")
+    sha256 = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    held = json.loads((folder / "manifest.json").read_text()) | {"sha256": sha256} | manifest
+    (folder / "manifest.json").write_text(json.dumps(held))
+
+
+def planned(folder, change):
+    data = json.loads((folder / "plan.json").read_text())
+    change(data["groups"])
+    return json.dumps(data)
+
+
+def attribute(groups, axis):
+    """Let the first group that loses channels have another attribute."""
+    group = next(group for group in groups if len(group["kept"]) < group["width"])
+    group["attributes"] = [{"layer": group["root"][0], "axis": axis, "type": "", "width": group["width"]}]
+
+
+PLANS = {
+    "a wide axis": (lambda g: g[0]["members"][0].update(width=10**12), "channels of axes; from 1 to"),
+    "a wide group": (lambda g: g[0].update(width=10**12), "channels of axes; from 1 to"),
+    "many axes": (lambda g: g[0].update(members=[{"width": 2**25}] * 3), "channels of axes"),
+    "no width": (lambda g: g[0]["members"][0].update(width=0), "from 1 to"),
+    "less than none": (lambda g: g[0].update(width=-(10**12)), "from 1 to"),
+    "no blocks": (lambda g: g[0].update(blocks=0), "0 blocks of"),
+    "uneven blocks": (lambda g: g[0].update(blocks=3), "3 blocks of"),
+    "positions outside": (lambda g: g[0]["members"][0].update(positions=[99], channels=[0]), "outside its width"),
+    "half a number": (lambda g: g[0].update(width=4.5), "expected an integer"),
+    "a method": (lambda g: attribute(g, ".forward"), "'.forward' is no number that a"),
+    "a type": (lambda g: attribute(g, ".__class__"), "'.__class__' is no number that a"),
+    "a flag": (lambda g: attribute(g, ".training"), "'.training' is no number that a"),
+    "nothing": (lambda g: attribute(g, ".nosuch"), "'.nosuch' is no number that a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), PLANS.values(), ids=PLANS)
+def test_made_up_plans(saved, change, message):
+    forge(saved, plan=planned(saved, change))
+    with pytest.raises(ValueError, match=message):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"format":' * 10**5, "{", "null", "9" * 10**6])
+def test_text_that_is_no_plan(saved, text):
+    forge(saved, plan=text)
+    with pytest.raises(ValueError, match="not a pruning plan"):
+        load_pruned(saved)
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="is no manifest of a saved model"):
+        load_pruned(saved)
+
+
+def test_long_files_are_not_read(saved, monkeypatch):
+    monkeypatch.setattr(store, "LONGEST_JSON", 10)
+    with pytest.raises(ValueError, match=r"is longer than the 10 bytes that are read"):
+        load_pruned(saved)
+
+
+SIZES = ({"num_classes": 10**12}, {"width": 10**9}, {"name": "torchvision:vgg11", "num_classes": 10**12})
+
+
+@pytest.mark.parametrize("source", SIZES)
+def test_sizes_are_bounded_before_memory_is_asked_for(saved, source, monkeypatch):
+    held = SOURCE | source
+    held = {key: held[key] for key in ("name", "num_classes")} if ":" in held["name"] else held
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
+    forge(saved, source=held)
+    with pytest.raises(ValueError, match=r"would take [\d,]+ bytes; [\d,]+ are free"):
+        load_pruned(saved)
+
+
+def test_tensors_of_another_kind(saved):
+    bias = load_file(saved / "model.safetensors")["fc.bias"]
+    for tensor, message in (
+        (bias.to(torch.complex64), "'fc.bias' holds torch.complex64, the network's is"),
+        (bias.to(torch.int64), "'fc.bias' holds torch.int64, the network's is"),
+        (bias.half(), r"layer 'fc' is half converted: its parameters are torch.float16 and torch.float32"),
+    ):
+        forge(saved, tensors={"fc.bias": tensor})
+        with pytest.raises(ValueError, match=message):
+            load_pruned(saved)
+
+
+def test_negative_variances(saved):
+    variance = load_file(saved / "model.safetensors")["bn1.running_var"]
+    forge(saved, tensors={"bn1.running_var": -variance})
+    with pytest.raises(ValueError, match=r"'bn1.running_var' holds a negative variance"):
+        load_pruned(saved)
+
+
+def test_detectors_are_built_empty(tmp_path, monkeypatch):
+    def fetch(*arguments, **options):
+        raise AssertionError("a backbone was fetched")
+
+    for place in ("torch.hub.load_state_dict_from_url", "torchvision.models._api.load_state_dict_from_url"):
+        monkeypatch.setattr(place, fetch)
+    source = {"name": "torchvision:ssdlite320_mobilenet_v3_large", "num_classes": 3}
+    model = load_model(**source)
+    assert isinstance(model, nn.Module)
+    save_pruned(tmp_path / "saved", model, PruningPlan((), ()), source=source)
+    loaded = load_pruned(tmp_path / "saved")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
