@@ -14,7 +14,9 @@ CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$
 export CHROMIUM
 UNITS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/browser -p no:rerunfailures -n 2
 # Notebooks that train for long have a small setting, which runs everything and learns nothing.
-NOTEBOOKS := OBC_TOOLS_SMALL=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax
+# A notebook is one file, and stays with one of the two workers.
+NOTEBOOKS := OBC_TOOLS_SMALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -p no:rerunfailures \
+	-n 2 --dist loadfile --nbval-lax
 # A browser on a busy machine may miss a click: what fails is done again, and said to have been.
 BROWSER := $(BIN)/python -m pytest tests/browser --reruns 2 -rR
 

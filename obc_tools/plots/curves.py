@@ -185,7 +185,7 @@ def accuracy_over_macs(table: pd.DataFrame, *, look: str = "light") -> go.Figure
             hovertemplate=f"{name}: %{{y:.2f}} % with %{{x:.1f}} % of the MACs<extra></extra>",
         )
     _label(figure, TITLES["accuracy"], "macs")
-    return finished(figure, look, 380, title="Accuracy over MACs", legend_y=1.0)
+    return finished(figure, look, 380, title="Accuracy over MACs", legend={"y": -0.2, "yanchor": "top"})
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:

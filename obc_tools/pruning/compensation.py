@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,13 +31,16 @@ from tqdm.auto import tqdm
 from ..errors import UnknownNameError
 from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered
-from ..structure.layers import LayerAxis, activation_dim, is_batch_norm
+from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
 from .lockstep import PausableCall, pause
-from .moments import Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
+from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan, prune
 from .readings import Reading, Stop, Survey, linear_map, stopping, survey
 
 logger = logging.getLogger(__name__)
+
+PER_INPUT = 20
+"""Positions for each input of a layer; the excess error of least squares is about one over their number."""
 
 ForwardPass = Callable[[nn.Module, Any], Any]
 """(model, batch) -> whatever: how a batch is put through a model."""
@@ -47,8 +51,19 @@ def _run_batch(model: nn.Module, batch: Any) -> Any:
     return call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def _forward_of(task: str | Task | None) -> ForwardPass:
-    return _run_batch if task is None else find_task(task).forward
+def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], None]:
+    """Return how a batch, with its number, is put through a model."""
+    forward: ForwardPass = _run_batch if task is None else find_task(task).forward
+
+    def run(model: nn.Module, number: int, batch: Any) -> None:
+        try:
+            forward(model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"batch {number} does not run through {type(model).__name__}: {error}") from error
+
+    return run
 
 
 @torch.no_grad()
@@ -73,10 +88,10 @@ def compensate(
     them, with the reason (see `left_plain`; also logged): embeddings, layers that share parameters or run several times
     a pass, standardised weights, unknown types.
 
-    The cost is one forward pass of either network over the batches, one of a single batch, and the second moments: all
-    positions of a 3x3 convolution take 9 · (kept inputs / kept outputs) times the MACs of its own pass; ``positions``
-    takes less. All batches are under way at once, so that the memory is theirs: both networks' live activations at one
-    layer, with that layer's moments. Batch norms need no recalibration afterwards.
+    The cost is one forward pass of either network over the batches, one of a single batch, and the moments, all layers'
+    in that same pass. All positions of a 3x3 convolution would take 9 · (kept inputs / kept outputs) times the MACs of
+    its own pass; some positions suffice. All batches are under way at once, so that the memory is theirs: both
+    networks' live activations at one layer, with that layer's moments. Batch norms need no recalibration afterwards.
 
     Args:
         model: the unpruned model; run in eval mode and left unchanged.
@@ -85,7 +100,8 @@ def compensate(
             None: batches are tensors, pairs (inputs, labels), dicts of keyword arguments or `Forward`s.
         ridge: λ over the mean variance of a layer's inputs; 0 is plain least squares.
         positions: take at most so many positions of an example's output (pixels, tokens), drawn for every layer and
-            batch by ``seed``; None takes all.
+            example by ``seed``. None: as many as make 20 for each of a layer's inputs, over all examples; a number
+            above theirs takes all.
         ignore: names or globs of layers that are left as they were pruned.
         max_bytes: refuse a layer whose moments would take more.
 
@@ -94,8 +110,9 @@ def compensate(
 
     Raises:
         PlanMismatchError: the plan does not fit the model.
-        ValueError: no batches, activations that are not finite (says the layer), a layer over `max_bytes`, batches that
-            run different layers, an ignored name that does not exist.
+        ValueError: no batches, one that does not run through the model (says which), activations that are not finite
+            (says the layer), a layer over `max_bytes`, batches that run different layers, an ignored name that does not
+            exist.
     """
     if ridge < 0 or (positions is not None and positions < 1):
         raise ValueError(f"ridge={ridge}, positions={positions}: ridge is 0 or more, positions at least 1 or None")
@@ -104,19 +121,14 @@ def compensate(
         return pruned
     data = _frozen(model, batches)
     with evaluating(model), evaluating(pruned):
-        found = _ignoring(model, survey(model, partial(forward, model, data[0])), ignore)
+        found = _ignoring(model, survey(model, partial(forward, model, 1, data[0])), ignore)
         for name, reason in found.plain.items():
             logger.info("layer %r stays as it was pruned: %s", name, reason)
         _check_sizes(pruned, found, max_bytes)
-        draw = None if positions is None else partial(_draw, torch.Generator().manual_seed(seed), positions)
-        fitting = Fitting(model, pruned, plan, found.norms, ridge, draw)
+        draws = torch.Generator().manual_seed(seed)
+        fitting = Fitting(model, pruned, plan, found.norms, ridge, positions, draws)
         _walk(fitting, found.readings, forward, data, progress)
     return pruned
-
-
-def _draw(generator: torch.Generator, most: int, positions: int) -> Tensor:
-    """Draw some of an example's positions, ascending."""
-    return torch.randperm(positions, generator=generator)[:most].sort().values
 
 
 @torch.no_grad()
@@ -124,7 +136,7 @@ def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, task: str | T
     """Return the layers that `compensate` leaves as they are pruned although they lose inputs, with the reasons."""
     lose = {axis.layer for axis in plan.shrunk}
     with evaluating(model):
-        found = survey(model, partial(_forward_of(task), model, _frozen(model, [batch])[0]))
+        found = survey(model, partial(_forward_of(task), model, 1, _frozen(model, [batch])[0]))
     return {name: reason for name, reason in found.plain.items() if name in lose}
 
 
@@ -166,7 +178,8 @@ class Fitting:
     plan: PruningPlan
     norms: Mapping[str, str]
     ridge: float
-    draw: Callable[[int], Tensor] | None
+    positions: int | None
+    draws: torch.Generator
 
     def fit(self, reading: Reading, full: Sequence[Stop], own: Sequence[Stop]) -> None:
         """Give a layer of the pruned network the weights and the intercept of least squares, in place."""
@@ -193,9 +206,10 @@ class Fitting:
         groups, outputs, inputs = weight.shape
         bias = weight.new_zeros(groups * outputs) if bias_of(layer) is None else bias_of(layer).to(dtype)
         moments = Moments(groups, inputs, outputs, centred=centred, device=weight.device)
+        draw = Draw(self.positions or _enough(layer, inputs, own), self.draws)
         for number, (theirs, ours) in enumerate(zip(full, own, strict=True), start=1):
             target = self._target(reading, layer, theirs.outputs.to(dtype))
-            for x, y in unfolded_chunks(layer, ours.inputs.to(dtype), target, self.draw):
+            for x, y in unfolded_chunks(layer, ours.inputs.to(dtype), target, draw):
                 moments.add(x, y - weight @ x - bias.view(groups, outputs, 1))
             if not moments.finite:
                 raise ValueError(f"{reading}: what it takes or gives is not finite in batch {number}; look for NaN")
@@ -216,8 +230,15 @@ class Fitting:
         return outputs.index_select(dim, torch.cat([kept + width * number for number in range(len(parts))]))
 
 
+def _enough(layer: nn.Module, inputs: int, stops: Sequence[Stop]) -> int:
+    """Return how many positions of each example make up `PER_INPUT` for every input of a layer."""
+    alone = kernel_dims(layer) + 1  # the dimensions of an example that comes without a batch
+    examples = sum(1 if stop.inputs.dim() == alone else len(stop.inputs) for stop in stops)
+    return math.ceil(PER_INPUT * inputs / max(1, examples))
+
+
 def _walk(
-    fitting: Fitting, readings: Sequence[Reading], forward: ForwardPass, data: Sequence[Any], progress: bool
+    fitting: Fitting, readings: Sequence[Reading], forward: Callable, data: Sequence[Any], progress: bool
 ) -> None:
     """Run both networks on all batches from reading to reading, and fit the pruned one's at each."""
     layers = list(dict.fromkeys(reading.layer for reading in readings))
@@ -225,7 +246,7 @@ def _walk(
         stack.enter_context(stopping(fitting.model, layers, pause, after=True))
         stack.enter_context(stopping(fitting.pruned, layers, pause, after=False))
         calls = [
-            [stack.enter_context(PausableCall(partial(forward, network, batch))) for batch in data]
+            [stack.enter_context(PausableCall(partial(forward, network, *one))) for one in enumerate(data, 1)]
             for network in (fitting.model, fitting.pruned)
         ]
         for reading in tqdm(readings, desc="compensating", disable=not progress, leave=False):
@@ -278,8 +299,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, task: str | Task | 
         for norm in counts:
             norm.reset_running_stats()
             norm.training = True
-        for batch in _frozen(copied, batches):
-            forward(copied, batch)
+        for number, batch in enumerate(_frozen(copied, batches), start=1):
+            forward(copied, number, batch)
     for norm, momentum in momenta.items():
         norm.momentum = momentum
     for name, norm in norms.items():

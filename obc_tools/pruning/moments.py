@@ -9,7 +9,8 @@ examples and places. A depthwise convolution has as many groups as channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .equivalent import Mixing
 
 CHUNK = 2**22
 """The most numbers of unfolded inputs held at once, unless one example has more."""
-BLOCK = 64
+BLOCK = 256
 """The least rows of products that are worth a call of their own."""
 
 
@@ -140,12 +141,27 @@ def from_weight_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
     return filters.unflatten(2, kernel)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which output positions of an example are taken: at most so many, one in each of as many equal stretches."""
+
+    most: int
+    generator: torch.Generator
+
+    def __call__(self, examples: int, places: int) -> Tensor | None:
+        """Return the positions, shape (examples, most); None for all."""
+        if places <= self.most:
+            return None
+        where = torch.arange(self.most) + torch.rand(examples, self.most, generator=self.generator)
+        return (where * (places / self.most)).long().clamp(max=places - 1)
+
+
 def unfolded_chunks(
-    layer: nn.Module, inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None = None
+    layer: nn.Module, inputs: Tensor, outputs: Tensor, draw: Draw | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what a layer saw in a call, and what it gave, in the canonical layout, a few examples at a time.
 
-    ``draw``: of the number of output positions of an example, which of them to take; None takes all.
+    ``draw`` says which positions; None takes all.
     """
     if not kernel_dims(layer):
         yield from _linear_chunks(inputs, outputs, draw)
@@ -154,53 +170,76 @@ def unfolded_chunks(
         inputs, outputs = inputs[None], outputs[None]
     places = math.prod(outputs.shape[2:])
     groups, _, d = weight_matrix(layer, weight_of(layer)).shape
-    step = max(1, CHUNK // max(1, groups * d * places))
     plain = type(layer).forward.__module__ == "torch.nn.modules.conv" and not _is_transposed(layer)
+    taken = min(draw.most, places) if draw is not None and plain else places
+    step = max(1, CHUNK // max(1, groups * d * taken))
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
-        at = slice(None) if draw is None else draw(places)
+        at = None if draw is None else draw(len(x), places)
+        at = None if at is None else at.to(x.device)
         unfolded = _windows(layer, x, at) if plain else _probed(layer, x, at)
-        yield unfolded, y.flatten(2)[..., at].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        yield unfolded, _picked(y.flatten(2), at).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def _linear_chunks(
-    inputs: Tensor, outputs: Tensor, draw: Callable[[int], Tensor] | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _picked(values: Tensor, at: Tensor | None) -> Tensor:
+    """Return of values (examples, channels, places) those at some places of each example, (examples, most)."""
+    return values if at is None else values.gather(2, at[:, None].expand(-1, values.shape[1], -1))
+
+
+def _linear_chunks(inputs: Tensor, outputs: Tensor, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (1, channels, positions) of inputs and outputs with their channels last."""
     if draw is not None and inputs.dim() > 2:
-        at = draw(math.prod(inputs.shape[1:-1]))
-        inputs, outputs = (tensor.flatten(1, -2)[:, at] for tensor in (inputs, outputs))
+        at = draw(len(inputs), math.prod(inputs.shape[1:-1]))
+        if at is not None:
+            rows = torch.arange(len(inputs))[:, None]
+            inputs, outputs = (tensor.flatten(1, -2)[rows, at] for tensor in (inputs, outputs))
     step = max(1, CHUNK // inputs.shape[-1])
     for x, y in zip(inputs.flatten(0, -2).split(step), outputs.flatten(0, -2).split(step), strict=True):
         yield x.T[None], y.T[None]
 
 
-def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | slice) -> Tensor:
-    """Return a convolution's windows at some output places, (groups, d, positions), by striding."""
+def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None) -> Tensor:
+    """Return a convolution's windows at some output places, (groups, d, positions)."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode).contiguous()
-    kernel, steps, channels = layer.kernel_size, layer.stride, padded.shape[1]
-    extents = [d * (k - 1) + 1 for d, k in zip(layer.dilation, kernel, strict=True)]
-    places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extents, steps, strict=True)]
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    extents = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extents, layer.stride, strict=True)]
+    windows = _all_windows(layer, padded, places) if at is None else _some_windows(layer, padded, places, at)
+    channels, taps = padded.shape[1], math.prod(layer.kernel_size)
+    return windows.reshape(layer.groups, channels // layer.groups * taps, -1)
+
+
+def _all_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: list[int]) -> Tensor:
+    """Return a view, (channels, *kernel, examples, *places): a copy of one takes a third of the time of F.unfold."""
+    padded = padded.contiguous()
     example, channel, *along = padded.stride()
     inside = [d * s for d, s in zip(layer.dilation, along, strict=True)]
-    between = [d * s for d, s in zip(steps, along, strict=True)]
-    # Copying a strided view takes a third of the time of F.unfold on a CPU.
-    windows = padded.as_strided(
-        (channels, *kernel, len(padded), *places), (channel, *inside, example, *between), padded.storage_offset()
-    )
-    if isinstance(at, Tensor):
-        windows = windows[(..., *torch.unravel_index(at, places))]
-    return windows.reshape(layer.groups, channels // layer.groups * math.prod(kernel), -1)
+    between = [d * s for d, s in zip(layer.stride, along, strict=True)]
+    shape = (padded.shape[1], *layer.kernel_size, len(padded), *places)
+    return padded.as_strided(shape, (channel, *inside, example, *between), padded.storage_offset())
 
 
-def _probed(layer: nn.Module, inputs: Tensor, at: Tensor | slice) -> Tensor:
+def _some_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: list[int], at: Tensor) -> Tensor:
+    """Return the windows at some places of each example, (channels, taps, examples * most)."""
+    rows = padded.movedim(1, -1).contiguous()  # or each number would be a jump in memory
+    strides = [stride // rows.shape[-1] for stride in rows.stride()[:-1]]
+    corners = strides[0] * torch.arange(len(at), device=at.device)[:, None]
+    for place, step, stride in zip(torch.unravel_index(at, places), layer.stride, strides[1:], strict=True):
+        corners = corners + step * stride * place
+    taps = torch.zeros(1, dtype=torch.long, device=at.device)
+    for size, apart, stride in zip(layer.kernel_size, layer.dilation, strides[1:], strict=True):
+        taps = (taps[:, None] + apart * stride * torch.arange(size, device=at.device)).flatten()
+    found = rows.flatten(0, -2)[(taps[:, None] + corners.flatten()).flatten()]
+    return found.view(len(taps), -1, rows.shape[-1]).permute(2, 0, 1)
+
+
+def _probed(layer: nn.Module, inputs: Tensor, at: Tensor | None) -> Tensor:
     """Return the same of any layer, by running it on weights that are zero but for one tap of one input each."""
     groups, _, d = weight_matrix(layer, weight_of(layer)).shape
     one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(groups, -1, -1)
     probes = {f"layer.{_weight_name(layer)}": from_weight_matrix(layer, one)}
     if bias_of(layer) is not None:
         probes |= {f"layer.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
-    made = functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2)[..., at]
+    made = _picked(functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2), at)
     return made.unflatten(1, (groups, d)).permute(1, 2, 0, 3).flatten(2)
 
 

@@ -26,6 +26,7 @@ import torch
 
 from ..files import environment, logging_to_file, read_json, remove_leftovers, replacing, write_json, write_text
 from ..holding import held
+from ..measure.metrics import SIGNS
 from .guard import Where
 from .processes import processes
 from .recipe import Recipe
@@ -97,7 +98,9 @@ class Epoch:
 
     def __str__(self) -> str:
         if self.values:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in self.values.items())
+            shown = ", ".join(
+                f"{name} {value:.4g} {SIGNS[self.directions[name]]}" for name, value in self.values.items()
+            )
             return f"epoch {self.epoch}: training loss {self.train_loss:.4f}; validation {shown}"
         return (
             f"epoch {self.epoch}: training loss {self.train_loss:.4f}, accuracy {self.train_accuracy:.2%}; "

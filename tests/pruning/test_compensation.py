@@ -1,5 +1,6 @@
 import copy
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from obc_tools import (
 )
 from obc_tools.pruning.compensation import left_plain
 from obc_tools.pruning.equivalent import MixedLayer
+from obc_tools.pruning.moments import Moments
 
 
 def images_like(images, count, seed=3):
@@ -43,6 +45,8 @@ def half_of(model, inputs, *roots):
     return PruningPlan(whole.groups, tuple(kept))
 
 
+ALL = 10_000
+"""More positions than any output here has."""
 LAYERS = {
     "Conv1d": lambda: nn.Conv1d(8, 6, 3, padding=1),
     "Conv2d": lambda: nn.Conv2d(8, 6, (3, 2), stride=2, padding=1),
@@ -142,7 +146,7 @@ class ReadTwice(nn.Module):
 def test_a_norm_that_is_not_alone_takes_no_intercept():
     torch.manual_seed(0)
     model, inputs = ReadTwice().double().eval(), torch.randn(16, 3, 5, 5).double()
-    made = compensate(model, half_of(model, inputs, "first"), [inputs], ridge=0)
+    made = compensate(model, half_of(model, inputs, "first"), [inputs], ridge=0, positions=ALL)
     assert torch.equal(made.norm.running_mean, model.norm.running_mean)
     x, y = torch.tanh(made.first(inputs)), model.second(torch.tanh(model.first(inputs)))
     rows = [tensor.movedim(1, -1).flatten(0, -2).detach().numpy() for tensor in (x, y)]
@@ -175,7 +179,7 @@ def test_every_layer_has_the_least_squares_of_its_own_inputs(name):
     model, inputs = chain(name, nn.Tanh())
     inputs = inputs[:5]
     plan = half_of(model, inputs, "0", "2" if name in LAYERS else "4")
-    made = compensate(model, plan, inputs.split(2), ridge=0)
+    made = compensate(model, plan, inputs.split(2), ridge=0, positions=ALL)
     kept = plan.shrunk.get(("4", "out"), range(6))
     taken, _ = taken_and_given(made, "4", inputs)
     _, given = taken_and_given(model, "4", inputs)
@@ -203,7 +207,7 @@ def test_a_ridge_keeps_weights_near_the_pruned_ones():
     second = x.T @ x / len(x)
     second += 1e-2 * second.diagonal().mean() * torch.eye(len(second))
     oracle = plain.flatten(1) + torch.linalg.solve(second, x.T @ r / len(x)).T
-    found = compensate(model, plan, [inputs], ridge=1e-2)[4].weight.flatten(1)
+    found = compensate(model, plan, [inputs], ridge=1e-2, positions=ALL)[4].weight.flatten(1)
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-10)
 
 
@@ -250,7 +254,7 @@ def test_attention_projections_have_least_squares_too(cross):
     nn.init.normal_(model.attention.in_proj_bias)
     tokens = torch.randn(6, 32, 5).double()
     plan = half_of(model, tokens, "stem")
-    made = compensate(model, plan, tokens.split(8, 1), ridge=0)
+    made = compensate(model, plan, tokens.split(8, 1), ridge=0, positions=ALL)
     kept, (positions, factor) = list(plan.shrunk["attention", "out"]), plan.scaled["attention"]
     with torch.no_grad():
         x, own = (torch.tanh(network.stem(tokens)).flatten(0, 1) for network in (model, made))
@@ -283,12 +287,12 @@ def test_narrower_heads_aim_at_queries_of_their_temperature():
     model, tokens = Fused().double(), torch.randn(16, 6, 5).double()
     plan = prune_to(model, tokens[:1], criterion="l1", ratio=0.4, steps=1, progress=False)
     positions, factor = plan.scaled["qkv"]
-    made = compensate(model, plan, [tokens], ridge=0)
+    made = compensate(model, plan, [tokens], ridge=0, positions=ALL)
     taken, _ = taken_and_given(made, "qkv", tokens)
     _, given = taken_and_given(model, "qkv", tokens)
     given[..., list(positions)] *= factor
     oracle = solved(made.qkv, taken[:4], given[:4, :, list(plan.shrunk["qkv", "out"])])
-    again = compensate(model, plan, [tokens[:4]], ridge=0)
+    again = compensate(model, plan, [tokens[:4]], ridge=0, positions=ALL)
     torch.testing.assert_close(again.qkv.weight.detach(), oracle["weight"], rtol=0, atol=1e-9)
 
 
@@ -334,15 +338,18 @@ def test_dead_inputs_and_few_positions_leave_finite_weights(caplog):
     for ridge in (0, 1e-3):
         made = compensate(model, plan, [images[:1]], ridge=ridge)
         assert all(value.isfinite().all() for value in made.state_dict().values())
-    assert "1 positions of calibration data for" in caplog.text
+    few = r"layer '11': 1 positions of calibration data for \d+ inputs: there are many solutions, and the ridge decides"
+    assert re.search(few, caplog.text)
 
 
-def test_half_precision_sums_in_more():
+def test_half_precision_sums_in_more(monkeypatch):
+    summed, add = [], Moments.add
+    monkeypatch.setattr(Moments, "add", lambda self, *given: summed.extend(given) or add(self, *given))
     model, images, plan = random_plan("residual")
     data = [images_like(images, 32)]
     made = compensate(model.float(), plan, [data[0].float()])
     half = compensate(model.bfloat16(), plan, [data[0].bfloat16()])
-    assert half.conv2.weight.dtype == torch.bfloat16
+    assert half.conv2.weight.dtype == torch.bfloat16 and {tensor.dtype for tensor in summed} == {torch.float32}
     torch.testing.assert_close(half.conv3.weight.float(), made.conv3.weight, rtol=0, atol=0.1)
 
 
@@ -356,12 +363,19 @@ def test_bad_input_is_refused():
         ValueError, match=r"layer 'conv1': .* 45 inputs take [\d,]+ bytes, over max_bytes=20,000: .*ignore="
     ):
         compensate(model, plan, [images], max_bytes=20_000)
-    with pytest.raises(RuntimeError, match="channels"):
-        compensate(model, plan, [images, images[:, :2]])
+    for batches, number in (([images[:, :2]], 1), ([images, images[:, :2]], 2)):
+        with pytest.raises(ValueError, match=rf"batch {number} does not run through Residual: .*channels"):
+            compensate(model, plan, batches)
+    with pytest.raises(ValueError, match=r"batch 1 does not run through Residual: .*channels"):
+        recalibrate(model, [images[:, :2]])
     broken = images.clone()
     broken[1, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layer 'stem.0': .* is not finite in batch 2"):
         compensate(model, plan, [images, broken])
+    with torch.no_grad():
+        model.conv2.weight[:, 0, 0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"layer 'conv2': what it takes or gives is not finite in batch 1"):
+        compensate(model, plan, [images])
     assert not any(module._forward_hooks for module in model.modules())
 
 

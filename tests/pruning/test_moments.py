@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from obc_tools.pruning.moments import BLOCK, Moments, from_weight_matrix, unfolded_chunks, weight_matrix
+from obc_tools.pruning.moments import BLOCK, Draw, Moments, from_weight_matrix, unfolded_chunks, weight_matrix
 
 CPU = torch.device("cpu")
 LAYERS = {
@@ -24,7 +24,7 @@ def test_a_layer_is_its_matrix_times_what_it_sees(name, drawn, monkeypatch):
     layer, shape = LAYERS[name]
     layer = layer.double()
     inputs = torch.randn(7, *shape, dtype=torch.float64)
-    draw = (lambda places: torch.arange(0, places, 2)) if drawn else None
+    draw = Draw(3, torch.Generator().manual_seed(0)) if drawn else None
     with torch.no_grad():
         outputs = layer(inputs)
         pieces = list(unfolded_chunks(layer, inputs, outputs, draw))
@@ -35,8 +35,16 @@ def test_a_layer_is_its_matrix_times_what_it_sees(name, drawn, monkeypatch):
     assert len(pieces) > 1
     count = sum(x.shape[2] for x, _ in pieces)
     positions = outputs.numel() // 6 if "depthwise" not in name else outputs.numel() // outputs.shape[1]
-    assert count == positions if not drawn else positions / 2 <= count < positions
+    assert count == (7 * 3 if drawn else positions)
     assert torch.equal(from_weight_matrix(layer, matrix), layer.weight)
+
+
+def test_positions_are_drawn_all_over_each_example():
+    draw = Draw(4, torch.Generator().manual_seed(0))
+    found = draw(500, 10)
+    assert found.shape == (500, 4) and (found.diff() >= 0).all()
+    assert torch.bincount(found.flatten(), minlength=10).float().sub(200).abs().max() < 45
+    assert draw(3, 4) is None and Draw(9, draw.generator)(3, 4) is None
 
 
 def test_windows_are_those_of_unfold():
@@ -49,7 +57,7 @@ def test_windows_are_those_of_unfold():
 
 def test_moments_of_many_inputs_and_chunks_are_those_of_all_at_once():
     torch.manual_seed(0)
-    d = 5 * BLOCK + 3
+    d = 2 * BLOCK + 3
     x, y = 3 + torch.randn(1, d, 900, dtype=torch.float64), torch.randn(1, 4, 900, dtype=torch.float64)
     moments = Moments(1, d, 4, centred=True, device=CPU)
     for part in torch.arange(900).split(200):

@@ -57,7 +57,8 @@ def test_is_the_usual_loop(case):
     last = history.last
     assert last.train_accuracy is last.val_accuracy is None and next(iter(last.values)) == task.headline
     assert f"val_{task.headline}" in history.to_frame() and "train_accuracy" not in history.to_frame()
-    assert f"validation {task.headline} " in str(last)
+    value, sign = last.values[task.headline], {"higher": "↑", "lower": "↓"}[task.directions[task.headline]]
+    assert f"validation {task.headline} {value:.4g} {sign}" in str(last)
 
 
 def test_imitation_follows_the_original():
