@@ -180,8 +180,8 @@ def test_layers_are_timed_until_the_next_begins(given):
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks == 0
 
 
-def test_networks_are_measured_in_new_processes(given):
-    model, example = given
+def test_networks_are_measured_in_new_processes():
+    model, example = network("small_vgg")
     measured = measure_apart(model, model, example, Timing(latency=1.0, processes=2, repeats=2))
     assert len(measured.pruned) == 2 and min(measured.original) > 0
 
