@@ -203,6 +203,7 @@ class _Bench:
             "targets": list(map(str, self.targets)),
             "steps": len(self.targets),
             "counting": self.targets[0].counting,
+            "compensate": False,  # between steps, as comparisons may
             "checksum_of_weights": checksum(self.model),
             "metrics": dict(self.task.directions),
             "build": getattr(self.build, "__name__", type(self.build).__name__),
