@@ -193,6 +193,20 @@ BASES: Mapping[str, Callable[[World], Callable[..., Any]]] = {
     ),
     "take": lambda w: partial(obc.take, batches=w.batches),
     "task_of": lambda w: obc.task_of,
+    "layers_table": lambda w: partial(obc.layers_table, model=w.model, plan=w.plan, example_inputs=w.example),
+    "reachable": lambda w: partial(obc.reachable, model=w.model, example_inputs=w.example),
+    "sensitivity": lambda w: partial(
+        obc.sensitivity, model=w.model, example_inputs=w.example, held_out=w.batches, ratios=(0.5,), progress=False
+    ),
+    "sweep": lambda w: partial(
+        obc.sweep,
+        model=w.model,
+        example_inputs=w.example,
+        batches=w.batches,
+        targets={"speedup": (1.2,)},
+        steps=2,
+        progress=False,
+    ),
 }
 """Good calls, each open for what a row changes of its keywords."""
 
@@ -410,7 +424,7 @@ TRAIN_ROWS = (
     ),
     (
         lambda w: {"train": [(w.images * NAN, w.labels)]},
-        "epoch 1, step 1 of 1 (learning rate 0.01): the images of its batch",
+        "epoch 1, step 1 of 1 (learning rate 0.01): the inputs of its batch",
     ),
     (lambda w: {"model": w.filled(NAN)}, "parameter '0.weight' holds values that are not finite: load or"),
     (lambda w: {"model": w.half_head()}, "val, batch 1: Net cannot work on (6, 3, 6, 6) float64: its"),
@@ -434,6 +448,10 @@ TRAIN_ROWS = (
 )
 
 BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
+    "layers_table": (*MODEL_ROWS, *INPUT_ROWS),
+    "reachable": (*MODEL_ROWS, *INPUT_ROWS, *LIMIT_ROWS),
+    "sensitivity": (*MODEL_ROWS, *INPUT_ROWS, ({"ratios": (1.5,)}, "ratio"), ({"ratios": ()}, "ratio")),
+    "sweep": (*MODEL_ROWS, *INPUT_ROWS, *LIMIT_ROWS, ({"targets": {}}, "target"), ({"targets": {"mac": 1}}, "mac")),
     "prune_to": (
         *TARGET_ROWS,
         *REACH_ROWS,

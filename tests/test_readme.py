@@ -79,7 +79,7 @@ def test_the_program_for_another_task_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     classes = len(obc.load_data("digit_scenes").classes)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 3, padding=1))
     exec(program("digit_scenes"), given := {"obc": obc, "model": model})
     assert given["plan"].channels_removed
 

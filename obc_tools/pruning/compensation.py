@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError, check_number, check_whole
 from ..scoring.tasks import Task, find_task
-from ..state import call_model, copy_of, evaluating, hooks, numbered
+from ..state import call_model, copy_of, evaluating, hooks, numbered, running
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
 from .lockstep import PausableCall, pause
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
@@ -56,12 +56,8 @@ def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], None
     forward: ForwardPass = _run_batch if task is None else find_task(task).forward
 
     def run(model: nn.Module, number: int, batch: Any) -> None:
-        try:
+        with running(model, batch, lambda: f"batch {number}"):
             forward(model, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"batch {number} does not run through {type(model).__name__}: {error}") from error
 
     return run
 

@@ -364,9 +364,9 @@ def test_bad_input_is_refused():
     ):
         compensate(model, plan, [images], max_bytes=20_000)
     for batches, number in (([images[:, :2]], 1), ([images, images[:, :2]], 2)):
-        with pytest.raises(ValueError, match=rf"batch {number} does not run through Residual: .*channels"):
+        with pytest.raises(ValueError, match=rf"batch {number}: Residual cannot work on .*channels"):
             compensate(model, plan, batches)
-    with pytest.raises(ValueError, match=r"batch 1 does not run through Residual: .*channels"):
+    with pytest.raises(ValueError, match=r"batch 1: Residual cannot work on .*channels"):
         recalibrate(model, [images[:, :2]])
     broken = images.clone()
     broken[1, 0, 0, 0] = float("nan")

@@ -7,6 +7,7 @@ place of ``model``; the network needs their ``args`` before, as every network do
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from obc_tools import EquivalentModel, make_plan, prune_to, score_groups, task_of
@@ -15,8 +16,14 @@ from obc_tools.structure.groups import find_groups
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator_left():
+    """transformers' Trainer makes the one Accelerator of a process; the tests after it find none."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_the_trainer_of_transformers(tmp_path):
-    pytest.importorskip("accelerate")
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     torch.manual_seed(0)
