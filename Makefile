@@ -1,6 +1,6 @@
 # make demo   the main job on handwritten digits, start to finish (under two minutes once installed)
-# make test   the tests without the slow ones, the teaching notebooks, and one of them in a browser (under 15 minutes)
-# make test-all  all tests, all notebooks, and the widgets and teaching notebooks in a browser (under 40)
+# make test   the tests without the slow ones, the teaching notebooks, and one of them in a browser
+# make test-all  all tests, all notebooks, and the widgets and teaching notebooks in a browser (about an hour)
 # make browser  the browser's part of that: a real JupyterLab and Chromium (CHROMIUM=path if it is not found)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
 # make fuzz N=5000  random networks against pruning by hand, a row each in runs/fuzz.csv (hours; resumable)
