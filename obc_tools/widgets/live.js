@@ -52,23 +52,12 @@ async function render({ model, el }) {
     busy = false;
   }
   drawing.on("change:text", draw);
-  // A kernel that ended or was started again answers nothing any more: say so, and since when.
-  const lost = document.createElement("div");
-  lost.className = "obc-lost";
-  function disconnected() {
-    if (drawing.comm_live || lost.isConnected) return;
-    lost.textContent = `Without its kernel since ${new Date().toLocaleTimeString()}: this is what it showed last.`;
-    el.before(lost);
-  }
-  drawing.on("comm_live_update", disconnected);
   const resized = new ResizeObserver(() => el.offsetWidth && width !== el.offsetWidth && draw());
   resized.observe(el);
   await draw();
   el.on("plotly_click", (event) => click(model, event));
   return () => {
     drawing.off("change:text", draw);
-    drawing.off("comm_live_update", disconnected);
-    lost.remove();
     resized.disconnect();
     Plotly.purge(el);
   };

@@ -157,14 +157,6 @@ def test_the_studio_opens_the_graph_of_coupled_layers(show):
     assert graph.evaluate("g => g._fullLayout.yaxis.range[0]") < 9, "it stays where it was moved to"
 
 
-def test_a_view_without_its_kernel_says_since_when(show):
-    notebook = show(NETWORK, EXPLORER)
-    view = notebook.view("obc.JTJExplorer(")
-    view.until(lambda: view.title.startswith("|JᵀJ| of conv1.out"), "the grid")
-    notebook.shutdown()
-    view.until(lambda: "Without its kernel since " in view.words, "that the kernel is gone")
-
-
 def middle(graph):
     box = graph.bounding_box()
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
