@@ -107,6 +107,10 @@ class Notebook:
         """Write the notebook's file."""
         self.do("window.jupyterapp.commands.execute('docmanager:save')")
 
+    def shutdown(self) -> None:
+        """End the kernel."""
+        self.do(f"{PANEL}.sessionContext.shutdown()")
+
     def await_kernel(self) -> None:
         """Wait until there is a kernel that does nothing."""
         self._await(IDLE, SECONDS, "the kernel is not idle")
