@@ -453,6 +453,7 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
     "sensitivity": (*MODEL_ROWS, *INPUT_ROWS, ({"ratios": (1.5,)}, "ratio"), ({"ratios": ()}, "ratio")),
     "sweep": (*MODEL_ROWS, *INPUT_ROWS, *LIMIT_ROWS, ({"targets": {}}, "target"), ({"targets": {"mac": 1}}, "mac")),
     "prune_to": (
+        ({"speedup": None, "latency_speedup": 1.2, "seed": -1}, "seed=-1: expected at least 0 (a whole number)"),
         *TARGET_ROWS,
         *REACH_ROWS,
         *LIMIT_ROWS,

@@ -180,6 +180,7 @@ def prune_to_latency(
     ``measure`` take the place of what times a network's layers, and the original and a pruned one.
     """
     check_verify(verify)
+    check_whole("seed", seed, 0)
     groups, costs = selection.analyse(model, example_inputs)
     order = unscored(groups, limits)
     order.check_prunable()
