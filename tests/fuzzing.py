@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -135,30 +135,39 @@ def shares(rows: list[dict[str, object]]) -> dict[str, tuple[int, int]]:
     return dict(sorted(total.items()))
 
 
-def _done(path: Path) -> Iterator[int]:
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as lines:
-            yield from (int(row["seed"]) for row in csv.DictReader(lines))
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """Return the rows of a table that `main` wrote."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as lines:
+        return [row | {"seed": int(row["seed"]), "kinds": json.loads(row["kinds"])} for row in csv.DictReader(lines)]
 
 
 def main(count: int, path: Path) -> int:
-    """Examine seeds 0 to count − 1 that the table lacks; append rows; print the summary of this run."""
-    done, rows = set(_done(path)), []
+    """Examine seeds 0 to count − 1 that the table lacks; append rows; print the summary of the whole table."""
+    rows = read_rows(path)
+    done = {row["seed"] for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as lines:
         table = csv.writer(lines)
         if not done:
-            table.writerow(["seed", "verdict", "prunable", "removable"])
+            table.writerow(["seed", "verdict", "kinds"])
         for seed in range(count):
             if seed not in done:
                 rows.append(row := examine_safely(seed, check=True))
-                sums = [sum(pair[i] for pair in row["kinds"].values()) for i in (0, 1)]
-                table.writerow([seed, " ".join(str(row["verdict"]).split()), *sums])
+                table.writerow([seed, " ".join(str(row["verdict"]).split()), json.dumps(row["kinds"])])
                 lines.flush()
+    return report(rows)
+
+
+def report(rows: list[dict[str, object]]) -> int:
+    """Print verdicts and each kind's share of prunable channels; return 1 where anything is wrong, else 0."""
     for verdict, number in Counter(str(row["verdict"]).partition(":")[0] for row in rows).items():
         print(f"{verdict:12} {number}")
-    for kind, (found, count) in shares(rows).items():
-        print(f"{kind:32} {found:6} of {count:6} prunable  {found / count:.0%}")
+    found = shares(rows)
+    found["all"] = sum(one for one, _ in found.values()), sum(other for _, other in found.values())
+    for kind, (one, other) in found.items():
+        print(f"{kind:32} {one:6} of {other:6} prunable  {one / other:.0%}")
     return int(any(str(row["verdict"]).startswith(("wrong", "crash", "false")) for row in rows))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzzing import examine, main, shares
+from fuzzing import examine, main, read_rows, shares
 from random_networks import build
 
 LOT = 30
@@ -33,5 +33,7 @@ def test_the_table_goes_on_where_it_ended(tmp_path, capsys):
     table = tmp_path / "fuzz.csv"
     for count in (1, 2):
         main(count, table)
-        assert "1\n" in capsys.readouterr().out.splitlines(keepends=True)[0]  # one network a run
-    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["seed", "0", "1"]
+        assert capsys.readouterr().out.splitlines()[0].split() == ["right", str(count)]
+        assert sum(line.startswith("seed") for line in table.read_text().splitlines()) == 1
+    rows = read_rows(table)
+    assert [row["seed"] for row in rows] == [0, 1] and all(row["kinds"]["stem"][1] > 0 for row in rows)
