@@ -86,7 +86,8 @@ def _forkserver() -> multiprocessing.context.BaseContext:
     # The server finds modules by the environment's path, not by ours.
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo_row"])
+    # The last for what all of its library's networks import, slowly; it may be missing.
+    context.set_forkserver_preload(["zoo_row", "transformers.models.llama.modeling_llama"])
     return context
 
 
