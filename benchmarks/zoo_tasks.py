@@ -204,7 +204,7 @@ Made = tuple[str, str, Callable[[], nn.Module], Callable[[], Any]]
 
 def made() -> list[Made]:
     """Return the source, the name, what builds it, and what makes its inputs, of each network."""
-    images = partial(_noise, 3, 64, 64)
+    images, larger = (partial(_noise, 3, side, side) for side in (64, 128))
     pairs = lambda: (_noise(3, SIDE, SIDE), _tokens())  # noqa: E731
     lists = lambda: ([_noise(3, 96, 96)[0], _noise(3, 96, 96)[1]],)  # noqa: E731
     return [
@@ -213,6 +213,6 @@ def made() -> list[Made]:
         *(("torchvision", name, partial(_torchvision, name), images) for name in DENSE),
         *(("torchvision", name, partial(_torchvision, name), lists) for name in DETECTORS),
         *(("open_clip", name, partial(_open_clip, name), pairs) for name in ("ViT", "ModifiedResNet")),
-        *(("smp", name, partial(_segmenter, name), images) for name in SEGMENTERS),
+        *(("smp", n, partial(_segmenter, n), larger if n == "PAN" else images) for n in SEGMENTERS),
         *(("ultralytics", name, partial(_yolo, name), images) for name in YOLOS),
     ]

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_weight_norm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 
@@ -275,6 +277,48 @@ def own_inputs(inputs: Any) -> Any:
 
 
 TABLES = (dict, OrderedDict, set)
+
+
+def without_weight_norms(model: nn.Module) -> nn.Module:
+    """Return a model or, where weights in it are learned by length and direction, its copy with these weights plain.
+
+    Both of torch's weight norms (Salimans and Kingma 2016). The copy computes the same, and shares all other tensors.
+    """
+    check_module(model)
+    if not any(True for module in model.modules() for _ in _weight_norms(module)):
+        return model
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    computed = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    plain = copy.deepcopy(model, kept | computed)
+    for module in plain.modules():
+        _make_plain(module, dict(_weight_norms(module)))
+    return plain
+
+
+def _weight_norms(module: nn.Module) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each weight of a module that is learned by length and direction, and whether it trains."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield hook.name, any(module._parameters[f"{hook.name}_{part}"].requires_grad for part in "gv")
+    made = module.parametrizations if parametrize.is_parametrized(module) else {}
+    if all(type(step).__name__ == "_WeightNorm" for steps in made.values() for step in steps):
+        yield from ((name, any(part.requires_grad for part in steps.parameters())) for name, steps in made.items())
+
+
+@torch.no_grad()
+def _make_plain(module: nn.Module, trained: Mapping[str, bool]) -> None:
+    """Let a module hold these weights instead of their lengths and directions, in place."""
+    weights = {name: getattr(module, name) for name in trained if parametrize.is_parametrized(module, name)}
+    if weights:
+        # torch's own removal would take the weights from the class, which the model that was copied has too.
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
+    for name, trains in trained.items():
+        if name in weights:
+            setattr(module, name, nn.Parameter(weights[name]))
+        else:
+            remove_weight_norm(module, name)
+        module._parameters[name].requires_grad_(trains)
 
 
 def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import check_number, check_whole
 from ..measure.costs import Cost, CostModel, cost, cost_model, example_count
-from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, running, within
+from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, running, within, without_weight_norms
 from ..structure.counting import count
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
@@ -218,6 +218,7 @@ def check_plan(
         CheckError: the model returns nothing to compare, its output is not finite, or all examples are the same.
     """
     check_is_plan(plan)
+    model = without_weight_norms(model)
     plan.validate(model)
     check_number("tolerance", tolerance, "a number above 0", lambda number: number > 0)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -399,6 +400,7 @@ def prove(
     Raises:
         ProofError: it does not; says the first layer that differs.
     """
+    model = without_weight_norms(model)
     try:
         counted = cost(shrink(model, plan), example_inputs, counting=counting)
     except Exception as error:

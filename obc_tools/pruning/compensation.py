@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError, check_number, check_whole
 from ..scoring.tasks import Task, find_task
-from ..state import call_model, copy_of, evaluating, hooks, numbered, running
+from ..state import call_model, copy_of, evaluating, hooks, numbered, running, without_weight_norms
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
 from .lockstep import PausableCall, pause
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
@@ -114,6 +114,7 @@ def compensate(
     if positions is not None:
         check_whole("positions", positions, 1, ", or None for all")
     pruned, forward = prune(model, plan), _forward_of(task)
+    model = without_weight_norms(model)
     if not plan.shrunk:
         return pruned
     data = _frozen(model, batches)
@@ -131,7 +132,7 @@ def compensate(
 @torch.no_grad()
 def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, task: str | Task | None = None) -> dict[str, str]:
     """Return the layers that `compensate` leaves as they are pruned although they lose inputs, with the reasons."""
-    lose = {axis.layer for axis in plan.shrunk}
+    lose, model = {axis.layer for axis in plan.shrunk}, without_weight_norms(model)
     with evaluating(model):
         found = survey(model, partial(_forward_of(task), model, 1, _frozen(model, [batch])[0]))
     return {name: reason for name, reason in found.plain.items() if name in lose}

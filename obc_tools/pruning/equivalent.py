@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..state import check_module, copy_of
+from ..state import check_module, copy_of, without_weight_norms
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
 from .plan import PlanMismatchError, PruningPlan, prune
@@ -193,6 +193,7 @@ class EquivalentModel(nn.Module):
     def __init__(self, model: nn.Module, plan: PruningPlan, *, start: nn.Module | None = None):
         super().__init__()
         self.skeleton = prune(model, plan)
+        model = without_weight_norms(model)
         if start is not None:
             self.skeleton = _like(self.skeleton, start)
         self.mixed = nn.ModuleDict()

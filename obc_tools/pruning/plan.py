@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import PlanMismatchError, UnknownNameError
 from ..files import parse_json
+from ..state import without_weight_norms
 from ..structure.configs import follow_config
 from ..structure.groups import ChannelGroup, Member, kept_positions
 from ..structure.layers import TEMPERATURE, LayerAxis, get_layer, named_axes
@@ -160,6 +161,7 @@ class PruningPlan:
 
     def validate(self, model: nn.Module) -> None:
         """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
+        model = without_weight_norms(model)
         for axis, width in self.axes.items():
             if axis not in self.shrunk:
                 continue
@@ -341,9 +343,10 @@ def _integer(value: object) -> int:
 def prune(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Return a new model with only the kept channels; the given model is left unchanged.
 
-    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy. The
-    `config` of transformers' networks follows where one describes the pruned network; else its `save_pretrained` raises
-    an error that says why not.
+    Parameters, buffers and the attributes of layers that hold widths follow; everything else is a deep copy. Weights
+    learned by length and direction (torch's weight_norm) become plain ones of the same values. The `config` of
+    transformers' networks follows where one describes the pruned network; else its `save_pretrained` raises an error
+    that says why not.
 
     Raises:
         PlanMismatchError: the plan does not fit the model, or prunes tied parameters differently.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, check_number
-from ..state import numbered
+from ..state import numbered, without_weight_norms
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
 from .rows import ProductRows, Proof, Rows, examples_per_row, parameter_slots, uncompiled
@@ -78,6 +78,7 @@ def jacobian_products(
             take more than `max_bytes`.
     """
     check_number("max_bytes", max_bytes, "a number of bytes above 0", lambda number: number > 0)
+    model = without_weight_norms(model)
     axes = model_axes(model, layers)
     kept: dict[LayerAxis, list[Tensor]] = {axis: [] for axis in axes}
     used = 0

@@ -23,6 +23,7 @@ from torch.func import vmap
 
 from ..errors import UnknownNameError
 from ..plots.jtj import POOLS, _sum_cells, pool_cells
+from ..state import without_weight_norms
 from ..structure.groups import ChannelGroup, Member
 from ..structure.layers import (
     LayerAxis,
@@ -233,6 +234,7 @@ def dense_jtj(
     """
     if pool not in POOLS:
         raise UnknownNameError("pool", str(pool), [str(name) for name in POOLS])
+    model = without_weight_norms(model)
     part = channel_parameters(model, LayerAxis(layer, axis), channels)
     labels = part.labels(taps=pool is None)
     blocks = list(dict.fromkeys(labels))
@@ -417,6 +419,7 @@ def group_jtj(
     if not isinstance(group, ChannelGroup):
         raise ValueError(f"group={group!r}: expected a group of channels, one of those that find_groups returns")
     check_channels(f"group {group.root}", [channel], group.width)
+    model = without_weight_norms(model)
     members = distinct_members(uncompiled(model), group.members)
     parts = [part for member in members if (part := _part_of_channel(model, member, channel)) is not None]
     members, labels = _blocks(parts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanMismatchError, UnknownNameError, check_whole
-from ..state import differentiable, evaluating, numbered
+from ..state import differentiable, evaluating, numbered, without_weight_norms
 from ..structure.groups import ChannelGroup, Member
 from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parameters
 from .capture import never_ran
@@ -207,7 +207,7 @@ def score_groups(
         ValueError: unknown names, no batches where they are needed, a group none of whose members can be scored, or
             a score that is not finite (says the layer).
     """
-    criterion = resolve_criterion(criterion)
+    criterion, model = resolve_criterion(criterion), without_weight_norms(model)
     check_whole("seed", seed, 0)
     if not isinstance(groups, Iterable) or not all(isinstance(group, ChannelGroup) for group in groups):
         raise ValueError("groups: expected groups of channels, as find_groups returns them")

@@ -16,6 +16,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, check_name
+from ..state import without_weight_norms
 from .coupling import Bundle, Classes, Place, bundles
 from .layers import LayerAxis, UnknownLayerError, get_layer, has_role, is_grouped, layer_axes
 from .operations import HEAD_COUNTS
@@ -186,6 +187,7 @@ def groups_of(
     """Return the groups of a model that was traced, as `find_groups` does."""
     check_name("only", only, PARTS)
     ignored = _ignored_layers(model, ignore)
+    model = without_weight_norms(model)
     order = {name: index for index, name in enumerate(_layer_names(model))}
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
     reasons = {layer: f"ignored: {layer}" for layer in ignored}

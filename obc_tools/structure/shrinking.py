@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanMismatchError
-from ..state import copy_borrowing
+from ..state import copy_borrowing, without_weight_norms
 from .layers import TEMPERATURE, LayerAxis, all_axes, get_layer, has_role, own_tensors, scale_outputs, select_channels
 
 ROOT = "^-0.5"
@@ -32,6 +32,7 @@ def shrink_model(
     Raises:
         PlanMismatchError: tied parameters would be cut differently.
     """
+    model = without_weight_norms(model)
     shrunk, borrowed = copy_borrowing(model)
     by_layer: dict[str, dict[str, Sequence[int]]] = defaultdict(dict)
     for axis, positions in kept.items():

@@ -23,7 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import call_model, copy_borrowing, hooks, misfit, no_fused_attention, own_inputs, refuse_wrapped, within
+from ..state import (
+    call_model,
+    copy_borrowing,
+    hooks,
+    misfit,
+    no_fused_attention,
+    own_inputs,
+    refuse_wrapped,
+    within,
+    without_weight_norms,
+)
 from .attention import Contraction, Shadows
 from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
@@ -210,8 +220,8 @@ class Tracer:
             self.flow.put(tensor, dims)
             self.owners[id(tensor)].append(name)
             self.flow.freeze_all([Channels(dims)], reason)
-            if leaf == "weight" and dims and dims[0] is not None:
-                self.axes[LayerAxis(name, "out")] = dims[0]
+            if leaf in ("weight", "bias") and dims and dims[0] is not None:
+                self.axes.setdefault(LayerAxis(name, "out"), dims[0])
 
     def parameters(self) -> Iterator[Product]:
         """Yield the size of every parameter; a shared one is counted with its first layer."""
@@ -451,7 +461,7 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
 
 
 def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes: bool) -> Tracer:
-    copied, borrowed = copy_borrowing(model)
+    copied, borrowed = copy_borrowing(without_weight_norms(model))
     memory = frozenset(parameter.untyped_storage().data_ptr() for parameter in borrowed)
     tracer = Tracer(copied.eval(), Flow(whole_heads=whole_heads), memory)
     tracer.register()

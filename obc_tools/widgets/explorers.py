@@ -30,7 +30,7 @@ from ..plots.looks import finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
 from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
-from ..state import copy_of
+from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from ..studio.state import usual_batches
@@ -63,7 +63,7 @@ class Explorer(View):
     ):
         self.look = look
         super().__init__(self._wordy(""))
-        self.network = copy_of(model).eval()
+        self.network = copy_of(without_weight_norms(model)).eval()
         self._data, self._task = as_data(data), find_task(task)
         batches = usual_batches(self._data, batch_size) if batches is None else batches
         self._draw_options = (batches, batch_size, seed)

@@ -81,8 +81,14 @@ def test_bad_ignore_is_refused():
         find_groups(model, images, ignore=[nn.Linear(2, 2)])
 
 
+class OfMatrices(nn.Module):
+    def forward(self, weight):
+        return torch.matrix_exp(weight)
+
+
 def test_layers_that_are_not_understood_stay_and_say_so():
-    scaled = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 1))
+    scaled = nn.Conv2d(4, 6, 1)
+    nn.utils.parametrize.register_parametrization(scaled, "weight", OfMatrices())
     model = nn.Sequential(nn.Conv2d(3, 4, 1), scaled, nn.ReLU(), nn.Conv2d(6, 2, 1))
     groups = {group.root.layer: group for group in find_groups(model, torch.randn(1, 3, 4, 4))}
     assert groups["0"].kept_whole == "meets a tensor of fixed width"
