@@ -59,7 +59,7 @@ def markdown(table: pd.DataFrame, everything: int) -> str:
     """Return the table as Markdown: counts, shares, and the networks that do not pass; `everything`: the zoo's size."""
     found = counts(table)
     shares = [f"{row['all of it'] / row['networks']:.1%} of {source}'s" for source, row in found.iterrows()]
-    run = f"{len(table)} of {everything} networks were run; {' and '.join(shares)} pass everything."
+    run = f"{len(table)} of {everything} networks were run; {', '.join(shares)} pass everything."
     return "\n\n".join([_lines(found), run, "\n".join(failures(table))]).rstrip()
 
 
