@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from obc_tools import LayerAxis, check_plan, explain, find_groups, make_plan, prune, score_groups
 
@@ -189,3 +190,36 @@ def test_a_variance_is_left_with_two_channels():
     model, inputs = made(lambda x: x / x.var(-1, keepdim=True).sqrt())
     (group,) = (group for group in find_groups(model, inputs) if group.prunable)
     assert group.least == 2
+
+
+class Frozen(nn.Module):
+    """A batch norm whose numbers are buffers, with a forward of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean[:, None, None]) * (self.weight / (self.running_var + 1e-5).sqrt()).view(
+            1, -1, 1, 1
+        ) + self.bias.reshape(1, -1, 1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, Frozen])
+def test_frozen_batch_norms_follow(kind):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, bias=False), kind(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)
+    model, inputs = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for buffer in model.buffers():
+        buffer.uniform_(0.5, 1.5)
+    plan, norm = planned(model, inputs), model[1]
+    kept = list(plan.selection(LayerAxis("0", "out")))
+    pruned = prune(model, plan)
+    assert 0 < len(kept) < 8 and all(buffer.shape == (len(kept),) for buffer in pruned[1].buffers())
+    given = (buffer[kept] for buffer in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    hidden = F.batch_norm(F.conv2d(inputs, model[0].weight[kept]), *given, eps=1e-5).relu().flatten(1)
+    expected = F.linear(hidden, model[4].weight.view(4, 8, 16)[:, kept].flatten(1), model[4].bias)
+    torch.testing.assert_close(pruned(inputs), expected, rtol=0, atol=1e-10)
+    check_plan(model, plan, inputs).raise_if_failed()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from obc_tools import check_plan, find_groups, make_plan, prune, score_groups
@@ -120,3 +121,16 @@ def test_examples_that_reach_all_free_all():
     torch.manual_seed(0)
     model, x = Experts().eval(), torch.randn(64, 5)
     assert {str(group.root) for group in find_groups(model, x) if group.prunable} > {"stem.out", "first.out"}
+
+
+def test_a_token_for_masked_patches_keeps_what_it_may_replace():
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Dinov2Config(**sizes, intermediate_size=24)
+    model, x = transformers.Dinov2ForImageClassification(config).eval(), torch.randn(2, 3, 16, 16)
+    groups = find_groups(model, x)
+    reasons = [group.kept_whole for group in groups if "mask_token" in (group.kept_whole or "")]
+    assert reasons == ["may meet layer 'dinov2.embeddings.mask_token', which the example inputs do not reach"]
+    plan = make_plan(score_groups(model, groups, "l1"), ratio=0.3, scope="local")
+    mask = torch.tensor([[True, False, False, True]] * 2)
+    assert plan.channels_removed and prune(model, plan).dinov2(x, bool_masked_pos=mask)[0].shape == (2, 5, 16)
