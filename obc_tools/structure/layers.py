@@ -378,7 +378,8 @@ def layer_axes(layer: nn.Module | nn.Parameter, name: str = "") -> dict[str, Axi
         _check_layer_fits(layer, kind, where)
     strange = sorted(own_parameters(layer).keys() - kind.outputs.keys() - kind.inputs.keys())
     if strange or "parametrizations" in getattr(layer, "_modules", {}):
-        what = f"parameters {strange}" if strange else "a parametrization (remove it first)"
+        computed = " (prune.remove or remove_spectral_norm first)" * any(name.endswith("_orig") for name in strange)
+        what = f"parameters {strange}{computed}" if strange else "a parametrization (remove it first)"
         raise UnknownLayerError(f"{where} has {what} that its type does not explain")
     axes = _described_axes(layer, kind, where)
     if kind.declared:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from obc_tools import EquivalentModel, check_plan, find_groups, make_plan, score_groups
+from obc_tools import EquivalentModel, check_plan, explain, find_groups, make_plan, score_groups
 
 
 class Caches(nn.Module):
@@ -46,6 +46,9 @@ def test_what_is_computed_is_right_or_whole(name):
     model(x).sum().backward()
     groups = find_groups(model, x)
     assert any(group.prunable for group in groups)
+    if name in ("torch.nn.utils.prune", "spectral_norm"):
+        said = explain(groups).why_whole("0")
+        assert "layer '0' (Linear) has parameters ['weight_orig'] (prune.remove or remove_spectral" in said
     batch = [(torch.randn(8, 5), torch.randint(0, 3, (8,)))]
     plan = make_plan(score_groups(model, groups, "jacobian", batch), ratio=0.4, scope="local")
     assert plan.channels_removed > 0 and check_plan(model, plan, x).ok
