@@ -195,6 +195,10 @@ def evaluate(value: int, look_up: Callable[[int, Attribute | Dimension], int]) -
     return value.source.operation(left, right)
 
 
+HELD = (list, tuple, torch.Size)
+"""What holds widths in attributes; a shape is one that the model remembers of an earlier pass."""
+
+
 def track_attributes(model: nn.Module, rooted: Callable[[int, str], None]) -> None:
     """Replace, in place, the whole numbers that modules keep by `Size` values that know their attribute."""
     for name, module in model.named_modules():
@@ -204,7 +208,7 @@ def track_attributes(model: nn.Module, rooted: Callable[[int, str], None]) -> No
                 continue
             if type(value) is int:
                 module.__dict__[key] = Size(value, Attribute(name, key, rooted=rooted))
-            elif type(value) in (list, tuple) and (key in widths or not plain_torch) and int in map(type, value):
+            elif type(value) in HELD and (key in widths or not plain_torch) and int in map(type, value):
                 items = enumerate(value)
                 tracked = (Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items)
                 module.__dict__[key] = type(value)(tracked)

@@ -250,3 +250,34 @@ def test_a_pruned_network_takes_a_new_classifier(name, options):
             pruned(x)
         handle.remove()
         assert info["num_chs"] in found["shape"][1:]
+
+
+class Anchored(nn.Module):
+    """Makes positions anew where the shape of its features is not that of the last pass, as detectors do."""
+
+    shape = None
+
+    def __init__(self, cached=tuple):
+        super().__init__()
+        self.body, self.head, self.cached = nn.Conv2d(3, 10, 3), nn.Conv2d(10, 4, 1), cached
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        if self.shape != self.cached(x.shape):
+            self.shape = self.cached(x.shape)
+            self.positions = torch.arange(x.shape[-1], dtype=x.dtype)
+        return self.head(x + self.positions)
+
+
+@pytest.mark.parametrize("cached", [tuple, list, torch.Size])
+def test_a_shape_that_a_model_remembers_changes_nothing(cached):
+    torch.manual_seed(0)
+    model = Anchored(cached).double().eval()
+    before, expected = find_groups(model, IMAGES), pruned_half(model)[0](IMAGES)
+    model(IMAGES)
+    after = find_groups(model, IMAGES)
+    assert [(g.members, g.kept_whole) for g in after] == [(g.members, g.kept_whole) for g in before]
+    assert before[0].prunable
+    pruned, plan = pruned_half(model)
+    assert torch.equal(pruned(IMAGES), expected) and pruned(IMAGES[..., 1:]).shape[1] == 4
+    assert check_plan(model, plan, IMAGES).ok
