@@ -13,9 +13,8 @@ from .latency import latencies
 def main(path: str) -> None:
     """Write the median milliseconds of both, one JSON line, to where the process that asked reads them."""
     # Whole networks, of any class: a file in a private folder that the process which asked made and takes away again.
-    original, pruned, example_inputs, repeats, threads = torch.load(path, weights_only=False)
-    models = {"original": original, "pruned": pruned}
-    found = latencies(models, example_inputs, repeats=repeats, threads=threads)
+    original, pruned, example_inputs, how = torch.load(path, weights_only=False)
+    found = latencies({"original": original, "pruned": pruned}, example_inputs, **how)
     sys.stdout.write(json.dumps({name: measured.median_ms for name, measured in found.items()}) + "\n")
 
 

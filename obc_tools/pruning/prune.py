@@ -75,8 +75,8 @@ def prune_to(
             parameters; share of prunable channels removed, in (0, 1).
         latency, latency_speedup: a target too: milliseconds of a forward pass on the example inputs where the model
             is, with torch's present threads, or how many times fewer; what counts is measured in new processes.
-        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, file (keeps what was learnt of
-            the layers' times, for the next call).
+        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, clock, file (keeps what was
+            learnt of the layers' times, for the next call).
         scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
@@ -184,7 +184,7 @@ def prune_to_latency(
     groups, costs = selection.analyse(model, example_inputs)
     order = unscored(groups, limits)
     order.check_prunable()
-    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan)
+    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan, target.clock)
     first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
     rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
     targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}

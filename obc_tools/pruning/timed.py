@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import check_whole
+from ..errors import check_name, check_whole
 from ..measure.costs import CostModel
+from ..measure.latency import CLOCKS
 from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
@@ -62,10 +63,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Timing:
-    """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes.
+    """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes by which clock.
 
     The interval of the median is from the least to the largest of them: it holds the median with a probability of
-    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target.
+    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target. ``clock``: see `latency`.
     """
 
     latency: float | None = None
@@ -73,6 +74,7 @@ class Timing:
     tolerance: float = 0.04
     processes: int = 5
     repeats: int = 30
+    clock: str = "wall"
     file: str | Path | None = None
 
     def __post_init__(self):
@@ -86,6 +88,7 @@ class Timing:
             raise ValueError(f"tolerance={self.tolerance}: expected a share in (0, 1)")
         check_whole("processes", self.processes, 2)
         check_whole("repeats", self.repeats, 1)
+        check_name("clock", self.clock, CLOCKS)
 
     @property
     def aim(self) -> float:
@@ -163,7 +166,7 @@ def _judged(timing: Timing, plan: PruningPlan, measured: Measured) -> bool:
     if high - low > 2 * timing.tolerance * middle:
         raise LatencyError(
             f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy: "
-            "stop other work, use one thread, more processes= or repeats=, or a larger tolerance=",
+            "stop other work, use one thread with clock='cpu', more processes= or repeats=, or a larger tolerance=",
             plan,
             measured,
         )
@@ -185,19 +188,20 @@ def latency_model(
     limits: Limits | None = None,
     file: str | Path | None = None,
     time_plan: Callable[[nn.Module], Times] | None = None,
+    clock: str = "wall",
 ) -> LatencyModel:
     """Learn the latency of every plan for a network, or read it from a file measured under the same conditions.
 
     ``time_plan`` takes the place of what times the layers of a network.
     """
     layers = [name for name, _ in model.named_modules() if name in {*costs.macs.owners, *costs.params.owners}]
-    time_plan = time_plan or (lambda network: time_layers(network, example_inputs, layers))
+    time_plan = time_plan or (lambda network: time_layers(network, example_inputs, layers, clock=clock))
 
     def learn() -> LatencyModel:
         plans = [PruningPlan.whole(groups), *random_plans(groups, limits or Limits(), PLANS)]
         return learn_latency(costs, plans, layers, lambda plan: time_plan(prune(model, plan)))
 
-    return kept_latency(file, costs, conditions(model, example_inputs), learn)
+    return kept_latency(file, costs, conditions(model, example_inputs, clock), learn)
 
 
 def random_plans(groups: Sequence[ChannelGroup], limits: Limits, count: int, seed: int = 0) -> list[PruningPlan]:
@@ -217,7 +221,8 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "networks.pt"
         try:
-            torch.save((copy_of(original), pruned, example_inputs, timing.repeats, torch.get_num_threads()), path)
+            how = {"repeats": timing.repeats, "threads": torch.get_num_threads(), "clock": timing.clock}
+            torch.save((copy_of(original), pruned, example_inputs, how), path)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
