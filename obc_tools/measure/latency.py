@@ -191,7 +191,9 @@ def clock_of(clock: str, device: torch.device) -> Callable[[], float]:
     check_name("clock", clock, CLOCKS)
     if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
         here = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-        raise ValueError(f"clock='cpu' is for one thread of the CPU, not for {here}: torch.set_num_threads(1), or 'wall'")
+        raise ValueError(
+            f"clock='cpu' is for one thread of the CPU, not for {here}: torch.set_num_threads(1), or 'wall'"
+        )
     return CLOCKS[clock]
 
 

@@ -1,8 +1,8 @@
 """How long every plan for a network would take on this machine: each layer timed in place, in a few pruned copies.
 
 A layer's time lasts from its start to that of the next layer, so that what runs between layers counts and the times
-add up to the whole pass. It is a + Σ b s + c t, with a, b, c ≥ 0 by least squares: s are the shares that are left of the
-widths of its largest product, or of its largest parameter where it has no product (what reads or writes activations
+add up to the whole pass. It is a + Σ b s + c t, with a, b, c ≥ 0 by least squares: s are the shares that are left of
+the widths of its largest product, or of its largest parameter where it has no product (what reads or writes activations
 shrinks with one width), t is the share left of all its MACs or parameters (what multiplies shrinks with both).
 """
 
@@ -116,17 +116,15 @@ WIDTHS = 2
 
 
 class _Shares:
-    """What is left of each layer in a plan: of nothing (1), of `WIDTHS` of its widths, and of its MACs or parameters."""
+    """What is left of each layer in a plan: 1, the shares of `WIDTHS` of its widths, and of its MACs or parameters."""
 
     def __init__(self, costs: CostModel, layers: Sequence[str]):
         self.costs, self.layers = costs, {name: index for index, name in enumerate(layers)}
         products = {name for name, size in zip(costs.macs.owners, costs.original_terms[0], strict=True) if size}
         # Of its products where a layer has any, else of its parameters.
+        outside = len(layers)
         self.sides = tuple(
-            np.array(
-                [self.layers.get(name, len(layers)) if (name in products) == wanted else len(layers) for name in owners],
-                dtype=np.int64,
-            )
+            np.array([self.layers.get(n, outside) if (n in products) == wanted else outside for n in owners], np.int64)
             for owners, wanted in ((costs.macs.owners, True), (costs.params.owners, False))
         )
         self.rows = self._largest(costs)
@@ -138,7 +136,7 @@ class _Shares:
         return self._columns(self.costs.widths_of(plan), self._sums(self.costs.terms(plan)))
 
     def _largest(self, costs: CostModel) -> np.ndarray:
-        """Return the dimensions of each layer's largest term that can shrink; 0, the constant, where there are fewer."""
+        """Return the dimensions of each layer's largest term; 0, the constant, where there are fewer."""
         rows, most = np.zeros((len(self.layers), WIDTHS), dtype=np.int64), np.zeros(len(self.layers) + 1)
         for side, terms, sizes in zip(self.sides, (costs.macs, costs.params), costs.original_terms, strict=True):
             for layer, dims, size in zip(side, terms.rows, sizes, strict=True):

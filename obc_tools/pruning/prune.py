@@ -21,7 +21,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_units, removal_order
+from .order import RemovalOrder, exchanged, next_units, per_cost, removal_order
 from .plan import Deciding, PruningPlan, prune, shrink
 from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
@@ -56,6 +56,7 @@ def prune_to(
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
     stop: float | None = None,
+    per: str | None = None,
     compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
@@ -86,6 +87,8 @@ def prune_to(
         objective: (model, batch) -> losses, instead of the task's.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
+        per: "macs" or "latency": divide each channel's score by what its removal alone would save of these, so that
+            channels that gain much for what they lose go first; "latency" with a latency target. None: the score alone.
         compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
@@ -114,7 +117,7 @@ def prune_to(
         batches,
         target=target,
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
+        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         left=left,
@@ -245,16 +248,18 @@ def pruning_steps(
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
     bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
     for step, share in bar:
+        weighed = partial(per_cost, plan=stage.plan, per=scoring.per, costs=costs)
         watch = Watch(
             stage.plan,
             scoring,
             limits,
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
+            weighed,
         )
         options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
         present = left(model, stage.plan)
         scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
-        order = removal_order(scores, limits, after=stage.plan)
+        order = removal_order(weighed(scores), limits, after=stage.plan)
         deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
         met = []
         for target in unmet:
@@ -277,11 +282,19 @@ def pruning_steps(
 class Watch:
     """Says whether the scores so far decide a step; ``record`` says how far they do."""
 
-    def __init__(self, plan: PruningPlan, scoring: Scoring, limits: Limits, units: Callable[[RemovalOrder], int]):
-        self.plan, self.scoring, self.limits, self.units = plan, scoring, limits, units
+    def __init__(
+        self,
+        plan: PruningPlan,
+        scoring: Scoring,
+        limits: Limits,
+        units: Callable[[RemovalOrder], int],
+        weighed: Callable[[Scores], Scores],
+    ):
+        self.plan, self.scoring, self.limits, self.units, self.weighed = plan, scoring, limits, units, weighed
         self.record: Deciding | None = None
 
     def __call__(self, scores: Scores) -> bool:
+        scores = self.weighed(scores)
         order = removal_order(scores, self.limits, after=self.plan)
         share = exchanged(scores, order, self.units(order))
         batches = len(next(iter(scores.left_out.values())))

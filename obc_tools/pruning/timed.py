@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 PLANS = 10
 """Pruned copies whose layers are timed."""
 ROUNDS = 8
+RUNTIMES = ("eager", "compile", "onnxruntime")
+"""What a network's latency may be measured in: torch as it is, torch.compile, or ONNX Runtime (`export_onnx`)."""
 
 
 class LatencyError(ValueError):
@@ -66,7 +68,8 @@ class Timing:
     """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes by which clock.
 
     The interval of the median is from the least to the largest of them: it holds the median with a probability of
-    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target. ``clock``: see `latency`.
+    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target. ``clock``: see `latency`. ``runtime``: what
+    runs the networks, one of `RUNTIMES`; what is predicted is how torch runs them, and corrected by what is measured.
     """
 
     latency: float | None = None
@@ -75,6 +78,7 @@ class Timing:
     processes: int = 5
     repeats: int = 30
     clock: str = "wall"
+    runtime: str = "eager"
     file: str | Path | None = None
 
     def __post_init__(self):
@@ -89,6 +93,7 @@ class Timing:
         check_whole("processes", self.processes, 2)
         check_whole("repeats", self.repeats, 1)
         check_name("clock", self.clock, CLOCKS)
+        check_name("runtime", self.runtime, RUNTIMES)
 
     @property
     def aim(self) -> float:
@@ -222,18 +227,18 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
         path = Path(folder) / "networks.pt"
         try:
             how = {"repeats": timing.repeats, "threads": torch.get_num_threads(), "clock": timing.clock}
-            torch.save((copy_of(original), pruned, example_inputs, how), path)
+            models = {"original": copy_of(original), "pruned": pruned}
+            torch.save((models, example_inputs, timing.runtime, how), path)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "obc_tools.measure.timing_worker", str(path)]
+        command = [sys.executable, "-m", "obc_tools.models.timing_worker", str(path)]
         found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
     for process in found:
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise ValueError(
-                f"the network could not be timed in a new process: {last} (its class must be in a module that can be "
-                "imported there, not in a notebook)"
-            )
+            lost = " (its class must be in a module that can be imported there, not in a notebook)"
+            hint = lost if last.startswith(("AttributeError", "ModuleNotFoundError")) else ""
+            raise ValueError(f"the network could not be timed in a new process: {last}{hint}")
     pairs = [json.loads(process.stdout.splitlines()[-1]) for process in found]
     return Measured(tuple(pair["original"] for pair in pairs), tuple(pair["pruned"] for pair in pairs))
