@@ -1,0 +1,83 @@
+"""Time and memory of scoring a language model against its forward and backward pass with frozen weights.
+
+    python benchmarks/language_scoring.py [--passes 3]
+
+GPT-2's shape (Radford et al. 2019: 124 million parameters), random weights, 8 sequences of 256 random tokens, rows per
+batch. The plain pass is the same loss and its gradient for the embedded tokens, no weight wanting one. Each runs in a
+process of its own: the fewest seconds of processor time of all passes but the first, and the most memory that the
+process ever held.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+import tyro
+from torch import nn
+
+import obc_tools as obc
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    sequences: int = 8
+    tokens: int = 256
+    layers: int = 12
+    passes: int = 3
+
+
+def plain_pass(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Compute a batch's mean loss and its gradient for the embedded tokens."""
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(tokens).requires_grad_()
+    logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+
+
+def measured(what: str, options: Options) -> tuple[float, float]:
+    """Return seconds of processor time and MiB of one of "model", "plain" and "scoring", in this process."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=options.layers)).eval()
+    tokens = torch.randint(model.config.vocab_size, (options.sequences, options.tokens))
+    task = obc.task_of(model)
+    groups = obc.find_groups(model, task.example({"input_ids": tokens[:1, :8]}))
+    work = {
+        "model": lambda: None,
+        "plain": lambda: plain_pass(model, tokens),
+        "scoring": lambda: obc.score_groups(model, groups, "jacobian", [{"input_ids": tokens}], objective=task.losses),
+    }[what]
+    seconds = []
+    for _ in range(options.passes):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return min(seconds[1:] or seconds), held / 2**10 if sys.platform == "darwin" else held
+
+
+def main(options: Options) -> None:
+    found = {}
+    for what in ("model", "plain", "scoring"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+            found[what] = alone.submit(measured, what, options).result()
+        print("{:8} {:8.2f} s of processor time, {:6.0f} MiB at most".format(what, *found[what]), flush=True)
+    (_, idle), (plain, less), (scoring, more) = found.values()
+    print(
+        f"scoring / forward and backward with frozen weights: time {scoring / plain:.2f}, memory {more / less:.2f}, "
+        f"memory beyond the model's {(more - idle) / (less - idle):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
