@@ -4,10 +4,10 @@
 
 Small networks from random weights on data that need no download: torchvision's SSD with light heads and its LRASPP,
 both on a ResNet of this package, and ultralytics' YOLO11n on scenes of digits; a Llama with grouped-query attention on
-the source of the standard library; open_clip's CLIP on pairs of digits and captions; a ResNet-8 on single digits without
-labels. Every criterion gets the same batches and the same target. An original is trained once a seed and kept in a
-folder. Figures are of the last epoch: nothing is picked by the metric that is reported. Every row is written when it is
-known; what is there is not done again.
+the source of the standard library; open_clip's CLIP on pairs of digits and captions; a ResNet-8 on single digits, not
+told what they are. Every criterion gets the same batches and the same target. An original is trained once a seed and
+kept in a folder. Figures are of the last epoch: nothing is picked by the metric that is reported. Every row is written
+when it is known; what is there is not done again.
 """
 
 from __future__ import annotations
