@@ -21,7 +21,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_units, removal_order
+from .order import RemovalOrder, exchanged, next_units, per_cost, removal_order
 from .plan import Deciding, PruningPlan, prune, shrink
 from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
@@ -56,6 +56,7 @@ def prune_to(
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
     stop: float | None = None,
+    per: str | None = None,
     compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
@@ -75,8 +76,8 @@ def prune_to(
             parameters; share of prunable channels removed, in (0, 1).
         latency, latency_speedup: a target too: milliseconds of a forward pass on the example inputs where the model
             is, with torch's present threads, or how many times fewer; what counts is measured in new processes.
-        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, file (keeps what was learnt of
-            the layers' times, for the next call).
+        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, clock, file (keeps what was
+            learnt of the layers' times, for the next call).
         scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
@@ -86,6 +87,8 @@ def prune_to(
         objective: (model, batch) -> losses, instead of the task's.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
+        per: "macs" or "latency": divide each channel's score by what its removal alone would save of these, so that
+            channels that gain much for what they lose go first; "latency" with a latency target. None: the score alone.
         compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
@@ -114,7 +117,7 @@ def prune_to(
         batches,
         target=target,
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop),
+        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         left=left,
@@ -184,7 +187,7 @@ def prune_to_latency(
     groups, costs = selection.analyse(model, example_inputs)
     order = unscored(groups, limits)
     order.check_prunable()
-    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan)
+    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan, target.clock)
     first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
     rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
     targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
@@ -245,16 +248,18 @@ def pruning_steps(
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
     bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
     for step, share in bar:
+        weighed = partial(per_cost, plan=stage.plan, per=scoring.per, costs=costs)
         watch = Watch(
             stage.plan,
             scoring,
             limits,
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
+            weighed,
         )
         options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
         present = left(model, stage.plan)
         scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
-        order = removal_order(scores, limits, after=stage.plan)
+        order = removal_order(weighed(scores), limits, after=stage.plan)
         deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
         met = []
         for target in unmet:
@@ -277,11 +282,19 @@ def pruning_steps(
 class Watch:
     """Says whether the scores so far decide a step; ``record`` says how far they do."""
 
-    def __init__(self, plan: PruningPlan, scoring: Scoring, limits: Limits, units: Callable[[RemovalOrder], int]):
-        self.plan, self.scoring, self.limits, self.units = plan, scoring, limits, units
+    def __init__(
+        self,
+        plan: PruningPlan,
+        scoring: Scoring,
+        limits: Limits,
+        units: Callable[[RemovalOrder], int],
+        weighed: Callable[[Scores], Scores],
+    ):
+        self.plan, self.scoring, self.limits, self.units, self.weighed = plan, scoring, limits, units, weighed
         self.record: Deciding | None = None
 
     def __call__(self, scores: Scores) -> bool:
+        scores = self.weighed(scores)
         order = removal_order(scores, self.limits, after=self.plan)
         share = exchanged(scores, order, self.units(order))
         batches = len(next(iter(scores.left_out.values())))
