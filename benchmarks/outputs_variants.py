@@ -9,7 +9,7 @@ fine-tuned. Every variant begins with the same batches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "20 steps": {"criterion": BY_IMAGE, "steps": 20},
     "divided by each group's mean": {"criterion": BY_IMAGE, "normalizer": "mean"},
     "the same share of every group": {"criterion": BY_IMAGE, "scope": "local"},
+    "per MAC that it saves": {"criterion": BY_IMAGE, "per": "macs"},
     "l2": {"criterion": "l2"},
     "l2, divided by each group's mean": {"criterion": "l2", "normalizer": "mean"},
     "l2, the same share of every group": {"criterion": "l2", "scope": "local"},
+    "l2, per MAC that it saves": {"criterion": "l2", "per": "macs"},
     "random": {"criterion": "random"},
     "random, the same share of every group": {"criterion": "random", "scope": "local"},
 }
@@ -66,20 +68,22 @@ def measured(found: Original, seed: int, projections: int = 1, **how: Any) -> di
     return {"cosine": found.measure(pruned), "parameters": cost(pruned, found.example()).params, "kept": str(kept)}
 
 
-def rows(chosen: Chosen) -> Iterator[dict[str, Any]]:
-    """Yield the rows, seed by seed."""
+def rows(chosen: Chosen, done: Set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows that are not there yet, seed by seed."""
     for seed in chosen.seeds:
         found = original("outputs", seed, Options())
         for variant, how in VARIANTS.items():
+            if (variant, seed) in done:
+                continue
             yield {"variant": variant, "seed": seed} | measured(found, seed, **how)
 
 
 def main() -> None:
-    """Measure all variants; print their means."""
+    """Measure the variants that are not there yet; print all means."""
     chosen = tyro.cli(Chosen, description=__doc__)
     torch.set_num_threads(1)
-    table = []
-    for row in rows(chosen):
+    table = pd.read_csv(chosen.out).to_dict("records") if chosen.out.exists() else []
+    for row in rows(chosen, {(row["variant"], row["seed"]) for row in table}):
         table.append(row)
         pd.DataFrame(table).to_csv(chosen.out, index=False)
     grouped = pd.DataFrame(table).groupby("variant", sort=False)[["cosine", "parameters"]]
