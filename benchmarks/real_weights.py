@@ -56,7 +56,15 @@ class Options:
     packages: tyro.conf.Positional[Path]
     """Where the packages with the weights were installed."""
     networks: tuple[str, ...] = ("minilm", "crepe-tiny")
-    criteria: tuple[str, ...] = ("jacobian", "jacobian, a row an example", "taylor", "l2", "random", "hessian")
+    criteria: tuple[str, ...] = (
+        "jacobian",
+        "jacobian, a row an example",
+        "jacobian, per MAC",
+        "taylor",
+        "l2",
+        "random",
+        "hessian",
+    )
     speedups: tuple[float, ...] = (1.25, 1.5, 2.0)
     seeds: tuple[int, ...] = (0,)
     calibration: int = 320
@@ -200,7 +208,8 @@ def measured_by(task: Task, setting: Setting, metric: Metric, directions: Mappin
 
 def contender(label: str) -> Any:
     """Return a criterion by its label in the table."""
-    return ("jacobian", {"rows": "sample"}) if label.endswith("an example") else label
+    name, _, how = label.partition(", ")
+    return (name, {"rows": "sample"}) if "a row an example" in how else name
 
 
 def imitated(setting: Setting, plan: PruningPlan, seed: int) -> dict[str, Any]:
@@ -238,6 +247,7 @@ def rows_of(name: str, seed: int, options: Options) -> Iterable[dict[str, Any]]:
             folder=options.runs / f"{name}_{seed}_{label.replace(', ', '_').replace(' ', '_')}",
             verify="float32",
             progress=False,
+            per="macs" if label.endswith("per MAC") else None,
             **setting.selection,
         )
         for row in found.frame.to_dict("records"):
