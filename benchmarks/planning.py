@@ -1,18 +1,22 @@
 """Time scoring over plain forward and backward passes, and a whole plan with and without stopping.
 
     python benchmarks/planning.py scoring [--pairs 5]
-    python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50]
+    python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50] [--before CHECKOUT]
 
 Both kinds take turns in one process, after two batches that prove what may be left out. Printed and appended to
 ``results/planning.csv`` are medians of the paired ratios with their extremes. Plans are for the published ResNet-56 at
-2.11x in ten steps: seconds, batches, accuracy on held-out images without any training, and the share of the removed
-channels that `stop=None` removes too.
+2.11x in ten steps, each found in a process of its own: seconds, of the clock and of the processor, batches, accuracy on
+held-out images without any training, and the share of the removed channels that `stop=None` removes too.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,13 +44,15 @@ class Options:
     """What to measure.
 
     Attributes:
-        pairs: of a plain pass and a scored batch.
+        pairs: of a plain pass and a scored batch; of whole plans by either code.
         batches: of 128 images at most in a step.
         fixed: a number of batches in every step, to hold against stopping.
+        whole: the number of batches in every step that stand for all of them.
+        before: a checkout to run at that number too, in turns.
         note: whether the machine was quiet.
     """
 
-    what: Literal["scoring", "plans"]
+    what: tyro.conf.Positional[Literal["scoring", "plans", "plan"]]
     models: tuple[str, ...] = tuple(SIZES)
     pairs: int = 5
     data: Path | None = None
@@ -54,7 +60,8 @@ class Options:
     batches: int = 50
     fixed: int = 4
     stops: tuple[float, ...] = (0.1,)
-    whole: bool = True
+    whole: int = 50
+    before: Path | None = None
     steps: int = 10
     seed: int = 0
     note: str = "not quiet"
@@ -77,8 +84,8 @@ def write(row: dict[str, object], note: str) -> None:
         table.writerow(row)
 
 
-COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "stop", "batches", "seconds", "accuracy",
-           "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
+COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "stop", "given", "batches", "seconds",
+           "cpu_seconds", "accuracy", "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
 
 
 def time_scoring(name: str, options: Options) -> None:
@@ -126,25 +133,49 @@ def accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         return sum((model(x).argmax(1) == t).sum().item() for x, t in batches) / sum(len(t) for _, t in batches)
 
 
-def time_plans(options: Options) -> None:
+def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
+    """Find one plan in this process; return what it took and the channels that are gone."""
     data = obc.load_data("cifar10", root=str(options.data))
     model = obc.load_model("resnet56", num_classes=10, weights=str(options.weights)).eval()
-    images = list(data.batches("train", 128, seed=options.seed))[: 2 * options.batches]
+    given = Counted(list(obc.take(data.batches("train", 128, seed=options.seed), most)), most)
     test = list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4))
-    example, whole = torch.zeros(1, 3, 32, 32), None
-    runs = [(None, options.batches)] if options.whole else []
-    runs += [(None, options.fixed), *((stop, options.batches) for stop in options.stops)]
-    for stop, most in runs:
-        given = Counted(images, most)
-        extra = {} if stop is None else {"stop": stop}
-        start = time.perf_counter()
-        plan = obc.prune_to(model, example, given, speedup=2.11, steps=options.steps, progress=False, **extra)
-        spent = time.perf_counter() - start
-        gone = {(g.root, c) for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)}
-        whole = gone if whole is None else whole
-        row = {"what": "plan", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "seconds": round(spent, 1)}
-        row |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test)}
-        row |= {"overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
+    extra = {} if stop is None else {"stop": stop}
+    wall, work = time.perf_counter(), time.process_time()
+    plan = obc.prune_to(
+        model, torch.zeros(1, 3, 32, 32), given, speedup=2.11, steps=options.steps, progress=False, **extra
+    )
+    found = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - work, 1)}
+    gone = [[str(g.root), c] for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)]
+    found |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test), "gone": gone}
+    return found
+
+
+def in_process(options: Options, stop: float | None, most: int, code: Path) -> dict[str, object]:
+    """Find a plan by some checkout's code, in a process of its own."""
+    words = ["--data", options.data, "--weights", options.weights, "--steps", options.steps, "--seed", options.seed]
+    words += ["--batches", most, "--stops", *([] if stop is None else [stop])]
+    command = [sys.executable, __file__, "plan", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def time_plans(options: Options) -> None:
+    here, whole = Path(__file__).parents[1], None
+    runs = [(stop, options.batches, here, "here") for stop in options.stops]
+    runs += [(None, options.fixed, here, "here")]
+    for _ in range(options.pairs):
+        runs += [(None, options.whole, options.before, "before")] if options.before else []
+        runs += [(None, options.whole, here, "here")]
+    found = []
+    for stop, most, code, name in runs:
+        result = in_process(options, stop, most, code)
+        found.append((stop, most, name, result))
+        print(stop, most, name, {key: value for key, value in result.items() if key != "gone"}, file=sys.stderr)
+    whole = set(map(tuple, found[-1][-1]["gone"]))
+    for stop, most, name, result in found:
+        gone = set(map(tuple, result.pop("gone")))
+        row = {"what": f"plan {name}", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "given": most}
+        row |= {**result, "overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
         write(row, options.note)
 
 
@@ -152,6 +183,8 @@ if __name__ == "__main__":
     chosen = tyro.cli(Options)
     if chosen.what == "plans":
         time_plans(chosen)
+    elif chosen.what == "plan":
+        print(json.dumps(find(chosen, chosen.stops[0] if chosen.stops else None, chosen.batches)))
     else:
         for network in chosen.models:
             time_scoring(network, chosen)
