@@ -1,6 +1,7 @@
 """Time scoring over plain forward and backward passes, and a whole plan with and without stopping.
 
     python benchmarks/planning.py scoring [--pairs 5]
+    python benchmarks/planning.py exact
     python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50] [--before CHECKOUT]
 
 Both kinds take turns in one process, after two batches that prove what may be left out. Printed and appended to
@@ -22,21 +23,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import obc_tools as obc
-from obc_tools.scoring.objectives import classification
+from obc_tools.scoring.objectives import Objective, classification
 from obc_tools.scoring.rows import ProductRows, examples_per_row
+from obc_tools.scoring.tasks import find_task
+from obc_tools.structure.layers import LayerAxis
 
 OUT = Path(__file__).parents[1] / "results" / "planning.csv"
 SIZES = {"resnet56": (128, 32, 10), "vgg19": (64, 32, 100), "torchvision:resnet50": (8, 224, 1000),
          "torchvision:mobilenet_v2": (8, 224, 1000), "torchvision:vit_b_16": (4, 224, 1000)}  # fmt: skip
 """Network -> images in a batch, their size, classes."""
+GPT2 = "gpt2"
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Options:
         note: whether the machine was quiet.
     """
 
-    what: tyro.conf.Positional[Literal["scoring", "plans", "plan"]]
-    models: tuple[str, ...] = tuple(SIZES)
+    what: tyro.conf.Positional[Literal["scoring", "exact", "plans", "plan"]]
+    models: tuple[str, ...] = (*SIZES, GPT2)
+    rows: tuple[str, ...] = ("batch", "sample")
     pairs: int = 5
     data: Path | None = None
     weights: Path | None = None
@@ -67,10 +71,11 @@ class Options:
     note: str = "not quiet"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def spent(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of some work, of the clock and of the processor."""
+    wall, process = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - process
 
 
 def write(row: dict[str, object], note: str) -> None:
@@ -84,32 +89,72 @@ def write(row: dict[str, object], note: str) -> None:
         table.writerow(row)
 
 
-COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "stop", "given", "batches", "seconds",
+COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "cpu_ratio", "first_call", "error", "by_weights",
+           "stop", "given", "batches", "seconds",
            "cpu_seconds", "accuracy", "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
 
 
-def time_scoring(name: str, options: Options) -> None:
+def case(name: str, size: int | None = None) -> tuple[nn.Module, Any, Objective]:
+    """Return a network, a batch for it and what is differentiated; of so many examples, or as many as are timed."""
     torch.manual_seed(0)
-    size, side, classes = SIZES[name]
+    if name == GPT2:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        tokens = torch.randint(0, 50257, (size or 2, 128))
+        model = GPT2LMHeadModel(GPT2Config(use_cache=False)).eval()
+        return model, {"input_ids": tokens, "labels": tokens}, find_task("language_model").losses
+    usual, side, classes = SIZES[name]
     model = obc.load_model(name, num_classes=classes).eval()
-    batch = torch.randn(size, 3, side, side), torch.randint(0, classes, (size,))
-    groups = [group for group in obc.find_groups(model, batch[0][:1]) if group.prunable]
-    axes = list(dict.fromkeys(member.axis for group in groups for member in group.members))
+    batch = torch.randn(size or usual, 3, side, side), torch.randint(0, classes, (size or usual,))
+    return model, batch, classification
+
+
+def prunable_axes(model: nn.Module, batch: Any) -> list[LayerAxis]:
+    example = {"input_ids": batch["input_ids"][:1]} if isinstance(batch, dict) else batch[0][:1]
+    groups = [group for group in obc.find_groups(model, example) if group.prunable]
+    return list(dict.fromkeys(member.axis for group in groups for member in group.members))
+
+
+def time_scoring(name: str, options: Options) -> None:
+    model, batch, objective = case(name)
+    axes = prunable_axes(model, batch)
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        objective(model, batch).mean().backward()
 
-    for rows in ("batch", "sample"):
-        read = ProductRows(model, axes, classification, examples_per_row(rows))
-        for number in range(2):
-            read(batch, number)
+    for rows in options.rows:
+        read = ProductRows(model, axes, objective, examples_per_row(rows))
+        first = spent(partial(read, batch, 0))
+        read(batch, 1)
         plain()
-        pairs = ((seconds(partial(read, batch, 0)), seconds(plain)) for _ in range(options.pairs))
-        ratios = [scored / passed for scored, passed in pairs]
-        row = {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
-        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(ratios), "most": round(max(ratios), 3)}
+        pairs = [(spent(partial(read, batch, 0)), spent(plain)) for _ in range(options.pairs)]
+        wall, work = ([scored[kind] / passed[kind] for scored, passed in pairs] for kind in (0, 1))
+        row = {"ratio": round(statistics.median(wall), 3), "least": round(min(wall), 3)}
+        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(wall), "most": round(max(wall), 3)}
+        row |= {"cpu_ratio": round(statistics.median(work), 3)}
+        row |= {"first_call": round(first[1] / statistics.median(passed[1] for _, passed in pairs), 3)}
         write(row, options.note)
+
+
+def check_exact(name: str, options: Options) -> None:
+    """Hold a batch's products in float64 against those by the weights' gradients."""
+    model, batch, objective = case(name, 2)
+    model = model.double()
+    batch = batch if isinstance(batch, dict) else (batch[0].double(), batch[1])
+    axes = prunable_axes(model, batch)
+    read = ProductRows(model, axes, objective, None)
+    found = [read(batch, number) for number in range(3)][-1]
+    layers = {axis.layer for axis in axes}
+    from obc_tools.scoring.rows import Proof  # what an older checkout lacks
+
+    proof = Proof(proven=set(layers), by_weights=set(layers), folds={})
+    exact = ProductRows(model, axes, objective, None, proof)(batch, 0)
+    error = max(
+        float((found[axis] - exact[axis]).abs().max() / exact[axis].abs().max().clamp(min=1e-300)) for axis in axes
+    )
+    slow = len(read.proof.by_weights)
+    write({"what": "exact", "network": name, "rows": "batch", "error": error, "by_weights": slow}, options.note)
 
 
 def counted(batches: Iterable, count: list[int], most: int) -> Iterator:
@@ -187,4 +232,4 @@ if __name__ == "__main__":
         print(json.dumps(find(chosen, chosen.stops[0] if chosen.stops else None, chosen.batches)))
     else:
         for network in chosen.models:
-            time_scoring(network, chosen)
+            (time_scoring if chosen.what == "scoring" else check_exact)(network, chosen)
