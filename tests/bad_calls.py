@@ -1350,7 +1350,7 @@ BAD_COMMANDS: Mapping[str, str] = {
     f"{COMPARE} --criteria l1 --out {{}}/full": "full' holds something else than a comparison: choose another",
     f"{COMPARE} --criteria l1 --weights {{}}/nosuch.pth": "nosuch.pth: there is no such file, nor weights of that name",
     f"{COMPARE} --criteria l1 --batches 9999": "take: 9999 batches were asked for, a pass holds 12",
-    "compare --model resnet8 --data digits --criteria l1 --out {}/new": "--weights: which weights of 'resnet8'? It begins with a trained network",
+    "compare --model resnet8 --data digits --criteria l1 --out {}/new": "--weights: which weights of 'resnet8'? It",
     "evaluate": "Missing from obc evaluate",
     "evaluate {}/nosuch --data digits": "nosuch' holds no saved model; for a network by name, pass",
     "evaluate {}/file --data digits": "file' holds no saved model; for a network by name, pass",

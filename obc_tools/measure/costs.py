@@ -231,14 +231,14 @@ class CostModel:
         Raises:
             CostModelError: the plan has a group that the model lacks, or prunes one that cannot shrink.
         """
-        widths = self._widths(plan)
+        widths = self.widths_of(plan)
         sizes = self.macs.at(widths)
         batched, once = int(sizes[self.macs.batched].sum()), int(sizes[~self.macs.batched].sum())
         return Cost(once + batched / self.examples, int(self.params.at(widths).sum()), self.original.unknown)
 
     def terms(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Return what `macs` and `params` are in a plan, one number a term, MACs of the whole batch."""
-        widths = self._widths(plan)
+        widths = self.widths_of(plan)
         return self.macs.at(widths), self.params.at(widths)
 
     @property
@@ -252,7 +252,7 @@ class CostModel:
         Columns "layer", "MACs" (of one example) and "parameters", which add up to what `of` returns. Layers with MACs
         come in the order in which they run, then those that have parameters alone.
         """
-        widths = self._widths(plan)
+        widths = self.widths_of(plan)
         macs = self.macs.at(widths) / np.where(self.macs.batched, self.examples, 1)
         return _by_layer((self.macs.owners, macs), (self.params.owners, self.params.at(widths)))
 
@@ -272,7 +272,8 @@ class CostModel:
                 table[column] = costs.set_index("layer")[name].reindex(layers, fill_value=0).to_numpy()
         return table
 
-    def _widths(self, plan: Plan) -> np.ndarray:
+    def widths_of(self, plan: Plan) -> np.ndarray:
+        """Return the length of each known dimension in a plan; raise as `of` does."""
         gone = np.zeros(self.widths.occurrences.shape[1], dtype=np.int64)
         for group, channels in zip(plan.groups, plan.kept, strict=True):
             key = group.root, group.width, group.blocks

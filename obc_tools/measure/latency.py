@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import check_whole
+from ..errors import check_name, check_whole
 from ..state import call_model, evaluating, running
 from .costs import example_count
 
 TOP = 5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What tells the seconds of a forward pass on the CPU."""
+TOP = 5
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What tells the seconds of a forward pass on the CPU."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,21 +124,31 @@ class Latencies(Mapping[str, Latency]):
 
 
 def latency(
-    model: nn.Module, example_inputs: Any, *, repeats: int = 30, warmup: int = 5, threads: int | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+    threads: int | None = None,
+    clock: str = "wall",
 ) -> Latency:
     """Measure how long a forward pass of a model takes, in eval mode and without gradients.
 
     Args:
         model: runs where its parameters are; its train/eval mode is restored.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; moved to the model's device.
-        repeats: measured forward passes. CPU time is the wall clock's, CUDA time that between two events.
+        repeats: measured forward passes. CUDA time is that between two events.
         warmup: forward passes before those, which do not count.
         threads: CPU threads for the measurement; None leaves torch's setting.
+        clock: of the CPU: "wall", or "cpu", the seconds that this process had a processor: what other work on the
+            machine takes does not count. For one thread, where the two are alike on a quiet machine.
 
     Raises:
-        ValueError: numbers of repeats, warm-ups or threads that are too small, a device other than CPU and CUDA.
+        ValueError: numbers of repeats, warm-ups or threads that are too small, a device other than CPU and CUDA, the
+            processor's clock for several threads or for another device.
     """
-    return latencies({"model": model}, example_inputs, repeats=repeats, warmup=warmup, threads=threads)["model"]
+    how = {"repeats": repeats, "warmup": warmup, "threads": threads, "clock": clock}
+    return latencies({"model": model}, example_inputs, **how)["model"]
 
 
 def latencies(
@@ -143,6 +158,7 @@ def latencies(
     repeats: int = 30,
     warmup: int = 5,
     threads: int | None = None,
+    clock: str = "wall",
 ) -> Latencies:
     """Measure several models in turns, one forward pass of each a round, so that a busy machine slows them alike.
 
@@ -155,11 +171,11 @@ def latencies(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         used_threads = stack.enter_context(_threads(threads))
-        timers = {name: _timer(stack.enter_context(evaluating(m)), example_inputs) for name, m in models.items()}
+        timers = {name: timer(stack.enter_context(evaluating(m)), example_inputs, clock) for name, m in models.items()}
         for number in range(warmup + repeats):
-            for name, timer in timers.items():
+            for name, once in timers.items():
                 with running(models[name], example_inputs, lambda: "example inputs"):
-                    duration = timer()
+                    duration = once()
                 if number >= warmup:
                     seconds[name].append(duration)
     return Latencies(
@@ -170,15 +186,27 @@ def latencies(
     )
 
 
-def _timer(model: nn.Module, example_inputs: Any) -> Callable[[], float]:
+def clock_of(clock: str, device: torch.device) -> Callable[[], float]:
+    """Return what reads a clock, in seconds; raise ValueError where it says nothing of a forward pass there."""
+    check_name("clock", clock, CLOCKS)
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        here = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+        raise ValueError(
+            f"clock='cpu' is for one thread of the CPU, not for {here}: torch.set_num_threads(1), or 'wall'"
+        )
+    return CLOCKS[clock]
+
+
+def timer(model: nn.Module, example_inputs: Any, clock: str = "wall") -> Callable[[], float]:
     """Return a function that runs a model once and returns the seconds that took."""
     device = _device(model)
     inputs = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, example_inputs)
+    now = clock_of(clock, device)
 
     def on_cpu() -> float:
-        start = time.perf_counter()
+        start = now()
         call_model(model, inputs)
-        return time.perf_counter() - start
+        return now() - start
 
     def on_cuda() -> float:
         with torch.cuda.device(device):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -141,17 +142,24 @@ def _open_batch(leaf: Any) -> dict[int, Any] | None:
     return {0: Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.dim() else None
 
 
-def _compare(path: Path, model: nn.Module, example_inputs: Any) -> float:
-    """Return the largest difference between onnxruntime's outputs and torch's, relative to the largest output."""
+def onnx_run(path: Path, example_inputs: Any) -> Callable[[], list[np.ndarray]]:
+    """Return what runs an ONNX file on example inputs, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    inputs = example_inputs.inputs if isinstance(example_inputs, Forward) else example_inputs
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     names = [node.name for node in session.get_inputs()]
-    found = session.run(None, {name: leaf.numpy(force=True) for name, leaf in zip(names, tensors, strict=True)})
+    named = {name: leaf.numpy(force=True) for name, leaf in zip(names, tensors, strict=True)}
+    return lambda: session.run(None, named)
+
+
+def _compare(path: Path, model: nn.Module, example_inputs: Any) -> float:
+    """Return the largest difference between onnxruntime's outputs and torch's, relative to the largest output."""
+    found = onnx_run(path, example_inputs)()
     with torch.no_grad():
         output = call_model(copy_of(model).eval(), example_inputs)
     expected = [leaf.cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -24,6 +24,10 @@ from ..structure.layers import LayerAxis
 
 SCOPES = ("global", "local", "isomorphic")
 OPERATIONS, TORCH_PRUNING = COUNTINGS
+SIGNED = ("gaussian", "standarization")
+"""Normalizers after which scores have signs."""
+PER = ("macs", "latency")
+"""What a channel's score may be divided by."""
 
 
 def check_settings(settings: Iterable[str], known: Sequence[str]) -> None:
@@ -72,7 +76,9 @@ class Scoring:
 
     ``batches``: of those given the first so many are scored; None takes all. ``stop``: scoring ends before, after at
     least two, once other batches would be expected to exchange at most this share of the channels of a step, in
-    (0, 0.5) (see `order.exchanged`); None scores all. ``rows``: of J, in place of the criterion's own.
+    (0, 0.5) (see `order.exchanged`); None scores all. ``rows``: of J, in place of the criterion's own. ``per``: a
+    channel's score is divided by the MACs or by the milliseconds that its removal alone would save in what is left, so
+    that what gains most for what it loses goes first; "latency" for targets that are one. None: the score as it is.
     """
 
     criterion: Any = "jacobian"
@@ -81,6 +87,7 @@ class Scoring:
     objective: Objective = classification
     batches: int | None = None
     stop: float | None = None
+    per: str | None = None
     rows: Rows | None = None
 
     def __post_init__(self):
@@ -88,6 +95,9 @@ class Scoring:
             object.__setattr__(self, "rows", check_rows(self.rows))
         check_name("group_reduction", self.group_reduction, REDUCTIONS)
         check_name("normalizer", self.normalizer, NORMALIZERS)
+        check_name("per", self.per, (None, *PER))
+        if self.per is not None and self.normalizer in SIGNED:
+            raise ValueError(f"per={self.per!r} divides scores: not with normalizer={self.normalizer!r}")
         criterion = self.resolved
         if self.batches is not None:
             check_whole("batches", self.batches, 1, ", or None for all")
@@ -98,7 +108,7 @@ class Scoring:
         )
         if criterion.needs != "products" or criterion.coupling != "member":
             raise ValueError(f"stop={self.stop}: criterion {criterion.name!r} has no rows that add up; leave stop")
-        if self.normalizer in ("gaussian", "standarization"):
+        if self.normalizer in SIGNED:
             raise ValueError(f"stop={self.stop} compares logarithms: not with normalizer={self.normalizer!r}")
 
     @property

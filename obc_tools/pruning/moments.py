@@ -30,6 +30,7 @@ class Moments:
     """Sums over positions of products of inputs x and outputs y, in float64; the products are at least float32.
 
     With ``centred``, of both less their means. They are taken less the first chunk's means, so that little cancels.
+    ``squares`` holds x xᵀ on and below its diagonal.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, *, centred: bool, device: torch.device):
@@ -55,7 +56,7 @@ class Moments:
             inputs, outputs = inputs - self._shifts[0][..., None], outputs - self._shifts[1][..., None]
             self.input_sums += inputs.sum(2)
             self.output_sums += outputs.sum(2)
-        self.squares += _squares(inputs)
+        _add_squares(self.squares, inputs)
         self.products += outputs @ inputs.mT
         self.count += inputs.shape[2]
 
@@ -80,18 +81,23 @@ class Moments:
         return solution, y - (solution @ x[..., None])[..., 0]
 
 
-def _squares(inputs: Tensor) -> Tensor:
-    """Return x xᵀ; of a large one, the block that is the other's mirror image is not computed."""
+def _add_squares(sums: Tensor, inputs: Tensor) -> None:
+    """Add x xᵀ to sums; of a large one only what is on or below the diagonal, and some blocks across it."""
     half = inputs.shape[1] // 2
     if half < BLOCK:
-        return inputs @ inputs.mT
+        sums += inputs @ inputs.mT
+        return
     first, second = inputs[:, :half], inputs[:, half:]
-    corner = first @ second.mT
-    return torch.cat([torch.cat([_squares(first), corner], 2), torch.cat([corner.mT, _squares(second)], 2)], 1)
+    _add_squares(sums[:, :half, :half], first)
+    sums[:, half:, :half] += second @ first.mT
+    _add_squares(sums[:, half:, half:], second)
 
 
 def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups of dead inputs."""
+    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups of dead inputs.
+
+    Of the symmetric `second`, what is above the diagonal is not read.
+    """
     diagonal = second.diagonal(dim1=1, dim2=2)
     scale = diagonal.mean(1, keepdim=True)
     level = ridge * torch.where(scale > 0, scale, 1)

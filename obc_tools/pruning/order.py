@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UnknownNameError, check_number, check_whole
 from ..measure.costs import Cost, CostModel
+from ..measure.latency_model import LatencyModel
 from ..scoring.scores import Scores
 from ..state import shapes
 from ..structure.groups import ChannelGroup
@@ -306,6 +307,28 @@ def next_units(order: RemovalOrder, share: float, target: Target, costs: CostMod
     return order.meet(target, costs, most) if passes else most
 
 
+def per_cost(scores: Scores, plan: PruningPlan, per: str | None, costs: CostModel | LatencyModel) -> Scores:
+    """Divide the scores of what a plan leaves by what one channel of each group costs there, alone (see `Scoring`).
+
+    Raises ValueError where latencies are asked for and not known.
+    """
+    if per is None:
+        return scores
+    now, saved = getattr(costs.of(plan), per), {}
+    if now is None:
+        raise ValueError("per='latency' needs a target that is one, for which layers are timed: latency_speedup=")
+    for index, (group, kept) in enumerate(zip(plan.groups, plan.kept, strict=True)):
+        if group.prunable and len(kept) > group.blocks:
+            left = tuple(sorted({*kept} - with_blocks(group, kept[:1])))
+            less = replace(plan, kept=(*plan.kept[:index], left, *plan.kept[index + 1 :]))
+            saved[group.root] = now - getattr(costs.of(less), per)
+    # What saves nothing, by what was measured, would go last, but not never.
+    least = LEAST_SAVED * sum(saved.values()) / max(1, len(saved))
+    gains = {group: max(saved.get(group.root, 0.0), least) or 1.0 for group in scores}
+    left_out = scores.left_out and {group: table / gains[group] for group, table in scores.left_out.items()}
+    return Scores({group: score / gains[group] for group, score in scores.items()}, scores.criterion, left_out)
+
+
 def exchanged(scores: Scores, order: RemovalOrder, units: int) -> float:
     """Return the share of the first `units` units that other batches would be expected to exchange for others.
 
@@ -338,6 +361,7 @@ def exchanged(scores: Scores, order: RemovalOrder, units: int) -> float:
 
 
 TINY, ZERO = 1e-300, 1e-30
+LEAST_SAVED = 1e-3
 
 
 def _pool(group: ChannelGroup, limits: Limits) -> object:

@@ -21,7 +21,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_units, removal_order
+from .order import RemovalOrder, exchanged, next_units, per_cost, removal_order
 from .plan import Deciding, PruningPlan, prune, shrink
 from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
@@ -57,6 +57,7 @@ def prune_to(
     objective: Objective | None = None,
     rows: Rows | None = None,
     stop: float | None = None,
+    per: str | None = None,
     compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
@@ -76,8 +77,8 @@ def prune_to(
             parameters; share of prunable channels removed, in (0, 1).
         latency, latency_speedup: a target too: milliseconds of a forward pass on the example inputs where the model
             is, with torch's present threads, or how many times fewer; what counts is measured in new processes.
-        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, file (keeps what was learnt of
-            the layers' times, for the next call).
+        timing: how that is measured, see `timed.Timing`: tolerance, processes, repeats, clock, file (keeps what was
+            learnt of the layers' times, for the next call).
         scope: "global", "local" or "isomorphic" (see `choices.Limits`).
         schedule_ratio: the share of channels that the schedule runs to, in (0, 1], where the target is not a ratio.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
@@ -89,6 +90,8 @@ def prune_to(
             the score over all ways to draw rows of a batch, or of m examples. None: the criterion's own.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
+        per: "macs" or "latency": divide each channel's score by what its removal alone would save of these, so that
+            channels that gain much for what they lose go first; "latency" with a latency target. None: the score alone.
         compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
@@ -118,7 +121,7 @@ def prune_to(
         target=target,
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(
-            criterion, group_reduction, normalizer, objective or find_task(task).losses, stop=stop, rows=rows
+            criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows
         ),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
@@ -189,7 +192,7 @@ def prune_to_latency(
     groups, costs = selection.analyse(model, example_inputs)
     order = unscored(groups, limits)
     order.check_prunable()
-    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan)
+    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan, target.clock)
     first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
     rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
     targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
@@ -250,11 +253,13 @@ def pruning_steps(
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
     bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
     for step, share in bar:
+        weighed = partial(per_cost, plan=stage.plan, per=scoring.per, costs=costs)
         watch = Watch(
             stage.plan,
             scoring,
             limits,
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
+            weighed,
         )
         order = watch.order(left(model, stage.plan), batches(step), seed + step, proof=proof)
         deciding = watch.deciding
@@ -279,18 +284,25 @@ def pruning_steps(
 class Watch:
     """Scores a step, and says whether the scores so far decide it; ``record`` says how far they do.
 
-    ``units``: how many of an order of removal go in the step.
+    ``units``: how many of an order of removal go in the step; ``weighed`` scores are ranked.
     """
 
-    def __init__(self, plan: PruningPlan, scoring: Scoring, limits: Limits, units: Callable[[RemovalOrder], int]):
-        self.plan, self.scoring, self.limits, self.units = plan, scoring, limits, units
+    def __init__(
+        self,
+        plan: PruningPlan,
+        scoring: Scoring,
+        limits: Limits,
+        units: Callable[[RemovalOrder], int],
+        weighed: Callable[[Scores], Scores] = lambda scores: scores,
+    ):
+        self.plan, self.scoring, self.limits, self.units, self.weighed = plan, scoring, limits, units, weighed
         self.record: Deciding | None = None
 
     def order(self, model: nn.Module, batches: Iterable[Any] | None, seed: int, **options: Any) -> RemovalOrder:
         """Return the order in which channels of what the plan leaves go, by batches until the step is decided."""
         options |= {"decided": self} if self.scoring.stop else {}
         scores = self.scoring.score(model, self.plan.pruned_groups(), batches, seed, **options)
-        return removal_order(scores, self.limits, after=self.plan)
+        return removal_order(self.weighed(scores), self.limits, after=self.plan)
 
     @property
     def deciding(self) -> tuple[Deciding, ...]:
@@ -298,6 +310,7 @@ class Watch:
         return (*self.plan.deciding, *([self.record] if self.record else ()))
 
     def __call__(self, scores: Scores) -> bool:
+        scores = self.weighed(scores)
         order = removal_order(scores, self.limits, after=self.plan)
         share = exchanged(scores, order, self.units(order))
         batches = len(next(iter(scores.left_out.values())))

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import check_whole
+from ..errors import check_name, check_whole
 from ..measure.costs import CostModel
+from ..measure.latency import CLOCKS
 from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 PLANS = 10
 """Pruned copies whose layers are timed."""
 ROUNDS = 8
+RUNTIMES = ("eager", "compile", "onnxruntime")
+"""What a network's latency may be measured in: torch as it is, torch.compile, or ONNX Runtime (`export_onnx`)."""
 
 
 class LatencyError(ValueError):
@@ -62,10 +65,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Timing:
-    """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes.
+    """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes by which clock.
 
     The interval of the median is from the least to the largest of them: it holds the median with a probability of
-    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target.
+    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target. ``clock``: see `latency`. ``runtime``: what
+    runs the networks, one of `RUNTIMES`; what is predicted is how torch runs them, and corrected by what is measured.
     """
 
     latency: float | None = None
@@ -73,6 +77,8 @@ class Timing:
     tolerance: float = 0.04
     processes: int = 5
     repeats: int = 30
+    clock: str = "wall"
+    runtime: str = "eager"
     file: str | Path | None = None
 
     def __post_init__(self):
@@ -86,6 +92,8 @@ class Timing:
             raise ValueError(f"tolerance={self.tolerance}: expected a share in (0, 1)")
         check_whole("processes", self.processes, 2)
         check_whole("repeats", self.repeats, 1)
+        check_name("clock", self.clock, CLOCKS)
+        check_name("runtime", self.runtime, RUNTIMES)
 
     @property
     def aim(self) -> float:
@@ -163,7 +171,7 @@ def _judged(timing: Timing, plan: PruningPlan, measured: Measured) -> bool:
     if high - low > 2 * timing.tolerance * middle:
         raise LatencyError(
             f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy: "
-            "stop other work, use one thread, more processes= or repeats=, or a larger tolerance=",
+            "stop other work, use one thread with clock='cpu', more processes= or repeats=, or a larger tolerance=",
             plan,
             measured,
         )
@@ -185,19 +193,20 @@ def latency_model(
     limits: Limits | None = None,
     file: str | Path | None = None,
     time_plan: Callable[[nn.Module], Times] | None = None,
+    clock: str = "wall",
 ) -> LatencyModel:
     """Learn the latency of every plan for a network, or read it from a file measured under the same conditions.
 
     ``time_plan`` takes the place of what times the layers of a network.
     """
     layers = [name for name, _ in model.named_modules() if name in {*costs.macs.owners, *costs.params.owners}]
-    time_plan = time_plan or (lambda network: time_layers(network, example_inputs, layers))
+    time_plan = time_plan or (lambda network: time_layers(network, example_inputs, layers, clock=clock))
 
     def learn() -> LatencyModel:
         plans = [PruningPlan.whole(groups), *random_plans(groups, limits or Limits(), PLANS)]
         return learn_latency(costs, plans, layers, lambda plan: time_plan(prune(model, plan)))
 
-    return kept_latency(file, costs, conditions(model, example_inputs), learn)
+    return kept_latency(file, costs, conditions(model, example_inputs, clock), learn)
 
 
 def random_plans(groups: Sequence[ChannelGroup], limits: Limits, count: int, seed: int = 0) -> list[PruningPlan]:
@@ -217,18 +226,19 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "networks.pt"
         try:
-            torch.save((copy_of(original), pruned, example_inputs, timing.repeats, torch.get_num_threads()), path)
+            how = {"repeats": timing.repeats, "threads": torch.get_num_threads(), "clock": timing.clock}
+            models = {"original": copy_of(original), "pruned": pruned}
+            torch.save((models, example_inputs, timing.runtime, how), path)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "obc_tools.measure.timing_worker", str(path)]
+        command = [sys.executable, "-m", "obc_tools.models.timing_worker", str(path)]
         found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
     for process in found:
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise ValueError(
-                f"the network could not be timed in a new process: {last} (its class must be in a module that can be "
-                "imported there, not in a notebook)"
-            )
+            lost = " (its class must be in a module that can be imported there, not in a notebook)"
+            hint = lost if last.startswith(("AttributeError", "ModuleNotFoundError")) else ""
+            raise ValueError(f"the network could not be timed in a new process: {last}{hint}")
     pairs = [json.loads(process.stdout.splitlines()[-1]) for process in found]
     return Measured(tuple(pair["original"] for pair in pairs), tuple(pair["pruned"] for pair in pairs))

@@ -3,14 +3,18 @@
 import json
 import logging
 import statistics
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from networks import network
 
-from obc_tools import cost, prune_to
+from obc_tools import cost, latency, prune_to
 from obc_tools.measure.latency_model import conditions, time_layers
+from obc_tools.models.timing_worker import in_runtime
 from obc_tools.pruning import prune as pruning
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
 from obc_tools.pruning.prune import prune_to_latency
@@ -165,7 +169,7 @@ def test_bad_input(given, asked, said):
 def test_keywords_reach_the_machine(given, monkeypatch):
     machine = Machine()
     monkeypatch.setattr(pruning, "measure_apart", lambda one, other, *, example_inputs, timing: machine(one, other))
-    monkeypatch.setattr("obc_tools.pruning.timed.time_layers", lambda network, *_: layer_seconds(network))
+    monkeypatch.setattr("obc_tools.pruning.timed.time_layers", lambda network, *_, **how: layer_seconds(network))
     options = {"criterion": "l2", "steps": 6, "progress": False, "timing": {"tolerance": 0.02}}
     plan = prune_to(*given, latency_speedup=1.2, **options)
     assert plan == found(given, Machine(), speedup=1.2, tolerance=0.02)
@@ -176,7 +180,7 @@ def test_layers_are_timed_until_the_next_begins(given):
     layers = [name for name, module in model.named_modules() if hasattr(module, "weight")]
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
     times = time_layers(model, example, layers, repeats=2)
-    assert times.keys() == {"", *layers} and min(times.values()) > 0
+    assert times.keys() == {"", *layers} and min(times.values()) >= 0 < sum(times.values())
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks == 0
 
 
@@ -190,3 +194,38 @@ def test_networks_are_measured_in_new_processes():
 
     with pytest.raises(ValueError, match="the network cannot be handed to a new process: "):
         measure_apart(Local(2, 2), Local(2, 2), example, Timing(latency=1.0, processes=2))
+
+
+@pytest.mark.slow
+def test_networks_are_measured_in_another_runtime():
+    model, example = network("small_vgg")
+    model, example = model.float(), example.float()
+    measured = measure_apart(model, model, example, Timing(latency=1.0, processes=2, repeats=2, runtime="onnxruntime"))
+    assert len(measured.original) == len(measured.pruned) == 2 and min(measured.original) > 0
+
+
+def test_a_compiled_network_is_timed_as_it_is_called(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes half a minute
+    model, example = network("small_vgg")
+    with torch.no_grad():
+        found = in_runtime("compile", model, example, Path("unused"))(None)
+        assert torch.allclose(found, model(example), rtol=0, atol=1e-12)
+
+
+class Sleeper(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.05)
+        return x
+
+
+def test_the_processors_clock_does_not_count_what_others_take():
+    threads = torch.get_num_threads()
+    wall, cpu = (
+        latency(Sleeper(), torch.ones(1), repeats=3, warmup=0, threads=1, clock=clock) for clock in ("wall", "cpu")
+    )
+    assert wall.median_ms >= 50 > 10 > cpu.median_ms
+    with pytest.raises(ValueError, match="clock='cpu' is for one thread of the CPU, not for 2 threads"):
+        latency(Sleeper(), torch.ones(1), threads=2, clock="cpu")
+    with pytest.raises(ValueError, match="unknown clock 'sun'; closest|unknown clock 'sun'; known: cpu, wall"):
+        latency(Sleeper(), torch.ones(1), clock="sun")
+    assert torch.get_num_threads() == threads
