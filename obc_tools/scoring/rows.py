@@ -74,7 +74,7 @@ def check_rows(rows: Any) -> Rows:
 
 def averages(rows: Rows) -> bool:
     """Say whether squares are averaged over ways to draw the rows, which takes the examples' own products."""
-    return rows == EXPECTED or isinstance(rows, tuple)
+    return rows == EXPECTED or (isinstance(rows, tuple) and rows[:1] == (EXPECTED,))
 
 
 def streamed(rows: Rows) -> Rows:
@@ -93,8 +93,8 @@ def examples_per_row(rows: Rows) -> int | None:
     if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
         return rows
     raise ValueError(
-        f"rows={rows!r}: expected 'batch', 'sample', how many consecutive examples make a row (1, 2, ...), or, for "
-        "scores, 'expected' or ('expected', m)"
+        f"rows={rows!r}: expected 'batch', 'sample' or how many consecutive examples make a row (1, 2, ...); scores "
+        "take 'expected' and ('expected', m) too"
     )
 
 
