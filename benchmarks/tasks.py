@@ -3,11 +3,11 @@
     python benchmarks/tasks.py [--tasks detection ...] [--seeds 0 1 2] [--out results/tasks.csv]
 
 Small networks from random weights on data that need no download: torchvision's SSD with light heads and its LRASPP,
-both on a ResNet of this package, on scenes of digits; a Llama with grouped-query attention on the source of the
-standard library; open_clip's CLIP on pairs of digits and captions; a ResNet-8 on single digits without labels. Every
-criterion gets the same batches and the same target. An original is trained once a seed and kept in a folder. Figures
-are of the last epoch: nothing is picked by the metric that is reported. Every row is written when it is known; what is
-there is not done again.
+both on a ResNet of this package, and ultralytics' YOLO11n on scenes of digits; a Llama with grouped-query attention on
+the source of the standard library; open_clip's CLIP on pairs of digits and captions; a ResNet-8 on single digits, not
+told what they are. Every criterion gets the same batches and the same target. An original is trained once a seed and
+kept in a folder. Figures are of the last epoch: nothing is picked by the metric that is reported. Every row is written
+when it is known; what is there is not done again.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class Setting:
     task: Callable[[nn.Module], Task] = task_of
     criterion: Mapping[str, Any] = field(default_factory=dict)
     """Options of the Jacobian Criterion."""
+    ignore: tuple[str, ...] = ()
+    """Layers that keep their outputs."""
 
 
 def recipes(epochs: int, lr: float, tuning: int, batch_size: int, **changes: Any) -> tuple[Recipe, Recipe]:
@@ -148,6 +150,13 @@ BY_EXAMPLE = {"rows": "sample"}
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "detection": Setting("SSD on ResNet-8", detector, "digit_scenes", *recipes(4, 0.004, 1, 32)),
+        "yolo": Setting(
+            "YOLO11n",
+            lambda: load_model("ultralytics:yolo11n", num_classes=CLASSES),
+            "digit_scenes",
+            *recipes(25, 0.002, 3, 32),
+            ignore=("*.dfl.conv",),
+        ),
         "segmentation": Setting(
             "LRASPP on ResNet-8",
             segmenter,
@@ -227,6 +236,7 @@ def measured(found: Original, criterion: str, speedup: float, seed: int) -> dict
         found.example(),
     )
     how = {"task": task, "criterion": chosen, "steps": STEPS, "seed": seed, "progress": False}
+    how |= {"ignore": setting.ignore}
     plan = prune_to(model, example, batches, speedup=speedup, **how)
     pruned = prune(model, plan)
     naive, equivalent = copy.deepcopy(pruned), EquivalentModel(model, plan)

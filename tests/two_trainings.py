@@ -1,4 +1,7 @@
-"""One of two processes that train together: python -m tests.two_trainings FOLDER RANK PORT."""
+"""One of two processes that train together: python -m tests.two_trainings FOLDER RANK PORT.
+
+With a COUNT after these, one of so many of which the second has no batches.
+"""
 
 import os
 import sys
@@ -67,9 +70,17 @@ def _remembering(lrs: list, original=stepper.learning_rate_factor):
     return factor
 
 
+def train_without_data(folder: Path, count: int) -> None:
+    """Train in one of ``count`` processes of which the second has no batches."""
+    train = [] if processes().rank == 1 else data().batches("train", EACH * count, share=processes().share)
+    val = data().batches("val", 4, share=processes().share)
+    fit(network(False), train, val, RECIPES["plain"], run=folder / "run", progress=False)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ |= {"RANK": sys.argv[2], "LOCAL_RANK": sys.argv[2], "WORLD_SIZE": "2"}
+    count = sys.argv[4] if len(sys.argv) > 4 else "2"
+    os.environ |= {"RANK": sys.argv[2], "LOCAL_RANK": sys.argv[2], "WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
-    train_both(Path(sys.argv[1]), 2)
+    (train_both if len(sys.argv) == 4 else train_without_data)(Path(sys.argv[1]), int(count))
     torch.distributed.destroy_process_group()

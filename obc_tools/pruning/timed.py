@@ -169,11 +169,10 @@ def _judged(timing: Timing, plan: PruningPlan, measured: Measured) -> bool:
     low, middle, high = min(values), statistics.median(values), max(values)
     logger.info("%s: measured %s", timing, timing.told(values))
     if high - low > 2 * timing.tolerance * middle:
+        said = f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy"
+        clock = "" if timing.clock == "cpu" else "one thread with clock='cpu', "
         raise LatencyError(
-            f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy: "
-            "stop other work, use one thread with clock='cpu', more processes= or repeats=, or a larger tolerance=",
-            plan,
-            measured,
+            f"{said}: stop other work, {clock}more processes= or repeats=, or a larger tolerance=", plan, measured
         )
     return timing.aim * (1 - timing.tolerance) <= low and high <= timing.aim * (1 + timing.tolerance)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one that works alone, such as on a plan."""
@@ -39,18 +40,33 @@ def processes() -> Processes:
     return Processes(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def meet(device: torch.device) -> None:
-    """Join the other processes, where there are any, and wait until all have.
+@contextmanager
+def agreed(device: torch.device) -> Iterator[None]:
+    """Run the checks of a training; where several processes train together, all pass them, or every process raises.
+
+    Else those that pass would wait for hours for one that does not come. Where there are several, this joins them.
 
     Raises:
-        ValueError: if the device is not of the kind that was launched for.
+        ValueError: for what another process raised (says which), or for a device not of the kind that was launched for.
     """
-    if processes().count == 1:
-        return
-    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    if state.device.type != device.type:
-        raise ValueError(f"the model is on {device}, but Accelerate is set to {state.device}: move the model")
-    state.wait_for_everyone()
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    own = processes()
+    if own.count > 1:
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        if error is None and state.device.type != device.type:
+            error = ValueError(f"the model is on {device}, but Accelerate is set to {state.device}: move the model")
+        others = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+        failed = next(
+            (f"process {rank} of {own.count} raised {said}" for rank, said in enumerate(others) if said), None
+        )
+        if error is None and failed is not None:
+            raise ValueError(f"{failed}; all end")
+    if error is not None:
+        raise error
 
 
 @contextmanager

@@ -73,3 +73,17 @@ def test_reads_what_a_launcher_says(monkeypatch):
         monkeypatch.setenv(name, value)
     assert processes() == Processes(5, 8, 1)
     assert processes().share == (5, 8) and not processes().is_main
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_process_that_cannot_train_ends_all_with_its_error(count, tmp_path):
+    command, port = [sys.executable, "-m", "tests.two_trainings", str(tmp_path)], str(free_port())
+    children = [
+        subprocess.Popen([*command, str(rank), port, str(count)], stderr=subprocess.PIPE, text=True)
+        for rank in range(count)
+    ]
+    said = [child.communicate(timeout=600)[1].strip().splitlines()[-1] for child in children]
+    own = "ValueError: train: batches that yield no data"
+    others = f"ValueError: process 1 of {count} raised {own}; all end"
+    assert said == [f"[rank{rank}]: {own if rank == 1 else others}" for rank in range(count)]
+    assert not list(tmp_path.iterdir())
