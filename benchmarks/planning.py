@@ -1,38 +1,45 @@
 """Time scoring over plain forward and backward passes, and a whole plan with and without stopping.
 
     python benchmarks/planning.py scoring [--pairs 5]
-    python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50]
+    python benchmarks/planning.py exact
+    python benchmarks/planning.py plans --data cifar10.npz --weights resnet56.pth [--batches 50] [--before CHECKOUT]
 
 Both kinds take turns in one process, after two batches that prove what may be left out. Printed and appended to
 ``results/planning.csv`` are medians of the paired ratios with their extremes. Plans are for the published ResNet-56 at
-2.11x in ten steps: seconds, batches, accuracy on held-out images without any training, and the share of the removed
-channels that `stop=None` removes too.
+2.11x in ten steps, each found in a process of its own: seconds, of the clock and of the processor, batches, accuracy on
+held-out images without any training, and the share of the removed channels that `stop=None` removes too.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import obc_tools as obc
-from obc_tools.scoring.objectives import classification
+from obc_tools.scoring.objectives import Objective, classification
 from obc_tools.scoring.rows import ProductRows, examples_per_row
+from obc_tools.scoring.tasks import find_task
+from obc_tools.structure.layers import LayerAxis
 
 OUT = Path(__file__).parents[1] / "results" / "planning.csv"
 SIZES = {"resnet56": (128, 32, 10), "vgg19": (64, 32, 100), "torchvision:resnet50": (8, 224, 1000),
          "torchvision:mobilenet_v2": (8, 224, 1000), "torchvision:vit_b_16": (4, 224, 1000)}  # fmt: skip
 """Network -> images in a batch, their size, classes."""
+GPT2 = "gpt2"
 
 
 @dataclass(frozen=True)
@@ -40,30 +47,35 @@ class Options:
     """What to measure.
 
     Attributes:
-        pairs: of a plain pass and a scored batch.
+        pairs: of a plain pass and a scored batch; of whole plans by either code.
         batches: of 128 images at most in a step.
         fixed: a number of batches in every step, to hold against stopping.
+        whole: the number of batches in every step that stand for all of them.
+        before: a checkout to run at that number too, in turns.
         note: whether the machine was quiet.
     """
 
-    what: Literal["scoring", "plans"]
-    models: tuple[str, ...] = tuple(SIZES)
+    what: tyro.conf.Positional[Literal["scoring", "exact", "plans", "plan"]]
+    models: tuple[str, ...] = (*SIZES, GPT2)
+    rows: tuple[str, ...] = ("batch", "sample")
     pairs: int = 5
     data: Path | None = None
     weights: Path | None = None
     batches: int = 50
     fixed: int = 4
     stops: tuple[float, ...] = (0.1,)
-    whole: bool = True
+    whole: int = 50
+    before: Path | None = None
     steps: int = 10
     seed: int = 0
     note: str = "not quiet"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def spent(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds of some work, of the clock and of the processor."""
+    wall, process = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - process
 
 
 def write(row: dict[str, object], note: str) -> None:
@@ -77,32 +89,72 @@ def write(row: dict[str, object], note: str) -> None:
         table.writerow(row)
 
 
-COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "stop", "batches", "seconds", "accuracy",
-           "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
+COLUMNS = ("what", "network", "rows", "n", "ratio", "least", "most", "cpu_ratio", "first_call", "error", "by_weights",
+           "stop", "given", "batches", "seconds",
+           "cpu_seconds", "accuracy", "overlap", "seed", "torch", "threads", "machine")  # fmt: skip
+
+
+def case(name: str, size: int | None = None) -> tuple[nn.Module, Any, Objective]:
+    """Return a network, a batch for it and what is differentiated; of so many examples, or as many as are timed."""
+    torch.manual_seed(0)
+    if name == GPT2:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        tokens = torch.randint(0, 50257, (size or 2, 128))
+        model = GPT2LMHeadModel(GPT2Config(use_cache=False)).eval()
+        return model, {"input_ids": tokens, "labels": tokens}, find_task("language_model").losses
+    usual, side, classes = SIZES[name]
+    model = obc.load_model(name, num_classes=classes).eval()
+    batch = torch.randn(size or usual, 3, side, side), torch.randint(0, classes, (size or usual,))
+    return model, batch, classification
+
+
+def prunable_axes(model: nn.Module, batch: Any) -> list[LayerAxis]:
+    example = {"input_ids": batch["input_ids"][:1]} if isinstance(batch, dict) else batch[0][:1]
+    groups = [group for group in obc.find_groups(model, example) if group.prunable]
+    return list(dict.fromkeys(member.axis for group in groups for member in group.members))
 
 
 def time_scoring(name: str, options: Options) -> None:
-    torch.manual_seed(0)
-    size, side, classes = SIZES[name]
-    model = obc.load_model(name, num_classes=classes).eval()
-    batch = torch.randn(size, 3, side, side), torch.randint(0, classes, (size,))
-    groups = [group for group in obc.find_groups(model, batch[0][:1]) if group.prunable]
-    axes = list(dict.fromkeys(member.axis for group in groups for member in group.members))
+    model, batch, objective = case(name)
+    axes = prunable_axes(model, batch)
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        objective(model, batch).mean().backward()
 
-    for rows in ("batch", "sample"):
-        read = ProductRows(model, axes, classification, examples_per_row(rows))
-        for number in range(2):
-            read(batch, number)
+    for rows in options.rows:
+        read = ProductRows(model, axes, objective, examples_per_row(rows))
+        first = spent(partial(read, batch, 0))
+        read(batch, 1)
         plain()
-        pairs = ((seconds(partial(read, batch, 0)), seconds(plain)) for _ in range(options.pairs))
-        ratios = [scored / passed for scored, passed in pairs]
-        row = {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
-        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(ratios), "most": round(max(ratios), 3)}
+        pairs = [(spent(partial(read, batch, 0)), spent(plain)) for _ in range(options.pairs)]
+        wall, work = ([scored[kind] / passed[kind] for scored, passed in pairs] for kind in (0, 1))
+        row = {"ratio": round(statistics.median(wall), 3), "least": round(min(wall), 3)}
+        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(wall), "most": round(max(wall), 3)}
+        row |= {"cpu_ratio": round(statistics.median(work), 3)}
+        row |= {"first_call": round(first[1] / statistics.median(passed[1] for _, passed in pairs), 3)}
         write(row, options.note)
+
+
+def check_exact(name: str, options: Options) -> None:
+    """Hold a batch's products in float64 against those by the weights' gradients."""
+    model, batch, objective = case(name, 2)
+    model = model.double()
+    batch = batch if isinstance(batch, dict) else (batch[0].double(), batch[1])
+    axes = prunable_axes(model, batch)
+    read = ProductRows(model, axes, objective, None)
+    found = [read(batch, number) for number in range(3)][-1]
+    layers = {axis.layer for axis in axes}
+    from obc_tools.scoring.rows import Proof  # what an older checkout lacks
+
+    proof = Proof(proven=set(layers), by_weights=set(layers), folds={})
+    exact = ProductRows(model, axes, objective, None, proof)(batch, 0)
+    error = max(
+        float((found[axis] - exact[axis]).abs().max() / exact[axis].abs().max().clamp(min=1e-300)) for axis in axes
+    )
+    slow = len(read.proof.by_weights)
+    write({"what": "exact", "network": name, "rows": "batch", "error": error, "by_weights": slow}, options.note)
 
 
 def counted(batches: Iterable, count: list[int], most: int) -> Iterator:
@@ -126,25 +178,49 @@ def accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         return sum((model(x).argmax(1) == t).sum().item() for x, t in batches) / sum(len(t) for _, t in batches)
 
 
-def time_plans(options: Options) -> None:
+def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
+    """Find one plan in this process; return what it took and the channels that are gone."""
     data = obc.load_data("cifar10", root=str(options.data))
     model = obc.load_model("resnet56", num_classes=10, weights=str(options.weights)).eval()
-    images = list(data.batches("train", 128, seed=options.seed))[: 2 * options.batches]
+    given = Counted(list(obc.take(data.batches("train", 128, seed=options.seed), most)), most)
     test = list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4))
-    example, whole = torch.zeros(1, 3, 32, 32), None
-    runs = [(None, options.batches)] if options.whole else []
-    runs += [(None, options.fixed), *((stop, options.batches) for stop in options.stops)]
-    for stop, most in runs:
-        given = Counted(images, most)
-        extra = {} if stop is None else {"stop": stop}
-        start = time.perf_counter()
-        plan = obc.prune_to(model, example, given, speedup=2.11, steps=options.steps, progress=False, **extra)
-        spent = time.perf_counter() - start
-        gone = {(g.root, c) for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)}
-        whole = gone if whole is None else whole
-        row = {"what": "plan", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "seconds": round(spent, 1)}
-        row |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test)}
-        row |= {"overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
+    extra = {} if stop is None else {"stop": stop}
+    wall, work = time.perf_counter(), time.process_time()
+    plan = obc.prune_to(
+        model, torch.zeros(1, 3, 32, 32), given, speedup=2.11, steps=options.steps, progress=False, **extra
+    )
+    found = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - work, 1)}
+    gone = [[str(g.root), c] for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)]
+    found |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test), "gone": gone}
+    return found
+
+
+def in_process(options: Options, stop: float | None, most: int, code: Path) -> dict[str, object]:
+    """Find a plan by some checkout's code, in a process of its own."""
+    words = ["--data", options.data, "--weights", options.weights, "--steps", options.steps, "--seed", options.seed]
+    words += ["--batches", most, "--stops", *([] if stop is None else [stop])]
+    command = [sys.executable, __file__, "plan", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def time_plans(options: Options) -> None:
+    here, whole = Path(__file__).parents[1], None
+    runs = [(stop, options.batches, here, "here") for stop in options.stops]
+    runs += [(None, options.fixed, here, "here")]
+    for _ in range(options.pairs):
+        runs += [(None, options.whole, options.before, "before")] if options.before else []
+        runs += [(None, options.whole, here, "here")]
+    found = []
+    for stop, most, code, name in runs:
+        result = in_process(options, stop, most, code)
+        found.append((stop, most, name, result))
+        print(stop, most, name, {key: value for key, value in result.items() if key != "gone"}, file=sys.stderr)
+    whole = set(map(tuple, found[-1][-1]["gone"]))
+    for stop, most, name, result in found:
+        gone = set(map(tuple, result.pop("gone")))
+        row = {"what": f"plan {name}", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "given": most}
+        row |= {**result, "overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
         write(row, options.note)
 
 
@@ -152,6 +228,8 @@ if __name__ == "__main__":
     chosen = tyro.cli(Options)
     if chosen.what == "plans":
         time_plans(chosen)
+    elif chosen.what == "plan":
+        print(json.dumps(find(chosen, chosen.stops[0] if chosen.stops else None, chosen.batches)))
     else:
         for network in chosen.models:
-            time_scoring(network, chosen)
+            (time_scoring if chosen.what == "scoring" else check_exact)(network, chosen)

@@ -478,6 +478,10 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
         ({"stop": 0.7}, "stop=0.7: expected a share of a step's channels in (0, 0.5), or None"),
         ({"stop": NAN}, "stop=nan: expected a share of a step's channels in (0, 0.5), or None"),
         ({"stop": 0.1, "criterion": "l1"}, "stop=0.1: criterion 'l1' has no rows that add up; leave stop"),
+        (
+            {"rows": "expected", "criterion": "l1"},
+            "rows='expected': criterion 'l1' has no rows, it needs weights; leave",
+        ),
         ({"task": "depth"}, "unknown task 'depth'; known: classification, detection, image_text,"),
         ({"task": None}, "task=None: expected a Task or one of classification, segmentation,"),
         (

@@ -66,6 +66,10 @@ def check(command: Any) -> None:
                 raise ValueError(f"{option(name)} {entry}: expected a number above 1")
             if name in TARGETS and not 0 < entry < math.inf:
                 raise ValueError(f"{option(name)} {entry}: expected a positive number")
+        if name == "stop" and isinstance(value, float) and not 0 < value < 0.5:
+            raise ValueError(f"{option(name)} {value}: expected a share between 0 and 0.5")
+        if name == "rows" and not re.fullmatch(r"batch|sample|(expected:)?[1-9]\d*|expected", value):
+            raise ValueError(f"{option(name)} {value}: expected batch, sample, a number, expected or expected:32")
         if name in LEAST and value < LEAST[name]:
             raise ValueError(f"{option(name)} {value}: expected at least {LEAST[name]}")
         if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):

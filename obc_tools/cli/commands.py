@@ -227,7 +227,7 @@ class Sweep(PruningOptions):
     def run(self) -> None:
         from ..comparing.sweep import sweep
         from ..data.batches import take
-        from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Steps
+        from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Settings, Steps
         from ..pruning.compensation import compensate
         from ..pruning.plan import prune
         from ..runs.own import own_task
@@ -251,6 +251,7 @@ class Sweep(PruningOptions):
             seed=self.seed,
             group_reduction=self.group_reduction,
             normalizer=self.normalizer,
+            **{name: value for name, value in self.given(Settings).items() if name in ("rows", "stop")},
             **self.given(Selection) | self.given(Limits) | self.given(Steps),
         )
         show(found, self.out)

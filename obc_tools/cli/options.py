@@ -15,6 +15,7 @@ Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="NUMBER", help_behavior_hint="")]
 Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="NUMBER ...", help_behavior_hint="")]
+Rows = Annotated[str | None, tyro.conf.arg(metavar="ROWS", help_behavior_hint="")]
 Whole = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
@@ -72,6 +73,12 @@ class PruningOptions:
     """Batches of training images to score with, drawn afresh for every step."""
     batch_size: int = 128
     """Images in a batch, for scoring and for fine-tuning."""
+    rows: Rows = None
+    """Rows of J of the criteria that have any: one a batch (batch, the default), an example (sample) or k of them; or
+    the mean over all ways to draw batches from the examples (expected; expected:k for rows of k)."""
+    stop: Number = None
+    """Score no more batches once other ones would be expected to exchange at most this share of a step's channels,
+    between 0 and 0.5, such as 0.1. Default: score all."""
     compensate: Flag = False
     """Make up for removed channels in least squares over those images, without labels; fine-tuning starts there."""
     seed: int = 0
@@ -82,7 +89,14 @@ class PruningOptions:
     def given(self, kind: type) -> dict[str, Any]:
         """Return the options that are fields of a value, but for those that were not said."""
         found = {entry.name: getattr(self, entry.name, None) for entry in fields(kind)}
-        return {name: value for name, value in found.items() if value is not None}
+        found = {name: value for name, value in found.items() if value is not None}
+        return found | ({"rows": _rows(found["rows"])} if "rows" in found else {})
+
+
+def _rows(said: str) -> Any:
+    """Return rows as the library takes them: "32" and "expected:32" hold a number."""
+    name, _, size = said.partition(":")
+    return (name, int(size)) if size else int(name) if name.isdecimal() else name
 
 
 @dataclass(frozen=True, kw_only=True)

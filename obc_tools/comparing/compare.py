@@ -31,8 +31,9 @@ from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
 from ..pruning.compensation import compensate
-from ..pruning.order import next_plan
+from ..pruning.order import next_units
 from ..pruning.plan import PruningPlan, shrink
+from ..pruning.prune import Watch
 from ..pruning.reachable import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
@@ -117,6 +118,7 @@ def compare_criteria(
         scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
             only: as in `prune_to`.
         batches, batch_size: the calibration batches of a step.
+        rows, stop: as in `prune_to`, for the criteria that have rows; the others score all batches.
         compensate: measure every step, and score it for the next one, as `compensate` leaves the network with that
             step's ``batches``.
         repeats: how often each criterion is repeated; once for those in which neither data nor chance has a say.
@@ -136,6 +138,8 @@ def compare_criteria(
     chosen = CompareSettings(**_begun(settings, folder))
     factory = partial(copy.deepcopy, factory) if isinstance(factory, nn.Module) else factory
     contenders = resolve_contenders(criteria)
+    for contender in contenders:
+        chosen.scoring().of(contender.criterion)
     bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
     bench = replace(bench, progress=progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
@@ -249,13 +253,15 @@ class _Bench:
         seed = int(np.random.SeedSequence((s.seed, curve.repeat, step)).generate_state(1)[0])
         start = time.perf_counter()
         batches = self.calibration(criterion.batches, curve.repeat, step)
-        scoring = s.scoring(criterion, self.objective)
+        scoring = s.scoring("jacobian", self.objective).of(criterion)
+        target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
+        watch = Watch(curve.plan, scoring, s.limits, lambda order: next_units(order, share, target, self.costs))
         hidden = not (self.progress and scoring.needs_data)
         with tqdm(batches, f"scoring by {curve.contender.label}", disable=hidden, leave=False) as bar:
-            scores = scoring.score(pruned, curve.plan.pruned_groups(), bar, seed)
+            order = watch.order(pruned, bar, seed)
+            bar.total = bar.n  # where the step was decided before
         seconds = time.perf_counter() - start
-        target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
-        return next_plan(scores, curve.plan, share, target, self.costs, s.limits), seconds
+        return replace(order.plan(watch.units(order)), deciding=watch.deciding), seconds
 
     def _row(
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module

@@ -133,8 +133,10 @@ def sweep(
     contenders = resolve_contenders([criteria] if _is_one(criteria) else criteria)
     task = find_task(task)
     task = task if task.against is None else task.against(model)
-    scored = {"criterion": contenders[0].criterion, "objective": objective or task.losses}
+    scored = {"criterion": "jacobian", "objective": objective or task.losses}
     selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
+    for contender in contenders:
+        how[0].of(contender.criterion)
     groups, costs = selection.analyse(model, example_inputs, counting)
     whole, asked = PruningPlan.whole(groups), _targets(targets, counting)
     for target in {target.given[0]: target for target in asked}.values():
@@ -224,7 +226,7 @@ class _Bench:
             self._batches,
             left,
             self.costs,
-            scoring=replace(self.scoring, criterion=curve.contender.criterion),
+            scoring=self.scoring.of(curve.contender.criterion),
             limits=self.limits,
             steps=self.steps,
             seed=self.seed,

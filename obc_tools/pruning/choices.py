@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import check_name, check_number, check_whole
 from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse
 from ..scoring.criteria import Criterion, resolve_criterion
 from ..scoring.objectives import Objective, classification
+from ..scoring.rows import Rows, check_rows
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores, score_groups
 from ..structure.groups import PARTS, ChannelGroup
 from ..structure.layers import LayerAxis
@@ -75,9 +76,9 @@ class Scoring:
 
     ``batches``: of those given the first so many are scored; None takes all. ``stop``: scoring ends before, after at
     least two, once other batches would be expected to exchange at most this share of the channels of a step, in
-    (0, 0.5) (see `order.exchanged`); None scores all. ``per``: a channel's score is divided by the MACs or by the
-    milliseconds that its removal alone would save in what is left, so that what gains most for what it loses goes
-    first; "latency" for targets that are one. None: the score as it is.
+    (0, 0.5) (see `order.exchanged`); None scores all. ``rows``: of J, in place of the criterion's own. ``per``: a
+    channel's score is divided by the MACs or by the milliseconds that its removal alone would save in what is left, so
+    that what gains most for what it loses goes first; "latency" for targets that are one. None: the score as it is.
     """
 
     criterion: Any = "jacobian"
@@ -87,8 +88,11 @@ class Scoring:
     batches: int | None = None
     stop: float | None = None
     per: str | None = None
+    rows: Rows | None = None
 
     def __post_init__(self):
+        if self.rows is not None:
+            object.__setattr__(self, "rows", check_rows(self.rows))
         check_name("group_reduction", self.group_reduction, REDUCTIONS)
         check_name("normalizer", self.normalizer, NORMALIZERS)
         check_name("per", self.per, (None, *PER))
@@ -110,7 +114,13 @@ class Scoring:
     @property
     def resolved(self) -> Criterion:
         """The criterion itself."""
-        return resolve_criterion(self.criterion)
+        criterion = resolve_criterion(self.criterion)
+        return criterion if self.rows is None else replace(criterion, rows=self.rows)
+
+    def of(self, criterion: Any) -> Scoring:
+        """Return the same for another criterion; ``rows`` and ``stop`` go with those that have rows alone."""
+        without = {} if resolve_criterion(criterion).needs == "products" else {"rows": None, "stop": None}
+        return replace(self, criterion=criterion, **without)
 
     @property
     def needs_data(self) -> bool:
@@ -257,6 +267,7 @@ class Settings:
     Attributes:
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         group_reduction, normalizer: how scores are combined and scaled (see `score_groups`).
+        rows, stop: the rows of J, and when a step is decided (see `Scoring`).
         scope, min_channels, max_ratio, round_to: what every group keeps (see `Limits`).
         batches, batch_size: calibration batches of a pruning step, images in one.
         compensate: make up for what is removed in least squares over calibration batches (see `compensate`): at the
@@ -269,6 +280,8 @@ class Settings:
     only: str | None = None
     group_reduction: str = "sum"
     normalizer: str | None = None
+    rows: Rows | None = None
+    stop: float | None = None
     scope: str = "global"
     min_channels: int = 1
     max_ratio: float = 1.0
@@ -282,7 +295,8 @@ class Settings:
         for name, least in (("batches", 1), ("batch_size", 1), ("seed", 0)):
             check_whole(name, getattr(self, name), least)
         object.__setattr__(self, "ignore", self.selection.ignore)
-        _ = self.scoring(), self.limits
+        object.__setattr__(self, "rows", self.scoring().rows)
+        _ = self.limits
 
     @property
     def selection(self) -> Selection:
@@ -291,7 +305,8 @@ class Settings:
 
     def scoring(self, criterion: Any = "jacobian", objective: Objective = classification) -> Scoring:
         """Return how channels are scored by a criterion."""
-        return Scoring(criterion, self.group_reduction, self.normalizer, objective)
+        how = {"rows": self.rows, "stop": self.stop}
+        return Scoring(criterion, self.group_reduction, self.normalizer, objective, **how)
 
     @property
     def limits(self) -> Limits:

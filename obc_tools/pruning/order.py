@@ -281,21 +281,6 @@ def make_plan(
     return order.plan(order.up_to_channels(channels))
 
 
-def next_plan(
-    scores: Mapping[ChannelGroup, Tensor],
-    plan: PruningPlan,
-    share: float,
-    target: Target,
-    costs: CostModel,
-    limits: Limits,
-    *,
-    last_step: str = "exact",
-) -> PruningPlan:
-    """Return the plan of the next step: remove the lowest-scored channels of what a plan leaves (see `next_units`)."""
-    order = removal_order(scores, limits, after=plan)
-    return order.plan(next_units(order, share, target, costs, last_step))
-
-
 def next_units(order: RemovalOrder, share: float, target: Target, costs: CostModel, last_step: str = "exact") -> int:
     """Return how many units the next step removes.
 

@@ -15,7 +15,7 @@ from ..errors import check_whole
 from ..measure.costs import CostModel
 from ..measure.latency_model import LatencyModel, Times
 from ..scoring.objectives import Objective
-from ..scoring.rows import Proof
+from ..scoring.rows import Proof, Rows
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
@@ -55,6 +55,7 @@ def prune_to(
     normalizer: str | None = None,
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
+    rows: Rows | None = None,
     stop: float | None = None,
     per: str | None = None,
     compensate: bool = False,
@@ -85,6 +86,8 @@ def prune_to(
         counting: what MACs are: of the "operations" that run, or as "torch_pruning" counts, the paper's way.
         task: what the network is for, a `Task` or the name of one of `TASKS`: its losses are differentiated.
         objective: (model, batch) -> losses, instead of the task's.
+        rows: of J, of criteria that have any: "batch", "sample" or k examples; "expected" or ("expected", m) averages
+            the score over all ways to draw rows of a batch, or of m examples. None: the criterion's own.
         stop: score no more batches once a step is decided: other batches would be expected to exchange at most this
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
         per: "macs" or "latency": divide each channel's score by what its removal alone would save of these, so that
@@ -117,7 +120,9 @@ def prune_to(
         batches,
         target=target,
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per),
+        scoring=Scoring(
+            criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows
+        ),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         left=left,
@@ -256,11 +261,8 @@ def pruning_steps(
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
             weighed,
         )
-        options = {"decided": watch, "proof": proof} if scoring.stop else {"proof": proof}
-        present = left(model, stage.plan)
-        scores = scoring.score(present, stage.plan.pruned_groups(), batches(step), seed + step, **options)
-        order = removal_order(weighed(scores), limits, after=stage.plan)
-        deciding = (*stage.plan.deciding, *([watch.record] if watch.record else ()))
+        order = watch.order(left(model, stage.plan), batches(step), seed + step, proof=proof)
+        deciding = watch.deciding
         met = []
         for target in unmet:
             units = next_units(order, min(share, target.ratio or share), target, costs, steps.last_step)
@@ -280,7 +282,10 @@ def pruning_steps(
 
 
 class Watch:
-    """Says whether the scores so far decide a step; ``record`` says how far they do."""
+    """Scores a step, and says whether the scores so far decide it; ``record`` says how far they do.
+
+    ``units``: how many of an order of removal go in the step; ``weighed`` scores are ranked.
+    """
 
     def __init__(
         self,
@@ -288,10 +293,21 @@ class Watch:
         scoring: Scoring,
         limits: Limits,
         units: Callable[[RemovalOrder], int],
-        weighed: Callable[[Scores], Scores],
+        weighed: Callable[[Scores], Scores] = lambda scores: scores,
     ):
         self.plan, self.scoring, self.limits, self.units, self.weighed = plan, scoring, limits, units, weighed
         self.record: Deciding | None = None
+
+    def order(self, model: nn.Module, batches: Iterable[Any] | None, seed: int, **options: Any) -> RemovalOrder:
+        """Return the order in which channels of what the plan leaves go, by batches until the step is decided."""
+        options |= {"decided": self} if self.scoring.stop else {}
+        scores = self.scoring.score(model, self.plan.pruned_groups(), batches, seed, **options)
+        return removal_order(self.weighed(scores), self.limits, after=self.plan)
+
+    @property
+    def deciding(self) -> tuple[Deciding, ...]:
+        """How all steps up to this one were decided."""
+        return (*self.plan.deciding, *([self.record] if self.record else ()))
 
     def __call__(self, scores: Scores) -> bool:
         scores = self.weighed(scores)

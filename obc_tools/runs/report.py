@@ -6,7 +6,7 @@ import html
 import math
 import numbers
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
-from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult
+from ..pruning.plan import Deciding
+from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, PruningJob
 
 SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -268,6 +269,8 @@ def _summary(result: JobResult) -> str:
     job, plan = result.job, result.plan
     kept = f"{plan.channels - plan.channels_removed:,} of {plan.channels:,} channels stay"
     text = f"{job.model} on {job.data}, pruned to {job.target} by the {job.criterion} criterion: {kept}."
+    if plan.deciding:
+        text = f"{text} {_deciding(plan.deciding, job)}"
     if result.equivalence is None:
         return text
     found = result.equivalence
@@ -277,6 +280,14 @@ def _summary(result: JobResult) -> str:
         f"{found.start_from_naive:.1g}), and merging changes nothing (at most {found.merged_from_trained:.1g}). The "
         "merged network has the layers, shapes and cost of the naively pruned one; its logits differ from those of the "
         f"naively fine-tuned one by up to {found.merged_from_naive:.3g}."
+    )
+
+
+def _deciding(steps: Sequence[Deciding], job: PruningJob) -> str:
+    scored = ", ".join(f"{step.batches} ({step.share:.2f}{'' if step.decided else ', undecided'})" for step in steps)
+    return (
+        f"Scoring stopped once other batches were expected to exchange at most {job.stop:g} of a step's channels, "
+        f"or at {job.batches} batches; batches of each step, and that share: {scored}."
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, check_name
 from ..structure.layers import Axis, channel_view, is_batch_norm, is_projection, own_parameters
-from .rows import Rows, parameter_slots
+from .rows import Rows, averages, check_rows, parameter_slots
 
 NEEDS = ("weights", "gradients", "squares", "products", "residuals")
 COUPLINGS = ("member", "group", "set")
@@ -107,8 +107,15 @@ class Criterion:
             raise UnknownNameError("need of a criterion", self.needs, NEEDS)
         if self.coupling not in COUPLINGS:
             raise UnknownNameError("coupling", self.coupling, COUPLINGS)
+        object.__setattr__(self, "rows", check_rows(self.rows))
         if self.needs != "products" and (self.coupling, self.split_bias) != ("member", False):
             raise ValueError(f"criterion {self.name!r} needs {self.needs}: coupling and split_bias go with products")
+        if self.needs != "products" and self.rows != "batch":
+            raise ValueError(
+                f"rows={self.rows!r}: criterion {self.name!r} has no rows, it needs {self.needs}; leave rows"
+            )
+        if self.coupling == "set" and averages(self.rows):
+            raise ValueError(f"rows={self.rows!r}: coupling='set' needs the rows themselves; use 'batch' or 'sample'")
         if self.split_bias and (self.coupling != "member" or self.rows != "batch"):
             raise ValueError("split_bias goes with rows='batch' and coupling='member', as published")
         if self.batches is not None and self.batches < 1:

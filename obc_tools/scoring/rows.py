@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from ..errors import check_whole
 from ..state import (
     Restoring,
     differentiable,
@@ -52,20 +53,48 @@ logger = logging.getLogger(__name__)
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
 
-Rows = str | int
-"""One row of J a batch ("batch"), an example ("sample"), or k consecutive examples (a positive whole number)."""
+Rows = str | int | tuple[str, int]
+"""One row of J a batch ("batch"), an example ("sample"), or k consecutive examples (a positive whole number).
+
+For scores also "expected": of rows a batch, averaged over all ways to draw the batches from the examples seen; or
+("expected", m), of rows of m examples (see `scores.SquareSums`).
+"""
+EXPECTED = "expected"
+
+
+def check_rows(rows: Any) -> Rows:
+    """Return what `score_groups` takes as rows, as it came or from JSON; raise ValueError for anything else."""
+    if isinstance(rows, list | tuple) and len(rows) == 2 and rows[0] == EXPECTED:
+        check_whole("rows='expected', m", rows[1], 1, " example in a row")
+        return EXPECTED, rows[1]
+    if rows != EXPECTED:
+        examples_per_row(rows)
+    return rows
+
+
+def averages(rows: Rows) -> bool:
+    """Say whether squares are averaged over ways to draw the rows, which takes the examples' own products."""
+    return rows == EXPECTED or (isinstance(rows, tuple) and rows[:1] == (EXPECTED,))
+
+
+def streamed(rows: Rows) -> Rows:
+    """Return the rows of J that such scores come from."""
+    return "sample" if averages(rows) else rows
 
 
 def examples_per_row(rows: Rows) -> int | None:
-    """Return how many examples make a row, None for a whole batch; raise ValueError for anything that is not `Rows`."""
+    """Return how many examples make a row, None for a whole batch; raise ValueError for anything but rows of J."""
     if rows == "batch":
         return None
+    if averages(rows):
+        raise ValueError(f"rows={rows!r} is an average over many choices of rows: it goes with scores alone")
     if rows == "sample":
         return 1
     if isinstance(rows, int) and not isinstance(rows, bool) and rows > 0:
         return rows
     raise ValueError(
-        f"rows={rows!r}: expected 'batch', 'sample' or how many consecutive examples make a row (1, 2, ...)"
+        f"rows={rows!r}: expected 'batch', 'sample' or how many consecutive examples make a row (1, 2, ...); scores "
+        "take 'expected' and ('expected', m) too"
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -23,7 +23,16 @@ from .criteria import Criterion, Evidence, resolve_criterion
 from .jacobian import stream_products
 from .objectives import Objective, batch_loss, classification, sampled_classification
 from .residual import residual_scores
-from .rows import Proof, distinct_members, parameter_slots, stream_gradients
+from .rows import (
+    EXPECTED,
+    Proof,
+    Rows,
+    averages,
+    distinct_members,
+    parameter_slots,
+    stream_gradients,
+    streamed,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,31 +40,85 @@ Products = Mapping[LayerAxis, Tensor]
 """J·w of the channels of layer axes for some rows: LayerAxis -> (rows, channels)."""
 
 
-def sum_squares(stream: Iterable[Products]) -> dict[LayerAxis, Tensor]:
+@dataclass
+class SquareSums:
+    """Σ_n (J_n w)² over rows that are streamed, batch by batch; nothing is kept but sums, in float64.
+
+    ``rows``: as `score_groups` has them. From S = Σ_i J_i w and Q = Σ_i (J_i w)² over n examples the sum over rows of m
+    examples, averaged over all ways to draw the rows, is ((m − 1) S² + (n − m) Q) / (m² (n − 1)): two examples share a
+    row with probability (m − 1) / (n − 1), and a row is the mean of its examples.
+    """
+
+    rows: Rows = "batch"
+    size: int | None = None
+    """Examples of a row that is drawn."""
+    examples: int = 0
+    sums: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def add(self, products: Mapping[Any, Tensor]) -> Self:
+        """Add a batch, key -> (rows, channels)."""
+        if averages(self.rows):
+            self._count(len(next(iter(products.values()), ())))
+        for key, given in products.items():
+            exact = given.double()
+            found = (exact.square().sum(0), *((exact.sum(0),) if averages(self.rows) else ()))
+            self.sums[key] = tuple(map(torch.add, self.sums[key], found)) if key in self.sums else found
+        return self
+
+    def _count(self, examples: int) -> None:
+        if self.size is None:
+            self.size = examples if self.rows == EXPECTED else self.rows[1]
+        if self.rows == EXPECTED and examples != self.size:
+            raise ValueError(
+                f"rows='expected' draws batches of one size anew, and after one of {self.size} examples came one of "
+                f"{examples}: leave it out, or say how many make a row, rows=('expected', {self.size})"
+            )
+        self.examples += examples
+
+    def __sub__(self, other: SquareSums) -> SquareSums:
+        """Return the sums without those of some of the batches."""
+        sums = {key: tuple(map(torch.sub, mine, other.sums[key])) for key, mine in self.sums.items()}
+        return replace(self, examples=self.examples - other.examples, sums=sums)
+
+    @property
+    def suffices(self) -> bool:
+        """Whether there are examples enough for one row."""
+        return self.size is None or self.examples >= self.size
+
+    def totals(self) -> dict[Any, Tensor]:
+        """Return the sum over the rows of each key: (channels,); raise ValueError where examples do not make a row."""
+        if not self.suffices:
+            raise ValueError(f"rows={self.rows!r}: {self.examples} examples make no row; give more, or a smaller m")
+        n, m = self.examples, self.size
+        if m is None or m == 1:
+            return {key: squares.clamp(min=0) for key, (squares, *_) in self.sums.items()}
+        return {
+            key: ((m - 1) * total.square() + (n - m) * squares.clamp(min=0)) / (m * m * (n - 1))
+            for key, (squares, total) in self.sums.items()
+        }
+
+
+def sum_squares(stream: Iterable[Products], rows: Rows = "batch") -> dict[LayerAxis, Tensor]:
     """Add up the squares of streamed products over all rows, in float64: LayerAxis -> (channels,)."""
-    totals: dict[LayerAxis, Tensor] = {}
+    found = SquareSums(rows)
     for products in stream:
-        for axis, product in products.items():
-            squares = product.double().square().sum(0)
-            totals[axis] = totals[axis] + squares if axis in totals else squares
-    return totals
+        found.add(products)
+    return found.totals()
 
 
 Parts = Mapping[ChannelGroup, Sequence[Member]]
 """The members of each group that are scored."""
 
 
-def sum_group_squares(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
+def sum_group_squares(parts: Parts, stream: Iterable[Products], rows: Rows = "batch") -> dict[ChannelGroup, Tensor]:
     """Add up Σ_n (Σ_m Σ_p J_{m,p} w_{m,p})² of each channel over all rows, in float64: group -> (width,).
 
     The cross terms between a group's members m and positions p are kept: this is wᵀ(JᵀJ)w over the concatenated
     parameters of all that goes with a channel.
     """
-    totals = {group: torch.zeros(group.width, dtype=torch.float64) for group in parts}
-    for products in stream:
-        for group, total in totals.items():
-            total += _joined(group, parts[group], products).square().sum(0)
-    return totals
+    return sum_squares(
+        ({group: _joined(group, parts[group], products) for group in parts} for products in stream), rows
+    )
 
 
 def removal_ranks(parts: Parts, stream: Iterable[Products]) -> dict[ChannelGroup, Tensor]:
@@ -126,8 +189,8 @@ def mean_gradients(
     return dict(found)
 
 
-JOINED = {"group": sum_group_squares, "set": removal_ranks}
-"""How the couplings that join a group's members turn streamed products into scores."""
+JOINED = ("group", "set")
+"""The couplings that join a group's members."""
 
 REDUCTIONS = ("sum", "mean", "max", "prod", "first")
 NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parameters")
@@ -196,8 +259,8 @@ def score_groups(
         group_reduction: "sum", "mean", "max", "prod" or "first", over the members.
         normalizer: None, "sum", "mean", "max", "gaussian" or "standarization" as torch_pruning defines them, or
             "parameters": divide by the number of parameters of one channel of the group.
-        decided: called with the scores so far after every batch from the second on; no more are scored once it says
-            so. For criteria of products whose saliency passes leading dimensions on.
+        decided: called with the scores so far after every batch from the second on that leaves the others a row; no
+            more are scored once it says so. For criteria of products whose saliency passes leading dimensions on.
         proof: see `stream_products`.
 
     Returns:
@@ -224,12 +287,14 @@ def score_groups(
         combined = residual_scores(model, parts, batches, objective)
     elif criterion.coupling in JOINED:
         axes = _axes(model, parts)
-        stream = stream_products(model, batches, list(axes), rows=criterion.rows, objective=objective, proof=proof)
-        combined = JOINED[criterion.coupling](parts, stream)
+        options = {"rows": streamed(criterion.rows), "objective": objective, "proof": proof}
+        stream = stream_products(model, batches, list(axes), **options)
+        by_set = criterion.coupling == "set"
+        combined = removal_ranks(parts, stream) if by_set else sum_group_squares(parts, stream, criterion.rows)
     else:
         axes = _axes(model, parts)
         proof = Proof() if proof is None else proof
-        options = {"rows": criterion.rows, "objective": objective, "proof": proof, "set_aside": True}
+        options = {"rows": streamed(criterion.rows), "objective": objective, "proof": proof, "set_aside": True}
         stream = stream_products(model, batches, list(axes), **options)
         reached = proof.reached if criterion.needs == "products" else None
         finish = partial(_finish, model, parts, criterion, group_reduction, normalizer, reached)
@@ -305,23 +370,29 @@ def _score_until(
     finish: Callable[[Mapping[LayerAxis, Tensor]], dict[ChannelGroup, Tensor]],
 ) -> Scores:
     """Score batch after batch until the scores suffice, or none is left."""
-    squares: list[dict[LayerAxis, Tensor]] = []
-    for products in stream:
-        squares.append({axis: rows.double().square().sum(0).cpu() for axis, rows in products.items()})
-        count, saliencies = len(squares), {}
+    total, each, scores = SquareSums(criterion.rows), [], None
+
+    def scored(others: Sequence[SquareSums]) -> Scores:
+        scale = len(others) / max(len(others) - 1, 1)
+        left_out = [{axis: scale * squares for axis, squares in sums.totals().items()} for sums in others]
+        tables, saliencies = [total.totals(), *left_out], {}
         for name, (layer, axis) in axes.items():
-            each = torch.stack([batch[name] for batch in squares])
-            total = each.sum(0)
-            seen = torch.cat([total[None], (total - each).clamp(min=0) * count / max(count - 1, 1)])
+            seen = torch.stack([table[name] for table in tables])
             saliencies[name] = _saliency(criterion, name, Evidence(layer, axis, products=seen), seen.shape)
         found = finish(saliencies)
-        scores = replace(
-            _scores(groups, criterion, {group: score[0] for group, score in found.items()}),
-            left_out={group: score[1:] for group, score in found.items()},
-        )
-        if count > 1 and decided(scores):
-            break
-    return scores
+        whole = _scores(groups, criterion, {group: score[0] for group, score in found.items()})
+        return replace(whole, left_out={group: score[1:] for group, score in found.items()} if others else None)
+
+    for products in stream:
+        here = {axis: rows.cpu() for axis, rows in products.items()}
+        total.add(here)
+        each.append(SquareSums(criterion.rows, total.size).add(here))
+        others = [total - one for one in each]
+        if len(others) > 1 and all(sums.suffices for sums in others):
+            scores = scored(others)
+            if decided(scores):
+                return scores
+    return scores or scored(())
 
 
 def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
@@ -376,7 +447,7 @@ def _saliencies(
 ) -> dict[LayerAxis, Tensor]:
     """Return the criterion's saliency of every axis, on the CPU in float64."""
     layers, needs = [axis.layer for axis in axes], criterion.needs
-    products = sum_squares(stream) if needs == "products" else {}
+    products = sum_squares(stream, criterion.rows) if needs == "products" else {}
     gradients = mean_gradients(model, batches, layers, objective=objective) if needs == "gradients" else {}
     squares = sum_square_gradients(model, batches, layers, objective=objective) if needs == "squares" else {}
     generator = torch.Generator().manual_seed(seed)

@@ -222,7 +222,8 @@ def to_code(choices: Choices, setup: Setup) -> str:
     drawn = f'batches = obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
     chosen, heads = _unusual(setup.selection, "ignore", "whole_heads", "only"), _unusual(setup.selection, "whole_heads")
     by_task = setup.task != CLASSIFICATION.name
-    scored = ["model", "groups", repr(scoring.criterion), *data, *_unusual(scoring, "group_reduction", "normalizer")]
+    criterion = scoring.criterion if scoring.rows is None else (scoring.criterion, {"rows": scoring.rows})
+    scored = ["model", "groups", repr(criterion), *data, *_unusual(scoring, "group_reduction", "normalizer")]
     scored += ["objective=task.losses"] if by_task and data else []
     one = f'data.batches("train", 1{on})'
     zeros = f"torch.zeros({', '.join(map(str, (1, *setup.image_shape)))}{on})"

@@ -66,6 +66,7 @@ from .controls import (
 from .tasks import Task
 
 NONE = "none"
+ROWS = ("batch", "sample", "expected")
 """Stands for None, which a choice of a widget cannot have."""
 
 KINDS = {
@@ -121,6 +122,12 @@ class StudioControls:
         scoring, (kind, value) = choices.scoring, shown_value(choices.target)
         normalizers = [name or NONE for name in NORMALIZERS]
         self.criterion = dropdown("criterion", CRITERIA, scoring.criterion, "what a channel is scored by")
+        self.rows = dropdown(
+            "rows",
+            dict.fromkeys((*ROWS, scoring.rows or ROWS[0])),
+            scoring.rows or ROWS[0],
+            "of J, where the criterion has rows",
+        )
         self.reduction = dropdown("reduction", REDUCTIONS, scoring.group_reduction, "over a group's members")
         self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
         self.scope = dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together")
@@ -153,7 +160,7 @@ class StudioControls:
     @property
     def column(self) -> list[W.Widget]:
         """What scores depend on, what a plan is to meet, what is shown, and what is said of a single group."""
-        scoring = [self.criterion, self.reduction, self.normalizer]
+        scoring = [self.criterion, self.rows, self.reduction, self.normalizer]
         target = [self.scope, self.kind, self.place, self.round_to]
         return [*scoring, *target, self.bars, self.group, self.limit, self.locked]
 
@@ -161,9 +168,10 @@ class StudioControls:
         """Return choices with what the controls say in their place."""
         normalizer = None if self.normalizer.value == NONE else self.normalizer.value
         multiple = None if self.round_to.value == 1 else self.round_to.value
+        rows = None if self.rows.value == ROWS[0] else self.rows.value
         return replace(
             choices,
-            scoring=Scoring(self.criterion.value, self.reduction.value, normalizer),
+            scoring=Scoring("jacobian", self.reduction.value, normalizer, rows=rows).of(self.criterion.value),
             target=self._read_target(choices.target),
             limits=replace(choices.limits, scope=self.scope.value, round_to=multiple),
         )
@@ -184,7 +192,7 @@ class StudioControls:
         """Set every control to what was chosen."""
         scoring = choices.scoring
         self.criterion.value, self.reduction.value = scoring.criterion, scoring.group_reduction
-        self.normalizer.value = scoring.normalizer or NONE
+        self.normalizer.value, self.rows.value = scoring.normalizer or NONE, scoring.rows or ROWS[0]
         self.scope.value, self.round_to.value = choices.limits.scope, choices.limits.round_to or 1
         self.show_target(choices.target)
         self.show_group(choices)
@@ -320,7 +328,16 @@ class PruningStudio(View):
 
     def _connect(self) -> None:
         c = self._controls
-        for control in (c.criterion, c.reduction, c.normalizer, c.scope, c.round_to, c.kind, *c.targets.values()):
+        for control in (
+            c.criterion,
+            c.rows,
+            c.reduction,
+            c.normalizer,
+            c.scope,
+            c.round_to,
+            c.kind,
+            *c.targets.values(),
+        ):
             self.on_change([control], partial(self._changed, control))
         self.on_change([c.group], self._show_group)
         self.on_change([c.limit], self._set_limit)

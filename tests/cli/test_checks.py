@@ -1,5 +1,6 @@
 """What is found before anything is loaded: names, numbers and paths, as the command spells them."""
 
+import json
 import subprocess
 import sys
 
@@ -13,8 +14,9 @@ from obc_tools.cli.commands import main, parse
 from obc_tools.data.data import DATA_SETS
 from obc_tools.measure.costs import COUNTINGS
 from obc_tools.models.networks import PUBLISHED_KINDS
-from obc_tools.pruning.choices import SCOPES, TARGETS
+from obc_tools.pruning.choices import SCOPES, TARGETS, Scoring
 from obc_tools.runs import folder
+from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
 from obc_tools.structure.groups import PARTS
@@ -30,6 +32,8 @@ FOUND_AT_ONCE = [
     ([*PRUNE, *OUT, "--ratio", "0"], "--ratio 0.0: expected a share between 0 and 1"),
     ([*PRUNE, *OUT], "give one target: --speedup, --macs, --params or --ratio; got none"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--stop", "0.5"], "--stop 0.5: expected a share between 0 and 0.5"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--rows", "expected:0"], "--rows expected:0: expected batch, sample, a number"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--weights", "no.pth"], "--weights no.pth: there is no such file"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--root", "no"], "--root no: there is no such folder"),
     ([*PRUNE, "--out", "file", "--ratio", "0.5"], "--out file is a file, not a folder"),
@@ -74,6 +78,7 @@ def test_what_is_meant_passes(monkeypatch):
         "--speedup 2",
         "--ratio 0.5 --criterion magnitude",
         "--macs 5e6 --task own:task",
+        "--ratio 0.5 --rows expected:32 --stop 0.1",
         "--params 1 --device cuda:1",
     )
     for way in ways:
@@ -121,3 +126,19 @@ def test_ctrl_c_while_commands_are_loaded_leaves_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["demo"])
     assert ended.value.code == 130 and capsys.readouterr().err == "\nobc: stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "rows"), [("sample", "sample"), ("4", 4), ("expected", "expected"), ("expected:32", ("expected", 32))]
+)
+def test_rows_and_stopping_reach_the_job_and_its_file(said, rows):
+    arguments = [*PRUNE, *OUT, "--weights", "scratch.pth", "--ratio", "0.5", "--rows", said, "--stop", "0.1"]
+    job = parse(arguments).job()
+    assert job.scoring(job.criterion) == Scoring(rows=rows, stop=0.1)
+    assert PruningJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+def test_a_criterion_without_rows_is_refused_by_a_job():
+    command = parse([*PRUNE, *OUT, "--weights", "w.pth", "--ratio", "0.5", "--criterion", "l1", "--rows", "sample"])
+    with pytest.raises(ValueError, match="rows='sample': criterion 'l1' has no rows"):
+        command.job()

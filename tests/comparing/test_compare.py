@@ -202,6 +202,20 @@ def test_a_folder_takes_more_criteria_but_no_other_comparison(data, tmp_path):
     assert (stranger / "thesis.tex").read_text() == "mine"
 
 
+def test_steps_may_stop_where_criteria_have_rows(data, tmp_path):
+    asked = SMALL | {"batches": 4, "repeats": 1, "rows": "expected", "stop": 0.4}
+    found = compare_criteria(network, data, ["jacobian", "l1"], folder=tmp_path, **asked)
+    curves = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    deciding = {name: kept["plan"].get("deciding", []) for name, kept in curves.items() if "plan" in kept}
+    assert sorted(map(len, deciding.values())) == [0, 3]
+    steps = max(deciding.values(), key=len)
+    assert all(2 <= step["batches"] <= 4 and step["decided"] == (step["share"] <= 0.4) for step in steps)
+    again = compare_criteria(network, data, ["jacobian", "l1"], folder=tmp_path, **asked)
+    pd.testing.assert_frame_equal(again.frame, found.frame)
+    by_rows = compare_criteria(network, data, [("jacobian", {"rows": "expected"})], **asked | {"rows": None})
+    np.testing.assert_array_equal(by_rows.frame["macs"], found.frame[found.frame["criterion"] == "jacobian"]["macs"])
+
+
 def test_a_curve_ends_at_chance(data):
     class Guess(nn.Module):
         """Pruned or not, it gives one class."""
@@ -231,6 +245,8 @@ def test_a_curve_ends_at_chance(data):
         ({"scope": "galactic"}, r"unknown scope 'galactic'"),
         ({"group_reduction": "median"}, r"unknown group_reduction 'median'"),
         ({"normalizer": "medain"}, r"unknown normalizer 'medain'"),
+        ({"stop": 0.5}, r"stop=0.5: expected a share of a step's channels"),
+        ({"rows": "most"}, r"rows='most': expected 'batch'"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(data, options, message):

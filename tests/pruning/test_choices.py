@@ -9,7 +9,7 @@ from networks import network
 from obc_tools import PruningPlan, Target, cost, cost_model, find_groups, one_shot_plan, prune, prune_to, score_groups
 from obc_tools.measure.costs import Cost
 from obc_tools.pruning.choices import TORCH_PRUNING, Limits, Scoring, Selection, Settings, Steps
-from obc_tools.pruning.order import next_plan, removal_order
+from obc_tools.pruning.order import next_units, removal_order
 
 
 def test_a_selection_takes_what_find_groups_takes():
@@ -77,13 +77,13 @@ def test_a_step_after_others_removes_no_unit_too_many():
     groups, costs = find_groups(model, images), cost_model(model, images)
     first = one_shot_plan(score_groups(model, groups, "l2"), costs, ratio=0.2)
     scores = score_groups(prune(model, first), first.pruned_groups(), "l2")
-    order, limits, target = removal_order(scores, after=first), Limits(), Target(speedup=1.8)
+    order, target = removal_order(scores, after=first), Target(speedup=1.8)
     plans = [order.plan(units) for units in range(len(order) + 1)]
     expected = next(plan for plan in plans if target.met(costs.of(plan), costs.original))
-    assert next_plan(scores, first, 1.0, target, costs, limits) == expected
-    full = next_plan(scores, first, 0.9, target, costs, limits, last_step="full")
+    assert order.plan(next_units(order, 1.0, target, costs)) == expected
+    full = order.plan(next_units(order, 0.9, target, costs, last_step="full"))
     assert full == plans[order.up_to(0.9)] and full.channels_removed > expected.channels_removed
-    short = next_plan(scores, first, 0.25, target, costs, limits)
+    short = order.plan(next_units(order, 0.25, target, costs))
     assert short == plans[order.up_to(0.25)] and not target.met(costs.of(short), costs.original)
     removed = [sum(map(len, plan.kept)) for plan in plans]
     assert removed == sorted(removed, reverse=True) and plans[0] == first != PruningPlan.whole(groups)

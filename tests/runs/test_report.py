@@ -1,11 +1,15 @@
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from obc_tools.runs.report import Figure, Table, Text, format_number, render_report, write_report
+from obc_tools.pruning.choices import Target
+from obc_tools.pruning.plan import Deciding
+from obc_tools.runs.job import PruningJob
+from obc_tools.runs.report import Figure, Table, Text, format_number, job_sections, render_report, write_report
 
 FRAME = pd.DataFrame(
     {
@@ -98,3 +102,12 @@ def test_refuses_unknown_columns_and_formats_that_do_not_suit():
         Table(FRAME, formats={"acuracy": ".2%"})
     with pytest.raises(ValueError, match="column 'latency': 12.3456 does not suit the format ',d'"):
         render_report("t", [Table(FRAME, formats={"latency": ",d"})])
+
+
+def test_a_report_says_how_steps_were_decided():
+    job = PruningJob(model="resnet8", data="digits", target=Target(ratio=0.5), weights="w", batches=9, stop=0.1)
+    steps = (Deciding(3, 0.04, True), Deciding(9, 0.25, False))
+    plan = SimpleNamespace(deciding=steps, channels=10, channels_removed=5)
+    text = next(job_sections(SimpleNamespace(job=job, plan=plan, equivalence=None))).text
+    assert "at most 0.1 of a step's channels, or at 9 batches" in text
+    assert text.endswith("batches of each step, and that share: 3 (0.04), 9 (0.25, undecided).")

@@ -176,6 +176,7 @@ def test_plans_of_different_networks_are_not_compared():
 CODED = {
     "plain": Choices(),
     "weights": Choices(Scoring("l1"), Target(speedup=1.5)),
+    "rows": Choices(Scoring("jacobian", rows=("expected", 8)), Target(ratio=0.4)),
     "scaled": Choices(Scoring("taylor", "mean", "max"), Target(params=0.6), Limits(scope="isomorphic")),
     "limited": Choices(Scoring("jacobian"), Target(macs=0.7), Limits(2, 0.9, 2, scope="local")),
 }
@@ -199,7 +200,7 @@ def test_the_code_makes_the_same_plan(name):
     scores = obc.score_groups(
         model,
         groups,
-        scoring.criterion,
+        scoring.resolved,
         batches,
         group_reduction=scoring.group_reduction,
         normalizer=scoring.normalizer,

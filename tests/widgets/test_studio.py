@@ -253,6 +253,16 @@ def test_another_criterion_is_scored_beside_the_kernel_and_kept(studio):
     assert studio.state.choices.scoring.normalizer == "mean"
 
 
+def test_rows_go_with_criteria_that_have_them(studio):
+    c = controls(studio)
+    c.rows.value = "expected"
+    studio.wait(60)
+    assert studio.state.choices.scoring.rows == "expected" and "{'rows': 'expected'}" in studio.code
+    c.criterion.value = "l1"
+    studio.wait(60)
+    assert studio.state.choices.scoring.rows is None and c.rows.value == "batch"
+
+
 def test_a_new_setting_cancels_the_scoring_under_way(studio, monkeypatch):
     entered, go_on, scored = threading.Event(), threading.Event(), []
     score = studio.session.score
