@@ -276,6 +276,10 @@ TYPE_ROWS = (
     (lambda w: {"model": w.half_head()}, ": its parameters have several dtypes: float16, float64"),
     (lambda w: {"example_inputs": w.images.to("meta")}, ": device meta, the model's is cpu"),
 )
+EMPTY_ROWS = (
+    ({"batches": [[]]}, "batch 1 holds no example: leave it out"),
+    (lambda w: {"batches": [*w.batches, w.images[:0]]}, "batch 3 holds no example: leave it out"),
+)
 BATCH_ROWS = (
     (lambda w: {"batches": w.data}, "batches: not a Data; pass a list of batches, a DataLoader or"),
     ({"batches": []}, "the batches yield no data: an empty data set, or an iterator that"),
@@ -677,10 +681,11 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
         ({"task": "image_text"}, "batch 1: task 'image_text' does not fit Net: Sequential.forward()"),
         ({"task": "outputs"}, "batch 0: task 'outputs' does not fit Net: task 'outputs' compares"),
     ),
-    "recalibrate": (*MODEL_ROWS, *BATCH_ROWS),
+    "recalibrate": (*MODEL_ROWS, *BATCH_ROWS, *EMPTY_ROWS),
     "compensate": (
         *MODEL_ROWS,
         *BATCH_ROWS,
+        *EMPTY_ROWS,
         ({"ridge": NAN}, "ridge=nan: expected a number of 0 or more"),
         ({"ridge": -1}, "ridge=-1: expected a number of 0 or more"),
         ({"positions": 0}, "positions=0: expected at least 1, or None for all (a whole number)"),

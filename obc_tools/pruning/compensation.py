@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from ..errors import UnknownNameError, check_number, check_whole
@@ -106,9 +106,9 @@ def compensate(
 
     Raises:
         PlanMismatchError: the plan does not fit the model.
-        ValueError: no batches, one that does not run through the model (says which), activations that are not finite
-            (says the layer), a layer over `max_bytes`, batches that run different layers, an ignored name that does not
-            exist.
+        ValueError: no batches, one without examples or that does not run through the model (says which), activations
+            that are not finite (says the layer), a layer over `max_bytes`, batches that run different layers, an
+            ignored name that does not exist.
     """
     check_number("ridge", ridge, "a number of 0 or more", lambda number: 0 <= number < math.inf)
     if positions is not None:
@@ -141,7 +141,13 @@ def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, task: str | T
 def _frozen(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
     """Return the batches as a list, on the model's device."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    return [tree_map_only(Tensor, lambda tensor: tensor.to(device), batch) for _, batch in numbered(batches)]
+    found = []
+    for number, batch in numbered(batches):
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if (isinstance(batch, tuple | list) and not batch) or (tensors and not tensors[0].numel()):
+            raise ValueError(f"batch {number} holds no example: leave it out")
+        found.append(tree_map_only(Tensor, lambda tensor: tensor.to(device), batch))
+    return found
 
 
 def _ignoring(model: nn.Module, found: Survey, ignore: Iterable[str]) -> Survey:

@@ -65,7 +65,7 @@ def results_table(
         ValueError: for an unknown ``select``, and where no run has finished.
     """
     found = find_runs(runs) if isinstance(runs, str | os.PathLike) else list(runs)
-    finished = [run for run in found if run.status == "finished" and run.job.task == CLASSIFICATION.name]
+    finished = [run for run in found if run.status == "finished"]
     rows = [row for run in finished for row in _unless_unreadable(lambda run=run: _rows(run, select))]
     if not rows:
         raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned classifier")
@@ -84,8 +84,11 @@ def results_table(
 
 
 def _rows(run: Run, select: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each fine-tuned network of a run."""
-    job, table = run.job, run.table(select).set_index("model")
+    """Yield a row for each fine-tuned network of a run; none where it is no classifier."""
+    job = run.job
+    if job.task != CLASSIFICATION.name:
+        return
+    table = run.table(select).set_index("model")
     name = SELECTIONS[select].format("accuracy")
     for key, method in METHODS.items():
         if TITLES[key] not in table.index:

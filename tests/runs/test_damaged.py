@@ -65,3 +65,12 @@ def test_tables_leave_damaged_runs_out_and_name_them(tmp_path, caplog):
     with pytest.raises(ValueError, match="none of 1 runs has finished"):
         results_table(tmp_path)
     assert "is not of format 1" in caplog.text
+
+
+def test_a_job_that_is_damaged_while_it_is_watched_is_left_out(tmp_path, caplog):
+    watched = Run.open(write(tmp_path / "a", running=False))
+    (tmp_path / "a" / "results.json").write_text('{"format": 99}')
+    newer(tmp_path / "a")
+    with caplog.at_level(logging.WARNING, "obc_tools"), pytest.raises(ValueError, match="none of 1 runs has finished"):
+        results_table([watched])
+    assert "left out: " in caplog.text and "a job has no phase" in caplog.text
