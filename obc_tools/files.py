@@ -82,13 +82,15 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a name beside a path, under which to write a file or make a folder that then takes the path's place.
 
     It does so on success alone, and lies on the disk by then: the path holds the old content or the new, all of it,
-    whenever the process dies or the machine stops. What a killed process leaves beside it, `is_leftover` tells.
+    whenever the process dies or the machine stops. What a killed process leaves beside it, `is_leftover` tells. Only a
+    folder that is replaced by another has no name for a moment: `put_back` mends a death in between.
 
     Args:
         path: Of the file or folder; folders to it are made.
         synced: Wait for the disk. Without it, only the process may die at any time, not the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    put_back(path)
     mark = uuid.uuid4().hex
     new, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
     try:
@@ -114,10 +116,31 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in found if not is_leftover(path) and path.name not in (LOCK, HOLDER))
 
 
-def remove_leftovers(folder: Path, of: str = "*") -> None:
-    """Remove what killed processes left in a folder of entries, by their name, that no other process writes to."""
-    for path in filter(is_leftover, list(folder.glob(f".{of}.*"))):
-        _remove(path)
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Remove what killed processes left in a folder, of the entry with a name or of all, that nobody else writes to.
+
+    Not what has lost its name, which is given back.
+    """
+    for path in filter(is_leftover, list(folder.iterdir()) if folder.is_dir() else ()):
+        name = _written(path)
+        if of in (None, name):
+            put_back(folder / name)
+            _remove(path)
+
+
+def put_back(path: Path) -> None:
+    """Give a folder its name back where a process died between taking it away and giving it to a new one."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    for left in path.parent.iterdir():
+        if left.name.endswith(".old") and is_leftover(left) and _written(left) == path.name:
+            left.replace(path)
+            return
+
+
+def _written(leftover: Path) -> str:
+    """Return the name of what a leftover was written for: `.NAME.MARK.new`."""
+    return leftover.name[1:].rsplit(".", 2)[0]
 
 
 def _take_place(new: Path, path: Path, old: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from .files import HOLDER, LOCK, entries, read_json, write_json
+from .files import HOLDER, LOCK, entries, put_back, read_json, write_json
 
 PROCESS = "process.json"
 """Names the process that a folder was handed to when that was started."""
@@ -36,6 +36,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: while another process, or another thread of this one, holds it.
     """
+    put_back(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
@@ -59,22 +60,32 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _by_whom(folder: Path) -> str:
+    identity = _identity(folder / HOLDER)
+    return "" if identity is None else f" by process {identity['pid']} on '{identity['host']}'"
+
+
+def _identity(path: Path) -> dict[str, Any] | None:
+    """Return who is named in a file; None where there is none, any more, or where a holder's was never all there."""
     try:
-        identity = read_json(folder / HOLDER)
-    except (OSError, ValueError):
-        return ""
-    return f" by process {identity['pid']} on '{identity['host']}'"
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        if path.name == HOLDER:  # not synced: the machine stopped before it lay on the disk
+            return None
+        raise
 
 
 def worker_of(folder: Path) -> dict[str, Any] | None:
     """Return the identity of who holds a folder or, else, of the process that it was handed to; None if of neither."""
-    named = (folder / name for name in (HOLDER, PROCESS))
-    return next((read_json(path) for path in named if path.is_file()), None)
+    named = (_identity(folder / name) for name in (HOLDER, PROCESS))
+    return next(filter(None, named), None)
 
 
 def is_worked_on(folder: Path) -> bool:
     """Say whether the process that a folder names runs on this machine."""
-    return any(is_alive(read_json(path)) for name in (HOLDER, PROCESS) if (path := folder / name).is_file())
+    named = (_identity(folder / name) for name in (HOLDER, PROCESS))
+    return any(map(is_alive, filter(None, named)))
 
 
 def start(command: Sequence[str], output: Path, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from obc_tools.files import entries, is_leftover, read_json, remove_leftovers, replacing, write_json, write_text
+from obc_tools.holding import held
 
 
 def make_folder(path: Path, text: str) -> None:
@@ -80,3 +81,44 @@ def test_what_a_killed_process_leaves_is_told_apart(tmp_path):
     assert entries(tmp_path) == [".hidden", "report.new", "thesis.tex"] and entries(tmp_path / "nowhere") == []
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == entries(tmp_path)
+
+
+KILLED_BETWEEN = """
+import os, sys
+from pathlib import Path
+from obc_tools.files import replacing
+folder, replace = Path(sys.argv[1]), Path.replace
+def killed_after(self, target):
+    replace(self, target)
+    if str(target).endswith(".old"):
+        os.kill(os.getpid(), 9)
+Path.replace = killed_after
+with replacing(folder) as new:
+    new.mkdir()
+    (new / "results.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("next_one", ["holds", "removes", "writes", "removes all"])
+def test_a_folder_is_never_lost_between_its_old_and_its_new_content(tmp_path, next_one):
+    folder, other = tmp_path / "run [1]", tmp_path / f".run [1].b.{'0' * 32}.new"
+    make_folder(folder, "old")
+    other.mkdir()  # what another, "run [1].b", is about to be
+    assert subprocess.run([sys.executable, "-c", KILLED_BETWEEN, folder]).returncode == -signal.SIGKILL
+    assert not folder.exists()
+    if next_one == "holds":
+        with held(folder):
+            remove_leftovers(tmp_path, of=folder.name)
+    elif next_one == "removes":
+        remove_leftovers(tmp_path, of=folder.name)
+    elif next_one == "removes all":
+        other.rmdir()
+        remove_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    else:
+        with pytest.raises(ZeroDivisionError), replacing(folder):
+            raise ZeroDivisionError
+        remove_leftovers(tmp_path, of=folder.name)
+    assert (folder / "results.json").read_text() == "old"
+    assert other.exists() == (next_one != "removes all")
+    assert len(list(tmp_path.iterdir())) == 1 + other.exists()

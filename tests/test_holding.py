@@ -92,3 +92,10 @@ def test_of_many_at_once_one_holds(tmp_path):
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+def test_a_holder_that_was_never_all_there_is_nobody(tmp_path):
+    write_text(tmp_path / HOLDER, "")
+    assert worker_of(tmp_path) is None and not is_worked_on(tmp_path)
+    with held(tmp_path):
+        assert is_worked_on(tmp_path)

@@ -34,6 +34,7 @@ KNOWN = {
     "normalizer": ("sum", "mean", "max", "gaussian", "standarization", "parameters"),
     "only": ("mlp", "attention", "bottleneck"),
     "counting": ("operations", "torch_pruning"),
+    "per": ("macs",),
     "task": ("classification", "segmentation", "detection", "language_model", "image_text", "outputs"),
     "data": (
         "digits", "cifar10", "cifar100", "imagenet", "folder", "digit_scenes", "digit_captions", "stdlib_text"

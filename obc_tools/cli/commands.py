@@ -251,7 +251,7 @@ class Sweep(PruningOptions):
             seed=self.seed,
             group_reduction=self.group_reduction,
             normalizer=self.normalizer,
-            **{name: value for name, value in self.given(Settings).items() if name in ("rows", "stop")},
+            **{name: value for name, value in self.given(Settings).items() if name in ("rows", "stop", "per")},
             **self.given(Selection) | self.given(Limits) | self.given(Steps),
         )
         show(found, self.out)

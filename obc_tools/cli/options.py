@@ -79,6 +79,8 @@ class PruningOptions:
     stop: Number = None
     """Score no more batches once other ones would be expected to exchange at most this share of a step's channels,
     between 0 and 0.5, such as 0.1. Default: score all."""
+    per: Choice = None
+    """Divide each channel's score by what its removal alone would save: macs. Default: rank by the score."""
     compensate: Flag = False
     """Make up for removed channels in least squares over those images, without labels; fine-tuning starts there."""
     seed: int = 0

@@ -119,6 +119,7 @@ def compare_criteria(
             only: as in `prune_to`.
         batches, batch_size: the calibration batches of a step.
         rows, stop: as in `prune_to`, for the criteria that have rows; the others score all batches.
+        per: as in `prune_to`, for all criteria.
         compensate: measure every step, and score it for the next one, as `compensate` leaves the network with that
             step's ``batches``.
         repeats: how often each criterion is repeated; once for those in which neither data nor chance has a say.
@@ -255,7 +256,8 @@ class _Bench:
         batches = self.calibration(criterion.batches, curve.repeat, step)
         scoring = s.scoring("jacobian", self.objective).of(criterion)
         target, share = s.target(step, self.costs.original), 1.0 if s.ratio is None else s.ratio * step / s.steps
-        watch = Watch(curve.plan, scoring, s.limits, lambda order: next_units(order, share, target, self.costs))
+        units = partial(next_units, share=share, target=target, costs=self.costs)
+        watch = Watch(curve.plan, scoring, s.limits, self.costs, units)
         hidden = not (self.progress and scoring.needs_data)
         with tqdm(batches, f"scoring by {curve.contender.label}", disable=hidden, leave=False) as bar:
             order = watch.order(pruned, bar, seed)

@@ -267,7 +267,7 @@ class Settings:
     Attributes:
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         group_reduction, normalizer: how scores are combined and scaled (see `score_groups`).
-        rows, stop: the rows of J, and when a step is decided (see `Scoring`).
+        rows, stop, per: the rows of J, when a step is decided, what scores are divided by (see `Scoring`).
         scope, min_channels, max_ratio, round_to: what every group keeps (see `Limits`).
         batches, batch_size: calibration batches of a pruning step, images in one.
         compensate: make up for what is removed in least squares over calibration batches (see `compensate`): at the
@@ -282,6 +282,7 @@ class Settings:
     normalizer: str | None = None
     rows: Rows | None = None
     stop: float | None = None
+    per: str | None = None
     scope: str = "global"
     min_channels: int = 1
     max_ratio: float = 1.0
@@ -305,7 +306,7 @@ class Settings:
 
     def scoring(self, criterion: Any = "jacobian", objective: Objective = classification) -> Scoring:
         """Return how channels are scored by a criterion."""
-        how = {"rows": self.rows, "stop": self.stop}
+        how = {"rows": self.rows, "stop": self.stop, "per": self.per}
         return Scoring(criterion, self.group_reduction, self.normalizer, objective, **how)
 
     @property

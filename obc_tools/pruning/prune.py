@@ -253,13 +253,12 @@ def pruning_steps(
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
     bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
     for step, share in bar:
-        weighed = partial(per_cost, plan=stage.plan, per=scoring.per, costs=costs)
         watch = Watch(
             stage.plan,
             scoring,
             limits,
+            costs,
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
-            weighed,
         )
         order = watch.order(left(model, stage.plan), batches(step), seed + step, proof=proof)
         deciding = watch.deciding
@@ -284,7 +283,7 @@ def pruning_steps(
 class Watch:
     """Scores a step, and says whether the scores so far decide it; ``record`` says how far they do.
 
-    ``units``: how many of an order of removal go in the step; ``weighed`` scores are ranked.
+    ``units``: how many of an order of removal go in the step.
     """
 
     def __init__(
@@ -292,17 +291,17 @@ class Watch:
         plan: PruningPlan,
         scoring: Scoring,
         limits: Limits,
+        costs: CostModel | LatencyModel,
         units: Callable[[RemovalOrder], int],
-        weighed: Callable[[Scores], Scores] = lambda scores: scores,
     ):
-        self.plan, self.scoring, self.limits, self.units, self.weighed = plan, scoring, limits, units, weighed
+        self.plan, self.scoring, self.limits, self.costs, self.units = plan, scoring, limits, costs, units
         self.record: Deciding | None = None
 
     def order(self, model: nn.Module, batches: Iterable[Any] | None, seed: int, **options: Any) -> RemovalOrder:
         """Return the order in which channels of what the plan leaves go, by batches until the step is decided."""
         options |= {"decided": self} if self.scoring.stop else {}
         scores = self.scoring.score(model, self.plan.pruned_groups(), batches, seed, **options)
-        return removal_order(self.weighed(scores), self.limits, after=self.plan)
+        return removal_order(self._weighed(scores), self.limits, after=self.plan)
 
     @property
     def deciding(self) -> tuple[Deciding, ...]:
@@ -310,9 +309,12 @@ class Watch:
         return (*self.plan.deciding, *([self.record] if self.record else ()))
 
     def __call__(self, scores: Scores) -> bool:
-        scores = self.weighed(scores)
+        scores = self._weighed(scores)
         order = removal_order(scores, self.limits, after=self.plan)
         share = exchanged(scores, order, self.units(order))
         batches = len(next(iter(scores.left_out.values())))
         self.record = Deciding(batches, share, share <= self.scoring.stop)
         return self.record.decided
+
+    def _weighed(self, scores: Scores) -> Scores:
+        return per_cost(scores, self.plan, self.scoring.per, self.costs)

@@ -14,7 +14,7 @@ from obc_tools.cli.commands import main, parse
 from obc_tools.data.data import DATA_SETS
 from obc_tools.measure.costs import COUNTINGS
 from obc_tools.models.networks import PUBLISHED_KINDS
-from obc_tools.pruning.choices import SCOPES, TARGETS, Scoring
+from obc_tools.pruning.choices import PER, SCOPES, TARGETS, Scoring
 from obc_tools.runs import folder
 from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
@@ -93,6 +93,7 @@ def test_the_names_are_the_librarys():
     assert set(known["criterion"]) == set(CRITERIA) and known["criteria"] == known["criterion"]
     assert set(checks.ALIASES) == set(ALIASES)
     assert (known["scope"], known["group_reduction"], known["counting"]) == (SCOPES, REDUCTIONS, COUNTINGS)
+    assert {*known["per"], "latency"} == {*PER}  # which no command's targets go with
     assert (None, *known["normalizer"]) == NORMALIZERS and {None, *known["only"]} == set(PARTS)
     assert set(known["task"]) == set(obc.TASKS) and set(known["data"]) == set(DATA_SETS)
     assert set(known["experiment"]) == set(obc.EXPERIMENTS)

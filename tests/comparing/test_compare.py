@@ -10,6 +10,7 @@ from torch import nn
 
 from obc_tools import (
     CRITERIA,
+    PruningPlan,
     compare_criteria,
     compensate,
     cost,
@@ -18,6 +19,7 @@ from obc_tools import (
     load_data,
     make_plan,
     prune,
+    prune_to,
     score_groups,
 )
 from obc_tools.comparing.comparison import Comparison, ComparisonError, read_comparison
@@ -214,6 +216,14 @@ def test_steps_may_stop_where_criteria_have_rows(data, tmp_path):
     pd.testing.assert_frame_equal(again.frame, found.frame)
     by_rows = compare_criteria(network, data, [("jacobian", {"rows": "expected"})], **asked | {"rows": None})
     np.testing.assert_array_equal(by_rows.frame["macs"], found.frame[found.frame["criterion"] == "jacobian"]["macs"])
+
+
+def test_scores_may_be_divided_by_what_a_channel_saves(data, tmp_path):
+    compare_criteria(network, data, ["l2"], folder=tmp_path, per="macs", **SMALL | {"steps": 1, "ratio": 0.3})
+    (kept,) = (found for path in tmp_path.glob("*.json") if "plan" in (found := json.loads(path.read_text())))
+    how = {"criterion": "l2", "ratio": 0.3, "steps": 1, "progress": False}
+    plan, plain = (prune_to(network(), torch.zeros(1, 1, 8, 8), per=per, **how) for per in ("macs", None))
+    assert PruningPlan.from_json(json.dumps(kept["plan"])) == plan != plain
 
 
 def test_a_curve_ends_at_chance(data):
