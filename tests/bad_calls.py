@@ -1154,7 +1154,7 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
     ),
     "PruningPlan.validate": (
         (lambda w: {"model": w.pruned}, "layer '0': the plan's axis 0.out is 4 wide, here 3"),
-        ({"model": None}, "the plan's axis 0.out is not in this model: model: expected a"),
+        ({"model": None}, "model: expected a network (nn.Module), not NoneType"),
         ({"model": nn.ReLU()}, "the plan's axis 0.out is not in this model: unknown layer '0';"),
     ),
     "PruningPlan.from_json": (
