@@ -4,6 +4,7 @@
 # make browser  the browser's part of that: a real JupyterLab and Chromium (CHROMIUM=path if it is not found)
 # make zoo    every torchvision classifier and all timm families through pruning and its proofs (hours; resumable)
 # make fuzz N=5000  random networks against pruning by hand, a row each in runs/fuzz.csv (hours; resumable)
+# make faults  kills, flipped bits and a full disk against runs, a row each in results/faults.csv (hours; resumable)
 # make notebooks  run all notebooks and store them with their outputs, figures as stills too
 # make lab    JupyterLab on the notebooks
 PYTHON ?= python3
@@ -33,7 +34,7 @@ NOT_SMOKED := $(filter-out notebooks/05%,$(sort $(wildcard notebooks/0*.ipynb)))
 NOT_IN_BROWSER := $(sort $(wildcard notebooks/[123]*.ipynb))
 endif
 
-.PHONY: demo test test-all browser no-browser zoo fuzz notebooks lab lint clean
+.PHONY: demo test test-all browser no-browser zoo fuzz faults notebooks lab lint clean
 
 demo: $(STAMP)
 	$(BIN)/obc demo
@@ -63,6 +64,9 @@ zoo: $(STAMP)
 N ?= 5000
 fuzz: $(STAMP)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py $(N) runs/fuzz.csv
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/faults.py
 
 notebooks: $(STAMP)
 	BROWSER_PATH="$(CHROMIUM)" $(BIN)/python notebooks/store.py
