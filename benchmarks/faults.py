@@ -258,7 +258,7 @@ def stopped_run(place: Path) -> Path:
 
     def stop() -> bool:
         asked[0] += 1
-        return asked[0] > 50
+        return asked[0] > 40
 
     how, said = forked(partial(run, folder, stop))
     assert how == "refused" and said.startswith("Stopped"), said
