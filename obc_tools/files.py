@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there, logs, and what figures depend on: hardware and versions.
 
-Everything that the package keeps on disk is written through `replacing`, lines that are appended excepted.
+Everything that the package keeps on disk is written through `replacing`, lines that are appended excepted. A disk that
+takes no more, or a folder that nobody may write to, is one `OSError` in both, which names the file (`told`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,13 +40,15 @@ def logging_to(handler: logging.Handler) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager
 def logging_to_file(path: Path) -> Iterator[None]:
-    """Append what the library logs, with the time, to a file."""
+    """Append what the library logs, with the time, to a file; lines that a full disk does not take are left out."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     with logging_to(handler):
         yield
@@ -77,6 +80,45 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+"""What a system says where a file takes no more, whoever else's fault other errors may be."""
+
+
+@contextmanager
+def told(path: Path, safe: str) -> Iterator[None]:
+    """Raise what keeps a file from being written, in whoever's words, as one OSError that names it and what is safe.
+
+    Args:
+        path: Of the file or folder that is written.
+        safe: What is whole all the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, path)
+        if number is None:
+            raise
+        raise OSError(number, f"{os.strerror(number)}, it was not written; {safe}", str(path)) from error
+
+
+def _refusal(error: BaseException | None, path: Path) -> int | None:
+    """Return the number of the system's error that lies behind an error of writing a path; None for another error."""
+    while error is not None:
+        if isinstance(error, OSError):
+            own = error.filename is not None and _is_written_for(Path(os.fsdecode(error.filename)), path)
+            if error.errno in FULL or (own and error.errno in (errno.EACCES, errno.EPERM)):
+                return error.errno
+        # safetensors has an error of its own, with the number in its words.
+        elif (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) in FULL:
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_written_for(found: Path, path: Path) -> bool:
+    return found == path or (found.parent == path.parent and is_leftover(found) and _written(found) == path.name)
+
+
 @contextmanager
 def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a name beside a path, under which to write a file or make a folder that then takes the path's place.
@@ -88,20 +130,24 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     Args:
         path: Of the file or folder; folders to it are made.
         synced: Wait for the disk. Without it, only the process may die at any time, not the machine.
+
+    Raises:
+        OSError: as `told` says, where the disk is full or nobody may write there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     put_back(path)
     mark = uuid.uuid4().hex
     new, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
-    try:
-        yield new
-        if synced:
-            _sync(new, *(new.rglob("*") if new.is_dir() else ()))
-        _take_place(new, path, old)
-        if synced:
-            _sync(path.parent)
-    finally:
-        _remove(new)
+    with told(path, "what was there before is as it was" if path.exists() else "nothing was there before"):
+        try:
+            yield new
+            if synced:
+                _sync(new, *(new.rglob("*") if new.is_dir() else ()))
+            _take_place(new, path, old)
+            if synced:
+                _sync(path.parent)
+        finally:
+            _remove(new)
     _remove(old)
 
 
