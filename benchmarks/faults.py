@@ -338,7 +338,7 @@ class Trials:
         if living:
             os.kill(living[name], signal.SIGKILL)
         if name == "grid":
-            time.sleep(0.2)
+            grid.wait(60)  # a process that was killed takes its time to go
             grid.resume()
         complete(grid)
         outcome = "same" if grid_figures(grid) == numbers else "changed"
@@ -425,7 +425,8 @@ def soak(options: Options) -> None:
                 if name in living:
                     os.kill(living[name], signal.SIGKILL)
                     killed["grid" if name == "grid" else "worker"] += 1
-                    time.sleep(0.5)
+                if name == "grid":
+                    grid.wait(60)  # a process that was killed takes its time to go
                 if not grid.is_running:
                     grid.resume()
             complete(grid)

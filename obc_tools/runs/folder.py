@@ -29,7 +29,7 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..holding import PROCESS, held
+from ..holding import PROCESS, held, keep_hold
 from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import TORCH_PRUNING
@@ -96,7 +96,9 @@ def run_job(
         remove_leftovers(folder.parent, of=folder.name)
         try:
             with replacing(folder) as new:
-                return work_on(job, new, progress=progress)
+                result = work_on(job, new, progress=progress)
+                keep_hold(folder, new)
+            return result
         except ProofError as error:
             raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
 
