@@ -7,6 +7,7 @@ takes no more, or a folder that nobody may write to, is one `OSError` in both, w
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ from typing import Any
 LOGGER = "obc_tools"
 LONGEST_JSON = 2**28
 """Bytes of the longest JSON file that is read."""
+DIGEST = "digest"
+"""Key of the SHA-256 of all else that a JSON file holds."""
 LOCK, HOLDER = ".lock", ".holder.json"
 """The lock of a folder that is worked on, and who holds it (`obc_tools.holding`)."""
 
@@ -226,16 +229,25 @@ def write_text(path: Path, text: str, *, synced: bool = True) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
-    """Write a JSON file, whole or not at all."""
+def write_json(path: Path, content: Any, *, synced: bool = True, checked: bool = False) -> None:
+    """Write a JSON file, whole or not at all; ``checked``: with a digest, which `read_json` checks and takes out."""
+    content = content | {DIGEST: _digest(content)} if checked else content
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", synced=synced)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise ValueError as `parse_json` does."""
+    """Return what a JSON file holds; raise ValueError as `parse_json` does, and where its digest is another's."""
     if (size := path.stat().st_size) > LONGEST_JSON:
         raise ValueError(f"'{path}' has {size:,} bytes; JSON of at most {LONGEST_JSON:,} is read")
-    return parse_json(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, _digest(content)):
+        raise ValueError(f"'{path}' was changed after it was written")
+    return content
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_json(text: str) -> Any:

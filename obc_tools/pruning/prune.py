@@ -148,10 +148,15 @@ def prune_in_steps(
     verify: bool | str = True,
     seed: int = 0,
     progress: bool = True,
+    begun: Stage | None = None,
+    keep: Callable[[Stage], None] = lambda stage: None,
+    of_step: Callable[[int], Iterable[Any] | None] | None = None,
 ) -> PruningPlan:
     """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords.
 
-    ``left`` makes the network that is scored from the model and the plan so far.
+    ``left`` makes the network that is scored from the model and the plan so far. ``keep`` is told what every step
+    leaves, from which a call goes on that is given it as ``begun``; ``of_step``: the number of a step, from 1, to the
+    batches that it is scored on, where they are not ``batches`` iterated over anew.
     """
     check_verify(verify)
     check_whole("seed", seed, 0)
@@ -159,8 +164,11 @@ def prune_in_steps(
     whole = PruningPlan.whole(groups)
     check_reachable(target, whole, limits, costs)
     how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
-    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, **how)
-    plan = last.plan
+    begun, of_step = begun or Stage(whole), of_step or (lambda _: batches)
+    plan = begun.plan
+    for stage in () if begun.met else pruning_steps(model, begun, of_step, (target,), costs, **how):
+        keep(stage)
+        plan = stage.plan
     if verify:
         prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
     return plan

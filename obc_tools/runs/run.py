@@ -41,6 +41,7 @@ from .folder import (
     read_job,
     read_results,
     work_on,
+    write_job,
 )
 from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
@@ -273,7 +274,7 @@ def launch(
         check_run_folder(path, overwrite=False)
     path.mkdir(parents=True, exist_ok=True)
     forget_outcome(path)
-    write_json(path / JOB, job.to_dict())
+    write_job(path, job)
     identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
     write_json(path / PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])

@@ -7,9 +7,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..files import write_json, write_text
+from ..files import write_text
 from .experiments import Experiment
-from .folder import JOB, check_run_folder
+from .folder import check_run_folder, write_job
 from .job import PruningJob
 from .run import job_of
 
@@ -64,7 +64,7 @@ def write_slurm_script(
         raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
     check_run_folder(path, overwrite=False)
-    write_json(path / JOB, job.to_dict())
+    write_job(path, job)
     values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
     text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
     write_text(path / SCRIPT, text)
