@@ -21,9 +21,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.adapters import as_data
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
-from ..data.data import Data, check_classes
+from ..data.data import Data, as_data, check_classes
 from ..errors import check_number, check_whole
 from ..files import environment
 from ..holding import held
@@ -31,10 +30,9 @@ from ..measure.costs import Cost, CostModel
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
 from ..pruning.compensation import compensate
-from ..pruning.order import next_units
+from ..pruning.order import check_reachable, next_units
 from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import Watch
-from ..pruning.reachable import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task

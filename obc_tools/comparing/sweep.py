@@ -33,9 +33,9 @@ from ..pruning.choices import (
     check_settings,
     values_of,
 )
+from ..pruning.order import check_reachable
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import Stage, check_verify, pruning_steps
-from ..pruning.reachable import check_reachable
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .examples import Examples, Tensors, as_is
+from .batches import Examples, Tensors, as_is
 
 Splits = tuple[Examples, Examples, tuple[str, ...]]
 DIGITS = tuple("0123456789")

@@ -18,10 +18,6 @@ from ..errors import check_name, check_whole
 from ..state import call_model, evaluating, running
 from .costs import example_count
 
-TOP = 5
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""What tells the seconds of a forward pass on the CPU."""
-TOP = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What tells the seconds of a forward pass on the CPU."""
 

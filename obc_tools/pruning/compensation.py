@@ -32,10 +32,9 @@ from ..errors import UnknownNameError, check_number, check_whole
 from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered, running, without_weight_norms
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
-from .lockstep import PausableCall, pause
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan, prune
-from .readings import Reading, Stop, Survey, linear_map, stopping, survey
+from .readings import PausableCall, Reading, Stop, Survey, linear_map, pause, stopping, survey
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_units, per_cost, removal_order
+from .order import RemovalOrder, check_reachable, exchanged, next_units, per_cost, removal_order, unscored
 from .plan import Deciding, PruningPlan, prune, shrink
-from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
 
 

@@ -26,8 +26,8 @@ from ..measure.latency_model import LatencyModel, Times, conditions, kept_latenc
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from .choices import Limits
+from .order import unscored
 from .plan import PruningPlan, prune
-from .reachable import unscored
 
 logger = logging.getLogger(__name__)
 PLANS = 10

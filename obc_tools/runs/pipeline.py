@@ -57,8 +57,10 @@ from .job import (
     Measured,
     PruningJob,
     find_device,
+    find_model,
+    is_own,
+    own_task,
 )
-from .own import find_model, is_own, own_task
 
 logger = logging.getLogger(__name__)
 

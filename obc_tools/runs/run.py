@@ -1,4 +1,4 @@
-"""Run an experiment here, or launch it in the background and watch, stop and resume it from anywhere.
+"""Run an experiment here, launch it in the background or by SLURM, and watch, stop and resume it from anywhere.
 
 A launched run is a process of its own that lives on when a notebook's kernel ends or its browser closes. All that
 anybody needs to know about it is in its folder.
@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import os
 import platform
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ..errors import check_whole
-from ..files import is_leftover, read_json, write_json
-from ..holding import PROCESS, is_worked_on, start, worker_of
-from ..training.folder import PROGRESS, History, read_history
+from ..files import is_leftover, read_json, write_json, write_text
+from ..holding import PROCESS, FolderInUseError, is_worked_on, start, worker_of
+from ..training.folder import PROGRESS, History, Stopped, read_history
+from ..training.processes import processes
 from .experiments import Experiment, get_experiment
 from .folder import (
     ERROR,
@@ -44,7 +51,6 @@ from .folder import (
 )
 from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
-from .worker import BETWEEN_LOOKS, forget_outcome, outcome_noted, wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -300,3 +306,119 @@ def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
     if devices is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
+
+
+BETWEEN_LOOKS = 0.2
+
+
+def wait_while(goes_on: Callable[[], bool], timeout: float | None, complaint: str) -> None:
+    """Wait until something has ended; raise TimeoutError with the complaint if it still goes on after so many s."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    while goes_on():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{complaint} after {timeout:g} s")
+        time.sleep(BETWEEN_LOOKS)
+
+
+def work_on_run(folder: Path) -> int:
+    """Work on the job of a run folder; return the exit status: 0 done or stopped, 1 failed.
+
+    ``stop`` in the folder, or SIGTERM (which schedulers send before they kill), ends the work with a checkpoint.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: (folder / STOP).touch())
+    try:
+        with outcome_noted(folder):
+            work_on(read_job(folder), folder, stop=(folder / STOP).exists, progress=False)
+    except Stopped:
+        pass
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+@contextmanager
+def outcome_noted(folder: Path) -> Iterator[None]:
+    """Leave a word in a run's folder when work on it is stopped or fails; whoever else works on it is left alone."""
+    try:
+        yield
+    except FolderInUseError:
+        raise
+    except Stopped as stopped:
+        _note(folder / STOPPED, {"why": str(stopped)})
+        raise
+    except Exception as error:
+        _note(folder / ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        raise
+
+
+def forget_outcome(folder: Path) -> None:
+    """Take back, before work on a run begins anew, how it ended before and the wish that it stop."""
+    for name in (STOP, STOPPED, ERROR):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    if processes().is_main and (path.parent / JOB).is_file():
+        write_json(path, content | {"time": time.time()})
+
+
+SCRIPT = "run.slurm"
+
+TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --time={time}
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --output={folder}/slurm-%j.log
+# Submitted again, or requeued, it goes on from the last checkpoint.
+rm -f {folder}/stop {folder}/stopped.json {folder}/error.json
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun {python} -m torch.distributed.run \\
+    --nnodes={nodes} --nproc_per_node={gpus} \\
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:{port}" \\
+    -m obc_tools.worker {folder}
+"""
+
+
+def write_slurm_script(
+    experiment: str | Experiment | PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    nodes: int = 1,
+    gpus: int = 4,
+    cpus: int = 32,
+    time: str = "24:00:00",
+    port: int = 29500,
+    small: bool = False,
+    **options: object,
+) -> Path:
+    """Write a run folder with its job and a script for sbatch; return the script's path.
+
+    Args:
+        experiment, small, **options: As of `launch`.
+        folder: The run's folder, on a disk that all nodes share.
+        nodes, gpus, cpus: Nodes, GPUs a node, CPUs a node.
+        time: Longest duration, as SLURM writes it; two minutes before its end the run saves a checkpoint and stops.
+        port: Where the nodes find each other, on the first of them.
+
+    Raises:
+        ValueError: for a folder in use, counts below 1, and what the experiment raises.
+    """
+    if min(nodes, gpus, cpus) < 1:
+        raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
+    job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    check_run_folder(path, overwrite=False)
+    write_json(path / JOB, job.to_dict())
+    values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
+    text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
+    write_text(path / SCRIPT, text)
+    return path / SCRIPT

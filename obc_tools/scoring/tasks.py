@@ -34,10 +34,12 @@ from tqdm.auto import tqdm
 from ..data.batches import inputs_and_targets, to_device
 from ..data.data import Data
 from ..errors import UnknownNameError
-from ..measure.metrics import Metrics, TaskMetrics, classification_metrics
-from ..measure.task_metrics import (
+from ..measure.metrics import (
     IGNORED,
+    Metrics,
+    TaskMetrics,
     box_targets,
+    classification_metrics,
     closeness_metrics,
     detection_metrics,
     language_metrics,

@@ -63,8 +63,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
-from .unreached import Levels, named_in
-from .unread import Unread
+from .unseen import Levels, Unread, named_in
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""

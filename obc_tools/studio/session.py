@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..data.adapters import as_data
 from ..data.batches import take
+from ..data.data import as_data
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, TaskMetrics

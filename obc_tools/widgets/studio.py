@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
-from ..data.adapters import as_data
+from ..data.data import as_data
 from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
