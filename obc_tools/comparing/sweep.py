@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
-from ..errors import UnknownNameError, check_whole
+from ..errors import check_name, check_whole
 from ..files import environment
 from ..holding import held
 from ..measure.costs import CostModel
@@ -69,8 +69,7 @@ class Sweep:
     def plan(self, target: str, criterion: str | None = None) -> PruningPlan:
         """Return the plan of a target, "speedup=2", by the first criterion unless one is named."""
         found = self.plans[criterion or self.curves.criteria[0]]
-        if target not in found:
-            raise UnknownNameError("target", target, list(found))
+        check_name("target", target, found)
         return found[target]
 
     def plot(self, metric: str | None = None, over: str = "macs", *, look: str = "light"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 
 LOOKS = ("light", "dark")
 
@@ -55,8 +55,7 @@ _DIVERGING = {
 
 def theme(look: str = "light") -> go.layout.Template:
     """Return the template of all figures, "light" or "dark"."""
-    if look not in LOOKS:
-        raise UnknownNameError("theme", look, LOOKS)
+    check_name("theme", look, LOOKS)
     axis = {
         "gridcolor": _GRID[look],
         "linecolor": _LINE[look],

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 from .looks import COLORS, PALETTE, color_axis, counted, finished
 
 TOLD = "%{customdata}<extra></extra>"
@@ -244,8 +244,7 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
     Raises:
         ValueError: a layer that is not mixed, no such block, an unknown look.
     """
-    if layer not in equivalent.mixed_layers:
-        raise UnknownNameError("mixed layer", layer, list(equivalent.mixed_layers))
+    check_name("mixed layer", layer, equivalent.mixed_layers)
     mixed = equivalent.mixed_layers[layer]
     parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
     there = {name: part.detach() for name, part in parts.items() if part is not None}

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, check_number, check_whole
+from ..errors import UnknownNameError, check_name, check_number, check_whole
 from ..measure.costs import Cost, CostModel
 from ..measure.latency_model import LatencyModel
 from ..scoring.scores import Scores
@@ -209,8 +209,7 @@ def removal_order(
     if known != [group.root for group in after.groups]:
         raise ValueError("the scores are not those of the groups that the earlier plan leaves, in its order")
     for root in (*limits.max_ratio_of, *held):
-        if root not in known:
-            raise UnknownNameError("group", str(LayerAxis.of(root)), [str(name) for name in known])
+        check_name("group", LayerAxis.of(root), known)
     start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
     sizes = np.array([group.blocks for group in groups])

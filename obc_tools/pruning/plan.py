@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from ..errors import PlanMismatchError, UnknownNameError
+from ..errors import PlanMismatchError, check_name
 from ..files import parse_json
 from ..state import without_weight_norms
 from ..structure.configs import follow_config
@@ -93,17 +93,14 @@ class PruningPlan:
     def selection(self, axis: LayerAxis) -> tuple[int, ...]:
         """Return the kept positions of an axis, ascending, in the original numbering."""
         axis = LayerAxis.of(axis)
-        if axis not in self.axes:
-            raise UnknownNameError("layer axis of this plan", str(axis), [str(known) for known in self.axes])
+        check_name("layer axis of this plan", axis, self.axes)
         return self.shrunk.get(axis, tuple(range(self.axes[axis])))
 
     def kept_of(self, root: LayerAxis | ChannelGroup) -> tuple[int, ...]:
         """Return the kept channels of one group, given the group or its root."""
         root = root.root if isinstance(root, ChannelGroup) else LayerAxis.of(root)
-        index = self._index.get(root)
-        if index is None:
-            raise UnknownNameError("group of this plan", str(root), [str(known) for known in self._index])
-        return self.kept[index]
+        check_name("group of this plan", root, self._index)
+        return self.kept[self._index[root]]
 
     @cached_property
     def _index(self) -> dict[LayerAxis, int]:

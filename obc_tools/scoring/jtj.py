@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 from ..plots.jtj import POOLS, _sum_cells, pool_cells
 from ..state import without_weight_norms
 from ..structure.groups import ChannelGroup, Member
@@ -232,8 +232,7 @@ def dense_jtj(
         ValueError: an unknown layer, axis or channel, a request above `max_bytes` (says what it would cost), or what
             the batches and their losses may raise.
     """
-    if pool not in POOLS:
-        raise UnknownNameError("pool", str(pool), [str(name) for name in POOLS])
+    check_name("pool", pool, POOLS)
     model = without_weight_norms(model)
     part = channel_parameters(model, LayerAxis(layer, axis), channels)
     labels = part.labels(taps=pool is None)
@@ -261,8 +260,7 @@ def channel_parameters(
     """Return the parameters of some channels of a layer axis; raise ValueError for unknown ones."""
     layer = get_layer(uncompiled(model), axis.layer)
     axes = layer_axes(layer, axis.layer)
-    if axis.axis.partition("_")[0] not in axes:
-        raise UnknownNameError(f"axis of layer {axis.layer!r}", axis.axis, list(axes))
+    check_name(f"axis of layer {axis.layer!r}", axis.axis.partition("_")[0], axes)
     described = find_axis(layer, axis)
     slots = tuple(parameter_slots(layer, described))
     if not slots:
@@ -498,8 +496,7 @@ class FilterInteractions:
 
         Clusters are those of average linkage on 1 − correlation, leaves in optimal order (Bar-Joseph et al. 2001).
         """
-        if by not in ("cluster", "score"):
-            raise UnknownNameError("order", by, ["cluster", "score"])
+        check_name("order", by, ("cluster", "score"))
         if by == "score" or len(self.values) == 1:
             return tuple(self.score.argsort(descending=True, stable=True).tolist())
         # Few look at this, and importing it takes as long as all the rest.

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import inputs_and_targets, to_device
 from ..data.data import Data
-from ..errors import UnknownNameError
+from ..errors import check_name
 from ..measure.metrics import (
     IGNORED,
     Metrics,
@@ -347,8 +347,7 @@ def find_task(task: str | Task) -> Task:
         return task
     if not isinstance(task, str):
         raise ValueError(f"task={task!r}: expected a Task or one of {', '.join(TASKS)}")
-    if task not in TASKS:
-        raise UnknownNameError("task", task, list(TASKS))
+    check_name("task", task, TASKS)
     return TASKS[task]
 
 
