@@ -31,7 +31,7 @@ from ..pruning.check import ProofError
 from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import prune_in_steps
+from ..pruning.prune import Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, example_inputs
 from ..state import evaluating
@@ -313,11 +313,7 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
     job, batches = inputs.job, inputs.calibration_batches()
     left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
-    return prune_in_steps(
-        model,
-        inputs.example,
-        batches,
-        target=job.target,
+    way = Way(
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
@@ -326,6 +322,7 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
         seed=job.seed,
         progress=progress,
     )
+    return prune_in_steps(model, inputs.example, batches, job.target, way)
 
 
 def _difference(one: nn.Module, other: nn.Module, batch: Any, task: Task) -> float:
