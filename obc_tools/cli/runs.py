@@ -237,8 +237,7 @@ class Evaluate:
         from ..measure.costs import cost
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_data, find_device, find_model, is_own, own_task
-        from ..runs.pipeline import count_outputs
-        from ..scoring.tasks import CLASSIFICATION, evaluate, example_inputs
+        from ..scoring.tasks import CLASSIFICATION, count_outputs, evaluate, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
-from ..data.data import Data, as_data, check_classes
+from ..data.data import Data, as_data
 from ..errors import check_number, check_whole
 from ..files import environment
 from ..holding import held
@@ -33,9 +33,8 @@ from ..pruning.compensation import compensate
 from ..pruning.order import check_reachable, next_units
 from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import Watch
-from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
-from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
+from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate, find_task
 from .comparison import (
     Comparison,
     Contender,
@@ -200,7 +199,9 @@ class _Bench:
         device = next(model.parameters()).device
         task = task if task.against is None else task.against(model)
         criteria = [contender.criterion for contender in contenders] if objective is None else []
-        example = _example(model, data, settings, task, device, criteria)
+        if settings.until_chance and task is not CLASSIFICATION:
+            raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
+        example = checked_example(task, model, data, device, criteria)
         groups, costs = settings.selection.analyse(model, example, settings.counting)
         whole = PruningPlan.whole(groups)
         check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
@@ -314,24 +315,3 @@ def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
         count -= examples
         if count <= 0:
             return
-
-
-def _example(
-    model: nn.Module,
-    data: Data,
-    settings: CompareSettings,
-    task: Task,
-    device: torch.device,
-    criteria: Iterable[Criterion],
-) -> Any:
-    """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
-    batch = next(iter(data.batches("val", 1, device=device).at(0)))
-    if task is CLASSIFICATION:
-        with torch.no_grad():
-            check_classes(model(batch[0]).shape[-1], data)
-        return batch[0]
-    if settings.until_chance:
-        raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-    train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
-    check_task(task, model, train, batch, criteria=criteria)
-    return task.example(batch)

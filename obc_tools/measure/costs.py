@@ -135,9 +135,11 @@ class Plan(Protocol):
     kept: tuple[Sequence[int], ...]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
+    """Kept channels that only a cost model looks at, unchecked."""
+
     groups: tuple[ChannelGroup, ...]
-    kept: Sequence[Sequence[int]]
+    kept: Sequence[Sequence[int] | np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +261,7 @@ class CostModel:
     def layers(self, plan: Plan) -> pd.DataFrame:
         """Return what a plan makes of every layer, as `layers_table` does; raise as `of` does."""
         whole = [range(group.width) for group in plan.groups]
-        before, after = self.by_layer(_Kept(plan.groups, whole)), self.by_layer(plan)
+        before, after = self.by_layer(Kept(plan.groups, whole)), self.by_layer(plan)
         shrunk = kept_positions(dict(zip(plan.groups, plan.kept, strict=True)))
         wide = {axis: (classes.size, len(shrunk.get(axis, classes))) for axis, classes in self.axes.items()}
         layers = list(dict.fromkeys((*(axis.layer for axis in self.axes), *before["layer"])))

@@ -104,20 +104,6 @@ class TaskMetrics:
         return f"<b>{self!r}</b>"
 
 
-@dataclass(frozen=True)
-class _Tally:
-    """What the batches add up to: counts of examples, and the sum of their losses."""
-
-    loss: float = 0.0
-    correct: int = 0
-    in_top: int | None = None
-    examples: int = 0
-
-    def __add__(self, other: _Tally) -> _Tally:
-        in_top = None if other.in_top is None else (self.in_top or 0) + other.in_top
-        return _Tally(self.loss + other.loss, self.correct + other.correct, in_top, self.examples + other.examples)
-
-
 def classification_metrics(model: nn.Module, batches: Iterable[Any]) -> Metrics:
     """Measure loss and accuracies of a classifier on batches (images, labels), labels integers of shape (examples,).
 
@@ -125,16 +111,15 @@ def classification_metrics(model: nn.Module, batches: Iterable[Any]) -> Metrics:
         ValueError: no examples, a batch that is not such a pair, a label that the model has no output for, outputs that
             are not (examples, classes), a loss that is NaN or infinite. All but the first name the batch, from 1.
     """
-    tally = _Tally()
-    for number, batch in enumerate(batches, start=1):
-        tally += _tally(model, batch, number)
-    if not tally.examples:
+    tallies = [_tally(model, batch, number) for number, batch in enumerate(batches, start=1)]
+    examples, loss, correct, in_top = map(sum, zip(*tallies, strict=True)) if tallies else (0, 0.0, 0, 0)
+    if not examples:
         raise ValueError("the batches yield no data: all of them are empty")
-    share = None if tally.in_top is None else tally.in_top / tally.examples
-    return Metrics(tally.loss / tally.examples, tally.correct / tally.examples, share, tally.examples)
+    return Metrics(loss / examples, correct / examples, None if math.isnan(in_top) else in_top / examples, examples)
 
 
-def _tally(model: nn.Module, batch: Any, number: int) -> _Tally:
+def _tally(model: nn.Module, batch: Any, number: int) -> tuple[int, float, int, float]:
+    """Return the examples of a batch, their summed loss, how many are right, and in the top (NaN: too few classes)."""
     images, labels = _pair(batch, number)
     outputs = _outputs(model(images), labels, number)
     losses = F.cross_entropy(outputs, labels, reduction="none")
@@ -145,8 +130,8 @@ def _tally(model: nn.Module, batch: Any, number: int) -> _Tally:
             "the model's weights, its running statistics or the images"
         )
     ranks = _ranks(outputs, labels)
-    in_top = int((ranks < TOP).sum()) if outputs.shape[1] > TOP else None
-    return _Tally(losses.cpu().double().sum().item(), int((ranks == 0).sum()), in_top, len(labels))
+    in_top = int((ranks < TOP).sum()) if outputs.shape[1] > TOP else math.nan
+    return len(labels), losses.cpu().double().sum().item(), int((ranks == 0).sum()), in_top
 
 
 def _ranks(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, check_name, check_number, check_whole
-from ..measure.costs import Cost, CostModel
+from ..measure.costs import Cost, CostModel, Kept
 from ..measure.latency_model import LatencyModel
 from ..scoring.scores import Scores
 from ..state import shapes
@@ -28,14 +28,6 @@ from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import OPERATIONS, Limits, Selection, Target, values_of
 from .plan import PlanMismatchError, PruningPlan, with_blocks
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Kept channels that only a cost model looks at, unchecked."""
-
-    groups: tuple[ChannelGroup, ...]
-    kept: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,7 +117,7 @@ class RemovalOrder:
             reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in self.groups})[:5])
             raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
 
-    def draft(self, units: int) -> Draft:
+    def draft(self, units: int) -> Kept:
         """Return what `plan` keeps, ascending, in the original numbering, unchecked: what a bisection needs."""
         counts = np.bincount(self.owners[:units], minlength=len(self.groups)).tolist()
         kept = []
@@ -135,9 +127,9 @@ class RemovalOrder:
             kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
         for index, (keep, remove) in self.hands.items():
             kept[index] = np.array(sorted(({*kept[index].tolist()} | keep) - remove), dtype=np.int64)
-        return Draft(self.after.groups, tuple(kept))
+        return Kept(self.after.groups, tuple(kept))
 
-    def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
+    def _reached(self, draft: Kept, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
         """Return a draft's cost, the original one, and the share that is gone of all channels that may go.
 
         Only what a target looks at is computed.
@@ -146,7 +138,7 @@ class RemovalOrder:
             return costs.of(draft), costs.original, 0.0
         return costs.original, costs.original, self.share_gone(draft)
 
-    def share_gone(self, draft: Draft) -> float:
+    def share_gone(self, draft: Kept) -> float:
         """Return the share that is gone of all channels that may go."""
         counted = [
             (group.width, group.width - len(kept))
@@ -156,7 +148,7 @@ class RemovalOrder:
         return sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
 
     @cached_property
-    def least(self) -> Draft:
+    def least(self) -> Kept:
         """What is kept where all goes that may."""
         return self.draft(len(self))
 

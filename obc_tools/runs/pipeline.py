@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data.batches import Batches, to_device
-from ..data.data import Data, check_classes
 from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
@@ -33,7 +32,7 @@ from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
-from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, example_inputs
+from ..scoring.tasks import Task, checked_example, evaluate
 from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
@@ -93,7 +92,9 @@ def prepare(job: PruningJob) -> JobInputs:
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
-    inputs = JobInputs(job, data, model, source, device, _example(job, model, data, task, device), task)
+    criteria = [job.scoring(job.criterion).resolved]
+    example = checked_example(task, model, data, device, criteria)
+    inputs = JobInputs(job, data, model, source, device, example, task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -353,28 +354,3 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     name, layer = found[0]
     channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
-
-
-def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
-    """Return example inputs; raise ValueError where the network does not suit the data or the task."""
-    if task is CLASSIFICATION:
-        images, _ = next(iter(data.batches("val", 1, device=device)))
-        check_classes(count_outputs(model, images), data)
-        return images
-    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
-    check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
-    return example_inputs(task, data, device)
-
-
-def count_outputs(model: nn.Module, example: Tensor) -> int:
-    """Return how many logits a classifier gives for an example; raise ValueError for what is no classifier of it."""
-    try:
-        with torch.no_grad(), evaluating(model):
-            logits = model(example)
-    except RuntimeError as error:
-        raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} returns no logits (batch, classes): name its task, such as 'segmentation'"
-        )
-    return logits.shape[1]

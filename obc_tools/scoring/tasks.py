@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..data.batches import inputs_and_targets, to_device
-from ..data.data import Data
+from ..data.data import Data, check_classes
 from ..errors import check_name
 from ..measure.metrics import (
     IGNORED,
@@ -404,6 +404,33 @@ def example_inputs(task: Task, data: Data, device: torch.device | str) -> Any:
     if task is CLASSIFICATION:
         return torch.zeros(1, *data.image_shape, device=device)
     return task.example(next(iter(data.batches("val" if data.train is None else "train", 1, device=device).at(0))))
+
+
+def checked_example(
+    task: Task, model: nn.Module, data: Data, device: torch.device, criteria: Iterable[Criterion] = ()
+) -> Any:
+    """Return example inputs of a task; raise ValueError where the model does not suit it, or not the data."""
+    if task is CLASSIFICATION:
+        images, _ = next(iter(data.batches("val", 1, device=device).at(0)))
+        check_classes(count_outputs(model, images), data)
+        return images
+    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
+    check_task(task, model, *firsts, criteria=criteria)
+    return example_inputs(task, data, device)
+
+
+def count_outputs(model: nn.Module, example: Tensor) -> int:
+    """Return how many logits a classifier gives for an example; raise ValueError for what is no classifier of it."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(example)
+    except RuntimeError as error:
+        raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits (batch, classes): name its task, such as 'segmentation'"
+        )
+    return logits.shape[1]
 
 
 @contextmanager
