@@ -41,22 +41,19 @@ logger = logging.getLogger(__name__)
 PER_INPUT = 20
 """Positions for each input of a layer; the excess error of least squares is about one over their number."""
 
-ForwardPass = Callable[[nn.Module, Any], Any]
-"""(model, batch) -> whatever: how a batch is put through a model."""
-
-
-def _run_batch(model: nn.Module, batch: Any) -> Any:
-    """Put a batch through a model: a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`."""
-    return call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
-
 
 def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], None]:
-    """Return how a batch, with its number, is put through a model."""
-    forward: ForwardPass = _run_batch if task is None else find_task(task).forward
+    """Return how a batch, with its number, is put through a model.
+
+    Without a task it is a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`.
+    """
 
     def run(model: nn.Module, number: int, batch: Any) -> None:
         with running(model, batch, lambda: f"batch {number}"):
-            forward(model, batch)
+            if task is None:
+                call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
+            else:
+                find_task(task).forward(model, batch)
 
     return run
 

@@ -126,7 +126,9 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     def visit_norm(name: str, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         normed.append((name, uses.made.get(inputs[0])))
 
-    norms = {name: layer for name, layer in model.named_modules() if _is_fixed_norm(layer)}
+    # Those that take off a running mean in eval mode, channel by channel.
+    norms = {name: layer for name, layer in model.named_modules() if is_norm(layer, "examples", "positions")}
+    norms = {name: layer for name, layer in norms.items() if layer.running_mean is not None}
     handles = [layer.register_forward_pre_hook(partial(visit_norm, name)) for name, layer in norms.items()]
     with hooks(handles), stopping(model, names, visit, after=True), uses:
         run()
@@ -137,11 +139,6 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     once = Counter(name for name, _ in normed)
     following = {source: name for name, source in normed if once[name] == 1 and uses.count[source] == 1}
     return Survey(readings, following, plain)
-
-
-def _is_fixed_norm(layer: nn.Module) -> bool:
-    """Say whether a layer takes off a running mean in eval mode, channel by channel."""
-    return is_norm(layer, "examples", "positions") and layer.running_mean is not None
 
 
 class _Uses(TorchDispatchMode):

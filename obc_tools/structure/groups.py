@@ -192,7 +192,11 @@ def groups_of(
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
     reasons = {layer: f"ignored: {layer}" for layer in ignored}
     found = list(bundles(traced, classes, reasons, lambda axis: ranks[axis][0] < NO_PRODUCER))
-    found = [bundle for bundle in found if bundle.reason is None or _weightiest(bundle, ranks) < BARE]
+    found = [
+        bundle
+        for bundle in found
+        if bundle.reason is None or min(ranks[place.axis][0] for place in bundle.places) < BARE
+    ]
     found.sort(key=lambda bundle: min((ranks[place.axis], int(place.positions.min())) for place in bundle.places))
     taken: dict[LayerAxis, int] = {}
     groups = []
@@ -234,10 +238,6 @@ def _rank(model: nn.Module, axis: LayerAxis, order: Mapping[str, int], met: Mapp
     else:
         kind = NO_PRODUCER
     return kind, order[axis.layer], axis.axis
-
-
-def _weightiest(bundle: Bundle, ranks: Mapping[LayerAxis, tuple[int, int, str]]) -> int:
-    return min(ranks[place.axis][0] for place in bundle.places)
 
 
 def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str, str]) -> ChannelGroup:

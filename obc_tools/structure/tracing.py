@@ -149,6 +149,7 @@ class Tracer:
     borrowed: frozenset[int] = frozenset()
     axes: dict[LayerAxis, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     slots: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     ran: dict[str, None] = field(default_factory=dict)
@@ -213,7 +214,7 @@ class Tracer:
                 self.flow.join(labels.get(key), theirs)
 
     def _register_unknown(self, name: str, module: nn.Module, reason: str) -> None:
-        self.kinds[name] = type(module).__name__
+        self.kinds[name], self.unknown[name] = type(module).__name__, reason
         for leaf, tensor in own_tensors(module).items():
             dims = [self.flow.fresh(size) if size > 1 else None for size in tensor.shape]
             self.flow.put(tensor, dims)
@@ -307,7 +308,8 @@ class Tracer:
             self.flow.use_statistics(entry)
         self.ledger.add(attention_factors(layer, tensors, self.axes.get(LayerAxis(name, "in"))), tensors)
         if LayerAxis(name, "in") not in self.axes:
-            self.flow.freeze_all([*taken, *(self.flow.of(p) for p in layer.parameters())], self._unknown(layer, name))
+            frozen = [*taken, *(self.flow.of(parameter) for parameter in layer.parameters())]
+            self.flow.freeze_all(frozen, self.unknown.get(name, "is not understood"))
             self.flow.put(output[0], [None] * output[0].dim())
             return
         width = self.axes[LayerAxis(name, "in")]
@@ -318,13 +320,6 @@ class Tracer:
         rows = self.axes[LayerAxis(name, "out")]
         self.contractions.append(Contraction(name, self.flow.join_blocks(width, layer.num_heads), rows, follows=True))
         self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
-
-    def _unknown(self, layer: nn.Module, name: str) -> str:
-        try:
-            layer_axes(layer, name)
-        except UnknownLayerError as error:
-            return str(error)
-        return "is not understood"
 
     def note_root(self, size: Size, operation: str) -> None:
         """Note that a module computes with a number that may follow pruning, perhaps with its root."""
