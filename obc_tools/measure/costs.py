@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch_pruning.utils import op_counter
 
 from ..errors import check_name
-from ..state import Forward, call_model, check_module, evaluating, hooks, running
+from ..state import Forward, Wrapped, call_model, check_module, evaluating, hooks, running
 from ..structure.counting import Product, count
 from ..structure.coupling import Classes
 from ..structure.groups import ChannelGroup, find_groups, groups_of, kept_positions, loses_heads
@@ -429,21 +429,11 @@ class ModuleCosts:
         return shrink_model(self.model, kept_positions(kept))
 
 
-class _Called(nn.Module):
-    """A model that is called with its example inputs, however they are given."""
-
-    def __init__(self, model: nn.Module, example_inputs: Any):
-        super().__init__()
-        self.model, self.inputs = model, example_inputs
-
-    def forward(self, batch: Tensor) -> Any:
-        return call_model(self.model, self.inputs)
-
-
 def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[str, float]]:
     """Return what torch_pruning counts of a model, and of each of its modules."""
     examples, custom = example_count(example_inputs), op_counter.CUSTOM_MODULES_MAPPING
-    called, batch, entered = _Called(model, example_inputs), torch.empty(examples), [("", type(model).__name__)]
+    called = Wrapped(model, lambda model, batch: call_model(model, example_inputs))
+    batch, entered = torch.empty(examples), [("", type(model).__name__)]
     handles = (
         module.register_forward_pre_hook(lambda module, _, name=name: entered.append((name, type(module).__name__)))
         for name, module in model.named_modules()

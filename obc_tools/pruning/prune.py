@@ -260,22 +260,19 @@ def pruning_steps(
     raise ValueError(f"{unmet[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
 
 
+@dataclass(eq=False)
 class Watch:
     """Scores a step, and says whether the scores so far decide it; ``record`` says how far they do.
 
     ``units``: how many of an order of removal go in the step.
     """
 
-    def __init__(
-        self,
-        plan: PruningPlan,
-        scoring: Scoring,
-        limits: Limits,
-        costs: CostModel | LatencyModel,
-        units: Callable[[RemovalOrder], int],
-    ):
-        self.plan, self.scoring, self.limits, self.costs, self.units = plan, scoring, limits, costs, units
-        self.record: Deciding | None = None
+    plan: PruningPlan
+    scoring: Scoring
+    limits: Limits
+    costs: CostModel | LatencyModel
+    units: Callable[[RemovalOrder], int]
+    record: Deciding | None = None
 
     def order(self, model: nn.Module, batches: Iterable[Any] | None, seed: int, **options: Any) -> RemovalOrder:
         """Return the order in which channels of what the plan leaves go, by batches until the step is decided."""
