@@ -156,8 +156,8 @@ class PruningPlan:
             )
         return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
 
-    def validate(self, model: nn.Module) -> None:
-        """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
+    def validate(self, model: nn.Module, *, pruned: bool = False) -> None:
+        """Raise PlanMismatchError unless every axis of the plan is as wide in the model as before it, or as it leaves it."""
         model = without_weight_norms(model)
         for axis, width in self.axes.items():
             if axis not in self.shrunk:
@@ -166,7 +166,9 @@ class PruningPlan:
                 found = named_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
             except (ValueError, KeyError) as error:
                 raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
-            if found != width:
+            if pruned and found != (left := len(self.shrunk[axis])):
+                raise PlanMismatchError(f"axis {axis} of this model is {found} wide; the plan leaves {left} channels")
+            if not pruned and found != width:
                 raise PlanMismatchError(f"layer {axis.layer!r}: the plan's axis {axis} is {width} wide, here {found}")
 
     def to_json(self) -> str:

@@ -419,16 +419,14 @@ def checked_example(
     return example_inputs(task, data, device)
 
 
-def count_outputs(model: nn.Module, example: Tensor) -> int:
-    """Return how many logits a classifier gives for an example; raise ValueError for what is no classifier of it."""
-    try:
-        with torch.no_grad(), evaluating(model):
-            logits = model(example)
-    except RuntimeError as error:
-        raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
+def count_outputs(model: nn.Module, images: Tensor, where: str = "data") -> int:
+    """Return how many logits a classifier gives for images; raise ValueError for what is no classifier of them."""
+    with running(model, images, lambda: where), torch.no_grad(), evaluating(model):
+        logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"{type(model).__name__} returns no logits (batch, classes): name its task, such as 'segmentation'"
+            f"the model returned {given}, not logits (batch, classes): name its task, such as task='segmentation'"
         )
     return logits.shape[1]
 

@@ -186,7 +186,7 @@ def groups_of(
 ) -> tuple[ChannelGroup, ...]:
     """Return the groups of a model that was traced, as `find_groups` does."""
     check_name("only", only, PARTS)
-    ignored = _ignored_layers(model, ignore)
+    ignored = ignored_layers(model, ignore)
     model = without_weight_norms(model)
     order = {name: index for index, name in enumerate(_layer_names(model))}
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
@@ -288,7 +288,7 @@ def _names_another(model: nn.Module, axis: LayerAxis) -> bool:
     return isinstance(layer, Tensor) and sum(size > 1 for size in layer.shape) > 1
 
 
-def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:
+def ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:
     """Resolve modules, names and globs to the names of layers; a container stands for everything in it."""
     names = {module: name for name, module in model.named_modules()}
     known = [*names.values(), *(name for name, _ in model.named_parameters())]
