@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,7 +25,7 @@ from ..data.data import Data, as_data
 from ..errors import check_number, check_whole
 from ..files import environment
 from ..holding import held
-from ..measure.costs import Cost, CostModel
+from ..measure.costs import Cost
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
 from ..pruning.compensation import compensate
@@ -138,8 +137,7 @@ def compare_criteria(
     contenders = resolve_contenders(criteria)
     for contender in contenders:
         chosen.scoring().of(contender.criterion)
-    bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
-    bench = replace(bench, progress=progress)
+    bench = _Bench(factory, as_data(data), chosen, contenders, find_task(task), objective, progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     rows: list[Mapping[str, Any]] = []
@@ -169,47 +167,31 @@ def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, 
     return {"counting": begun.get("counting", OPERATIONS), **settings}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Bench:
-    """Everything that curves share: the network's groups and costs, the data and the settings."""
+    """Everything that curves share: the data and the settings, and of the network its groups and costs."""
 
     factory: Callable[[], nn.Module]
     data: Data
     settings: CompareSettings
-    task: Task
-    objective: Objective
     contenders: tuple[Contender, ...]
-    whole: PruningPlan
-    costs: CostModel
-    checksum: int
-    device: torch.device
-    progress: bool = False
+    task: Task
+    objective: Objective | None
+    progress: bool
 
-    @classmethod
-    def build(
-        cls,
-        factory: Callable,
-        data: Data,
-        settings: CompareSettings,
-        contenders: tuple,
-        task: Task,
-        objective: Objective | None,
-    ):
-        model = factory().eval()
-        device = next(model.parameters()).device
-        task = task if task.against is None else task.against(model)
-        criteria = [contender.criterion for contender in contenders] if objective is None else []
+    def __post_init__(self):
+        settings, model = self.settings, self.factory().eval()
+        self.checksum, self.device = checksum(model), next(model.parameters()).device
+        task = self.task = self.task if self.task.against is None else self.task.against(model)
+        criteria = [contender.criterion for contender in self.contenders] if self.objective is None else []
         if settings.until_chance and task is not CLASSIFICATION:
             raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-        example = checked_example(task, model, data, device, criteria)
-        groups, costs = settings.selection.analyse(model, example, settings.counting)
-        whole = PruningPlan.whole(groups)
-        check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
-        loss = objective or task.losses
-        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, checksum(model), device)
-        for budget in [c.criterion.batches for c in contenders] + [None] * settings.compensate:
-            bench.calibration(budget, 0, 1)
-        return bench
+        example = checked_example(task, model, self.data, self.device, criteria)
+        groups, self.costs = settings.selection.analyse(model, example, settings.counting)
+        self.whole, self.objective = PruningPlan.whole(groups), self.objective or task.losses
+        check_reachable(settings.target(settings.steps, self.costs.original), self.whole, settings.limits, self.costs)
+        for budget in [c.criterion.batches for c in self.contenders] + [None] * settings.compensate:
+            self.calibration(budget, 0, 1)
 
     def describe(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON holds it."""

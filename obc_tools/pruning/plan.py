@@ -157,7 +157,7 @@ class PruningPlan:
         return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
 
     def validate(self, model: nn.Module, *, pruned: bool = False) -> None:
-        """Raise PlanMismatchError unless the plan's axes are as wide in a model as before or, pruned, as it leaves them."""
+        """Raise PlanMismatchError unless the plan's axes are as wide here as before or, pruned, as it leaves them."""
         model = without_weight_norms(model)
         for axis, width in self.axes.items():
             if axis not in self.shrunk:
