@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import obc_tools as obc
+from obc_tools.cli.checks import check
 from obc_tools.cli.commands import parse
-from obc_tools.cli.options import check
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,5 +87,5 @@ def test_the_program_for_another_task_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one(command, monkeypatch):
     """Its options exist and nothing is wrong with them, where the files that it names are there."""
-    monkeypatch.setattr("obc_tools.cli.options.Path.exists", lambda path: not str(path).startswith("runs"))
+    monkeypatch.setattr("obc_tools.cli.checks.Path.exists", lambda path: not str(path).startswith("runs"))
     check(parse(shlex.split(command, comments=True)[1:]))

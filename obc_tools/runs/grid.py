@@ -25,7 +25,8 @@ from ..holding import PROCESS, held, is_worked_on, start
 from .experiments import SCRATCH, Experiment, get_experiment
 from .folder import JOB, OUTPUT, STOP
 from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob
-from .run import Run, launch, wait_while
+from .run import Run, launch
+from .worker import wait_while
 
 logger = logging.getLogger(__name__)
 

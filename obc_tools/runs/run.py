@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import html
 import logging
-import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from ..errors import check_whole
 from ..files import is_leftover, read_json, write_json, write_text
-from ..holding import PROCESS, FolderInUseError, is_worked_on, start, worker_of
-from ..training.folder import PROGRESS, History, Stopped, read_history
-from ..training.processes import processes
+from ..holding import PROCESS, is_worked_on, start, worker_of
+from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
 from .folder import (
     ERROR,
@@ -51,6 +45,7 @@ from .folder import (
 )
 from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
+from .worker import BETWEEN_LOOKS, forget_outcome, outcome_noted, wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -306,64 +301,6 @@ def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
     if devices is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
-
-
-BETWEEN_LOOKS = 0.2
-
-
-def wait_while(goes_on: Callable[[], bool], timeout: float | None, complaint: str) -> None:
-    """Wait until something has ended; raise TimeoutError with the complaint if it still goes on after so many s."""
-    end = time.monotonic() + (math.inf if timeout is None else timeout)
-    while goes_on():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{complaint} after {timeout:g} s")
-        time.sleep(BETWEEN_LOOKS)
-
-
-def work_on_run(folder: Path) -> int:
-    """Work on the job of a run folder; return the exit status: 0 done or stopped, 1 failed.
-
-    ``stop`` in the folder, or SIGTERM (which schedulers send before they kill), ends the work with a checkpoint.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: (folder / STOP).touch())
-    try:
-        with outcome_noted(folder):
-            work_on(read_job(folder), folder, stop=(folder / STOP).exists, progress=False)
-    except Stopped:
-        pass
-    except Exception:
-        traceback.print_exc()
-        return 1
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
-
-
-@contextmanager
-def outcome_noted(folder: Path) -> Iterator[None]:
-    """Leave a word in a run's folder when work on it is stopped or fails; whoever else works on it is left alone."""
-    try:
-        yield
-    except FolderInUseError:
-        raise
-    except Stopped as stopped:
-        _note(folder / STOPPED, {"why": str(stopped)})
-        raise
-    except Exception as error:
-        _note(folder / ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
-        raise
-
-
-def forget_outcome(folder: Path) -> None:
-    """Take back, before work on a run begins anew, how it ended before and the wish that it stop."""
-    for name in (STOP, STOPPED, ERROR):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _note(path: Path, content: dict[str, Any]) -> None:
-    if processes().is_main and (path.parent / JOB).is_file():
-        write_json(path, content | {"time": time.time()})
 
 
 SCRIPT = "run.slurm"

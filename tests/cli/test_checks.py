@@ -9,7 +9,7 @@ from terminal import assert_one_line, run
 
 import obc_tools as obc
 from obc_tools import cli
-from obc_tools.cli import options
+from obc_tools.cli import checks
 from obc_tools.cli.commands import main, parse
 from obc_tools.data.data import DATA_SETS
 from obc_tools.measure.costs import COUNTINGS
@@ -89,15 +89,15 @@ def test_what_is_meant_passes(monkeypatch):
 
 
 def test_the_names_are_the_librarys():
-    known, weights = options.KNOWN, set(options.NAMED_WEIGHTS)
+    known, weights = checks.KNOWN, set(checks.NAMED_WEIGHTS)
     assert set(known["criterion"]) == set(CRITERIA) and known["criteria"] == known["criterion"]
-    assert set(options.ALIASES) == set(ALIASES)
+    assert set(checks.ALIASES) == set(ALIASES)
     assert (known["scope"], known["group_reduction"], known["counting"]) == (SCOPES, REDUCTIONS, COUNTINGS)
     assert {*known["per"], "latency"} == {*PER}  # which no command's targets go with
     assert (None, *known["normalizer"]) == NORMALIZERS and {None, *known["only"]} == set(PARTS)
     assert set(known["task"]) == set(obc.TASKS) and set(known["data"]) == set(DATA_SETS)
     assert set(known["experiment"]) == set(obc.EXPERIMENTS)
-    assert options.TARGETS == TARGETS and (options.RESULTS, options.JOB) == (folder.RESULTS, folder.JOB)
+    assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
 
 
@@ -107,7 +107,7 @@ def test_the_librarys_own_words_are_spelled_as_options():
     meant = (
         "--ratio 0.5 cannot be met: the best is --ratio 0; leave --round-to, unknown --group-reduction 'x'; loss=0.9"
     )
-    assert options.spelled(said, command) == meant
+    assert checks.spelled(said, command) == meant
 
 
 def main_command(*options):

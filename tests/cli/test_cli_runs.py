@@ -10,7 +10,7 @@ import torch
 from terminal import assert_one_line, run
 from torchvision.transforms.v2.functional import to_pil_image
 
-from obc_tools.cli import options
+from obc_tools.cli import checks
 from obc_tools.cli.runs import RunExperiment
 from obc_tools.data.data import load_data
 from obc_tools.models.networks import load_model
@@ -27,7 +27,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         "obc_tools.runs.experiments.EXPERIMENTS", {"tiny": replace(RESNET56, name="tiny", title="tiny", base=base)}
     )
-    monkeypatch.setitem(options.KNOWN, "experiment", ("tiny",))
+    monkeypatch.setitem(checks.KNOWN, "experiment", ("tiny",))
 
 
 def test_runs_an_experiment_and_tells_of_it(tiny, tmp_path, capsys):
