@@ -19,9 +19,8 @@ from ..data.data import as_data
 from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
-from ..plots.graph import coupling_graph
 from ..plots.looks import counted
-from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..plots.plans import SCORES, UPPER, coupling_graph, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.criteria import CRITERIA
