@@ -183,7 +183,7 @@ class Compare(PruningOptions):
 
     def run(self) -> None:
         from ..comparing.compare import CompareSettings, compare_criteria
-        from ..runs.own import own_task
+        from ..runs.job import own_task
 
         model, data, _ = trained(self, self.hold_out)
         comparison = compare_criteria(
@@ -230,7 +230,7 @@ class Sweep(PruningOptions):
         from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Settings, Steps
         from ..pruning.compensation import compensate
         from ..pruning.plan import prune
-        from ..runs.own import own_task
+        from ..runs.job import own_task
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
@@ -260,8 +260,7 @@ class Sweep(PruningOptions):
 def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, Data, torch.device]:
     """Return the trained network and the data that options name, and where to compute; a share may be held out."""
     from ..data.data import hold_out
-    from ..runs.job import find_device
-    from ..runs.own import find_data, find_model, is_own
+    from ..runs.job import find_data, find_device, find_model, is_own
 
     if options.weights is None and not is_own(options.model):
         raise ValueError(f"--weights: which weights of '{options.model}'? It begins with a trained network")

@@ -155,11 +155,7 @@ def _outputs(outputs: Any, labels: Tensor, number: int) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(labels):
         got = f"of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"of type {type(outputs).__name__}"
         raise ValueError(f"batch {number}: outputs {got} for {len(labels)} labels; expected (examples, classes)")
-    low, high = (int(label) for label in labels.aminmax()) if labels.numel() else (0, 0)
-    classes = outputs.shape[1]
-    if low < 0 or high >= classes:
-        wrong = low if low < 0 else high
-        raise ValueError(f"batch {number}: label {wrong} for a model with {classes} outputs (0 to {classes - 1})")
+    check_range(labels, outputs.shape[1], f"batch {number}: label")
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
@@ -226,11 +222,16 @@ def token_targets(batch: Any, logits: Tensor, *, shift: bool = True) -> Tensor:
 
 
 def _in_range(targets: Tensor, classes: int, what: str) -> Tensor:
-    low, high = (int(end) for end in targets.masked_fill(targets == IGNORED, 0).aminmax())
+    check_range(targets.masked_fill(targets == IGNORED, 0), classes, what)
+    return targets
+
+
+def check_range(targets: Tensor, classes: int, what: str) -> None:
+    """Raise ValueError unless targets are numbers of a model's outputs."""
+    low, high = map(int, targets.aminmax()) if targets.numel() else (0, 0)
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise ValueError(f"{what} {wrong} for a model with {classes} outputs (0 to {classes - 1})")
-    return targets
 
 
 def segmentation_metrics(predict: Predict, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:

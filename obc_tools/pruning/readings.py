@@ -178,18 +178,12 @@ def _memory(tensor: Tensor) -> int:
 
 def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Iterator[Any]:
     for name, module in modules.items():
-        reading = Reading(name)
 
-        def before(_module: nn.Module, args: tuple, kwargs: dict, reading: Reading = reading) -> None:
-            visit(Stop(reading, args[0] if args else next(iter(kwargs.values()))))
+        def seen(_: nn.Module, args: tuple, kwargs: dict, outputs: Tensor | None = None, name: str = name) -> None:
+            visit(Stop(Reading(name), args[0] if args else next(iter(kwargs.values())), outputs))
 
-        def behind(_module: nn.Module, args: tuple, kwargs: dict, outputs: Tensor, reading: Reading = reading) -> None:
-            visit(Stop(reading, args[0] if args else next(iter(kwargs.values())), outputs))
-
-        if after:
-            yield module.register_forward_hook(behind, with_kwargs=True)
-        else:
-            yield module.register_forward_pre_hook(before, with_kwargs=True)
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        yield register(seen, with_kwargs=True)
 
 
 @contextmanager
@@ -202,12 +196,9 @@ def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visi
         if name is None:
             return linear(inputs, weight, bias)
         reading = Reading(name, () if attention is None else _parts(attention, weight))
-        if after:
-            outputs = linear(inputs, weight, bias)
-            visit(Stop(reading, inputs, outputs))
-            return outputs
-        visit(Stop(reading, inputs))
-        return linear(inputs, weight, bias)
+        outputs = linear(inputs, weight, bias) if after else None
+        visit(Stop(reading, inputs, outputs))
+        return linear(inputs, weight, bias) if outputs is None else outputs
 
     if places:
         F.linear = seen

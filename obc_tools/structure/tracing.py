@@ -12,7 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -270,32 +270,26 @@ class Tracer:
                 self.ran[owner] = None
 
     def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        def entering(name: str) -> Callable:
-            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self.flow.stack.append(name)
-                self.levels.note(tree_leaves((args, kwargs)))
-                self.levels.cross("in", tree_leaves((args, kwargs)))
-                self.paused += has_role(module, "attention")
-
-            return enter
-
-        def leaving(name: str) -> Callable:
-            def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                if is_projection(module):
-                    self.history.gave(name, output)
-                if has_role(module, "attention"):
-                    self.paused -= 1
-                    if not self.paused:
-                        self._attend(name, module, args, kwargs, output)
-                self.levels.cross("out", tree_leaves(output))
-                self.flow.stack.pop()
-                self.levels.note(tree_leaves(output))
-
-            return leave
-
         for name, module in self.model.named_modules():
-            yield module.register_forward_pre_hook(entering(name), with_kwargs=True, prepend=True)
-            yield module.register_forward_hook(leaving(name), with_kwargs=True)
+            yield module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True, prepend=True)
+            yield module.register_forward_hook(partial(self._leave, name), with_kwargs=True)
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.flow.stack.append(name)
+        self.levels.note(tree_leaves((args, kwargs)))
+        self.levels.cross("in", tree_leaves((args, kwargs)))
+        self.paused += has_role(module, "attention")
+
+    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if is_projection(module):
+            self.history.gave(name, output)
+        if has_role(module, "attention"):
+            self.paused -= 1
+            if not self.paused:
+                self._attend(name, module, args, kwargs, output)
+        self.levels.cross("out", tree_leaves(output))
+        self.flow.stack.pop()
+        self.levels.note(tree_leaves(output))
 
     def _attend(self, name: str, layer: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
         """Follow torch's attention as one layer: its heads, its projections and its inputs are equally wide."""

@@ -438,7 +438,7 @@ def _count_classes(model: nn.Module, val: Iterable[Batch], device: torch.device)
     if batch is None:
         raise ValueError("val: batches that yield no data")
     images, labels = unpack(batch, "val, batch 1")
-    outputs = count_outputs(model, images[:1].to(device), "val, batch 1")
+    outputs = count_outputs(model, images.to(device), "val, batch 1")
     check_labels(labels, outputs, "val, batch 1")
     return outputs
 
