@@ -8,7 +8,7 @@
 #
 # Output seen (2026-11-28, Linux x86-64, CPU), a convolution, BatchNorm2d and Dropout(0.5):
 #   eval: ['Conv'], zeros 0.00, two runs equal: True
-#   train: ['Conv', 'Dropout'], zeros 0.47, two runs equal: False
+#   train: ['Conv', 'Dropout'], zeros 0.47 (another share in each run), two runs equal: False
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

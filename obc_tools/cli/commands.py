@@ -129,6 +129,8 @@ class Prune(PruningOptions):
     """Learning rate at the start of fine-tuning (SGD); it falls to 0 along a cosine."""
     equivalent: Flag = False
     """Fine-tune with Equivalent Pruning too, merge, and compare."""
+    speeds: Flag = False
+    """Time all networks in the end: in PyTorch and ONNX Runtime, with one thread and all, 1 and 32 images at a time."""
     overwrite: Flag = False
     """Replace the run that the folder holds."""
 
