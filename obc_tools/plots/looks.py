@@ -14,7 +14,7 @@ from plotly.colors import make_colorscale
 
 from ..errors import check_name
 
-LOOKS = ("light", "dark")
+LOOKS = LIGHT, DARK = "light", "dark"
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#8C6BB1")
 COLORS: Mapping[str, str] = {

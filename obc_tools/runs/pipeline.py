@@ -34,7 +34,7 @@ from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
-from ..scoring.tasks import Task, checked_example, evaluate
+from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate
 from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
