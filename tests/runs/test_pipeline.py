@@ -129,13 +129,13 @@ def test_a_run_killed_while_pruning_goes_on_at_its_step(compensate, tmp_path, mo
     job = replace(TINY, steps=6, compensate=compensate, augment=True, **small)
     whole = work_on(job, tmp_path / "whole", progress=False)
     steps = read_json(tmp_path / "whole" / "pruning.json")["step"]
-    assert steps > 2
-    for step in (2, steps):
+    assert steps > 1
+    for step in (1, steps):
         killed_while_pruning(job, tmp_path / "run", monkeypatch, step)
         assert not (tmp_path / "run" / "plan.json").is_file()
     assert work_on(job, tmp_path / "run", progress=False).plan == whole.plan
     log = (tmp_path / "run" / "run.log").read_text()
-    assert [f"pruning goes on after step {step}" in log for step in (1, 2, steps)] == [False, True, True]
+    assert all(f"pruning goes on after step {step}" in log for step in (1, steps))
 
 
 @pytest.mark.parametrize("name", ["plan.json", "pruning.json", "job.json", "results.json"])
