@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import UnknownNameError
+from ..files import entries
 
 CRITERIA = (
     "jacobian",
@@ -26,6 +29,7 @@ CRITERIA = (
     "random",
 )
 ALIASES = ("magnitude", "l1_norm", "l2_norm", "bn", "jc", "taylor_fo")
+EXPERIMENTS = ("vgg19-cifar100", "resnet56-cifar10", "resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet")
 KNOWN = {
     "criterion": CRITERIA,
     "criteria": CRITERIA,
@@ -39,9 +43,8 @@ KNOWN = {
     "data": (
         "digits", "cifar10", "cifar100", "imagenet", "folder", "digit_scenes", "digit_captions", "stdlib_text"
     ),
-    "experiment": (
-        "vgg19-cifar100", "resnet56-cifar10", "resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet"
-    ),
+    "experiment": EXPERIMENTS,
+    "grid": (*EXPERIMENTS, "paper-cifar", "paper-imagenet"),
 }  # fmt: skip
 """Names that options take, as the library has them: its own tables come with torch, which takes seconds to load."""
 NAMED_WEIGHTS = ("pretrained", "published", "published-sparse", "scratch")
@@ -50,17 +53,20 @@ AT_LEAST_ONE = (
     "min_channels", "processes", "each", "nodes", "gpus", "cpus",
 )  # fmt: skip
 LEAST = {"epochs": 0, "sparse_epochs": 0, "training": 0} | dict.fromkeys(AT_LEAST_ONE, 1)
-POSITIONAL = ("experiment",)
+POSITIONAL = ("experiment", "grid")
+LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
+DURATION = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+"""As SLURM writes them."""
 TARGETS = ("speedup", "macs", "params", "ratio")
-RESULTS, JOB = "results.json", "job.json"
+RESULTS, JOB, MANIFEST = "results.json", "job.json", "manifest.json"
 
 
 def check(command: Any) -> None:
     """Raise ValueError for an option that cannot be meant, without loading anything."""
     for name, value in _given(command):
         for entry in value if isinstance(value, tuple) else (value,):
-            if name in KNOWN and ":" not in str(entry) and str(entry).lower() not in (*KNOWN[name], *ALIASES):
-                raise UnknownNameError(option(name), str(entry), KNOWN[name])
+            if name in KNOWN and ":" not in str(entry):
+                _check_name(name, str(entry))
             if name in ("ratio", "hold_out") and not 0 < entry < 1:
                 raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 1")
             if name == "speedup" and not entry > 1:
@@ -75,8 +81,19 @@ def check(command: Any) -> None:
             raise ValueError(f"{option(name)} {value}: expected at least {LEAST[name]}")
         if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError(f"{option(name)} {value}: expected auto, cpu, cuda, cuda:1, ...")
+        if name == "time" and not DURATION.fullmatch(value):
+            raise ValueError(f"{option(name)} {value}: expected minutes, or 24:00:00, or 2-12:00 for days and hours")
     _check_targets(command)
     _check_paths(command)
+    _check_network(command)
+
+
+def _check_name(name: str, entry: str) -> None:
+    known = KNOWN[name] + (ALIASES if KNOWN[name] is CRITERIA else ())
+    if "," in entry:
+        raise ValueError(f"{option(name)} {entry}: put spaces between names, no commas")
+    if entry.lower() not in known:
+        raise UnknownNameError(option(name), entry, known)
 
 
 def _given(command: Any) -> Iterator[tuple[str, Any]]:
@@ -95,11 +112,39 @@ def _check_targets(command: Any) -> None:
         raise ValueError(f"give one target: {', '.join(known[:-1])} or {known[-1]}; got {', '.join(given) or 'none'}")
 
 
+def _check_network(command: Any) -> None:
+    """Check that a network has weights, and that there are the modules of what is a user's own."""
+    given = dict(_given(command))
+    for name in ("data", "task", *(() if "weights" in given else ("model",))):
+        module, _, function = str(given.get(name, "")).partition(":")
+        if function and module not in LIBRARIES and not _is_found(module.partition(".")[0]):
+            raise ValueError(
+                f"'{given[name]}' is no function that could be called without arguments: there is no module '{module}'"
+            )
+    model = given.get("model", "")
+    own = ":" in model and model.partition(":")[0] not in LIBRARIES
+    if not model or own or "weights" in given or (Path(model) / MANIFEST).is_file():
+        return
+    if not hasattr(command, "out"):
+        raise ValueError(f"'{model}' holds no saved model; for a network by name, pass --weights too")
+    ways = "a file, pretrained or published; a network of your own is package.module:function"
+    raise ValueError(f"--weights: which weights of '{model}'? It begins with a trained network: {ways}")
+
+
+def _is_found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # of __main__, which no specification is of
+        return True
+
+
 def _check_paths(command: Any) -> None:
     given = {} if getattr(command, "ELSEWHERE", False) else dict(_given(command))
     for name in ("weights", "sparse_weights"):
         if name in given and given[name] not in NAMED_WEIGHTS and not Path(given[name]).expanduser().exists():
             raise ValueError(f"{option(name)} {given[name]}: there is no such file, nor weights of that name")
+    if "folder" in given and not given["folder"].exists():
+        raise ValueError(f"'{given['folder']}' holds 0 runs: there is no such folder")
     if "root" in given and not Path(given["root"]).expanduser().exists():
         raise ValueError(f"--root {given['root']}: there is no such folder")
     out = given.get("out")
@@ -107,6 +152,12 @@ def _check_paths(command: Any) -> None:
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out}: '{there}' is {'not writable' if there.is_dir() else 'a file, not a folder'}")
+    found = entries(out) if getattr(command, "FRESH", False) else []
+    if found and not {RESULTS, JOB} & {*found}:
+        raise ValueError(f"--out '{out}' holds something else than a run ({found[0]}): choose another folder")
     goes_on = given.get("resume") or given.get("overwrite") or not getattr(command, "FRESH", False)
     if not goes_on and any((out / name).is_file() for name in (RESULTS, JOB)):
         way = "overwrite it (--overwrite)" if "overwrite" in given else "go on with it (--resume)"
@@ -124,4 +175,5 @@ def spelled(message: str, command: Any) -> str:
         message = re.sub(rf"\b{name}=(?=[\w'\"\[(.-])", f"{option(name)} ", message)
         message = re.sub(rf"\b{name}=", option(name), message)
         message = message.replace(f"unknown {name} '", f"unknown {option(name)} '")
+        message = re.sub(rf"; leave {name}$", f"; leave out {option(name)}", message)
     return message

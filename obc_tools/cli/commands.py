@@ -129,6 +129,8 @@ class Prune(PruningOptions):
     """Learning rate at the start of fine-tuning (SGD); it falls to 0 along a cosine."""
     equivalent: Flag = False
     """Fine-tune with Equivalent Pruning too, merge, and compare."""
+    speeds: Flag = False
+    """Time all networks in the end: in PyTorch and ONNX Runtime, with one thread and all, 1 and 32 images at a time."""
     overwrite: Flag = False
     """Replace the run that the folder holds."""
 
@@ -261,10 +263,8 @@ def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, D
     """Return the trained network and the data that options name, and where to compute; a share may be held out."""
     from ..data.data import hold_out
     from ..runs.job import find_device
-    from ..runs.own import find_data, find_model, is_own
+    from ..runs.own import find_data, find_model
 
-    if options.weights is None and not is_own(options.model):
-        raise ValueError(f"--weights: which weights of '{options.model}'? It begins with a trained network")
     device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
     if share is not None:
         data = hold_out(data, "train" if data.train is not None else "val", share=share, seed=options.seed)
@@ -325,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> Command:
     """Return the command that the arguments spell; print help or what is wrong and exit where they spell none."""
+    arguments = ["--help"] if list(arguments) == ["help"] else arguments
     if arguments and arguments[0] in COMMANDS:
         name, *rest = arguments
         return tyro.cli(COMMANDS[name][0], prog=f"obc {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))

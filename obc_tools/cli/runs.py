@@ -237,15 +237,13 @@ class Evaluate:
         from ..measure.costs import cost
         from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_device
-        from ..runs.own import find_data, find_model, is_own, own_task
+        from ..runs.own import find_data, find_model, own_task
         from ..runs.pipeline import count_outputs
         from ..scoring.tasks import CLASSIFICATION, evaluate, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
             model = load_pruned(self.model).to(device)
-        elif self.weights is None and not is_own(self.model):
-            raise ValueError(f"'{self.model}' holds no saved model; for a network by name, pass --weights too")
         else:
             model = find_model(self.model, None, self.weights).to(device)
         batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)

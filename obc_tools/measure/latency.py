@@ -18,10 +18,6 @@ from ..errors import check_name, check_whole
 from ..state import call_model, evaluating, running
 from .costs import example_count
 
-TOP = 5
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""What tells the seconds of a forward pass on the CPU."""
-TOP = 5
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What tells the seconds of a forward pass on the CPU."""
 
@@ -170,7 +166,7 @@ def latencies(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        used_threads = stack.enter_context(_threads(threads))
+        used_threads = stack.enter_context(using_threads(threads))
         timers = {name: timer(stack.enter_context(evaluating(m)), example_inputs, clock) for name, m in models.items()}
         for number in range(warmup + repeats):
             for name, once in timers.items():
@@ -225,7 +221,8 @@ def timer(model: nn.Module, example_inputs: Any, clock: str = "wall") -> Callabl
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[int]:
+def using_threads(number: int | None) -> Iterator[int]:
+    """Let torch use so many threads, None as many as now; yield how many."""
     before = torch.get_num_threads()
     if number is not None:
         check_whole("latency: threads", number, 1, f", or None for torch's setting of {before}")

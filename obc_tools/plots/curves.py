@@ -158,12 +158,15 @@ def _label(figure: go.Figure, title: str | None, over: str, **place: int) -> Non
     figure.update_yaxes(title=title, **place)
 
 
-def accuracy_over_macs(table: pd.DataFrame, *, look: str = "light") -> go.Figure:
+def accuracy_over_macs(
+    table: pd.DataFrame, *, headline: str = "accuracy", direction: str = "higher", look: str = "light"
+) -> go.Figure:
     """Draw what networks reach at what they cost; those of one name are joined.
 
     Args:
         table: columns "network" (names), "MACs left" and "accuracy" (shares), and where it is known "error", how far
             the accuracy may be off either way.
+        headline, direction: what another task reaches, the column in the place of "accuracy", and which way is better.
         look: "light" or "dark".
 
     Raises:
@@ -171,21 +174,22 @@ def accuracy_over_macs(table: pd.DataFrame, *, look: str = "light") -> go.Figure
     """
     if table.empty:
         raise ValueError("no network to draw: give a table with a row for each")
-    figure = go.Figure()
+    figure, (scale, unit) = go.Figure(), (100, " %") if headline == "accuracy" else (1, "")
     for index, (name, rows) in enumerate(table.groupby("network", sort=False)):
         color, rows = color_of(name, index), rows.sort_values("MACs left")
         figure.add_scatter(
             x=100 * rows["MACs left"],
-            y=100 * rows["accuracy"],
-            error_y={"array": 100 * rows["error"], "thickness": 1.2} if "error" in rows else None,
+            y=scale * rows[headline],
+            error_y={"array": scale * rows["error"], "thickness": 1.2} if "error" in rows else None,
             name=name,
             mode="lines+markers",
             line={"color": color, "width": 1.5},
             marker={"size": 10},
-            hovertemplate=f"{name}: %{{y:.2f}} % with %{{x:.1f}} % of the MACs<extra></extra>",
+            hovertemplate=f"{name}: %{{y:.4g}}{unit} with %{{x:.1f}} % of the MACs<extra></extra>",
         )
-    _label(figure, TITLES["accuracy"], "macs")
-    return finished(figure, look, 380, title="Accuracy over MACs", legend={"y": -0.2, "yanchor": "top"})
+    _label(figure, TITLES.get(headline) or with_direction(headline, direction), "macs")
+    title = f"{headline.replace('_', ' ').capitalize()} over MACs"
+    return finished(figure, look, 380, title=title, legend={"y": -0.2, "yanchor": "top"})
 
 
 def plot_histories(histories: Mapping[str, Any], *, look: str = "light") -> go.Figure:

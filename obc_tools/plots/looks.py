@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from ..errors import UnknownNameError
 
-LOOKS = ("light", "dark")
+LOOKS = LIGHT, DARK = "light", "dark"
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B59F00", "#8C6BB1")
 COLORS: Mapping[str, str] = {

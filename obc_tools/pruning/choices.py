@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import check_name, check_number, check_whole
 from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse
 from ..scoring.criteria import Criterion, resolve_criterion
-from ..scoring.objectives import Objective, classification
+from ..scoring.objectives import AMP, Objective, classification
 from ..scoring.rows import Rows, check_rows
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores, score_groups
 from ..structure.groups import PARTS, ChannelGroup
@@ -79,6 +79,7 @@ class Scoring:
     (0, 0.5) (see `order.exchanged`); None scores all. ``rows``: of J, in place of the criterion's own. ``per``: a
     channel's score is divided by the MACs or by the milliseconds that its removal alone would save in what is left, so
     that what gains most for what it loses goes first; "latency" for targets that are one. None: the score as it is.
+    ``amp``: "bf16" scores in bfloat16 (see `score_groups`).
     """
 
     criterion: Any = "jacobian"
@@ -89,8 +90,10 @@ class Scoring:
     stop: float | None = None
     per: str | None = None
     rows: Rows | None = None
+    amp: str = "no"
 
     def __post_init__(self):
+        check_name("amp", self.amp, AMP)
         if self.rows is not None:
             object.__setattr__(self, "rows", check_rows(self.rows))
         check_name("group_reduction", self.group_reduction, REDUCTIONS)
@@ -140,6 +143,7 @@ class Scoring:
         ``options``: `decided` and `proof` of `score_groups`.
         """
         options |= {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
+        options |= {"amp": self.amp}
         batches = batches if self.needs_data else None
         if batches is not None and self.batches is not None:
             batches = islice(batches, self.batches)

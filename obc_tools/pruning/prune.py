@@ -58,6 +58,7 @@ def prune_to(
     rows: Rows | None = None,
     stop: float | None = None,
     per: str | None = None,
+    amp: str = "no",
     compensate: bool = False,
     seed: int = 0,
     verify: bool | str = True,
@@ -92,6 +93,7 @@ def prune_to(
             share of its channels, in (0, 0.5). The plan's ``deciding`` says how many it took. None scores all.
         per: "macs" or "latency": divide each channel's score by what its removal alone would save of these, so that
             channels that gain much for what they lose go first; "latency" with a latency target. None: the score alone.
+        amp: "bf16" scores in bfloat16, "no" in the model's own precision (see `score_groups`).
         compensate: score what is left as `compensate` leaves it, with the batches, and not as `prune` does.
         verify: prove at the end that the pruned network runs, equals the masked one and costs what was predicted (see
             `check.prove`): in double precision, or in single where a copy in double would take more than 4 GiB;
@@ -121,7 +123,7 @@ def prune_to(
         target=target,
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(
-            criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows
+            criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows, amp
         ),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),

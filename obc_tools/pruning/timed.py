@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import statistics
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 PLANS = 10
 """Pruned copies whose layers are timed."""
 ROUNDS = 8
+HELD = 15 / 16
+"""With what probability an interval holds the median: that of the least to the largest of five."""
 RUNTIMES = ("eager", "compile", "onnxruntime")
 """What a network's latency may be measured in: torch as it is, torch.compile, or ONNX Runtime (`export_onnx`)."""
 
@@ -56,6 +59,9 @@ class Measured:
         if not self.pruned or len(self.original) != len(self.pruned) or min(*self.original, *self.pruned) <= 0:
             raise ValueError(f"latencies {self.original} and {self.pruned}: expected a pair of each process, above 0")
 
+    def __add__(self, more: Measured) -> Measured:
+        return Measured(self.original + more.original, self.pruned + more.pruned)
+
     def of(self, target: Timing) -> tuple[float, ...]:
         """Return what counts for a target: milliseconds, or the share of the unpruned network's."""
         if target.speedup is None:
@@ -67,8 +73,8 @@ class Measured:
 class Timing:
     """What is asked for: milliseconds or a speed-up, how near, measured in how many new processes by which clock.
 
-    The interval of the median is from the least to the largest of them: it holds the median with a probability of
-    1 - 2^(1 - processes). It must lie within ``tolerance`` of the target. ``clock``: see `latency`. ``runtime``: what
+    The interval of the median (`interval`) must lie within ``tolerance`` of the target. While it is neither there nor
+    wholly off, ``processes`` more are measured, up to ``most_processes``. ``clock``: see `latency`. ``runtime``: what
     runs the networks, one of `RUNTIMES`; what is predicted is how torch runs them, and corrected by what is measured.
     """
 
@@ -76,6 +82,7 @@ class Timing:
     speedup: float | None = None
     tolerance: float = 0.04
     processes: int = 5
+    most_processes: int = 30
     repeats: int = 30
     clock: str = "wall"
     runtime: str = "eager"
@@ -91,6 +98,7 @@ class Timing:
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance}: expected a share in (0, 1)")
         check_whole("processes", self.processes, 2)
+        check_whole("most_processes", self.most_processes, self.processes, " (processes)")
         check_whole("repeats", self.repeats, 1)
         check_name("clock", self.clock, CLOCKS)
         check_name("runtime", self.runtime, RUNTIMES)
@@ -105,10 +113,24 @@ class Timing:
 
     def told(self, values: Sequence[float]) -> str:
         """Say what was measured in the target's own terms, with its interval."""
-        middle, *ends = statistics.median(values), min(values), max(values)
+        middle, ends = statistics.median(values), interval(values)
         if self.speedup is not None:
             return f"{1 / middle:.3g}x ({1 / ends[1]:.3g} to {1 / ends[0]:.3g} in {len(values)} processes)"
         return f"{middle:.4g} ms ({ends[0]:.4g} to {ends[1]:.4g} in {len(values)} processes)"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the narrowest interval between two values, as many below as above, that holds the median by `HELD`.
+
+    Values are independent draws; the k-th least and the k-th largest of n have the median between them but for a
+    probability of 2 * sum of C(n, i) / 2^n over i < k (order statistics). The least and the largest where n is below 5.
+    """
+    count, ordered, outside, place = len(values), sorted(values), 0.0, 0
+    while 2 * place + 2 < count and outside + 2 * math.comb(count, place) / 2**count <= 1 - HELD:
+        outside += 2 * math.comb(count, place) / 2**count
+        place += 1
+    place = max(place - 1, 0)
+    return ordered[place], ordered[-1 - place]
 
 
 def climb(
@@ -133,7 +155,7 @@ def climb(
         found = min(plans, key=lambda latency: abs(latency - aim))
         if found in seen:
             break
-        seen[found] = plans[found], measured(plans[found])
+        seen[found] = plans[found], _told_apart(timing, plans[found], measured)
         if _judged(timing, *seen[found]):
             return plans[found]
         points = {predicted: statistics.median(found.of(timing)) for predicted, (_, found) in seen.items()}
@@ -163,18 +185,36 @@ def _around(
     return found
 
 
+def _told_apart(timing: Timing, plan: PruningPlan, measured: Callable[[PruningPlan], Measured]) -> Measured:
+    """Measure a plan in more and more processes, until it is told whether it is within the tolerance, or enough."""
+    found = measured(plan)
+    while _verdict(timing, found) is None and len(found.pruned) + timing.processes <= timing.most_processes:
+        found += measured(plan)
+    return found
+
+
+def _verdict(timing: Timing, measured: Measured) -> bool | None:
+    """Say whether an interval is within the tolerance of the target, or wholly off; None where it is neither."""
+    low, high = interval(measured.of(timing))
+    least, most = timing.aim * (1 - timing.tolerance), timing.aim * (1 + timing.tolerance)
+    if least <= low and high <= most:
+        return True
+    return False if high < least or low > most else None
+
+
 def _judged(timing: Timing, plan: PruningPlan, measured: Measured) -> bool:
     """Say whether a plan is within the tolerance for sure; raise LatencyError where nobody could tell."""
     values = measured.of(timing)
-    low, middle, high = min(values), statistics.median(values), max(values)
+    low, high = interval(values)
     logger.info("%s: measured %s", timing, timing.told(values))
-    if high - low > 2 * timing.tolerance * middle:
+    verdict = _verdict(timing, measured)
+    if verdict is None and high - low > 2 * timing.tolerance * statistics.median(values):
         said = f"{timing} cannot be told within {timing.tolerance:.0%}: {timing.told(values)}; the machine is too noisy"
         clock = "" if timing.clock == "cpu" else "one thread with clock='cpu', "
         raise LatencyError(
-            f"{said}: stop other work, {clock}more processes= or repeats=, or a larger tolerance=", plan, measured
+            f"{said}: stop other work, {clock}more most_processes= or repeats=, or a larger tolerance=", plan, measured
         )
-    return timing.aim * (1 - timing.tolerance) <= low and high <= timing.aim * (1 + timing.tolerance)
+    return bool(verdict)
 
 
 def _corrected(points: dict[float, float], aim: float) -> float:

@@ -234,5 +234,6 @@ def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mappin
         "equivalence": asdict(result.equivalence) if result.equivalence else None,
         "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},
         "seconds": dict(result.seconds),
+        "speeds": None if result.speeds is None else result.speeds.to_dict("records"),
         "environment": environment(inputs.device),
     }

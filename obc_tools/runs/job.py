@@ -105,6 +105,7 @@ class JobResult:
         equivalence: None without Equivalent Pruning.
         filters: JᵀJ of some channels of the first layer of the original; None where a channel is too large to show.
         seconds: Stage -> duration.
+        speeds: What `speed_table` found, where the job asked for it.
     """
 
     job: PruningJob
@@ -115,6 +116,7 @@ class JobResult:
     equivalence: Equivalence | None
     filters: DenseJTJ | None
     seconds: Mapping[str, float]
+    speeds: pd.DataFrame | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a model: its metrics, MACs, MACs of the original over its own, parameters, CPU latency."""
@@ -174,6 +176,7 @@ class PruningJob(Settings):
         sparse_weights: A file of weights that a sparse training left, instead of one.
         finetune: How to fine-tune the pruned network; None: not at all.
         equivalent: Fine-tune with Equivalent Pruning too, by the same recipe, and merge.
+        speeds: Measure all networks by runtime, threads and examples at a time in the end (see `speed_table`).
         seed: Of `Settings`: fixes fresh weights, calibration batches and random scores; recipes have their own.
         device: "auto" (a CUDA GPU where there is one), "cpu", "cuda", "cuda:1", …
         title: What the report calls the job.
@@ -204,6 +207,7 @@ class PruningJob(Settings):
     sparse_weights: str | None = None
     finetune: Recipe | None = None
     equivalent: bool = False
+    speeds: bool = False
     device: str = "auto"
     title: str = "pruning job"
     task: str = CLASSIFICATION.name

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..data.data import Data, check_classes
 from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
+from ..models.speeds import speed_table
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
 from ..pruning.compensation import compensate
@@ -50,6 +52,7 @@ from .job import (
     PRUNED,
     REFUSED_PLAN,
     SPARSE,
+    TITLES,
     WEIGHTS,
     Equivalence,
     JobInputs,
@@ -123,6 +126,8 @@ class Keeping:
 
 TRAINING = "training_"
 """What the names of trainings' folders begin with."""
+EXAMPLES = 32
+"""At a time, in the table of speeds."""
 
 
 def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None = None) -> JobResult:
@@ -167,7 +172,8 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
     with _stage("measuring", seconds):
         measured = work.measure(models)
         filters = _first_filters(inputs)
-    return JobResult(job, plan, models, measured, work.histories, equivalence, filters, seconds)
+        speeds = work.speeds(models) if job.speeds else None
+    return JobResult(job, plan, models, measured, work.histories, equivalence, filters, seconds, speeds)
 
 
 class Stages:
@@ -262,6 +268,13 @@ class Stages:
         on_cpu = {key: copy.deepcopy(model).cpu() for key, model in models.items()}
         timed = latencies(on_cpu, to_device(inputs.example, "cpu"))
         return {key: Measured(metrics[key], costs[key], timed[key]) for key in models}
+
+    def speeds(self, models: Mapping[str, nn.Module]) -> pd.DataFrame:
+        """Return how fast the networks are on this machine, one held-out example and `EXAMPLES` at a time."""
+        data, task = self.inputs.data, self.inputs.task
+        firsts = {n: next(iter(data.batches("val", n).at(0))) for n in (1, EXAMPLES) if n <= len(data.val)}
+        inputs = {n: batch[0] if task is CLASSIFICATION else task.example(batch) for n, batch in firsts.items()}
+        return speed_table({TITLES[key]: model for key, model in models.items()}, inputs)
 
     def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
         history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))

@@ -22,6 +22,7 @@ from ..plots.curves import plot_histories
 from ..plots.jtj import jtj_grid
 from ..plots.looks import LOOKS, theme
 from ..plots.plans import plot_plan
+from ..pruning.choices import OPERATIONS
 from ..pruning.plan import Deciding
 from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, PruningJob
 
@@ -250,6 +251,9 @@ def job_sections(result: JobResult) -> Iterator[Section]:
     """Yield the sections of a job's report, those that the job has."""
     yield Text(_summary(result))
     yield _job_table(result)
+    if result.speeds is not None:
+        caption = "A forward pass, the models in turns: medians and quartiles of 10, medians of ratios to the original."
+        yield Table(result.speeds, "Latency on this machine", caption, {"speed-up": ".2f"})
     caption = (
         "Grey: removed. Layers that must keep the same channels, such as those of a residual stage, are one group."
     )
@@ -296,9 +300,12 @@ def _job_table(result: JobResult) -> Table:
     measured = "Accuracy and mean cross entropy" if isinstance(metrics, Metrics) else metrics.describe()
     count = f"{metrics.examples:,} " if isinstance(metrics, Metrics) else ""
     formats = {"test accuracy": ".2%", "test loss": ".4f", "MACs": "si", "speed-up": ".2f", "parameters": ",d"}
+    counted = "counted as torch_pruning counts them"
+    if result.job.target.counting == OPERATIONS:
+        counted = "of the operations that run"
     caption = (
         f"{measured} on {count}held-out examples, which decided nothing. MACs of one example, "
-        "counted as torch_pruning counts them. Latency of one at a time: median on the CPU, the models in turns; "
+        f"{counted}. Latency of one at a time: median on the CPU, the models in turns; "
         "small networks wait for memory and calls more than for MACs."
     )
     frame = result.to_frame()

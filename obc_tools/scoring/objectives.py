@@ -9,10 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import check_name
 from ..state import logits_of, running, shapes
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the losses of the batch's examples, shape (examples,), or one scalar."""
+AMP = ("no", "bf16")
+"""Precisions of what is scored: the model's own, or bfloat16 where torch.autocast has it."""
+
+
+def in_precision(objective: Objective, amp: str) -> Objective:
+    """Return an objective that runs in a precision of `AMP`, on the device of the model's parameters."""
+    check_name("amp", amp, AMP)
+    if amp == "no":
+        return objective
+
+    def autocast(model: nn.Module, batch: Any) -> Tensor:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, torch.bfloat16):
+            return objective(model, batch)
+
+    return autocast
 
 
 def classification(model: nn.Module, batch: Any) -> Tensor:

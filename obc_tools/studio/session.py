@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,24 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..comparing.sensitivity import Sensitivity, sensitivity
 from ..data.adapters import as_data
 from ..data.batches import take
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, TaskMetrics
 from ..plots.plans import group_names
-from ..pruning.choices import Scoring
+from ..pruning.choices import Scoring, Target
 from ..pruning.compensation import compensate
 from ..pruning.order import RemovalOrder
 from ..pruning.plan import PruningPlan, prune
+from ..pruning.reachable import Reach
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, example_inputs, fitting
 from ..state import call_model, copy_of
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
-from .state import Choices, Setup
+from .state import START, Choices, Setup
 
 CHANNELS = "channels"
 BARS = (CHANNELS, "MACs", "parameters")
@@ -36,6 +39,10 @@ BARS = (CHANNELS, "MACs", "parameters")
 LEAST_SHARE = 1e-3
 MILLION = 1e6
 KEPT_RANKINGS = 8
+POINTS, MOST = 8, 10.0
+"""Speed-ups of a frontier, evenly apart on a logarithmic scale, and the largest of them."""
+RATIOS = (0.25, 0.5, 0.75)
+"""Shares of a group's channels that go when it is pruned alone."""
 Kept = tuple[tuple[int, ...], ...]
 Watch = Callable[[Collection[Any], str], Iterable[Any]]
 """Takes batches and what is done with them, and returns them to be iterated over."""
@@ -80,6 +87,8 @@ class StudioSession:
         self._rankings: dict[Choices, RemovalOrder] = {}
         self._metrics: dict[tuple[Kept, bool], Metrics | TaskMetrics] = {}
         self._latencies: dict[Kept, Latency] = {}
+        self._frontiers: dict[Choices, list[PruningPlan]] = {}
+        self._sensitivities: dict[Choices, Sensitivity] = {}
 
     def calibration(self) -> Collection[Any]:
         """Return the calibration batches, the same each time."""
@@ -118,18 +127,70 @@ class StudioSession:
         With ``compensated`` also how good they are as `compensate` leaves them with the calibration batches. Latencies
         are measured anew each time: only those of one occasion can be compared.
         """
-        by_kept = {plan.kept: plan for plan in plans}
-        networks = {kept: prune(self.model, plan) for kept, plan in by_kept.items()}
-        wanted = [(kept, False) for kept in networks] + [(kept, True) for kept in networks if compensated]
-        missing = [key for key in wanted if key not in self._metrics and key != (self.whole.kept, True)]
-        for number, (kept, made) in enumerate(missing, start=1):
+        plans = list({plan.kept: plan for plan in plans}.values())
+        wanted = [(plan, made) for made in (False, compensated) for plan in plans]
+        self._evaluate(wanted, watch)
+        networks = {str(number): prune(self.model, plan) for number, plan in enumerate(plans)}
+        took = latencies(networks, self.example, repeats=10, warmup=2)
+        self._latencies |= {plan.kept: took[name] for name, plan in zip(networks, plans, strict=True)}
+
+    def _evaluate(self, wanted: Iterable[tuple[PruningPlan, bool]], watch: Watch) -> None:
+        """Find the metrics of plans, as they are or compensated, that are not known yet."""
+        known = {*self._metrics, (self.whole.kept, True)}
+        missing = {(plan.kept, made): plan for plan, made in wanted if (plan.kept, made) not in known}
+        for number, ((kept, made), plan) in enumerate(missing.items(), start=1):
             batches = watch(self.held_out_batches(), f"measuring plan {number} of {len(missing)}")
-            plan, data = by_kept[kept], self.calibration()
-            network = compensate(self.model, plan, data, task=self.task) if made else networks[kept]
-            self._metrics[kept, made] = evaluate(network, batches, task=self.task)
-        named = {str(number): network for number, network in enumerate(networks.values())}
-        took = latencies(named, self.example, repeats=10, warmup=2)
-        self._latencies |= {kept: took[name] for name, kept in zip(named, networks, strict=True)}
+            build = partial(compensate, batches=self.calibration(), task=self.task) if made else prune
+            self._metrics[kept, made] = evaluate(build(self.model, plan), batches, task=self.task)
+
+    def frontier(self, choices: Choices, reach: Reach, watch: Watch = lambda batches, what: batches) -> None:
+        """Evaluate what choices lead to at `POINTS` speed-ups up to the largest, or to `MOST`, for `curve`."""
+        most = min(reach.of("speedup")[1], MOST)
+        plans = [self.whole]
+        for speedup in np.geomspace(most ** (1 / POINTS), most, POINTS):
+            # Limits and choices by hand may not allow what the network does.
+            with suppress(ValueError):
+                plans.append(self.plan(replace(choices, target=Target(speedup=float(speedup)))))
+        self._evaluate([(plan, False) for plan in plans], watch)
+        self._frontiers[replace(choices, target=START)] = plans
+
+    def curve(self, choices: Choices, plan: PruningPlan) -> pd.DataFrame:
+        """Return what `frontier` found for choices, and what was measured of a plan, as `accuracy_over_macs` takes it.
+
+        Columns: network (the criterion, or "now"), MACs left, the task's headline, and of classifiers error.
+        """
+        named = [(choices.scoring.criterion, each) for each in self._frontiers.get(replace(choices, target=START), ())]
+        rows = []
+        for name, each in [*named, ("now", plan)]:
+            found = self._metrics.get((each.kept, False))
+            if found is not None:
+                left = self.costs.of(each).macs / self.costs.original.macs
+                row = {"network": name, "MACs left": left, self.task.headline: found.values[self.task.headline]}
+                rows.append(row | ({"error": _margin(found)} if isinstance(found, Metrics) else {}))
+        return pd.DataFrame(rows)
+
+    def sense(self, choices: Choices, watch: Watch = lambda batches, what: batches) -> None:
+        """Prune each group alone, scored and limited as choices say, and keep what `sensitivity` tells of it."""
+        scoring, limits = choices.scoring, choices.limits
+        self._sensitivities[choices.ranking_key] = sensitivity(
+            self.model,
+            self.example,
+            watch(self.held_out_batches(), "each group alone"),
+            self.calibration(),
+            ratios=RATIOS,
+            criterion=scoring.criterion,
+            task=self.task,
+            progress=False,
+            group_reduction=scoring.group_reduction,
+            normalizer=scoring.normalizer,
+            rows=scoring.rows,
+            round_to=limits.round_to,
+            **vars(self.setup.selection),
+        )
+
+    def sensed(self, choices: Choices) -> Sensitivity | None:
+        """Return what `sense` found for choices, whatever their target."""
+        return self._sensitivities.get(choices.ranking_key)
 
     def measured(self, plan: PruningPlan) -> Measurement | None:
         """Return what was measured of a plan before."""
@@ -145,7 +206,7 @@ class StudioSession:
             "MACs": f"{cost.macs:,.0f}",
             "speed-up": f"{original.macs / cost.macs:.2f}x",
             "parameters": f"{cost.params:,}",
-            "latency (ms)": "" if measured is None else f"{measured.latency.median_ms:.2f}",
+            "latency (ms, quartiles)": "" if measured is None else with_quartiles(measured.latency),
             **self._texts(measured and measured.metrics),
         }
         if any(made for _, made in self._metrics):
@@ -158,7 +219,7 @@ class StudioSession:
         values, digits = {} if metrics is None else metrics.values, {"loss": "{:.4f}"}
         found = {n: digits.get(n, "{:.4g}").format(values[n]) if n in values else "" for n in self.shown_metrics}
         if isinstance(metrics, Metrics):
-            found["accuracy"] = with_interval(values["accuracy"], metrics.examples)
+            found["accuracy"] = with_interval(metrics)
         return found
 
     @property
@@ -175,9 +236,20 @@ class StudioSession:
         return pd.DataFrame(rows).rename(columns=named)
 
 
-def with_interval(accuracy: float, examples: int) -> str:
-    """Return an accuracy and the half-width of its 95 % interval (normal approximation to the binomial)."""
-    return f"{accuracy:.2%} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / examples):.2%}"
+def with_interval(metrics: Metrics) -> str:
+    """Return an accuracy and the half-width of its 95 % interval."""
+    return f"{metrics.accuracy:.2%} ± {_margin(metrics):.2%}"
+
+
+def _margin(metrics: Metrics) -> float:
+    """Return the half-width of an accuracy's 95 % interval (normal approximation to the binomial)."""
+    return 1.96 * math.sqrt(metrics.accuracy * (1 - metrics.accuracy) / metrics.examples)
+
+
+def with_quartiles(latency: Latency) -> str:
+    """Return a median in milliseconds, and between which quartiles it lies."""
+    first, third = (1e3 * seconds for seconds in latency.quartiles_seconds)
+    return f"{latency.median_ms:.2f} ({first:.2f}–{third:.2f})"
 
 
 def _check_runs(model: nn.Module, example: Any, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.offline import get_plotlyjs
 
+from ..plots.looks import DARK, theme
 from ..plots.stills import with_still
 from .tasks import Worker
 
@@ -53,15 +55,19 @@ class LiveFigure(anywidget.AnyWidget):
 
     An anywidget that takes a busy page more than two seconds to make gets no message ever after. So the figure is told
     to the page by a widget of ipywidgets' own.
+
+    Without a ``look`` a figure, drawn light, follows its page: ``dark`` is the template that it takes on a dark one.
     """
 
     _esm = Path(__file__).with_name("live.js")
     library = traitlets.Instance(W.Widget).tag(sync=True, **W.widget_serialization)
     drawing = traitlets.Instance(W.Widget).tag(sync=True, **W.widget_serialization)
+    dark = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, figure: go.Figure, clicked: Callable[[Click], None] | None = None):
+    def __init__(self, figure: go.Figure, clicked: Callable[[Click], None] | None = None, *, look: str | None = None):
         self.figure = figure
-        super().__init__(library=library(), drawing=Text(text=figure.to_json(validate=False)))
+        dark = "" if look else json.dumps(theme(DARK).to_plotly_json())
+        super().__init__(library=library(), drawing=Text(text=figure.to_json(validate=False)), dark=dark)
         if clicked is not None:
             self.on_msg(lambda _, content, buffers: clicked(_click(**content)))
 
@@ -81,11 +87,14 @@ LABEL = {"description_width": "104px"}
 COLUMN = {"width": "350px", "flex": "0 0 auto"}
 """Of controls, beside a figure that takes the rest."""
 REST = {"flex": "1 1 auto", "min_width": "0"}
+TWO_LINES = {"height": "44px", "flex": "1 1 auto", "min_width": "0", "overflow": "auto"}
+"""Of words that come and go: what stands below does not move."""
 SHOWN = 6
 """Channels that a table names at most in one cell."""
 
 STYLE = (
     "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
+    ".obc-table th {white-space: normal; vertical-align: bottom; max-width: 160px}"
     ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
 )
 
@@ -155,6 +164,11 @@ def note(words: str, *, bad: bool = False) -> str:
     return f"<span style='color:{color}'>{html.escape(words)}</span>"
 
 
+def close(*notes: str) -> str:
+    """Return notes as lines that stand close together."""
+    return f"<div style='line-height:1.5'>{'<br>'.join(notes)}</div>"
+
+
 def table(frame: pd.DataFrame) -> str:
     """Return a table as HTML, its text escaped: close rows, columns apart, all but the first to the right."""
     inner = frame.to_html(index=False, border=0, na_rep="", justify="right", classes="obc-table")
@@ -189,11 +203,11 @@ class View(W.VBox):
         picture: what shows the figure. progress, status: how far the work under way is, and what it is.
     """
 
-    def __init__(self, figure: go.Figure):
+    def __init__(self, figure: go.Figure, look: str | None = None):
         super().__init__()
-        self.picture = LiveFigure(figure, self.clicked)
-        self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px"})
-        self.status = W.HTML()
+        self.picture = LiveFigure(figure, self.clicked, look=look)
+        self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px", "flex": "0 0 auto"})
+        self.status = W.HTML(layout=TWO_LINES)
         self._worker = Worker(self._report, self._failed)
         self._filling = Filling()
 
@@ -212,7 +226,12 @@ class View(W.VBox):
 
     def say(self, words: str, *, bad: bool = False) -> None:
         """Show a line of words; nothing is under way."""
-        self.progress.value, self.status.value = 0, note(words, bad=bad)
+        self.progress.value = 0
+        self.tell(words, bad=bad)
+
+    def tell(self, words: str, *, bad: bool = False) -> None:
+        """Show a line of words beside what is under way."""
+        self.status.value = close(note(words, bad=bad))
 
     def clicked(self, click: Click) -> None:
         """Take a click in the figure; nothing happens unless a view says what."""
@@ -245,7 +264,8 @@ class View(W.VBox):
                 self._failed(error)
 
     def _report(self, what: str, share: float) -> None:
-        self.progress.value, self.status.value = share, note(f"{what}, {share:.0%}")
+        self.progress.value = share
+        self.tell(f"{what}, {share:.0%}")
 
     def _failed(self, error: Exception) -> None:
         self.say(f"{type(error).__name__}: {error}", bad=True)

@@ -26,7 +26,7 @@ from ..plots.jtj import (
     jtj_pair,
     spectrum,
 )
-from ..plots.looks import finished
+from ..plots.looks import LIGHT, finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
 from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
@@ -34,7 +34,7 @@ from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from ..studio.state import usual_batches
-from .controls import Click, View, code_area, dropdown, integer, note, set_options, table, text
+from .controls import Click, View, code_area, dropdown, integer, set_options, table, text
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Explorer(View):
         data: made by `load_data`, or what `as_data` takes; its split ``train`` gives the batches.
         task: what the network is for, a `Task` or the name of one of `TASKS`.
         batches, batch_size, seed: of the calibration batches; None: 10 of them, or all there are.
-        look: "light" or "dark".
+        look: "light" or "dark"; None: as the page is.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Explorer(View):
         batches: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
-        look: str = "light",
+        look: str | None = None,
     ):
-        self.look = look
-        super().__init__(self._wordy(""))
+        self.look = look or LIGHT
+        super().__init__(self._wordy(""), look)
         self.network = copy_of(without_weight_norms(model)).eval()
         self._data, self._task = as_data(data), find_task(task)
         batches = usual_batches(self._data, batch_size) if batches is None else batches
@@ -92,7 +92,7 @@ class Explorer(View):
     def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
         """Do something with the batches beside the kernel; what was under way is cancelled."""
         batches = self.batches
-        self.status.value = note(what)
+        self.tell(what)
         self._say_if_empty(what)
         self._worker.start(lambda task: work(task.watch(batches, what)), then)
 
@@ -143,7 +143,7 @@ class JTJExplorer(Explorer):
         model: left unchanged; the explorer works on a copy.
         data, task: as of `Explorer`.
         batches, batch_size, seed: of the calibration batches, one row of J each.
-        look: "light" or "dark".
+        look: "light" or "dark"; None: as the page is.
 
     Attributes:
         dense: the `DenseJTJ` that is shown. group: the `GroupJTJ`, once the group was looked at.
@@ -237,7 +237,7 @@ class JTJExplorer(Explorer):
             "spectrum": lambda: spectrum(dense, look=self.look),
         }
         self.show(draw[self.view.value]())
-        self.status.value = note(repr(dense))
+        self.tell(repr(dense))
 
     def _show_group(self, axis: LayerAxis, channel: int, mode: str) -> None:
         """Show the channel with all members of its group, computed when that is first asked for."""
@@ -266,10 +266,10 @@ class JTJExplorer(Explorer):
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
         self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
-        self.status.value = note(repr(group))
+        self.tell(repr(group))
 
     def _save(self) -> None:
-        self.status.value = note(f"wrote '{self.save(self.path.value)}'")
+        self.tell(f"wrote '{self.save(self.path.value)}'")
 
 
 ORDERS = ("cluster", "score", "channel")
@@ -287,7 +287,7 @@ class InteractionExplorer(Explorer):
         model: left unchanged; the explorer works on a copy.
         data, task: as of `Explorer`.
         batches, batch_size, seed: of the calibration batches, one row of J each.
-        look: "light" or "dark".
+        look: "light" or "dark"; None: as the page is.
 
     Attributes:
         interactions: the `FilterInteractions` that are shown. pair: JᵀJ of the two filters that were clicked last.
@@ -343,7 +343,7 @@ class InteractionExplorer(Explorer):
         self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
         self._shows_pairs = True
         self.table.value = self._pairs(found)
-        self.status.value = note(f"{found!r}; click a cell to see both filters")
+        self.tell(f"{found!r}; click a cell to see both filters")
         draw = f"k.plot(order={self.order.value!r}, mode={self.mode.value!r})"
         self._say_code(
             f"products = obc.jacobian_products(model, batches{self._said})\n"
@@ -365,4 +365,4 @@ class InteractionExplorer(Explorer):
             f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
         )
         together = self.interactions.joint(set(dense.channels))
-        self.status.value = note(f"scores {scores}; removed together {together:.3e}")
+        self.tell(f"scores {scores}; removed together {together:.3e}")

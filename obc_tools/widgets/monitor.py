@@ -13,16 +13,19 @@ import ipywidgets as W
 import plotly.graph_objects as go
 
 from ..plots.curves import watch_figure
+from ..plots.looks import LIGHT
 from ..plots.stills import with_still
 from ..runs.folder import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, headlines, look_at, watch_traces
-from .controls import LiveFigure, button, code_area, dropdown, note
+from .controls import LiveFigure, button, close, code_area, dropdown, note
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
 LOG_LINES = 12
+LINES_HEIGHT = 44
+"""Pixels of what is said of one run, two lines: what stands below does not move."""
 
 
 class RunMonitor(W.VBox):
@@ -34,7 +37,7 @@ class RunMonitor(W.VBox):
     Args:
         runs: a `Run`, a run's folder, or several of them by name.
         every: seconds between two looks; None looks only when `refresh` is called.
-        look: "light" or "dark".
+        look: "light" or "dark"; None: as the page is.
 
     Raises:
         ValueError: a folder that holds no run, an unknown look, no run.
@@ -48,7 +51,7 @@ class RunMonitor(W.VBox):
         runs: Run | str | os.PathLike[str] | Mapping[str, Run | str | os.PathLike[str]],
         *,
         every: float | None = SECONDS_BETWEEN_LOOKS,
-        look: str = "light",
+        look: str | None = None,
     ):
         self._lock, self._closed = threading.RLock(), threading.Event()
         given = runs if isinstance(runs, Mapping) else {"run": runs}
@@ -56,12 +59,13 @@ class RunMonitor(W.VBox):
             raise ValueError("no run to watch: give a run, its folder, or {'name': run}")
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
-        self._look = look
-        self.picture = LiveFigure(self._draw())
+        self._look = look or LIGHT
+        self.picture = LiveFigure(self._draw(), look=look)
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
         self.resume_button = button("resume", self.resume, "from its checkpoint", "play")
-        self.lines, self.tail, self.code = W.HTML(), W.HTML(), code_area()
+        room = f"{LINES_HEIGHT * len(self.runs)}px"
+        self.lines, self.tail, self.code = W.HTML(layout={"min_height": room}), W.HTML(), code_area()
         self.said = W.HTML()
         buttons = W.HBox([self.chosen, self.stop_button, self.resume_button, self.said])
         super().__init__([self.lines, self.picture, buttons, self.tail, self.code])
@@ -119,12 +123,12 @@ class RunMonitor(W.VBox):
     def show(self) -> None:
         """Show the last look."""
         with self._lock:
-            self.lines.value = "<br>".join(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items())
+            self.lines.value = close(*(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items()))
             status = self.views[self.chosen.value].status
             self.stop_button.disabled = status != "running"
             self.resume_button.disabled = status in ("running", "finished")
             tail = note(self.run.log(LOG_LINES))
-            self.tail.value = f"<pre style='max-height:220px;overflow:auto'>{tail}</pre>"
+            self.tail.value = f"<pre style='height:220px;overflow:auto;margin:0'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
 

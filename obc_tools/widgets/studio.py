@@ -11,25 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as W
+import pandas as pd
 import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
 from ..data.adapters import as_data
-from ..files import write_text
+from ..files import entries, write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
+from ..plots.curves import accuracy_over_macs
 from ..plots.graph import coupling_graph
-from ..plots.looks import counted
+from ..plots.looks import LIGHT, counted
 from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.plan import PruningPlan, prune
+from ..pruning.reachable import Reach, reach_of
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task
 from ..scoring.tasks import Task as NetworkTask
 from ..structure.layers import LayerAxis
-from ..studio.session import BARS, MILLION, Bars, StudioSession, studio_bars
+from ..studio.session import BARS, MILLION, MOST, Bars, StudioSession, studio_bars
 from ..studio.state import (
     Choices,
     Setup,
@@ -56,6 +59,7 @@ from .controls import (
     dropdown,
     integer,
     listed,
+    note,
     set_options,
     set_slider,
     slider,
@@ -88,17 +92,18 @@ def shown_value(target: Target) -> tuple[str, float]:
     return kind, value / MILLION if kind in ("macs", "params") else value
 
 
-def slider_range(kind: str, costs: CostModel) -> tuple[float, float, float]:
-    """Return the least and largest value of the slider, and its step."""
+def slider_range(kind: str, reach: Reach) -> tuple[float, float, float]:
+    """Return the least and largest value of the slider, and its step: no further than the network can be pruned."""
     if kind == "ratio":
-        return 0.01, 0.99, 0.01
+        return 0.01, max(0.02, min(0.99, math.floor(100 * reach.ratio) / 100)), 0.01
     if kind == "speedup":
-        return 1.02, 10.0, 0.02
-    whole = getattr(costs.original, kind) / MILLION
-    return 0.02 * whole, 0.99 * whole, whole / 200
+        return 1.02, max(1.04, min(MOST, math.floor(50 * reach.of("speedup")[1]) / 50)), 0.02
+    whole, least = (getattr(cost, kind) / MILLION for cost in (reach.original, reach.least))
+    step = whole / 200
+    return step * min(197, max(4, math.ceil(least / step))), 0.99 * whole, step
 
 
-def target_near(kind: str, plan: PruningPlan, costs: CostModel) -> Target:
+def target_near(kind: str, plan: PruningPlan, costs: CostModel, reach: Reach) -> Target:
     """Return the target of a kind that a plan just meets, within what the slider can say."""
     cost, whole = costs.of(plan), costs.original
     # Rounded to the side on which the plan still meets it.
@@ -108,7 +113,7 @@ def target_near(kind: str, plan: PruningPlan, costs: CostModel) -> Target:
         "macs": float(cost.macs),
         "params": float(cost.params),
     }[kind]
-    low, high = (target_of(kind, end) for end in slider_range(kind, costs)[:2])
+    low, high = (target_of(kind, end) for end in slider_range(kind, reach)[:2])
     return Target(**{kind: min(max(here, getattr(low, kind)), getattr(high, kind))})
 
 
@@ -119,6 +124,7 @@ class StudioControls:
         roots = [(str(group.root), group.root) for group in session.groups if group.prunable]
         if not roots:
             raise ValueError("nothing can be pruned: every group of this network is kept whole")
+        self.reach = reach_of(session.groups, session.costs, choices.limits)
         scoring, (kind, value) = choices.scoring, shown_value(choices.target)
         normalizers = [name or NONE for name in NORMALIZERS]
         self.criterion = dropdown("criterion", CRITERIA, scoring.criterion, "what a channel is scored by")
@@ -132,7 +138,7 @@ class StudioControls:
         self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
         self.scope = dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together")
         self.kind = dropdown("target", KINDS.items(), kind)
-        self.targets = {each: slider("to", *slider_range(each, session.costs)) for each in KINDS.values()}
+        self.targets = {each: slider("to", *slider_range(each, self.reach)) for each in KINDS.values()}
         self.targets[kind].value = value
         self.place = W.Box([self.targets[kind]])
         self.round_to = integer("multiple of", choices.limits.round_to or 1, 1, 1024, "of the channels a group keeps")
@@ -146,6 +152,7 @@ class StudioControls:
             description="compensate", icon="magic", tooltip="measure also what least squares make of each plan"
         )
         self.path = text("write to", "runs/studio", "without the ending")
+        self.there = W.HTML()
         self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
 
     @property
@@ -210,8 +217,9 @@ class StudioControls:
         self.place.children, self.kind.value = (self.targets[kind],), kind
 
 
-FOLDS = ("What changed", "Coupled layers")
-"""What opens below the tables: channels that two plans treat differently, and the graph of what goes together."""
+FOLDS = CHANGED, GRAPH, FRONTIER, SENSITIVITY = ("What changed", "Coupled layers", "Frontier", "Sensitivity")
+"""What opens below the tables: channels that two plans treat differently, the graph of what goes together, what other
+targets would cost, and what single groups do."""
 SECONDS_OF_A_DRAG = 1.0
 """Moves of the target within so many seconds of each other are undone together."""
 
@@ -233,7 +241,7 @@ class PruningStudio(View):
         seed: of the calibration batches.
         ignore, whole_heads, only: which channels may go at all (see `find_groups`).
         source: how `load_model` builds the unpruned network, for models that are saved (see `save_pruned`).
-        look: "light" or "dark".
+        look: "light" or "dark"; None: as the page is.
 
     Attributes:
         plan: the present plan; `prune(model, studio.plan)` and `EquivalentModel(model, studio.plan)` take it on.
@@ -262,7 +270,7 @@ class PruningStudio(View):
         whole_heads: bool = False,
         only: str | None = None,
         source: str | dict | None = None,
-        look: str = "light",
+        look: str | None = None,
     ):
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         selection = Selection(ignore, whole_heads, only)
@@ -271,16 +279,18 @@ class PruningStudio(View):
         setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name)
         self.session = StudioSession(model, data, setup, held_out, task)
         self.state, self.plan = StudioState(), self.session.whole
-        self._source, self._look, self._moved = source, look, 0.0
+        self._source, self._look, self._moved = source, look or LIGHT, 0.0
         self._before: PruningPlan | None = None
         self._scoring: Scoring | None = None
         self._controls = c = StudioControls(self.session, self.state.choices)
-        super().__init__(self._drawn())
+        super().__init__(self._drawn(), look)
         self._connect()
         above, below = self._buttons()
-        self.graph = LiveFigure(go.Figure(), self._clicked_layer)
-        self.folds = W.Accordion([c.changes, self.graph], titles=FOLDS)
-        self.folds.observe(lambda _: self._try(self._show_graph), "selected_index")
+        self.graph = LiveFigure(go.Figure(), self._clicked_layer, look=look)
+        self.frontier = LiveFigure(go.Figure(), look=look)
+        self.sensitivity = LiveFigure(go.Figure(), self._clicked_group, look=look)
+        self.folds = W.Accordion([c.changes, self.graph, *self._measured_folds()], titles=FOLDS)
+        self.folds.observe(lambda _: self._try(self._show_fold), "selected_index")
         self.children = (above, self.beside(c.column), c.table, self.folds, below, c.code)
         self._show()
 
@@ -316,6 +326,22 @@ class PruningStudio(View):
         work = partial(self.session.measure, plans, compensated=self._controls.compensate.value)
         self._worker.start(lambda task: work(task.watch), lambda _: self._measured(len(plans)))
 
+    def measure_frontier(self) -> None:
+        """Evaluate plans at several speed-ups by the present choices, beside the kernel; raises as `measure` does."""
+        self._refuse_while_scoring()
+        choices, reach = self.state.choices, self._controls.reach
+        self._worker.start(
+            lambda task: self.session.frontier(choices, reach, task.watch), lambda _: self._told("the frontier")
+        )
+
+    def measure_sensitivity(self) -> None:
+        """Evaluate each group pruned alone, beside the kernel; raises as `measure` does."""
+        self._refuse_while_scoring()
+        choices = self.state.choices
+        self._worker.start(
+            lambda task: self.session.sense(choices, task.watch), lambda _: self._told("each group alone")
+        )
+
     def export_plan(self, path: str | Path) -> Path:
         """Write the plan as JSON, which `PruningPlan.from_json` reads."""
         write_text(Path(path), self.plan.to_json())
@@ -344,6 +370,8 @@ class PruningStudio(View):
         self.on_change([c.locked], self._set_lock)
         self.on_change([c.compared], self._show_outcome)
         self.on_change([c.bars], lambda: self.picture.show(self._drawn()))
+        self.on_change([c.path], self._look_there)
+        self._look_there()
 
     def _buttons(self) -> tuple[W.HBox, W.HBox]:
         """Return the line of what is done with plans, and the line of what takes one away."""
@@ -360,14 +388,27 @@ class PruningStudio(View):
         self.plan_button = self.button("plan (JSON)", lambda: export(self.export_plan, ".json"), icon="download")
         self.model_button = self.button("pruned model", lambda: export(self.export_model, ""), icon="download")
         self.code_button = self.button("Python", lambda: export(self._write_code, ".py"), icon="download")
-        below = [c.path, self.plan_button, self.model_button, self.code_button]
+        below = [c.path, self.plan_button, self.model_button, self.code_button, c.there]
         return W.HBox(above, layout=WRAPPING), W.HBox(below, layout=WRAPPING)
+
+    def _measured_folds(self) -> list[W.VBox]:
+        """Return the folds whose figures are measured when that is asked for."""
+        self.frontier_button = self.button(
+            "measure other targets", self.measure_frontier, "on the held-out examples", "line-chart"
+        )
+        self.sensitivity_button = self.button(
+            "measure each group alone", self.measure_sensitivity, "on the held-out examples", "th"
+        )
+        return [
+            W.VBox([self.frontier_button, self.frontier]),
+            W.VBox([self.sensitivity_button, self.sensitivity]),
+        ]
 
     def _changed(self, control: W.Widget) -> None:
         c, choices = self._controls, self.state.choices
         dragged = control is c.target
         if control is c.kind:
-            choices = replace(choices, target=target_near(c.kind.value, self.plan, self.session.costs))
+            choices = replace(choices, target=target_near(c.kind.value, self.plan, self.session.costs, c.reach))
             with self._filling():
                 c.show_target(choices.target)
         choices = c.read(choices)
@@ -385,7 +426,11 @@ class PruningStudio(View):
 
     def _measured(self, count: int) -> None:
         self._show_outcome()
-        self.say(f"measured {counted(count, 'plan')}")
+        self._told(counted(count, "plan"))
+
+    def _told(self, what: str) -> None:
+        self._show_fold()
+        self.say(f"measured {what}")
 
     def _set_limit(self) -> None:
         choices = self._controls.read_limit(self.state.choices)
@@ -432,6 +477,15 @@ class PruningStudio(View):
     def _export(self, write: Callable[[str], Path], ending: str) -> None:
         path = self._controls.path.value + ending
         self.say(f"wrote '{write(path)}'")
+        self._look_there()
+
+    def _look_there(self) -> None:
+        """Say what writing would replace, and what it would refuse to."""
+        path = self._controls.path.value
+        said = [f"'{path}{ending}' will be replaced" for ending in (".json", ".py") if Path(path + ending).exists()]
+        if entries(Path(path)):
+            said.append(f"'{path}' is in use: no model is written into it")
+        self._controls.there.value = note("; ".join(said))
 
     def _write_code(self, path: str) -> Path:
         self._refuse_while_scoring()
@@ -473,7 +527,9 @@ class PruningStudio(View):
         except ValueError as error:
             self._failed(error)
             return
-        self.say(f"{plan!r} ({1e3 * (time.perf_counter() - start):.0f} ms)")
+        faster = self.session.costs.original.macs / self.session.costs.of(plan).macs
+        took = 1e3 * (time.perf_counter() - start)
+        self.say(f"{plan!r}: {faster:.2f}x fewer MACs, those of operations that run ({took:.0f} ms)")
         if plan != self.plan:
             self._before, self.plan = self.plan, plan
         self._show_outcome()
@@ -495,15 +551,14 @@ class PruningStudio(View):
         plans = {c.compared.value: compared} if compared else {}
         plans |= {"before": self._before} if self._before else {}
         c.table.value = table(self.session.table(plans | {"now": self.plan}))
-        name, other = (c.compared.value, compared) if compared else ("the plan before", self._before)
-        if other is not None:
-            self._show_changes(name, other)
+        frame, since = self._changes()
+        self.folds.titles = (f"Changed since {since}: {counted(len(frame), 'group')}", *FOLDS[1:])
         # Last, since a page that draws takes nothing else meanwhile.
         traces = studio_traces(self._bars(compared), self.plan.kept_of(root), score)
         for old, new in zip(figure.data, traces, strict=True):
             old.update(new)
         self.picture.show(figure.update_layout(studio_axes(str(LayerAxis(*root)), score)))
-        self._show_graph()
+        self._show_fold()
 
     def _bars(self, compared: PruningPlan | None) -> Bars:
         c = self._controls
@@ -514,16 +569,41 @@ class PruningStudio(View):
         bars, kept = self._bars(self._compared()), self.plan.kept_of(root)
         return studio_figure(bars, kept, str(LayerAxis(*root)), self._score(root), look=self._look)
 
-    def _show_changes(self, name: str, other: PruningPlan) -> None:
-        frame = plan_changes(other, self.plan)
-        shown = frame.assign(removed=frame["removed"].map(listed), restored=frame["restored"].map(listed))
-        self._controls.changes.value = table(shown) if len(shown) else ""
-        self.folds.titles = (f"Changed since {name}: {counted(len(frame), 'group')}", FOLDS[1])
+    def _changes(self) -> tuple[pd.DataFrame, str]:
+        """Return what the plan changes, and since which plan: the one to compare with, or the one before."""
+        compared, before = self._compared(), self._before or self.plan
+        if compared is not None:
+            return plan_changes(compared, self.plan), self._controls.compared.value
+        return plan_changes(before, self.plan), "the plan before"
 
-    def _show_graph(self) -> None:
-        """Draw the graph, where its fold is open."""
-        if self.folds.selected_index == FOLDS.index("Coupled layers"):
+    def _show_fold(self) -> None:
+        """Draw what belongs into the fold that is open."""
+        opened = None if self.folds.selected_index is None else FOLDS[self.folds.selected_index]
+        if opened == CHANGED:
+            frame, _ = self._changes()
+            shown = frame.assign(removed=frame["removed"].map(listed), restored=frame["restored"].map(listed))
+            self._controls.changes.value = table(shown) if len(shown) else ""
+        elif opened == GRAPH:
             self.graph.show(coupling_graph(self.plan, self.session.costs.layers(self.plan), look=self._look))
+        elif opened == FRONTIER:
+            self.frontier.show(self._curve())
+        elif opened == SENSITIVITY:
+            found = self.session.sensed(self.state.choices)
+            self.sensitivity.show(go.Figure() if found is None else found.plot(look=self._look))
+
+    def _curve(self) -> go.Figure:
+        """Return the frontier as far as it was measured, and where the present plan stands."""
+        session, task = self.session, self.session.task
+        points, left = session.curve(self.state.choices, self.plan), session.costs.of(self.plan).macs
+        if points.empty:
+            return go.Figure()
+        better = task.directions[task.headline]
+        drawn = accuracy_over_macs(points, headline=task.headline, direction=better, look=self._look)
+        return drawn.add_vline(100 * left / session.costs.original.macs, line_dash="dot", line_width=1)
+
+    def _clicked_group(self, click: Click) -> None:
+        """Show the group whose row of the heat map was clicked."""
+        self._controls.group.value = dict(self._controls.group.options).get(click.y, self._controls.group.value)
 
     def _clicked_layer(self, click: Click) -> None:
         """Show the group of the layer whose box was clicked."""

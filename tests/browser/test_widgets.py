@@ -1,6 +1,7 @@
 """Every control of every widget in a real browser: set as a person sets it, and what changed in the page."""
 
 import json
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -215,6 +216,27 @@ def test_everything_is_there_again_after_a_reload(show, folder):
     monitor.until(lambda: "epoch 4 of 4, step 9 of 10" in monitor.words, "the monitor still looks")
     for words in ("obc.JTJExplorer(", "obc.InteractionExplorer("):
         assert notebook.view(words).figure("g.data.length") > 0
+
+
+DARK = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+LIGHT = DARK.replace("Dark", "Light")
+PAPER = "getComputedStyle(g.querySelector('.main-svg')).backgroundColor"
+
+
+def test_figures_follow_the_page_and_say_since_when_they_lost_their_kernel(show, folder):
+    write(folder / "run")
+    notebook = show(MONITOR, "fixed = obc.RunMonitor('run', every=None, look='light')\nfixed")
+    view, fixed = notebook.view("monitor = obc"), notebook.view("fixed = obc")
+    white, ink = "rgb(255, 255, 255)", "g._fullLayout.font.color"
+    assert (view.figure(PAPER), view.figure(ink)) == (white, "#24292F")
+    notebook.do(DARK)
+    view.until(lambda: view.figure(PAPER) == "rgb(22, 25, 29)", "a dark figure on a dark page")
+    assert view.figure(ink) == "#D7DCE2" and fixed.figure(PAPER) == white
+    notebook.do(LIGHT)
+    view.until(lambda: view.figure(PAPER) == white, "a light figure again")
+    assert "no kernel" not in view.words
+    notebook.shutdown()
+    view.until(lambda: re.search(r"no kernel since \d+:\d\d:\d\d", view.words), "since when there is none")
 
 
 def test_another_notebook_attaches_to_the_same_run(show, folder):

@@ -13,9 +13,10 @@ from obc_tools.cli import checks
 from obc_tools.cli.commands import main, parse
 from obc_tools.data.data import DATA_SETS
 from obc_tools.measure.costs import COUNTINGS
+from obc_tools.models import store
 from obc_tools.models.networks import PUBLISHED_KINDS
 from obc_tools.pruning.choices import PER, SCOPES, TARGETS, Scoring
-from obc_tools.runs import folder
+from obc_tools.runs import folder, own
 from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
@@ -45,6 +46,16 @@ FOUND_AT_ONCE = [
     (["run", "resnet56-cifar", *OUT], "unknown experiment 'resnet56-cifar'; closest: resnet56-cifar10"),
     (["compare", "--model", "a", "--data", "digits", *OUT, "--criteria", "l1", "l3"], "unknown --criteria 'l3'"),
     (["evaluate", "x", "--data", "cifar"], "unknown --data 'cifar'"),
+    (["evaluate", "x", "--data", "digits"], "'x' holds no saved model; for a network by name, pass --weights too"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--criterion", "magnitud"], "unknown --criterion 'magnitud'; closest: magnitude"),
+    ([*PRUNE, *OUT, "--ratio", "0.5"], "--weights: which weights of 'resnet20'? It begins with a trained network"),
+    ([*PRUNE, "--out", "full", "--ratio", "0.5"], "--out 'full' holds something else than a run (notes.txt)"),
+    ([*PRUNE, "--out", "file/in", "--ratio", "0.5"], "/file' is a file, not a folder"),
+    (["compare", *PRUNE[1:], *OUT, "--criteria", "l1,l2"], "--criteria l1,l2: put spaces between names, no commas"),
+    (["prune", "--model", "nosuch:net", "--data", "digits", *OUT, "--ratio", "0.5"], "there is no module 'nosuch'"),
+    (["runs", "nowhere"], "'nowhere' holds 0 runs: there is no such folder"),
+    (["grid", "paper", *OUT], "unknown grid 'paper'; closest: paper-cifar"),
+    (["slurm", RUN[1], *OUT, "--time", "1day"], "--time 1day: expected minutes, or 24:00:00, or 2-12:00"),
 ]
 
 
@@ -54,10 +65,12 @@ def test_it_is_said_before_anything_is_loaded(arguments, message, tmp_path, monk
     (tmp_path / "file").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
     monkeypatch.setattr("obc_tools.cli.commands.run", lambda _: pytest.fail("something was loaded"))
     assert run(*arguments) == 2
     assert_one_line(capsys.readouterr().err, message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "run"]
 
 
 def test_no_library_is_loaded_to_find_it():
@@ -71,9 +84,15 @@ def test_no_library_is_loaded_to_find_it():
     assert done.stderr == "obc: error: --speedup 0.5: expected a number above 1\n"
 
 
-def test_what_is_meant_passes(monkeypatch):
+def test_what_is_meant_passes(monkeypatch, tmp_path):
     passed = []
     monkeypatch.setattr("obc_tools.cli.commands.run", passed.append)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").touch()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "manifest.json").touch()
     ways = (
         "--speedup 2",
         "--ratio 0.5 --criterion magnitude",
@@ -82,10 +101,12 @@ def test_what_is_meant_passes(monkeypatch):
         "--params 1 --device cuda:1",
     )
     for way in ways:
-        main([*PRUNE, *OUT, *way.split()])
+        main([*PRUNE, *OUT, "--weights", "published", *way.split()])
+    main(["prune", "--model", "own:net", "--data", "own:data", *OUT, "--ratio", "0.5"])
+    main(["slurm", RUN[1], *OUT, "--time", "2-12:00"])
     for arguments in (["demo"], RUN + OUT, ["evaluate", "a", "--data", "own:data"], ["runs"], ["slurm", RUN[1], *OUT]):
         main(arguments)
-    assert len(passed) == len(ways) + 5 and passed[1].criterion == "magnitude"
+    assert len(passed) == len(ways) + 7 and passed[1].criterion == "magnitude"
 
 
 def test_the_names_are_the_librarys():
@@ -97,7 +118,9 @@ def test_the_names_are_the_librarys():
     assert (None, *known["normalizer"]) == NORMALIZERS and {None, *known["only"]} == set(PARTS)
     assert set(known["task"]) == set(obc.TASKS) and set(known["data"]) == set(DATA_SETS)
     assert set(known["experiment"]) == set(obc.EXPERIMENTS)
+    assert set(known["grid"]) - {"paper-cifar", "paper-imagenet"} == set(obc.EXPERIMENTS)
     assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
+    assert (checks.LIBRARIES, checks.MANIFEST) == (own.LIBRARIES, store.MANIFEST)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
 
 
@@ -112,6 +135,11 @@ def test_the_librarys_own_words_are_spelled_as_options():
 
 def main_command(*options):
     return parse([*PRUNE, *OUT, *options])
+
+
+def test_help_is_a_command_too(capsys):
+    assert run("help") == 0
+    assert "The whole job on handwritten digits" in capsys.readouterr().out
 
 
 def test_the_version(capsys):

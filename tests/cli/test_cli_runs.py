@@ -27,7 +27,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         "obc_tools.runs.experiments.EXPERIMENTS", {"tiny": replace(RESNET56, name="tiny", title="tiny", base=base)}
     )
-    monkeypatch.setitem(checks.KNOWN, "experiment", ("tiny",))
+    for name in ("experiment", "grid"):
+        monkeypatch.setitem(checks.KNOWN, name, ("tiny",))
 
 
 def test_runs_an_experiment_and_tells_of_it(tiny, tmp_path, capsys):
@@ -88,7 +89,7 @@ def test_options_change_the_job():
         (("run", "vgg", "--out", "x"), "unknown experiment 'vgg'"),
         (("run", "resnet56-cifar10", "--speedup", 2, "--macs", 1e6, "--out", "x"), "give one target"),
         (("runs", "nowhere"), "'nowhere' holds 0 runs"),
-        (("grid", "paper", "--out", "x"), "unknown experiment 'paper'"),
+        (("grid", "paper", "--out", "x"), "unknown grid 'paper'"),
         (("evaluate", "resnet20", "--data", "digits"), "holds no saved model; for a network by name, pass --weights"),
     ],
 )

@@ -18,7 +18,7 @@ from obc_tools.models.timing_worker import in_runtime
 from obc_tools.pruning import prune as pruning
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
 from obc_tools.pruning.prune import prune_to_latency
-from obc_tools.pruning.timed import LatencyError, Measured, Timing, latency_model, measure_apart, random_plans
+from obc_tools.pruning.timed import LatencyError, Measured, Timing, interval, latency_model, measure_apart, random_plans
 
 HOW = {
     "selection": Selection(),
@@ -115,11 +115,30 @@ def test_a_noisy_machine_is_never_a_success(given):
     with pytest.raises(
         LatencyError, match=r"cannot be told within 4%: .* in 5 processes\); the machine is too noisy: stop"
     ):
-        found(given, machine, latency=machine.true(given[0]) / 1.2)
+        found(given, machine, latency=machine.true(given[0]) / 1.2, most_processes=5)
     # The median is within the tolerance, its interval is not.
     machine = Machine(factor=1.0, constant=0.0, spread=0.0395)
     with pytest.raises(LatencyError, match="is not met: the nearest plan has"):
-        found(given, machine, latency=machine.true(given[0]) / 1.2)
+        found(given, machine, latency=machine.true(given[0]) / 1.2, most_processes=5)
+
+
+def test_more_processes_are_measured_until_it_is_told(given):
+    random, machine, calls = np.random.default_rng(0), Machine(), []
+
+    def noisy(original, pruned):
+        calls.append(pruned)
+        return Measured(*(tuple(machine.true(m) * random.normal(1, 0.05, 5)) for m in (original, pruned)))
+
+    plan = found(given, noisy, latency=machine.true(given[0]) / 1.2, most_processes=200)
+    assert machine.true(pruning.prune(given[0], plan)) == pytest.approx(machine.true(given[0]) / 1.2, rel=0.04)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    assert interval([3.0, 1.0, 2.0, 5.0, 4.0]) == (1.0, 5.0)
+    assert interval(range(12)) == (2, 9)
+    draws = np.random.default_rng(0).lognormal(size=(4000, 20))
+    held = [low <= 1 <= high for low, high in map(interval, draws.tolist())]
+    assert 15 / 16 - 0.01 < np.mean(held) < 0.99
 
 
 def test_what_was_learnt_is_kept_for_the_same_conditions_alone(given, tmp_path, caplog):

@@ -21,7 +21,7 @@ from obc_tools.pruning.plan import PruningPlan
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
 from obc_tools.runs.job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
-from obc_tools.runs.report import job_sections
+from obc_tools.runs.report import Table, job_sections
 from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe
 
@@ -70,7 +70,8 @@ def test_equivalent_pruning_keeps_its_promises(run):
 
 
 def test_fine_tuning_begins_where_compensation_ends(tmp_path):
-    job = replace(TINY, compensate=True, finetune=replace(TINY.finetune, epochs=2), target=Target(speedup=3.0))
+    finetune = replace(TINY.finetune, epochs=2)
+    job = replace(TINY, compensate=True, speeds=True, finetune=finetune, target=Target(speedup=3.0))
     result = run_job(job, tmp_path / "run", progress=False)
     assert list(result.measured) == [ORIGINAL, PRUNED, COMPENSATED, NAIVE, MERGED]
     losses = {key: measured.metrics.loss for key, measured in result.measured.items()}
@@ -85,6 +86,11 @@ def test_fine_tuning_begins_where_compensation_ends(tmp_path):
     figures = read_results(tmp_path / "run")
     assert figures["job"]["compensate"] and figures["models"]["compensated"]["metrics"]["loss"] == losses[COMPENSATED]
     assert figures["reloaded"]["compensated"]["bit_equal_logits"]
+    assert {(row["runtime"], row["examples"]) for row in figures["speeds"]} >= {("eager", 1), ("onnxruntime", 32)}
+    tables = [section for section in job_sections(result) if isinstance(section, Table)]
+    assert [table.heading for table in tables] == ["Results", "Latency on this machine"]
+    assert "MACs of one example, of the operations that run." in tables[0].caption
+    assert set(tables[1].frame["model"]) == set(result.table()["model"])
 
 
 def test_a_run_stopped_at_the_compensated_start_ends_as_one_that_was_not(tmp_path):

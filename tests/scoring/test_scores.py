@@ -6,7 +6,7 @@ from cases import CASES
 from networks import NETWORKS, network
 from torch import nn
 
-from obc_tools import find_groups, score_groups
+from obc_tools import find_groups, prune_to, score_groups
 from obc_tools.scoring.rows import parameter_slots
 from obc_tools.structure.layers import find_axis, get_layer, own_parameters
 
@@ -64,3 +64,35 @@ def test_scores_that_are_all_zero_are_said_to_be(caplog):
         with caplog.at_level(logging.WARNING, "obc_tools"):
             score_groups(model, groups, "jacobian", [(inputs, labels)])
         assert ("all scores are zero" in caplog.text and "sorted by class?" in caplog.text) == said
+
+
+@pytest.mark.parametrize("name", ["small_vgg", "residual", "grouped", "mlp_layernorm"])
+@pytest.mark.parametrize("criterion", ["jacobian", ("jacobian", {"rows": "sample"}), "taylor", "hessian"])
+def test_bfloat16_ranks_as_float32_does(name, criterion, caplog):
+    model, images = network(name)
+    model, batches = model.float(), [(images.float().repeat(4, 1, 1, 1), torch.arange(16) % 5)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    groups = [group for group in find_groups(model, images.float()) if group.prunable]
+    seen = []
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs.dtype))
+    exact, coarse = (
+        torch.cat(list(score_groups(model, groups, criterion, batches, amp=amp).values())) for amp in ("no", "bf16")
+    )
+    assert {torch.float32, torch.bfloat16} <= set(seen)
+    assert not torch.equal(exact, coarse)
+    ranks = torch.stack([exact.argsort().argsort(), coarse.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] > 0.95
+    assert "one backward pass a row" not in caplog.text
+    assert all(
+        torch.equal(before[key], value) and value.dtype == torch.float32
+        for key, value in model.state_dict().items()
+        if value.is_floating_point()
+    )
+
+
+def test_precisions_that_are_not_known_are_refused():
+    model, images = network("small_vgg")
+    with pytest.raises(ValueError, match="amp.*fp16.*bf16"):
+        score_groups(model, find_groups(model, images), "jacobian", [(images, torch.zeros(4).long())], amp="fp16")
+    with pytest.raises(ValueError, match="amp.*half.*bf16"):
+        prune_to(model, images, speedup=1.2, amp="half")

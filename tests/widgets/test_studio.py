@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,10 +15,11 @@ from obc_tools.plots import coupling_graph
 from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.choices import Limits, Target
 from obc_tools.pruning.plan import PruningPlan
+from obc_tools.studio.session import MOST, POINTS, RATIOS
 from obc_tools.studio.state import Choices
 from obc_tools.widgets import studio as studio_module
-from obc_tools.widgets.controls import Click
-from obc_tools.widgets.studio import PruningStudio
+from obc_tools.widgets.controls import Click, note
+from obc_tools.widgets.studio import CHANGED, FOLDS, FRONTIER, SENSITIVITY, PruningStudio
 
 SOURCE = {"name": "resnet8", "in_channels": 1, "width": 8}
 
@@ -406,7 +408,11 @@ def test_plans_are_compared(studio):
     c.target.value = 0.6
     assert c.compared.value == "mild" and c.compared.options == ("none", "mild")
     assert list(studio.figure.data[3].y) == [len(kept) for kept in mild.kept]
-    assert studio.folds.titles[0].startswith("Changed since mild: ") and "<table" in c.changes.value
+    assert studio.folds.titles[0].startswith("Changed since mild: ") and c.changes.value == "", (
+        "closed, it costs nothing"
+    )
+    studio.folds.selected_index = FOLDS.index(CHANGED)
+    assert "<table" in c.changes.value
     c.compared.value = "none"
     assert len(studio.figure.data[3].y) == 0
 
@@ -425,6 +431,69 @@ def test_the_graph_is_drawn_where_it_is_open_and_leads_to_groups(studio):
     for place, trace in ((here, len(boxes()) - 1), (0, 0), (len(roots) - 1, len(boxes()) - 1)):
         studio._clicked_layer(Click(trace, (place,), 0, 0))
         assert c.group.value == ("layer3.0.conv1", "out"), "neither a line nor what is kept whole is a group to show"
+
+
+def test_the_frontier_shows_other_targets_and_where_the_plan_stands(studio):
+    fold = FOLDS.index(FRONTIER)
+    studio.folds.selected_index = fold
+    assert not studio.frontier.figure.data, "nothing was measured yet"
+    studio.frontier_button.click()
+    studio.wait(60)
+    (curve,) = studio.frontier.figure.data
+    assert curve.name == "jacobian" and len(curve.x) > 4 and max(curve.x) == 100 and list(curve.x) == sorted(curve.x)
+    assert "measured the frontier" in studio.status.value
+    session, batch = studio.session, list(studio.session.held_out_batches())
+    plan = session.plan(replace(studio.state.choices, target=Target(speedup=session_speedups(studio)[3])))
+    left = 100 * session.costs.of(plan).macs / session.costs.original.macs
+    place = [round(x, 6) for x in curve.x].index(round(left, 6))
+    assert curve.y[place] == pytest.approx(100 * obc.evaluate(obc.prune(session.model, plan), batch).accuracy)
+    studio.measure_button.click()
+    studio.wait(60)
+    assert [trace.name for trace in studio.frontier.figure.data] == ["jacobian", "now"]
+    controls(studio).target.value = 0.6
+    now = 100 * session.costs.of(studio.plan).macs / session.costs.original.macs
+    assert studio.frontier.figure.layout.shapes[0].x0 == pytest.approx(now)
+    assert [trace.name for trace in studio.frontier.figure.data] == ["jacobian"], "this plan was not measured"
+
+
+def session_speedups(studio):
+    most = min(MOST, controls(studio).reach.of("speedup")[1])
+    return np.geomspace(most ** (1 / POINTS), most, POINTS)
+
+
+def test_each_group_alone_is_a_map_that_leads_to_groups(studio):
+    studio.folds.selected_index = FOLDS.index(SENSITIVITY)
+    studio.sensitivity_button.click()
+    studio.wait(60)
+    (drawn,) = studio.sensitivity.figure.data
+    roots = [str(group.root) for group in studio.plan.groups if group.prunable]
+    assert list(drawn.y) == roots and len(drawn.x) == len(RATIOS)
+    studio._clicked_group(Click(0, (2, 0), "25", roots[2]))
+    assert str(controls(studio).group.value) == roots[2]
+    controls(studio).scope.value = "local"
+    assert studio.session.sensed(studio.state.choices) is None and not studio.sensitivity.figure.data
+
+
+def test_sliders_end_where_the_network_does(made):
+    studio = PruningStudio(*made, batches=1, batch_size=32, ignore=["layer[12].*", "conv1", "layer3.0.downsample.0"])
+    reach = studio.wait(60)._controls.reach
+    targets = controls(studio).targets
+    assert targets["speedup"].max == pytest.approx(reach.of("speedup")[1], abs=0.02) and targets["speedup"].max < 2
+    assert targets["macs"].min == pytest.approx(reach.least.macs / 1e6, rel=0.02)
+    controls(studio).kind.value = "speedup"
+    controls(studio).target.value = targets["speedup"].max
+    assert "fewer MACs, those of operations that run" in studio.status.value
+
+
+def test_what_an_export_will_do_is_said_before(studio, tmp_path):
+    c = controls(studio)
+    assert c.there.value == note("")
+    studio.plan_button.click()
+    assert "out.json&#x27; will be replaced" in c.there.value and "in use" not in c.there.value
+    studio.model_button.click()
+    assert "out&#x27; is in use: no model is written into it" in c.there.value
+    c.path.value = str(tmp_path / "other")
+    assert c.there.value == note("")
 
 
 def test_the_plan_is_taken_away(studio, made, tmp_path):
