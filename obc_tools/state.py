@@ -264,7 +264,7 @@ WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Full
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError for a model that is wrapped, whose layers have other names than the plan's, or not to be read."""
+    """Raise ValueError for a wrapped model, whose layers have other names than the plan's, or cannot be read."""
     check_module(model)
     name = type(model).__name__
     if name in WRAPPERS and hasattr(model, WRAPPERS[name]):

@@ -423,7 +423,8 @@ def _declared_widths(
     name: str, layer: nn.Module | Tensor, axes: Mapping[str, Any], labels: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[Attribute, np.ndarray]]:
     """Yield the attributes in which a layer keeps its widths, with the labels of the axes."""
-    for key, attribute in ((key, attribute) for key, axis in axes.items() for attribute in axis.attributes):
+    named = ((key, attribute) for key, axis in axes.items() if axis.slots for attribute in axis.attributes)
+    for key, attribute in named:
         held = getattr(layer, attribute, None)
         index, width = (len(held) - 1, held[-1]) if isinstance(held, tuple) and held else (None, held)
         if isinstance(width, int) and operator.index(width) == labels[key].size:
