@@ -235,3 +235,24 @@ def test_outputs_without_tensors_and_wrapped_models_are_refused():
     model.register_forward_hook(lambda module, args, out: Result(out))
     with pytest.raises(ValueError, match=r"returns a Result.*Forward"):
         find_groups(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["scripted", "dynamic", "whole numbers"])
+def test_compiled_and_quantised_models_are_refused_in_one_sentence(kind):
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)
+    if kind == "scripted":
+        model = torch.jit.script(model)
+    elif kind == "dynamic":
+        model[0].__class__ = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.dynamic"})
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"give the model before (it was scripted|that, and quantise what is pruned)"):
+        find_groups(model, x)
+
+
+def test_a_model_without_numbers_is_not_scored():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), torch.randn(4, 5)
+    with pytest.raises(ValueError, match="meta device"):
+        score_groups(model, find_groups(model, x), "l1")
