@@ -31,6 +31,7 @@ from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task
 from ..scoring.tasks import Task as NetworkTask
+from ..state import check_module
 from ..structure.layers import LayerAxis
 from ..studio.session import BARS, MILLION, MOST, Bars, StudioSession, studio_bars
 from ..studio.state import (
@@ -51,6 +52,7 @@ from ..studio.state import (
     usual_batches,
 )
 from .controls import (
+    FITTING,
     WRAPPING,
     Click,
     LiveFigure,
@@ -145,11 +147,16 @@ class StudioControls:
         self.bars = dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers")
         self.group = dropdown("group", roots, roots[0][1], "whose channels are shown below")
         self.limit = slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels")
-        self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
+        self.locked = W.ToggleButton(
+            description="lock this group", icon="lock", tooltip="hold it as it is now", layout=FITTING
+        )
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
         self.compensate = W.ToggleButton(
-            description="compensate", icon="magic", tooltip="measure also what least squares make of each plan"
+            description="compensate",
+            icon="magic",
+            tooltip="measure also what least squares make of each plan",
+            layout=FITTING,
         )
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML()
@@ -272,6 +279,7 @@ class PruningStudio(View):
         source: str | dict | None = None,
         look: str | None = None,
     ):
+        check_module(model)
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
@@ -284,6 +292,7 @@ class PruningStudio(View):
         self._scoring: Scoring | None = None
         self._controls = c = StudioControls(self.session, self.state.choices)
         super().__init__(self._drawn(), look)
+        self.copied_from(model)
         self._connect()
         above, below = self._buttons()
         self.graph = LiveFigure(go.Figure(), self._clicked_layer, look=look)
