@@ -20,6 +20,7 @@ _NAMES = {
     "models.adapters": ("task_of",),
     "models.export": ("export_onnx", "export_program"),
     "models.networks": ("load_model",),
+    "models.speeds": ("speed_table",),
     "models.store": ("load_pruned", "save_pruned"),
     "pruning.check": ("Check", "check_plan"),
     "pruning.choices": ("Target",),

@@ -87,7 +87,5 @@ def _timed(
                 return None
             inputs = torch.empty(1)
         frame = latencies(models, inputs, **how).to_frame()
-    frame = frame.drop(columns=["batch size", "dtype", "device", "repeats"])
-    frame.insert(0, "runtime", runtime)
-    frame.insert(1, "examples", examples)
-    return frame
+    figures = ["median (ms)", "first quartile (ms)", "third quartile (ms)", "speed-up"]
+    return frame.assign(runtime=runtime, examples=examples)[["runtime", "threads", "examples", "model", *figures]]

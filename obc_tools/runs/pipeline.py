@@ -274,7 +274,7 @@ class Stages:
         data, task = self.inputs.data, self.inputs.task
         firsts = {n: next(iter(data.batches("val", n).at(0))) for n in (1, EXAMPLES) if n <= len(data.val)}
         inputs = {n: batch[0] if task is CLASSIFICATION else task.example(batch) for n, batch in firsts.items()}
-        return speed_table({TITLES[key]: model for key, model in models.items()}, inputs)
+        return speed_table({TITLES[key]: models[key] for key in (ORIGINAL, PRUNED, MERGED) if key in models}, inputs)
 
     def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
         history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))

@@ -90,7 +90,7 @@ def test_fine_tuning_begins_where_compensation_ends(tmp_path):
     tables = [section for section in job_sections(result) if isinstance(section, Table)]
     assert [table.heading for table in tables] == ["Results", "Latency on this machine"]
     assert "MACs of one example, of the operations that run." in tables[0].caption
-    assert set(tables[1].frame["model"]) == set(result.table()["model"])
+    assert set(tables[1].frame["model"]) == set(result.table()["model"].iloc[[0, 1, 4]])
 
 
 def test_a_run_stopped_at_the_compensated_start_ends_as_one_that_was_not(tmp_path):
