@@ -28,8 +28,8 @@ def as_data(
     `Data.batches`, so that every pass is fixed by a seed.
 
     Args:
-        train: A DataLoader, or a pair of them, train and val; a map-style data set; or tensors whose first axes are
-            examples: one, or a tuple or dict of them; batches have the same structure.
+        train: A DataLoader, a map-style data set, or tensors whose first axes are examples: one, or a tuple or dict of
+            them; batches have the same structure.
         val: Held-out examples, likewise; None where nothing is to be measured.
         classes: Names of classes; None: of the data set, or as many as whole labels of (inputs, labels) go up to.
         collate: Makes a batch of a list of examples; None: a DataLoader's own, or torch's default.
@@ -44,8 +44,6 @@ def as_data(
     """
     if isinstance(train, Data):
         return train
-    if val is None and isinstance(train, tuple) and len(train) == 2 and isinstance(train[0], DataLoader):
-        train, val = train
     if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
         raise ValueError(f"as_data: classes={classes!r}; expected names, one a class")
     splits = [None if given is None else _split(given, collate) for given in (train, val)]
@@ -71,7 +69,7 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
     if isinstance(given, (*refused, tuple, Mapping, IterableDataset)) or not whole:
         raise ValueError(
             f"as_data: a {type(given).__name__} holds no examples that could be drawn by number; pass a DataLoader or "
-            "a data set with __getitem__ and __len__, or tensors whose first axes are examples"
+            "a data set with __getitem__ and __len__, or tensors whose first axes are examples; two as as_data(train, val)"
         )
     return Examples(given, collate or default_collate)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import obc_tools as obc
 from obc_tools.plots import coupling_graph
@@ -359,13 +358,6 @@ def test_a_model_that_changes_under_an_open_view_is_told(made, view):
 def test_classes_that_do_not_fit_are_said(made, view):
     few = obc.load_model("resnet8", 7, in_channels=1, width=8)
     assert "for a model with 7 outputs (0 to 6)" in view(few, made[1], batches=1).wait(60).status.value
-
-
-def test_a_pair_of_loaders_is_train_and_val(made):
-    model, data = made
-    sets = [TensorDataset(torch.rand(count, 1, 8, 8), torch.arange(count) % 10) for count in (96, 40)]
-    studio = PruningStudio(model, tuple(DataLoader(each, batch_size=16) for each in sets), batches=2).wait(60)
-    assert (len(studio.session.data.train), len(studio.session.data.val)) == (96, 40)
 
 
 def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
