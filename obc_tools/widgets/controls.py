@@ -97,7 +97,7 @@ SHOWN = 6
 
 STYLE = (
     "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
-    ".obc-table th {white-space: normal; vertical-align: bottom; max-width: 160px}"
+    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 68px; max-width: 160px}"
     ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
 )
 

@@ -147,9 +147,7 @@ class StudioControls:
         self.bars = dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers")
         self.group = dropdown("group", roots, roots[0][1], "whose channels are shown below")
         self.limit = slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels")
-        self.locked = W.ToggleButton(
-            description="lock this group", icon="lock", tooltip="hold it as it is now", layout=FITTING
-        )
+        self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
         self.compensate = W.ToggleButton(
@@ -409,8 +407,8 @@ class PruningStudio(View):
             "measure each group alone", self.measure_sensitivity, "on the held-out examples", "th"
         )
         return [
-            W.VBox([self.frontier_button, self.frontier]),
-            W.VBox([self.sensitivity_button, self.sensitivity]),
+            W.VBox([W.HBox([self.frontier_button]), self.frontier]),
+            W.VBox([W.HBox([self.sensitivity_button]), self.sensitivity]),
         ]
 
     def _changed(self, control: W.Widget) -> None:
