@@ -35,7 +35,7 @@ from obc_tools import EquivalentModel, PruningPlan, Recipe, Task, as_data, evalu
 from obc_tools.data.data import Data
 from obc_tools.data.embedded import module_files
 from obc_tools.files import environment
-from obc_tools.measure.task_metrics import closeness_metrics
+from obc_tools.measure.metrics import closeness_metrics
 from obc_tools.scoring.tasks import outputs_task
 
 TOKENS = 32

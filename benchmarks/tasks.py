@@ -51,7 +51,7 @@ from obc_tools import (
 from obc_tools.data.data import Data
 from obc_tools.files import environment
 from obc_tools.measure.latency import latencies
-from obc_tools.measure.task_metrics import mask_targets
+from obc_tools.measure.metrics import mask_targets
 
 CLASSES = 11
 BACKGROUND_WEIGHT = 0.2

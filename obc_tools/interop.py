@@ -19,7 +19,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from .errors import UnknownNameError
+from .errors import check_name
 from .scoring.criteria import Criterion, Evidence, resolve_criterion
 from .scoring.jacobian import model_axes, stream_products
 from .scoring.objectives import Objective, classification
@@ -44,10 +44,8 @@ class _GroupImportance(tp.importance.Importance):
     """Combines the saliencies of the members of a torch_pruning group."""
 
     def __init__(self, criterion: Any, group_reduction: str = "sum", normalizer: str | None = None):
-        if group_reduction not in REDUCTIONS:
-            raise UnknownNameError("group_reduction", group_reduction, REDUCTIONS)
-        if normalizer not in NORMALIZERS:
-            raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
+        check_name("group_reduction", group_reduction, REDUCTIONS)
+        check_name("normalizer", normalizer, NORMALIZERS)
         self.criterion: Criterion = resolve_criterion(criterion)
         self.group_reduction, self.normalizer = group_reduction, normalizer
 

@@ -187,6 +187,18 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+class Wrapped(nn.Module):
+    """A model that a function runs, ``run(model, inputs)``, for whatever takes modules alone."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Any], Any]):
+        super().__init__()
+        self.model, self._run = model, run
+
+    def forward(self, inputs: Any) -> Any:
+        """Return what the function returns."""
+        return self._run(self.model, inputs)
+
+
 @contextmanager
 def running(model: nn.Module, inputs: Any, where: Callable[[], str]) -> Iterator[None]:
     """Say of whatever keeps a model from running on inputs where, and how these differ from what the model takes.

@@ -691,7 +691,7 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
         ({"positions": 0}, "positions=0: expected at least 1, or None for all (a whole number)"),
         ({"positions": 1.5}, "positions=1.5: expected at least 1, or None for all (a whole number)"),
         ({"max_bytes": 1}, "layer '0': the second moments of its 27 inputs take 12,960 bytes,"),
-        ({"ignore": ["nosuch"]}, "unknown layer to ignore 'nosuch'; known: 0, 1, 2, 3, 4, 5, 6"),
+        ({"ignore": ["nosuch"]}, "unknown layer to ignore 'nosuch'; known: 0, 0.bias, 0.weight, 1,"),
         ({"plan": None}, "plan: expected a PruningPlan, not NoneType; PruningPlan.from_json"),
         (lambda w: {"model": w.pruned}, "layer '0': the plan's axis 0.out is 4 wide, here 3"),
     ),

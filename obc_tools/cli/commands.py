@@ -185,7 +185,7 @@ class Compare(PruningOptions):
 
     def run(self) -> None:
         from ..comparing.compare import CompareSettings, compare_criteria
-        from ..runs.own import own_task
+        from ..runs.job import own_task
 
         model, data, _ = trained(self, self.hold_out)
         comparison = compare_criteria(
@@ -232,7 +232,7 @@ class Sweep(PruningOptions):
         from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Settings, Steps
         from ..pruning.compensation import compensate
         from ..pruning.plan import prune
-        from ..runs.own import own_task
+        from ..runs.job import own_task
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
@@ -262,8 +262,7 @@ class Sweep(PruningOptions):
 def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, Data, torch.device]:
     """Return the trained network and the data that options name, and where to compute; a share may be held out."""
     from ..data.data import hold_out
-    from ..runs.job import find_device
-    from ..runs.own import find_data, find_model
+    from ..runs.job import find_data, find_device, find_model
 
     device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
     if share is not None:

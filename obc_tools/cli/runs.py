@@ -200,7 +200,7 @@ class Slurm(OneExperiment):
     """Longest duration; the run saves a checkpoint and stops two minutes before."""
 
     def run(self) -> None:
-        from ..runs.slurm import write_slurm_script
+        from ..runs.run import write_slurm_script
 
         sizes = {"nodes": self.nodes, "gpus": self.gpus, "cpus": self.cpus, "time": self.time}
         print(f"sbatch {write_slurm_script(self.job(), self.out, **sizes)}")
@@ -236,10 +236,8 @@ class Evaluate:
         from ..data.data import check_classes
         from ..measure.costs import cost
         from ..models.store import MANIFEST, load_pruned
-        from ..runs.job import find_device
-        from ..runs.own import find_data, find_model, own_task
-        from ..runs.pipeline import count_outputs
-        from ..scoring.tasks import CLASSIFICATION, evaluate, example_inputs
+        from ..runs.job import find_data, find_device, find_model, own_task
+        from ..scoring.tasks import CLASSIFICATION, count_outputs, evaluate, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():

@@ -17,27 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.adapters import as_data
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
-from ..data.data import Data, check_classes
+from ..data.data import Data, as_data
 from ..errors import check_number, check_whole
 from ..files import environment
 from ..holding import held
-from ..measure.costs import Cost, CostModel
+from ..measure.costs import Cost
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
 from ..pruning.compensation import compensate
-from ..pruning.order import next_units
+from ..pruning.order import check_reachable, next_units
 from ..pruning.plan import PruningPlan, shrink
 from ..pruning.prune import Watch
-from ..pruning.reachable import check_reachable
-from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
-from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
+from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate, find_task
 from .comparison import (
     Comparison,
     Contender,
@@ -141,8 +137,7 @@ def compare_criteria(
     contenders = resolve_contenders(criteria)
     for contender in contenders:
         chosen.scoring().of(contender.criterion)
-    bench = _Bench.build(factory, as_data(data), chosen, contenders, find_task(task), objective)
-    bench = replace(bench, progress=progress)
+    bench = _Bench(factory, as_data(data), chosen, contenders, find_task(task), objective, progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     rows: list[Mapping[str, Any]] = []
@@ -172,45 +167,31 @@ def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, 
     return {"counting": begun.get("counting", OPERATIONS), **settings}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Bench:
-    """Everything that curves share: the network's groups and costs, the data and the settings."""
+    """Everything that curves share: the data and the settings, and of the network its groups and costs."""
 
     factory: Callable[[], nn.Module]
     data: Data
     settings: CompareSettings
-    task: Task
-    objective: Objective
     contenders: tuple[Contender, ...]
-    whole: PruningPlan
-    costs: CostModel
-    checksum: int
-    device: torch.device
-    progress: bool = False
+    task: Task
+    objective: Objective | None
+    progress: bool
 
-    @classmethod
-    def build(
-        cls,
-        factory: Callable,
-        data: Data,
-        settings: CompareSettings,
-        contenders: tuple,
-        task: Task,
-        objective: Objective | None,
-    ):
-        model = factory().eval()
-        device = next(model.parameters()).device
-        task = task if task.against is None else task.against(model)
-        criteria = [contender.criterion for contender in contenders] if objective is None else []
-        example = _example(model, data, settings, task, device, criteria)
-        groups, costs = settings.selection.analyse(model, example, settings.counting)
-        whole = PruningPlan.whole(groups)
-        check_reachable(settings.target(settings.steps, costs.original), whole, settings.limits, costs)
-        loss = objective or task.losses
-        bench = cls(factory, data, settings, task, loss, contenders, whole, costs, checksum(model), device)
-        for budget in [c.criterion.batches for c in contenders] + [None] * settings.compensate:
-            bench.calibration(budget, 0, 1)
-        return bench
+    def __post_init__(self):
+        settings, model = self.settings, self.factory().eval()
+        self.checksum, self.device = checksum(model), next(model.parameters()).device
+        task = self.task = self.task if self.task.against is None else self.task.against(model)
+        criteria = [contender.criterion for contender in self.contenders] if self.objective is None else []
+        if settings.until_chance and task is not CLASSIFICATION:
+            raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
+        example = checked_example(task, model, self.data, self.device, criteria)
+        groups, self.costs = settings.selection.analyse(model, example, settings.counting)
+        self.whole, self.objective = PruningPlan.whole(groups), self.objective or task.losses
+        check_reachable(settings.target(settings.steps, self.costs.original), self.whole, settings.limits, self.costs)
+        for budget in [c.criterion.batches for c in self.contenders] + [None] * settings.compensate:
+            self.calibration(budget, 0, 1)
 
     def describe(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON holds it."""
@@ -316,24 +297,3 @@ def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
         count -= examples
         if count <= 0:
             return
-
-
-def _example(
-    model: nn.Module,
-    data: Data,
-    settings: CompareSettings,
-    task: Task,
-    device: torch.device,
-    criteria: Iterable[Criterion],
-) -> Any:
-    """Return example inputs, one example of the data; raise ValueError where it does not go with the model."""
-    batch = next(iter(data.batches("val", 1, device=device).at(0)))
-    if task is CLASSIFICATION:
-        with torch.no_grad():
-            check_classes(model(batch[0]).shape[-1], data)
-        return batch[0]
-    if settings.until_chance:
-        raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")
-    train = next(iter(data.batches("train", settings.batch_size, device=device).at(0)))
-    check_task(task, model, train, batch, criteria=criteria)
-    return task.example(batch)

@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches
-from ..errors import UnknownNameError, check_whole
+from ..errors import check_name, check_whole
 from ..files import environment
 from ..holding import held
 from ..measure.costs import CostModel
 from ..measure.latency import latencies
-from ..pruning.check import prove
 from ..pruning.choices import (
     OPERATIONS,
     TARGETS,
@@ -33,9 +32,9 @@ from ..pruning.choices import (
     check_settings,
     values_of,
 )
+from ..pruning.order import check_reachable
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import Stage, check_verify, pruning_steps
-from ..pruning.reachable import check_reachable
+from ..pruning.prune import Stage, Way, pruning_steps
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
@@ -69,8 +68,7 @@ class Sweep:
     def plan(self, target: str, criterion: str | None = None) -> PruningPlan:
         """Return the plan of a target, "speedup=2", by the first criterion unless one is named."""
         found = self.plans[criterion or self.curves.criteria[0]]
-        if target not in found:
-            raise UnknownNameError("target", target, list(found))
+        check_name("target", target, found)
         return found[target]
 
     def plot(self, metric: str | None = None, over: str = "macs", *, look: str = "light"):
@@ -126,7 +124,6 @@ def sweep(
         ValueError: no target, one that cannot be met (says the best that can be had), what `prune_to` and
             `compare_criteria` raise.
     """
-    check_verify(verify)
     check_whole("repeats", repeats, 0)
     if isinstance(held_out, Iterator):
         raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
@@ -135,13 +132,14 @@ def sweep(
     task = task if task.against is None else task.against(model)
     scored = {"criterion": "jacobian", "objective": objective or task.losses}
     selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
+    way = Way(scoring=how[0], limits=how[1], steps=how[2], verify=verify, seed=seed, progress=progress)
     for contender in contenders:
-        how[0].of(contender.criterion)
+        way.scoring.of(contender.criterion)
     groups, costs = selection.analyse(model, example_inputs, counting)
     whole, asked = PruningPlan.whole(groups), _targets(targets, counting)
     for target in {target.given[0]: target for target in asked}.values():
-        check_reachable(target, whole, how[1], costs)
-    bench = _Bench(model, example_inputs, batches, asked, costs, *how, task, held_out, build, repeats, verify, seed)
+        check_reachable(target, whole, way.limits, costs)
+    bench = _Bench(model, example_inputs, batches, asked, costs, way, task, held_out, build, repeats)
     about = bench.describe() | {"settings": {name: str(value) for name, value in settings.items()}}
     about |= {"criteria": {contender.label: described(contender.criterion) for contender in contenders}}
     about = json.loads(json.dumps(about))
@@ -149,7 +147,7 @@ def sweep(
         store = CurveFolder.open(folder, about)
         curves = [store.read(contender, 0, whole) for contender in contenders]
         for index, curve in enumerate(curves):
-            for curves[index] in bench.continued(curve, progress):
+            for curves[index] in bench.continued(curve):
                 store.write(curves[index])
         rows = [row for curve in curves for row in marked(curve.rows, False)]
         found = Comparison(as_frame(rows, about), about, environment(bench.device))
@@ -185,15 +183,11 @@ class _Bench:
     batches: Iterable[Any] | None
     targets: list[Target]
     costs: CostModel
-    scoring: Scoring
-    limits: Limits
-    steps: Steps
+    way: Way
     task: Task
     held_out: Iterable[Any] | None
     build: Build
     repeats: int
-    verify: bool | str
-    seed: int
 
     @property
     def device(self) -> torch.device:
@@ -210,28 +204,18 @@ class _Bench:
             "metrics": dict(self.task.directions),
             "build": getattr(self.build, "__name__", type(self.build).__name__),
             "repeats": self.repeats,
-            "seed": self.seed,
+            "seed": self.way.seed,
         }
 
-    def continued(self, curve: Curve, progress: bool) -> Iterator[Curve]:
+    def continued(self, curve: Curve) -> Iterator[Curve]:
         """Go on with a curve; yield it after every step of pruning, once what it met is measured."""
         if not curve.rows:
             curve = replace(curve, rows=(self._row(curve, curve.plan),))
             yield curve
         left = [target for target in self.targets if str(target) not in curve.plans]
         start = time.perf_counter()
-        stages = pruning_steps(
-            self.model,
-            Stage(curve.plan, curve.step),
-            self._batches,
-            left,
-            self.costs,
-            scoring=self.scoring.of(curve.contender.criterion),
-            limits=self.limits,
-            steps=self.steps,
-            seed=self.seed,
-            progress=progress,
-        )
+        way = replace(self.way, scoring=self.way.scoring.of(curve.contender.criterion))
+        stages = pruning_steps(self.model, Stage(curve.plan, curve.step), self._batches, left, self.costs, way)
         for stage in stages if left else ():
             seconds = time.perf_counter() - start
             for target, plan in stage.met:
@@ -250,9 +234,7 @@ class _Bench:
         """Prove a plan and measure it."""
         cost, network = self.costs.of(plan), self.model
         if target is not None:
-            if self.verify:
-                single = self.verify == "float32"
-                prove(self.model, plan, self.example, cost, counting=target.counting, single=single)
+            self.way.prove(self.model, plan, self.example, cost, target.counting)
             network = self.build(self.model, plan)
         values = {} if self.held_out is None else evaluate(network, self.held_out, task=self.task).values
         return {

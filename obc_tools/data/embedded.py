@@ -8,16 +8,14 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from .examples import Examples, Tensors, as_is
+from .batches import Examples, Tensors, as_is
 
 Splits = tuple[Examples, Examples, tuple[str, ...]]
 DIGITS = tuple("0123456789")
@@ -79,28 +77,8 @@ def _digits_of(split: str) -> tuple[Tensor, Tensor]:
     return pixels[chosen] / 255, labels[chosen]
 
 
-class Scenes(Dataset):
-    """Digits on a canvas: an image float32 (3, 64, 64), 0 to 1, and {"boxes", "labels", "mask"}.
-
-    boxes (digits, 4) are left, top, right, bottom in pixels, tight around the ink; labels (digits,) and mask (64, 64)
-    are 1 more than the digit, 0 is the background.
-    """
-
-    def __init__(self, split: str):
-        pixels, digits = _digits_of(split)
-        random = np.random.RandomState(split == "val")
-        self._scenes = [_scene(pixels, digits, random) for _ in range(SCENES[split])]
-
-    def __len__(self) -> int:
-        return len(self._scenes)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        grey, targets = self._scenes[position]
-        return (grey / 255).expand(3, -1, -1), targets | {"mask": targets["mask"].long()}
-
-
 def _scene(pixels: Tensor, digits: Tensor, random: np.random.RandomState) -> tuple[Tensor, dict[str, Tensor]]:
-    """Draw one scene: 1 to 4 digits of different sizes that do not overlap, over noise."""
+    """Draw one scene, in bytes: 1 to 4 digits of different sizes that do not overlap, over noise."""
     image = torch.from_numpy(random.uniform(0, 0.15, (1, CANVAS, CANVAS)).astype(np.float32))
     mask = torch.zeros(CANVAS, CANVAS, dtype=torch.uint8)
     taken = np.zeros((CANVAS, CANVAS), dtype=bool)
@@ -122,16 +100,24 @@ def _scene(pixels: Tensor, digits: Tensor, random: np.random.RandomState) -> tup
     return (255 * image).round().byte(), {"boxes": torch.stack(boxes), "labels": torch.tensor(labels), "mask": mask}
 
 
-def stack_images(examples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
+def _stack_scenes(scenes: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Make a batch of images and a list of their targets."""
-    images, targets = zip(*examples, strict=True)
-    return torch.stack(images), list(targets)
+    images = torch.stack([(grey / 255).expand(3, -1, -1) for grey, _ in scenes])
+    return images, [targets | {"mask": targets["mask"].long()} for _, targets in scenes]
 
 
 def read_scenes() -> Splits:
-    """Return "digit_scenes": 1,200 scenes to train on and 300 held out; the classes begin with the background."""
-    train, val = (Examples(Scenes(split), stack_images) for split in ("train", "val"))
-    return train, val, ("background", *DIGITS)
+    """Return "digit_scenes": 1,200 scenes to train on and 300 held out; the classes begin with the background.
+
+    Digits on a canvas: images float32 (n, 3, 64, 64), 0 to 1, and a list of {"boxes", "labels", "mask"}. boxes
+    (digits, 4) are left, top, right, bottom in pixels, tight around the ink; labels (digits,) and mask (64, 64) are 1
+    more than the digit, 0 is the background.
+    """
+    splits = []
+    for split, count in SCENES.items():
+        (pixels, digits), random = _digits_of(split), np.random.RandomState(split == "val")
+        splits.append(Examples([_scene(pixels, digits, random) for _ in range(count)], _stack_scenes))
+    return *splits, ("background", *DIGITS)
 
 
 def caption(left: int, right: int) -> str:
@@ -174,28 +160,17 @@ def module_files() -> tuple[list[Path], list[Path]]:
     return [path for path in files if path not in set(held_out)], held_out
 
 
-class ByteSequences(Dataset):
-    """Text as sequences of 256 tokens, one a byte: int64 (256,)."""
-
-    def __init__(self, files: Sequence[Path]):
-        text = b"".join(path.read_bytes() for path in files)
-        count = len(text) // CONTEXT
-        self.tokens = torch.frombuffer(bytearray(text[: count * CONTEXT]), dtype=torch.uint8).view(count, CONTEXT)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, position: int) -> Tensor:
-        return self.tokens[position].long()
-
-    def __getitems__(self, positions: Sequence[int]) -> Tensor:
-        return self.tokens[torch.as_tensor(positions)].long()
-
-
 def read_text() -> Splits:
-    """Return "stdlib_text": the modules of the standard library in sequences of 256 bytes, every tenth held out."""
-    train, val = (Examples(ByteSequences(files), as_is) for files in module_files())
-    return train, val, ()
+    """Return "stdlib_text": the modules of the standard library in sequences of 256 bytes, every tenth held out.
+
+    A batch are their tokens, one a byte: int64 (n, 256).
+    """
+    splits = []
+    for files in module_files():
+        text = b"".join(path.read_bytes() for path in files)
+        whole = bytearray(text[: len(text) // CONTEXT * CONTEXT])
+        splits.append(Examples(Tensors(torch.frombuffer(whole, dtype=torch.uint8).view(-1, CONTEXT)), Tensor.long))
+    return *splits, ()
 
 
 EMBEDDED: Mapping[str, Callable[[], Splits]] = MappingProxyType(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch_pruning.utils import op_counter
 
 from ..errors import check_name
-from ..state import Forward, call_model, check_module, evaluating, hooks, running
+from ..state import Forward, Wrapped, call_model, check_module, evaluating, hooks, running
 from ..structure.counting import Product, count
 from ..structure.coupling import Classes
 from ..structure.groups import ChannelGroup, find_groups, groups_of, kept_positions, loses_heads
@@ -135,9 +135,11 @@ class Plan(Protocol):
     kept: tuple[Sequence[int], ...]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
+    """Kept channels that only a cost model looks at, unchecked."""
+
     groups: tuple[ChannelGroup, ...]
-    kept: Sequence[Sequence[int]]
+    kept: Sequence[Sequence[int] | np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +261,7 @@ class CostModel:
     def layers(self, plan: Plan) -> pd.DataFrame:
         """Return what a plan makes of every layer, as `layers_table` does; raise as `of` does."""
         whole = [range(group.width) for group in plan.groups]
-        before, after = self.by_layer(_Kept(plan.groups, whole)), self.by_layer(plan)
+        before, after = self.by_layer(Kept(plan.groups, whole)), self.by_layer(plan)
         shrunk = kept_positions(dict(zip(plan.groups, plan.kept, strict=True)))
         wide = {axis: (classes.size, len(shrunk.get(axis, classes))) for axis, classes in self.axes.items()}
         layers = list(dict.fromkeys((*(axis.layer for axis in self.axes), *before["layer"])))
@@ -427,21 +429,11 @@ class ModuleCosts:
         return shrink_model(self.model, kept_positions(kept))
 
 
-class _Called(nn.Module):
-    """A model that is called with its example inputs, however they are given."""
-
-    def __init__(self, model: nn.Module, example_inputs: Any):
-        super().__init__()
-        self.model, self.inputs = model, example_inputs
-
-    def forward(self, batch: Tensor) -> Any:
-        return call_model(self.model, self.inputs)
-
-
 def _count_modules(model: nn.Module, example_inputs: Any) -> tuple[Cost, dict[str, float]]:
     """Return what torch_pruning counts of a model, and of each of its modules."""
     examples, custom = example_count(example_inputs), op_counter.CUSTOM_MODULES_MAPPING
-    called, batch, entered = _Called(model, example_inputs), torch.empty(examples), [("", type(model).__name__)]
+    called = Wrapped(model, lambda model, batch: call_model(model, example_inputs))
+    batch, entered = torch.empty(examples), [("", type(model).__name__)]
     handles = (
         module.register_forward_pre_hook(lambda module, _, name=name: entered.append((name, type(module).__name__)))
         for name, module in model.named_modules()

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_convert
 
 from ..data.batches import count_examples, inputs_and_targets
-from ..measure.metrics import Metrics, classification_metrics
-from ..measure.task_metrics import IGNORED, box_targets
+from ..measure.metrics import IGNORED, Metrics, box_targets, classification_metrics
 from ..scoring.tasks import (
     CLASSIFICATION,
     Task,

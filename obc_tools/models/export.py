@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import check_number
 from ..files import replacing
 from ..pruning.equivalent import EquivalentModel
-from ..state import Forward, call_model, copy_of, misfit, within
+from ..state import Forward, Wrapped, call_model, copy_of, misfit, within
 
 TOLERANCE = 1e-4
 """Default bound on the difference between onnxruntime's output and torch's, relative to the largest output."""
@@ -57,7 +57,7 @@ def export_program(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool
         raise ExportError("an EquivalentModel is exported after merging: pass model.merge()")
     module = copy_of(model).eval()
     if isinstance(example_inputs, Forward):
-        module, example_inputs = _Run(module, example_inputs), (example_inputs.inputs,)
+        module, example_inputs = Wrapped(module, example_inputs.run), (example_inputs.inputs,)
     if dynamic_batch:
         example_inputs = tree_map(_doubled, example_inputs)
     args, kwargs = _arguments(example_inputs)
@@ -120,17 +120,6 @@ def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
-
-
-class _Run(nn.Module):
-    """A model that is run by a `Forward`."""
-
-    def __init__(self, model: nn.Module, forward: Forward):
-        super().__init__()
-        self.model, self._run = model, forward.run
-
-    def forward(self, inputs: Any) -> Any:
-        return self._run(self.model, inputs)
 
 
 def _doubled(leaf: Any) -> Any:

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..files import LONGEST_JSON, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
-from ..pruning.plan import PlanMismatchError, PruningPlan, check_is_plan, prune
+from ..pruning.plan import PruningPlan, check_is_plan, prune
 from ..state import check_module
-from ..structure.layers import get_layer, is_projection, layer_axes, named_axes
+from ..structure.layers import is_projection, layer_axes
 from .networks import load_model
 from .weights import kind_of, load_weights, read_weights
 
@@ -116,7 +116,7 @@ def save_pruned(
     check_is_plan(plan)
     if isinstance(model, EquivalentModel):
         raise StoreError("an EquivalentModel is saved after merging: pass model.merge()")
-    _check_widths(model, plan)
+    plan.validate(model, pruned=True)
     _check_finite(model)
     tensors, tied = _separate(model)
     if source is not None:
@@ -179,17 +179,6 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise StoreError(f"'{folder}' already holds {', '.join(found[:3])}: choose another, or pass overwrite=True")
     if others := sorted(set(found) - {TENSORS, PLAN, MANIFEST}):
         raise StoreError(f"'{folder}' holds more than a saved model ({', '.join(others[:3])}): choose another folder")
-
-
-def _check_widths(model: nn.Module, plan: PruningPlan) -> None:
-    for axis in (axis for axis in plan.axes if axis in plan.shrunk):
-        expected = len(plan.shrunk[axis])
-        try:
-            found = named_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
-        except (ValueError, KeyError) as error:
-            raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
-        if found != expected:
-            raise PlanMismatchError(f"axis {axis} of this model is {found} wide; the plan leaves {expected} channels")
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,23 @@ import torch
 from torch import nn
 
 from ..measure.latency import latencies
-from ..state import call_model
+from ..state import Wrapped, call_model
 
 
-class Bound(nn.Module):
-    """What is called without anything: a runtime that has its inputs."""
+def in_runtime(runtime: str, model: nn.Module, example_inputs: Any, path: Path) -> Wrapped:
+    """Return what runs a model on its inputs, whatever it is called with; ``path`` is that of its ONNX file.
 
-    def __init__(self, run: Callable[[], Any]):
-        super().__init__()
-        self.run = run
-
-    def forward(self, _: Any) -> Any:
-        """Return what the runtime returns."""
-        return self.run()
-
-
-def in_runtime(runtime: str, model: nn.Module, example_inputs: Any, path: Path) -> Bound:
-    """Return what runs a model on its inputs; ``path`` is where its ONNX file is, or is written."""
+    The file is written where it is not there.
+    """
     if runtime == "compile":
-        return Bound(partial(torch.compile(partial(call_model, model.eval())), example_inputs))
+        compiled = torch.compile(partial(call_model, model.eval()))
+        return Wrapped(nn.Module(), lambda *_: compiled(example_inputs))
     from .export import export_onnx, onnx_run  # what a process needs for ONNX alone takes seconds to load
 
     if not path.exists():
         export_onnx(path, model, example_inputs)
-    return Bound(onnx_run(path, example_inputs))
+    run = onnx_run(path, example_inputs)
+    return Wrapped(nn.Module(), lambda *_: run())
 
 
 def main(path: str) -> None:

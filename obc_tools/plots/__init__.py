@@ -1,7 +1,6 @@
 """Figures: numbers, names and labels in, a plotly figure out."""
 
 from .curves import accuracy_over_macs, criteria_curves, criteria_panels, plot_histories, scoring_seconds
-from .graph import coupling_graph
 from .jtj import (
     filter_image,
     group_jtj_heatmap,
@@ -13,7 +12,7 @@ from .jtj import (
     save_png,
     spectrum,
 )
-from .plans import mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
+from .plans import coupling_graph, mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
 
 __all__ = [
     "accuracy_over_macs",

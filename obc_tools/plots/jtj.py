@@ -19,7 +19,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 from ..files import write_text
 from .looks import color_axis, counted, finished
 
@@ -200,8 +200,7 @@ def _matrix(dense: Any, mode: str) -> str:
 
 def _in_mode(values: Tensor, mode: str) -> Tensor:
     """Return matrices (n, d, d) as a mode shows them."""
-    if mode not in MODES:
-        raise UnknownNameError("mode", mode, MODES)
+    check_name("mode", mode, MODES)
     if mode == "absolute":
         return values.abs()
     if mode == "signed":

@@ -6,12 +6,13 @@ yellow on dark; blue to orange where there are signs) and fixed by name: EP has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import make_colorscale
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 
 LOOKS = LIGHT, DARK = "light", "dark"
 
@@ -55,8 +56,7 @@ _DIVERGING = {
 
 def theme(look: str = "light") -> go.layout.Template:
     """Return the template of all figures, "light" or "dark"."""
-    if look not in LOOKS:
-        raise UnknownNameError("theme", look, LOOKS)
+    check_name("theme", look, LOOKS)
     axis = {
         "gridcolor": _GRID[look],
         "linecolor": _LINE[look],
@@ -71,7 +71,10 @@ def theme(look: str = "light") -> go.layout.Template:
         "paper_bgcolor": PAPER[look],
         "plot_bgcolor": PAPER[look],
         "colorway": PALETTE,
-        "colorscale": {"sequential": _scale(_SEQUENTIAL[look]), "diverging": _scale(_DIVERGING[look])},
+        "colorscale": {
+            "sequential": make_colorscale(_SEQUENTIAL[look]),
+            "diverging": make_colorscale(_DIVERGING[look]),
+        },
         "coloraxis": {"colorbar": {"outlinewidth": 0, "thickness": 10, "tickfont": {"size": 10}}},
         "annotationdefaults": {"font": {"size": 11}},
         "shapedefaults": {"line": {"color": _INK[look], "width": 1}},
@@ -105,10 +108,6 @@ def finished(
 def color_axis(unit: str, **scale: Any) -> dict[str, Any]:
     """Return the colour axis of heatmaps in a unit: ``cmid=0`` for signs, ``cmin``, ``cmax`` for ends."""
     return {"colorbar_title": {"text": unit, "side": "right"}, **scale}
-
-
-def _scale(colors: Sequence[str]) -> list[tuple[float, str]]:
-    return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
 
 
 def color_of(name: str, index: int = 0) -> str:

@@ -14,7 +14,6 @@ up for single weights.) No labels are needed, and nothing is trained.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,36 +27,33 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
-from ..errors import UnknownNameError, check_number, check_whole
+from ..errors import check_number, check_whole
 from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered, running, without_weight_norms
+from ..structure.groups import ignored_layers
 from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
-from .lockstep import PausableCall, pause
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan, prune
-from .readings import Reading, Stop, Survey, linear_map, stopping, survey
+from .readings import PausableCall, Reading, Stop, Survey, linear_map, pause, stopping, survey
 
 logger = logging.getLogger(__name__)
 
 PER_INPUT = 20
 """Positions for each input of a layer; the excess error of least squares is about one over their number."""
 
-ForwardPass = Callable[[nn.Module, Any], Any]
-"""(model, batch) -> whatever: how a batch is put through a model."""
-
-
-def _run_batch(model: nn.Module, batch: Any) -> Any:
-    """Put a batch through a model: a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`."""
-    return call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
-
 
 def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], None]:
-    """Return how a batch, with its number, is put through a model."""
-    forward: ForwardPass = _run_batch if task is None else find_task(task).forward
+    """Return how a batch, with its number, is put through a model.
+
+    Without a task it is a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`.
+    """
 
     def run(model: nn.Module, number: int, batch: Any) -> None:
         with running(model, batch, lambda: f"batch {number}"):
-            forward(model, batch)
+            if task is None:
+                call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
+            else:
+                find_task(task).forward(model, batch)
 
     return run
 
@@ -152,13 +148,7 @@ def _frozen(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
 
 def _ignoring(model: nn.Module, found: Survey, ignore: Iterable[str]) -> Survey:
     """Return the survey with the ignored layers left plain."""
-    names = [name for name, _ in model.named_modules()]
-    plain = dict(found.plain)
-    for pattern in [ignore] if isinstance(ignore, str) else ignore:
-        hits = fnmatch.filter(names, pattern)
-        if not hits:
-            raise UnknownNameError("layer to ignore", pattern, [name for name in names if name])
-        plain |= dict.fromkeys(hits, "ignored")
+    plain = {**found.plain, **dict.fromkeys(ignored_layers(model, ignore), "ignored")}
     return replace(found, readings=tuple(r for r in found.readings if r.layer not in plain), plain=plain)
 
 

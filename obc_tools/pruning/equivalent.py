@@ -206,7 +206,7 @@ class EquivalentModel(nn.Module):
             if mixed is not None:
                 if start is not None:
                     mixed.begin_at(*mixed.of_start(self.skeleton.get_submodule(name)._parameters))
-                self.mixed[_key(name)] = mixed
+                self.mixed[name.replace(".", "/") or "/"] = mixed
         self._tied = _share_tied(model, self.mixed_layers)
         for layer, leaf in self._places():
             # Where they were: merged parameters come in the order of the pruned model's.
@@ -219,7 +219,7 @@ class EquivalentModel(nn.Module):
     @property
     def mixed_layers(self) -> dict[str, MixedLayer]:
         """The layers that have a compressor or a decompressor, by name."""
-        return {_name(key): mixed for key, mixed in self.mixed.items()}
+        return {key.strip("/").replace("/", "."): mixed for key, mixed in self.mixed.items()}
 
     def effective_parameters(self) -> dict[str, Tensor]:
         """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D.
@@ -371,14 +371,6 @@ def _like(pruned: nn.Module, start: nn.Module) -> nn.Module:
         found = f"{theirs.get(wrong, 'missing')} in the start, {ours.get(wrong, 'missing')} by the plan"
         raise PlanMismatchError(f"the start is not what the plan leaves of the model: {wrong!r} is {found}")
     return copy_of(start)
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/") or "/"
-
-
-def _name(key: str) -> str:
-    return key.strip("/").replace("/", ".")
 
 
 def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[int, ...]]) -> MixedLayer | None:

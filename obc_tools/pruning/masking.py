@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..structure.flow import elementwise, handler_of, name_of, tensors_in
+from ..structure.flow import elementwise, handler_of, into, name_of, tensors_in
 from ..structure.layers import (
     LayerAxis,
     activation_dim,
@@ -235,14 +235,7 @@ BESIDE_CHANNELS = ("pool", "upsample", "grid_sampler", "reflection_pad", "replic
 """Parts of the names of operations along height and width."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enter a rule into the table under the names of torch's operations."""
-
-    def enter(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return enter
+rule = into(RULES)
 
 
 def _elementwise(call: Call) -> tuple[Any, Sequence[Mask]]:

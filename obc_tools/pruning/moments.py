@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ..state import Wrapped
 from ..structure.layers import kernel_dims, layer_type, own_parameters
 from .equivalent import Mixing
 
@@ -242,19 +243,9 @@ def _probed(layer: nn.Module, inputs: Tensor, at: Tensor | None) -> Tensor:
     """Return the same of any layer, by running it on weights that are zero but for one tap of one input each."""
     groups, _, d = weight_matrix(layer, weight_of(layer)).shape
     one = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(groups, -1, -1)
-    probes = {f"layer.{_weight_name(layer)}": from_weight_matrix(layer, one)}
+    probes = {f"model.{_weight_name(layer)}": from_weight_matrix(layer, one)}
     if bias_of(layer) is not None:
-        probes |= {f"layer.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
-    made = _picked(functional_call(_Unhooked(layer), probes, (inputs,)).flatten(2), at)
+        probes |= {f"model.{name}": inputs.new_zeros(groups * d) for name in own_parameters(layer)} | probes
+    unhooked = Wrapped(layer, lambda layer, inputs: layer.forward(inputs))
+    made = _picked(functional_call(unhooked, probes, (inputs,)).flatten(2), at)
     return made.unflatten(1, (groups, d)).permute(1, 2, 0, 3).flatten(2)
-
-
-class _Unhooked(nn.Module):
-    """A layer called past its hooks."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.layer.forward(inputs)

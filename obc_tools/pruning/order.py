@@ -1,35 +1,33 @@
-"""In which order channels go, given their scores, and plans from it: for a ratio, a number of channels, any target."""
+"""In which order channels go, given their scores, and plans from it: for a ratio, a number of channels, any target.
+
+And how far pruning can go: the range of every target, before any scoring.
+"""
 
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import UnknownNameError, check_number, check_whole
-from ..measure.costs import Cost, CostModel
+from ..errors import UnknownNameError, check_name, check_number, check_whole
+from ..measure.costs import Cost, CostModel, Kept
 from ..measure.latency_model import LatencyModel
 from ..scoring.scores import Scores
 from ..state import shapes
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
-from .choices import Limits, Target
+from .choices import OPERATIONS, Limits, Selection, Target, values_of
 from .plan import PlanMismatchError, PruningPlan, with_blocks
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Kept channels that only a cost model looks at, unchecked."""
-
-    groups: tuple[ChannelGroup, ...]
-    kept: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,7 +117,7 @@ class RemovalOrder:
             reasons = "; ".join(sorted({f"{group.root}: {group.kept_whole}" for group in self.groups})[:5])
             raise ValueError(f"nothing can be pruned: {reasons or 'the model has no groups of channels'}")
 
-    def draft(self, units: int) -> Draft:
+    def draft(self, units: int) -> Kept:
         """Return what `plan` keeps, ascending, in the original numbering, unchecked: what a bisection needs."""
         counts = np.bincount(self.owners[:units], minlength=len(self.groups)).tolist()
         kept = []
@@ -129,9 +127,9 @@ class RemovalOrder:
             kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
         for index, (keep, remove) in self.hands.items():
             kept[index] = np.array(sorted(({*kept[index].tolist()} | keep) - remove), dtype=np.int64)
-        return Draft(self.after.groups, tuple(kept))
+        return Kept(self.after.groups, tuple(kept))
 
-    def _reached(self, draft: Draft, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
+    def _reached(self, draft: Kept, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
         """Return a draft's cost, the original one, and the share that is gone of all channels that may go.
 
         Only what a target looks at is computed.
@@ -140,7 +138,7 @@ class RemovalOrder:
             return costs.of(draft), costs.original, 0.0
         return costs.original, costs.original, self.share_gone(draft)
 
-    def share_gone(self, draft: Draft) -> float:
+    def share_gone(self, draft: Kept) -> float:
         """Return the share that is gone of all channels that may go."""
         counted = [
             (group.width, group.width - len(kept))
@@ -150,7 +148,7 @@ class RemovalOrder:
         return sum(gone for _, gone in counted) / max(sum(w for w, _ in counted), 1)
 
     @cached_property
-    def least(self) -> Draft:
+    def least(self) -> Kept:
         """What is kept where all goes that may."""
         return self.draft(len(self))
 
@@ -203,8 +201,7 @@ def removal_order(
     if known != [group.root for group in after.groups]:
         raise ValueError("the scores are not those of the groups that the earlier plan leaves, in its order")
     for root in (*limits.max_ratio_of, *held):
-        if root not in known:
-            raise UnknownNameError("group", str(LayerAxis.of(root)), [str(name) for name in known])
+        check_name("group", LayerAxis.of(root), known)
     start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
     sizes = np.array([group.blocks for group in groups])
@@ -395,3 +392,80 @@ def one_shot_plan(
     order = order.by_hand(by_hand or {})
     order.check(target, costs)
     return order.plan(order.meet(target, costs))
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False)
+class Reach:
+    """What every target can be, from nothing removed to all that may go.
+
+    Attributes:
+        original, least: the cost of the whole network, and where all goes that may.
+        ratio: the share of the prunable channels that goes then.
+    """
+
+    original: Cost
+    least: Cost
+    ratio: float
+
+    def of(self, kind: str) -> tuple[float, float]:
+        """Return the first and the last value of a kind of target: "speedup", "macs", "params" or "ratio"."""
+        return tuple(self.to_frame().set_index("target").loc[kind])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a kind of target: its value "from" where nothing goes "to" where all goes that may."""
+        first, last = self.original, self.least
+        rows = [
+            ("speedup", 1.0, first.macs / last.macs),
+            ("macs", first.macs, last.macs),
+            ("params", first.params, last.params),
+            ("ratio", 0.0, self.ratio),
+        ]
+        return pd.DataFrame(rows, columns=["target", "from", "to"])
+
+    def __repr__(self) -> str:
+        return self.to_frame().to_string(index=False, float_format="{:,.4g}".format)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, float_format="{:,.4g}".format)
+
+
+def reachable(model: nn.Module, example_inputs: Any, *, counting: str = OPERATIONS, **settings: Any) -> Reach:
+    """Say how far a network can be pruned, in every kind of target at once; nothing is scored.
+
+    Args:
+        model: left unchanged.
+        example_inputs: what one forward pass takes; MACs are counted for one example of it.
+        counting: what MACs are, as in `prune_to`.
+        settings: the keywords of `prune_to` that say what may go and what every group keeps: ignore, whole_heads,
+            only, round_to, max_ratio, min_channels, scope.
+
+    Raises:
+        ValueError: an unknown setting, one out of range, nothing that can be pruned.
+    """
+    selection, limits = values_of(settings, Selection, Limits)
+    return reach_of(*selection.analyse(model, example_inputs, counting), limits)
+
+
+def reach_of(groups: Iterable[ChannelGroup], costs: CostModel, limits: Limits) -> Reach:
+    """Return how far groups can be pruned within limits."""
+    order = unscored(groups, limits)
+    order.check_prunable()
+    return Reach(costs.original, costs.of(order.least), order.share_gone(order.least))
+
+
+def check_reachable(target: Target, whole: PruningPlan, limits: Limits, costs: CostModel) -> None:
+    """Raise ValueError, before any scoring, where even all that the limits allow to go would not meet a target.
+
+    The log says which operations a target of MACs leaves out, for want of a formula.
+    """
+    if costs.original.unknown and target.given[0] in ("speedup", "macs"):
+        logger.warning("%s: MACs leave out %s, which has no formula", target, ", ".join(costs.original.unknown))
+    unscored(whole.groups, limits).check(target, costs)
+
+
+def unscored(groups: Iterable[ChannelGroup], limits: Limits) -> RemovalOrder:
+    """Return an order of removal of groups that are not scored, for what does not depend on scores."""
+    return removal_order({group: torch.zeros(group.width) for group in groups}, limits)

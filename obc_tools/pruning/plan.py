@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from ..errors import PlanMismatchError, UnknownNameError
+from ..errors import PlanMismatchError, check_name
 from ..files import parse_json
 from ..state import without_weight_norms
 from ..structure.configs import follow_config
@@ -93,17 +93,14 @@ class PruningPlan:
     def selection(self, axis: LayerAxis) -> tuple[int, ...]:
         """Return the kept positions of an axis, ascending, in the original numbering."""
         axis = LayerAxis.of(axis)
-        if axis not in self.axes:
-            raise UnknownNameError("layer axis of this plan", str(axis), [str(known) for known in self.axes])
+        check_name("layer axis of this plan", axis, self.axes)
         return self.shrunk.get(axis, tuple(range(self.axes[axis])))
 
     def kept_of(self, root: LayerAxis | ChannelGroup) -> tuple[int, ...]:
         """Return the kept channels of one group, given the group or its root."""
         root = root.root if isinstance(root, ChannelGroup) else LayerAxis.of(root)
-        index = self._index.get(root)
-        if index is None:
-            raise UnknownNameError("group of this plan", str(root), [str(known) for known in self._index])
-        return self.kept[index]
+        check_name("group of this plan", root, self._index)
+        return self.kept[self._index[root]]
 
     @cached_property
     def _index(self) -> dict[LayerAxis, int]:
@@ -159,8 +156,8 @@ class PruningPlan:
             )
         return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
 
-    def validate(self, model: nn.Module) -> None:
-        """Raise PlanMismatchError unless every axis of the plan exists in the model with the plan's width."""
+    def validate(self, model: nn.Module, *, pruned: bool = False) -> None:
+        """Raise PlanMismatchError unless the plan's axes are as wide here as before or, pruned, as it leaves them."""
         model = without_weight_norms(model)
         for axis, width in self.axes.items():
             if axis not in self.shrunk:
@@ -169,7 +166,9 @@ class PruningPlan:
                 found = named_axes(get_layer(model, axis.layer), axis.layer)[axis.axis].width
             except (ValueError, KeyError) as error:
                 raise PlanMismatchError(f"the plan's axis {axis} is not in this model: {error}") from error
-            if found != width:
+            if pruned and found != (left := len(self.shrunk[axis])):
+                raise PlanMismatchError(f"axis {axis} of this model is {found} wide; the plan leaves {left} channels")
+            if not pruned and found != width:
                 raise PlanMismatchError(f"layer {axis.layer!r}: the plan's axis {axis} is {width} wide, here {found}")
 
     def to_json(self) -> str:

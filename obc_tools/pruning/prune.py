@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import check_whole
-from ..measure.costs import CostModel
+from ..measure.costs import Cost, CostModel
 from ..measure.latency_model import LatencyModel, Times
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof, Rows
@@ -21,9 +21,8 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
 from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
-from .order import RemovalOrder, exchanged, next_units, per_cost, removal_order
+from .order import RemovalOrder, check_reachable, exchanged, next_units, per_cost, removal_order, unscored
 from .plan import Deciding, PruningPlan, prune, shrink
-from .reachable import check_reachable, unscored
 from .timed import Measured, Timing, climb, latency_model, measure_apart
 
 
@@ -116,11 +115,7 @@ def prune_to(
     if compensate and batches is None:
         raise ValueError("compensate=True needs batches, whatever the criterion is")
     left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
-    return (prune_to_latency if timed else prune_in_steps)(
-        model,
-        example_inputs,
-        batches,
-        target=target,
+    way = Way(
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(
             criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows, amp
@@ -132,54 +127,55 @@ def prune_to(
         seed=seed,
         progress=progress,
     )
+    return (prune_to_latency if timed else prune_in_steps)(model, example_inputs, batches, target, way)
 
 
-def prune_in_steps(
-    model: nn.Module,
-    example_inputs: Any,
-    batches: Iterable[Any] | None,
-    *,
-    target: Target,
-    selection: Selection,
-    scoring: Scoring,
-    limits: Limits,
-    steps: Steps,
-    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
-    verify: bool | str = True,
-    seed: int = 0,
-    progress: bool = True,
-) -> PruningPlan:
-    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords.
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a plan is found, whatever its target: what may go, how it is scored, what stays, in which steps, the proof.
 
     ``left`` makes the network that is scored from the model and the plan so far.
     """
-    check_verify(verify)
-    check_whole("seed", seed, 0)
-    groups, costs = selection.analyse(model, example_inputs, target.counting)
+
+    selection: Selection = field(default_factory=Selection)
+    scoring: Scoring
+    limits: Limits
+    steps: Steps
+    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink
+    verify: bool | str = True
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.verify not in (True, False, "float32"):
+            raise ValueError(f"verify={self.verify!r}: True, False or 'float32'")
+        check_whole("seed", self.seed, 0)
+
+    def prove(self, model: nn.Module, plan: PruningPlan, example_inputs: Any, predicted: Cost, counting: str) -> None:
+        """Prove a plan as far as it is asked for; raise ProofError as `check.prove` does."""
+        if self.verify:
+            prove(model, plan, example_inputs, predicted, counting=counting, single=self.verify == "float32")
+
+
+def prune_in_steps(
+    model: nn.Module, example_inputs: Any, batches: Iterable[Any] | None, target: Target, way: Way
+) -> PruningPlan:
+    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    groups, costs = way.selection.analyse(model, example_inputs, target.counting)
     whole = PruningPlan.whole(groups)
-    check_reachable(target, whole, limits, costs)
-    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
-    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, **how)
-    plan = last.plan
-    if verify:
-        prove(model, plan, example_inputs, costs.of(plan), counting=target.counting, single=verify == "float32")
-    return plan
+    check_reachable(target, whole, way.limits, costs)
+    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, way)
+    way.prove(model, last.plan, example_inputs, costs.of(last.plan), target.counting)
+    return last.plan
 
 
 def prune_to_latency(
     model: nn.Module,
     example_inputs: Any,
     batches: Iterable[Any] | None,
-    *,
     target: Timing,
-    selection: Selection,
-    scoring: Scoring,
-    limits: Limits,
-    steps: Steps,
-    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
-    verify: bool | str = True,
-    seed: int = 0,
-    progress: bool = True,
+    way: Way,
+    *,
     time_plan: Callable[[nn.Module], Times] | None = None,
     measure: Callable[[nn.Module, nn.Module], Measured] | None = None,
 ) -> PruningPlan:
@@ -189,17 +185,14 @@ def prune_to_latency(
     way of pruning steps, which is gone no further than needed, and a few are measured (see `climb`). ``time_plan`` and
     ``measure`` take the place of what times a network's layers, and the original and a pruned one.
     """
-    check_verify(verify)
-    check_whole("seed", seed, 0)
-    groups, costs = selection.analyse(model, example_inputs)
-    order = unscored(groups, limits)
+    groups, costs = way.selection.analyse(model, example_inputs)
+    order = unscored(groups, way.limits)
     order.check_prunable()
-    fast = latency_model(model, example_inputs, groups, costs, limits, target.file, time_plan, target.clock)
+    fast = latency_model(model, example_inputs, groups, costs, way.limits, target.file, time_plan, target.clock)
     first, last = fast.original.latency, fast.of(order.least).latency * (1 + 1e-9)
     rungs = np.geomspace(first, last, 2 + int(100 * np.log(first / last)))
     targets, plans = [Target(latency=rung) for rung in rungs[1:]], {first: PruningPlan.whole(groups)}
-    how = {"scoring": scoring, "limits": limits, "steps": steps, "left": left, "seed": seed, "progress": progress}
-    stages = pruning_steps(model, Stage(plans[first]), lambda _: batches, targets, fast, **how)
+    stages = pruning_steps(model, Stage(plans[first]), lambda _: batches, targets, fast, way)
 
     def plan_of(rung: float) -> PruningPlan:
         while rung not in plans:
@@ -208,15 +201,8 @@ def prune_to_latency(
 
     measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
     plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
-    if verify:
-        prove(model, plan, example_inputs, costs.of(plan), single=verify == "float32")
+    way.prove(model, plan, example_inputs, costs.of(plan), OPERATIONS)
     return plan
-
-
-def check_verify(verify: bool | str) -> None:
-    """Raise ValueError unless this says how a plan is proven."""
-    if verify not in (True, False, "float32"):
-        raise ValueError(f"verify={verify!r}: True, False or 'float32'")
 
 
 @dataclass(frozen=True)
@@ -234,13 +220,7 @@ def pruning_steps(
     batches: Callable[[int], Iterable[Any] | None],
     targets: Sequence[Target],
     costs: CostModel | LatencyModel,
-    *,
-    scoring: Scoring,
-    limits: Limits,
-    steps: Steps,
-    left: Callable[[nn.Module, PruningPlan], nn.Module] = shrink,
-    seed: int = 0,
-    progress: bool = True,
+    way: Way,
 ) -> Iterator[Stage]:
     """Go on from a stage, step by step, until all targets are met; each step scores what is left once.
 
@@ -251,18 +231,18 @@ def pruning_steps(
         ValueError: the schedule ends before a target is met (says how far it got), and what `score_groups` raises.
     """
     final = ([target for target in targets if target.ratio is None] or targets)[-1]
-    unmet, proof, begun = list(targets), Proof(), stage.step
+    steps, unmet, proof, begun = way.steps, list(targets), Proof(), stage.step
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
-    bar = tqdm(shares, f"pruning to {final}", disable=not progress, leave=False)
+    bar = tqdm(shares, f"pruning to {final}", disable=not way.progress, leave=False)
     for step, share in bar:
         watch = Watch(
             stage.plan,
-            scoring,
-            limits,
+            way.scoring,
+            way.limits,
             costs,
             lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
         )
-        order = watch.order(left(model, stage.plan), batches(step), seed + step, proof=proof)
+        order = watch.order(way.left(model, stage.plan), batches(step), way.seed + step, proof=proof)
         deciding = watch.deciding
         met = []
         for target in unmet:
@@ -282,22 +262,19 @@ def pruning_steps(
     raise ValueError(f"{unmet[0]} is not met: the schedule ends at schedule_ratio={steps.schedule_ratio:g} with {best}")
 
 
+@dataclass(eq=False)
 class Watch:
     """Scores a step, and says whether the scores so far decide it; ``record`` says how far they do.
 
     ``units``: how many of an order of removal go in the step.
     """
 
-    def __init__(
-        self,
-        plan: PruningPlan,
-        scoring: Scoring,
-        limits: Limits,
-        costs: CostModel | LatencyModel,
-        units: Callable[[RemovalOrder], int],
-    ):
-        self.plan, self.scoring, self.limits, self.costs, self.units = plan, scoring, limits, costs, units
-        self.record: Deciding | None = None
+    plan: PruningPlan
+    scoring: Scoring
+    limits: Limits
+    costs: CostModel | LatencyModel
+    units: Callable[[RemovalOrder], int]
+    record: Deciding | None = None
 
     def order(self, model: nn.Module, batches: Iterable[Any] | None, seed: int, **options: Any) -> RemovalOrder:
         """Return the order in which channels of what the plan leaves go, by batches until the step is decided."""

@@ -1,7 +1,13 @@
-"""Where a network reads channels by a linear map: which layers do, in which order, and how to stop a pass at them."""
+"""Where a network reads channels by a linear map: which layers do, in which order, and how to stop a pass at them.
+
+A forward pass runs to its end once begun, and hooks inside it cannot wait for another pass. Each `PausableCall` has a
+thread of its own, and exactly one thread runs at any time, so that they are generators whose body may pause at any
+depth: several forward passes go on side by side, one of them at a time.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,7 +126,9 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     def visit_norm(name: str, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         normed.append((name, uses.made.get(inputs[0])))
 
-    norms = {name: layer for name, layer in model.named_modules() if _is_fixed_norm(layer)}
+    # Those that take off a running mean in eval mode, channel by channel.
+    norms = {name: layer for name, layer in model.named_modules() if is_norm(layer, "examples", "positions")}
+    norms = {name: layer for name, layer in norms.items() if layer.running_mean is not None}
     handles = [layer.register_forward_pre_hook(partial(visit_norm, name)) for name, layer in norms.items()]
     with hooks(handles), stopping(model, names, visit, after=True), uses:
         run()
@@ -130,11 +139,6 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     once = Counter(name for name, _ in normed)
     following = {source: name for name, source in normed if once[name] == 1 and uses.count[source] == 1}
     return Survey(readings, following, plain)
-
-
-def _is_fixed_norm(layer: nn.Module) -> bool:
-    """Say whether a layer takes off a running mean in eval mode, channel by channel."""
-    return is_norm(layer, "examples", "positions") and layer.running_mean is not None
 
 
 class _Uses(TorchDispatchMode):
@@ -174,18 +178,12 @@ def _memory(tensor: Tensor) -> int:
 
 def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Iterator[Any]:
     for name, module in modules.items():
-        reading = Reading(name)
 
-        def before(_module: nn.Module, args: tuple, kwargs: dict, reading: Reading = reading) -> None:
-            visit(Stop(reading, args[0] if args else next(iter(kwargs.values()))))
+        def seen(_: nn.Module, args: tuple, kwargs: dict, outputs: Tensor | None = None, name: str = name) -> None:
+            visit(Stop(Reading(name), args[0] if args else next(iter(kwargs.values())), outputs))
 
-        def behind(_module: nn.Module, args: tuple, kwargs: dict, outputs: Tensor, reading: Reading = reading) -> None:
-            visit(Stop(reading, args[0] if args else next(iter(kwargs.values())), outputs))
-
-        if after:
-            yield module.register_forward_hook(behind, with_kwargs=True)
-        else:
-            yield module.register_forward_pre_hook(before, with_kwargs=True)
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        yield register(seen, with_kwargs=True)
 
 
 @contextmanager
@@ -198,12 +196,9 @@ def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visi
         if name is None:
             return linear(inputs, weight, bias)
         reading = Reading(name, () if attention is None else _parts(attention, weight))
-        if after:
-            outputs = linear(inputs, weight, bias)
-            visit(Stop(reading, inputs, outputs))
-            return outputs
-        visit(Stop(reading, inputs))
-        return linear(inputs, weight, bias)
+        outputs = linear(inputs, weight, bias) if after else None
+        visit(Stop(reading, inputs, outputs))
+        return linear(inputs, weight, bias) if outputs is None else outputs
 
     if places:
         F.linear = seen
@@ -218,3 +213,75 @@ def _parts(attention: nn.MultiheadAttention, weight: Tensor) -> tuple[int, ...]:
     width = attention.in_proj_weight.shape[0] // 3
     first = (weight.storage_offset() - attention.in_proj_weight.storage_offset()) // attention.in_proj_weight.shape[1]
     return tuple(range(first // width, (first + weight.shape[0]) // width))
+
+
+_here = threading.local()
+
+
+class PausableCall:
+    """A call of a function without arguments that stops wherever `pause` is called inside; gradients are off in it.
+
+    A context manager: on the way out, the call is unwound from where it stopped, so that no thread is left.
+    """
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function = function
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._closing = self._ended = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> PausableCall:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        if not self._ended:
+            self._go.release()
+        self._thread.join()
+
+    def resume(self) -> Any:
+        """Go on to the next `pause`; return the value given there, or None when the call has come to its end.
+
+        Raises what the call raises.
+        """
+        if self._ended:
+            return None
+        self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+        value, self._value = self._value, None
+        return value
+
+    def _run(self) -> None:
+        self._go.acquire()
+        _here.call = self
+        try:
+            if not self._closing:
+                with torch.no_grad():
+                    self._function()
+        except GeneratorExit:
+            pass
+        except BaseException as error:  # handed on to whoever resumes
+            self._error = error
+        finally:
+            self._ended = True
+            self._back.release()
+
+    def _pause(self, value: Any) -> None:
+        self._value = value
+        del value
+        self._back.release()
+        self._go.acquire()
+        if self._closing:
+            raise GeneratorExit
+
+
+def pause(value: Any) -> None:
+    """Stop the running `PausableCall` here and hand a value, not None, to whoever resumed it; elsewhere do nothing."""
+    call = getattr(_here, "call", None)
+    if call is not None:  # none in another thread that happens to run the same network
+        call._pause(value)

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import check_name, check_whole
+from ..errors import check_name, check_number, check_whole
 from ..measure.costs import CostModel
 from ..measure.latency import CLOCKS
 from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from .choices import Limits
+from .order import unscored
 from .plan import PruningPlan, prune
-from .reachable import unscored
 
 logger = logging.getLogger(__name__)
 PLANS = 10
@@ -91,12 +91,11 @@ class Timing:
     def __post_init__(self):
         if (self.latency is None) == (self.speedup is None):
             raise ValueError("give one target: latency= (milliseconds) or latency_speedup=")
-        if self.latency is not None and not self.latency > 0:
-            raise ValueError(f"latency={self.latency}: expected milliseconds above 0")
-        if self.speedup is not None and not self.speedup > 1:
-            raise ValueError(f"latency_speedup={self.speedup}: expected a number above 1")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance={self.tolerance}: expected a share in (0, 1)")
+        if self.latency is not None:
+            check_number("latency", self.latency, "milliseconds above 0", lambda time: time > 0)
+        if self.speedup is not None:
+            check_number("latency_speedup", self.speedup, "a number above 1", lambda times: times > 1)
+        check_number("tolerance", self.tolerance, "a share in (0, 1)", lambda share: 0 < share < 1)
         check_whole("processes", self.processes, 2)
         check_whole("most_processes", self.most_processes, self.processes, " (processes)")
         check_whole("repeats", self.repeats, 1)

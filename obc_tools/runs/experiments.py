@@ -147,7 +147,6 @@ VGG19 = Experiment(
         "GroupNormPruner, normalizer max, which does not change the formula."
     ),
     base=PruningJob(
-        title="VGG-19 on CIFAR-100",
         model="vgg19",
         data="cifar100",
         target=_target(speedup=1.5),
@@ -178,7 +177,6 @@ RESNET56 = Experiment(
         "learning rate x 2 (the script divides by 0.5), weight decay 0."
     ),
     base=PruningJob(
-        title="ResNet-56 on CIFAR-10",
         model="resnet56",
         data="cifar10",
         target=_target(speedup=2.11),
@@ -202,7 +200,6 @@ RESNET50 = Experiment(
         "sl-lr-step-size have no effect beside a cosine."
     ),
     base=PruningJob(
-        title="ResNet-50 on ImageNet",
         model="torchvision:resnet50",
         target=_target(macs=2.04e9),
         scope="global",
@@ -236,7 +233,6 @@ MOBILENETV2 = Experiment(
         "leaves out."
     ),
     base=PruningJob(
-        title="MobileNetV2 on ImageNet",
         model="torchvision:mobilenet_v2",
         model_options={"dropout": 0.2},
         target=_target(macs=0.154e9),
@@ -262,7 +258,6 @@ VIT = Experiment(
         "precision)."
     ),
     base=PruningJob(
-        title="ViT-B/16 on ImageNet",
         model="torchvision:vit_b_16",
         target=_target(macs=10e9),
         scope="global",

@@ -47,7 +47,6 @@ from .job import (
     WEIGHTS,
     JobInputs,
     JobResult,
-    Measured,
     PruningJob,
 )
 from .pipeline import TRAINING, Keeping, keep_refused, perform, prepare, said
@@ -218,10 +217,6 @@ def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Pat
     return asdict(metrics) | {"bit_equal_logits": True}
 
 
-def _figures(measured: Measured) -> dict[str, Any]:
-    return asdict(measured) | {"median_latency_ms": measured.latency.median_ms}
-
-
 def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     data, plan = inputs.data, result.plan
     return {
@@ -229,7 +224,10 @@ def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mappin
         "job": result.job.to_dict(),
         "data": {"train_images": len(data.train), "held_out_images": len(data.val), "classes": len(data.classes)},
         "plan": {"channels": plan.channels, "channels_removed": plan.channels_removed},
-        "models": {key: _figures(measured) for key, measured in result.measured.items()},
+        "models": {
+            key: asdict(measured) | {"median_latency_ms": measured.latency.median_ms}
+            for key, measured in result.measured.items()
+        },
         "reloaded": reloaded,
         "equivalence": asdict(result.equivalence) if result.equivalence else None,
         "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},

@@ -1,9 +1,14 @@
-"""A pruning job as plain data, and what it works on: the model, the data and the device, loaded and checked."""
+"""A pruning job as plain data, and what it works on: the model, the data and the device, loaded and checked.
+
+A user's own model, data or task is named "package.module:function": imported because they named it, and called.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -12,11 +17,12 @@ import torch
 from torch import nn
 
 from ..data.batches import Augmentation, Batches, take
-from ..data.data import Data
+from ..data.data import Data, as_data, load_data
 from ..errors import check_whole
 from ..measure.costs import Cost
 from ..measure.latency import Latency
 from ..measure.metrics import SIGNS, Metrics, TaskMetrics
+from ..models.networks import load_model
 from ..pruning.choices import TORCH_PRUNING, Settings, Steps, Target
 from ..pruning.plan import PruningPlan
 from ..scoring.jtj import DenseJTJ
@@ -24,7 +30,6 @@ from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..training.folder import History
 from ..training.processes import processes
 from ..training.recipe import Recipe
-from .own import find_data, is_own
 
 ORIGINAL, SPARSE, PRUNED, COMPENSATED = "original", "sparse", "pruned", "compensated"
 NAIVE, MERGED = "naive", "merged"
@@ -340,3 +345,53 @@ def find_device(name: str) -> torch.device:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device '{name}' is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(name)
+
+
+LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
+REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_own(name: str) -> bool:
+    """Say whether a name is "package.module:function", not that of a library's network."""
+    return bool(REFERENCE.fullmatch(name)) and name.partition(":")[0] not in LIBRARIES
+
+
+def called(name: str) -> Any:
+    """Return what the function of a name returns; raise ValueError, with the name, where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"'{name}' is no function that could be called without arguments: {error}") from error
+
+
+def find_model(name: str, num_classes: int | None, weights: str | None, **options: Any) -> nn.Module:
+    """Return a network by name, as `load_model` does, or what a user's own function returns."""
+    if not is_own(name):
+        return load_model(name, num_classes, weights, **options)
+    model = called(name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"'{name}' returned {type(model).__name__}; expected a network (nn.Module)")
+    return model
+
+
+def find_data(name: str, root: str | None = None, normalize: str | None = None) -> Data:
+    """Return data by name, as `load_data` does, or what a user's own function returns: `Data`, or (train, val)."""
+    if not is_own(name):
+        return load_data(name, root, normalize=normalize)
+    found = called(name)
+    if isinstance(found, Data):
+        return found
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"'{name}' returned {type(found).__name__}; expected Data or a pair (train, val)")
+    return as_data(*found, name=name)
+
+
+def own_task(name: str) -> Task:
+    """Return a ready task by name, or what a user's own function returns."""
+    if not is_own(name):
+        return find_task(name)
+    task = called(name)
+    if not isinstance(task, Task):
+        raise ValueError(f"'{name}' returned {type(task).__name__}; expected a Task")
+    return task

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data.batches import Batches, to_device
-from ..data.data import Data, check_classes
 from ..files import replacing, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
@@ -33,9 +32,9 @@ from ..pruning.check import ProofError
 from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import prune_in_steps
+from ..pruning.prune import Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
-from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, example_inputs
+from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate
 from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
@@ -60,8 +59,10 @@ from .job import (
     Measured,
     PruningJob,
     find_device,
+    find_model,
+    is_own,
+    own_task,
 )
-from .own import find_model, is_own, own_task
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ def prepare(job: PruningJob) -> JobInputs:
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
-    inputs = JobInputs(job, data, model, source, device, _example(job, model, data, task, device), task)
+    criteria = [job.scoring(job.criterion).resolved]
+    example = checked_example(task, model, data, device, criteria)
+    inputs = JobInputs(job, data, model, source, device, example, task)
     inputs.calibration_batches()
     if job.sparse_weights:
         load_weights(copy.deepcopy(model), read_weights(job.sparse_weights), origin=job.sparse_weights)
@@ -324,11 +327,7 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
     """Return the plan of a job for a network, by its own criterion and steps or by others."""
     job, batches = inputs.job, inputs.calibration_batches()
     left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
-    return prune_in_steps(
-        model,
-        inputs.example,
-        batches,
-        target=job.target,
+    way = Way(
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
@@ -337,6 +336,7 @@ def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int
         seed=job.seed,
         progress=progress,
     )
+    return prune_in_steps(model, inputs.example, batches, job.target, way)
 
 
 def _difference(one: nn.Module, other: nn.Module, batch: Any, task: Task) -> float:
@@ -367,28 +367,3 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     name, layer = found[0]
     channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
-
-
-def _example(job: PruningJob, model: nn.Module, data: Data, task: Task, device: torch.device) -> Any:
-    """Return example inputs; raise ValueError where the network does not suit the data or the task."""
-    if task is CLASSIFICATION:
-        images, _ = next(iter(data.batches("val", 1, device=device)))
-        check_classes(count_outputs(model, images), data)
-        return images
-    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
-    check_task(task, model, *firsts, criteria=[job.scoring(job.criterion).resolved])
-    return example_inputs(task, data, device)
-
-
-def count_outputs(model: nn.Module, example: Tensor) -> int:
-    """Return how many logits a classifier gives for an example; raise ValueError for what is no classifier of it."""
-    try:
-        with torch.no_grad(), evaluating(model):
-            logits = model(example)
-    except RuntimeError as error:
-        raise ValueError(f"the network cannot take images of shape {tuple(example.shape[1:])}: {error}") from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} returns no logits (batch, classes): name its task, such as 'segmentation'"
-        )
-    return logits.shape[1]

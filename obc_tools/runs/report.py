@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 from ..files import environment, write_text
 from ..measure.metrics import Metrics
 from ..plots.curves import plot_histories
@@ -58,8 +58,7 @@ class Table:
 
     def __post_init__(self):
         for column in self.formats:
-            if column not in self.frame.columns:
-                raise UnknownNameError("column of the table", column, [str(name) for name in self.frame.columns])
+            check_name("column of the table", column, self.frame.columns)
 
 
 @dataclass(frozen=True)

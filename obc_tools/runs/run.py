@@ -1,4 +1,4 @@
-"""Run an experiment here, or launch it in the background and watch, stop and resume it from anywhere.
+"""Run an experiment here, launch it in the background or by SLURM, and watch, stop and resume it from anywhere.
 
 A launched run is a process of its own that lives on when a notebook's kernel ends or its browser closes. All that
 anybody needs to know about it is in its folder.
@@ -10,6 +10,7 @@ import html
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..errors import check_whole
-from ..files import is_leftover, read_json, write_json
+from ..files import is_leftover, read_json, write_json, write_text
 from ..holding import PROCESS, is_worked_on, start, worker_of
 from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
@@ -300,3 +301,61 @@ def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
     if devices is None:
         return {}
     return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
+
+
+SCRIPT = "run.slurm"
+
+TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --time={time}
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --output={folder}/slurm-%j.log
+# Submitted again, or requeued, it goes on from the last checkpoint.
+rm -f {folder}/stop {folder}/stopped.json {folder}/error.json
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun {python} -m torch.distributed.run \\
+    --nnodes={nodes} --nproc_per_node={gpus} \\
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:{port}" \\
+    -m obc_tools.worker {folder}
+"""
+
+
+def write_slurm_script(
+    experiment: str | Experiment | PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    nodes: int = 1,
+    gpus: int = 4,
+    cpus: int = 32,
+    time: str = "24:00:00",
+    port: int = 29500,
+    small: bool = False,
+    **options: object,
+) -> Path:
+    """Write a run folder with its job and a script for sbatch; return the script's path.
+
+    Args:
+        experiment, small, **options: As of `launch`.
+        folder: The run's folder, on a disk that all nodes share.
+        nodes, gpus, cpus: Nodes, GPUs a node, CPUs a node.
+        time: Longest duration, as SLURM writes it; two minutes before its end the run saves a checkpoint and stops.
+        port: Where the nodes find each other, on the first of them.
+
+    Raises:
+        ValueError: for a folder in use, counts below 1, and what the experiment raises.
+    """
+    if min(nodes, gpus, cpus) < 1:
+        raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
+    job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
+    check_run_folder(path, overwrite=False)
+    write_json(path / JOB, job.to_dict())
+    values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
+    text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
+    write_text(path / SCRIPT, text)
+    return path / SCRIPT

@@ -103,10 +103,8 @@ class Criterion:
     batches: int | None = None
 
     def __post_init__(self):
-        if self.needs not in NEEDS:
-            raise UnknownNameError("need of a criterion", self.needs, NEEDS)
-        if self.coupling not in COUPLINGS:
-            raise UnknownNameError("coupling", self.coupling, COUPLINGS)
+        check_name("need of a criterion", self.needs, NEEDS)
+        check_name("coupling", self.coupling, COUPLINGS)
         object.__setattr__(self, "rows", check_rows(self.rows))
         if self.needs != "products" and (self.coupling, self.split_bias) != ("member", False):
             raise ValueError(f"criterion {self.name!r} needs {self.needs}: coupling and split_bias go with products")

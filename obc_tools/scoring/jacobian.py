@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, check_number
+from ..errors import check_name, check_number
 from ..state import numbered, without_weight_norms
 from ..structure.layers import LayerAxis, UnknownLayerError, get_layer, layer_axes, scored_layers
 from .objectives import Objective, classification
@@ -32,8 +32,7 @@ class JacobianProducts(Mapping[LayerAxis, Tensor]):
 
     def __getitem__(self, axis: LayerAxis) -> Tensor:
         axis = LayerAxis.of(axis)
-        if axis not in self.values_:
-            raise UnknownNameError("layer axis", str(axis), [str(known) for known in self.values_])
+        check_name("layer axis", axis, self.values_)
         return self.values_[axis]
 
     def __iter__(self) -> Iterator[LayerAxis]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..errors import UnknownNameError
+from ..errors import check_name
 from ..plots.jtj import POOLS, _sum_cells, pool_cells
 from ..state import without_weight_norms
 from ..structure.groups import ChannelGroup, Member
@@ -102,8 +102,22 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class _Matrices:
+    """What JᵀJ of channels and of groups have in common."""
+
+    values: Tensor
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of each JᵀJ, largest first, (..., d), in float64 on the CPU, clear of rounding below 0."""
+        return torch.linalg.eigvalsh(self.values.double().cpu()).flip(-1).clamp_min(0)
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseJTJ:
+class DenseJTJ(_Matrices):
     """JᵀJ of some channels of one layer axis.
 
     Attributes:
@@ -152,11 +166,6 @@ class DenseJTJ:
         """
         return 1 - self.diagonal_score / self.score
 
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        """The eigenvalues of each JᵀJ, largest first, shape (channels, d), in float64 on the CPU."""
-        return _eigenvalues(self.values)
-
     @property
     def effective_rank(self) -> Tensor:
         """The effective rank of each JᵀJ (Roy and Vetterli 2007), shape (channels,); see `effective_rank`."""
@@ -197,9 +206,6 @@ class DenseJTJ:
         d = len(self.labels)
         return f"DenseJTJ({self.axis}, {len(self.channels)} channels, {d} x {d}, rows={self.rows!r}{pooled})"
 
-    def _repr_html_(self) -> str:
-        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
-
 
 def dense_jtj(
     model: nn.Module,
@@ -232,8 +238,7 @@ def dense_jtj(
         ValueError: an unknown layer, axis or channel, a request above `max_bytes` (says what it would cost), or what
             the batches and their losses may raise.
     """
-    if pool not in POOLS:
-        raise UnknownNameError("pool", str(pool), [str(name) for name in POOLS])
+    check_name("pool", pool, POOLS)
     model = without_weight_norms(model)
     part = channel_parameters(model, LayerAxis(layer, axis), channels)
     labels = part.labels(taps=pool is None)
@@ -261,8 +266,7 @@ def channel_parameters(
     """Return the parameters of some channels of a layer axis; raise ValueError for unknown ones."""
     layer = get_layer(uncompiled(model), axis.layer)
     axes = layer_axes(layer, axis.layer)
-    if axis.axis.partition("_")[0] not in axes:
-        raise UnknownNameError(f"axis of layer {axis.layer!r}", axis.axis, list(axes))
+    check_name(f"axis of layer {axis.layer!r}", axis.axis.partition("_")[0], axes)
     described = find_axis(layer, axis)
     slots = tuple(parameter_slots(layer, described))
     if not slots:
@@ -296,11 +300,6 @@ def _add_gram(total: Tensor | None, jacobian: Tensor) -> Tensor:
     return jacobian.mT @ jacobian if total is None else total.baddbmm_(jacobian.mT, jacobian)
 
 
-def _eigenvalues(values: Tensor) -> Tensor:
-    """Return the eigenvalues of positive semi-definite matrices, largest first, clear of rounding below zero."""
-    return torch.linalg.eigvalsh(values.double().cpu()).flip(-1).clamp_min(0)
-
-
 def effective_rank(eigenvalues: Tensor) -> Tensor:
     """Return exp(−Σ p_i ln p_i) with p the eigenvalues over their sum (Roy and Vetterli 2007); 0 where all are zero.
 
@@ -330,7 +329,7 @@ class GroupBlock:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GroupJTJ:
+class GroupJTJ(_Matrices):
     """JᵀJ over all parameters that go when one channel of a group goes.
 
     Attributes:
@@ -366,11 +365,6 @@ class GroupJTJ:
         """wᵀ(JᵀJ)w over all members together, their cross terms kept: the score with ``coupling="group"``."""
         return self.interactions.sum().item()
 
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        """The eigenvalues of JᵀJ, largest first, shape (d,), in float64 on the CPU."""
-        return _eigenvalues(self.values)
-
     @property
     def effective_rank(self) -> float:
         """The effective rank of JᵀJ; see `effective_rank`."""
@@ -396,9 +390,6 @@ class GroupJTJ:
     def __repr__(self) -> str:
         d = len(self.labels)
         return f"GroupJTJ({self.group.root}, channel {self.channel}, {len(self.members)} members, {d} x {d})"
-
-    def _repr_html_(self) -> str:
-        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
 
 
 def group_jtj(
@@ -498,8 +489,7 @@ class FilterInteractions:
 
         Clusters are those of average linkage on 1 − correlation, leaves in optimal order (Bar-Joseph et al. 2001).
         """
-        if by not in ("cluster", "score"):
-            raise UnknownNameError("order", by, ["cluster", "score"])
+        check_name("order", by, ("cluster", "score"))
         if by == "score" or len(self.values) == 1:
             return tuple(self.score.argsort(descending=True, stable=True).tolist())
         # Few look at this, and importing it takes as long as all the rest.

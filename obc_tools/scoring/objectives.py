@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import check_name
+from ..measure.metrics import check_range
 from ..state import running, shapes
 
 Objective = Callable[[nn.Module, Any], Tensor]
@@ -47,13 +48,8 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
             f"labels {shapes(labels)} for outputs {tuple(outputs.shape)}: expected a class number an example (whole), "
             "or shares of the classes (examples, classes)"
         )
-    if not labels.is_floating_point() and labels.numel():
-        low, high = labels.aminmax()
-        if low < 0 or high >= outputs.shape[-1]:
-            wrong = (low if low < 0 else high).item()
-            raise ValueError(
-                f"label {wrong} for a model with {outputs.shape[-1]} outputs (0 to {outputs.shape[-1] - 1})"
-            )
+    if not labels.is_floating_point():
+        check_range(labels, outputs.shape[-1], "label")
     return F.cross_entropy(outputs, labels, reduction="none")
 
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,16 +100,13 @@ def watch_readers(
     readers = {name: Reader() for name in layers}
     taken: list[tuple[str, int, Tensor]] = []
 
-    def before(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple) -> tuple:
-            dim = activation_dim(layer, args[0])
-            alias = args[0].view_as(args[0])  # its gradient is this use's alone
-            taken.append((name, dim, alias))
-            return (alias, *args[1:])
+    def before(name: str, layer: nn.Module, args: tuple) -> tuple:
+        dim = activation_dim(layer, args[0])
+        alias = args[0].view_as(args[0])  # its gradient is this use's alone
+        taken.append((name, dim, alias))
+        return (alias, *args[1:])
 
-        return hook
-
-    handles = (get_layer(model, name).register_forward_pre_hook(before(name)) for name in readers)
+    handles = (get_layer(model, name).register_forward_pre_hook(partial(before, name)) for name in readers)
     with evaluating(model), differentiable(model, model.parameters()), hooks(handles):
         for number, batch in numbered(batches):
             losses = checked_losses(model, batch, objective, number)

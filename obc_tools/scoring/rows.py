@@ -204,7 +204,8 @@ class _Rows(ABC):
         measures, gradients = self._measure(capture, losses, losses.new_ones(len(losses)))
         expected, terms = self._products(self.axes, gradients), self._products(self.axes, gradients, absolute=True)
         largest = max(term.max() for term in terms.values())
-        factors = _powers_of_two(len(losses)).to(losses)
+        # Powers of two, which scale without rounding, and differ between neighbours.
+        factors = losses.new_tensor([2.0 ** (int(8 * (i * GOLDEN % 1)) - 3) for i in range(len(losses))])
         unscaled = measures if len(losses) == 1 else self._measure(capture, losses, factors)[0]
         elsewhere = capture.used_elsewhere()
         for axis, whole in expected.items():
@@ -342,13 +343,11 @@ class ProductRows(_Rows):
                 raise ValueError(capture.missing(axis.layer))
         self.proof.reached |= {axis.layer for axis in measures}
         found = {axis: measures[axis].unflatten(0, losses.shape).mean(1) for axis in fast if axis in measures}
-        found |= {axis: self._zeros(axis, losses) for axis in fast if axis not in found}
+        for axis in (axis for axis in fast if axis not in found):
+            found[axis] = losses.new_zeros(len(losses), find_axis(self.layers[axis.layer], axis).width).detach()
         rows = [self._products(slow, gradients) for gradients in self._weight_gradients(losses, slow)]
         found |= {axis: torch.cat([row[axis] for row in rows]) for axis in slow}
         return {axis: found[axis] for axis in self.axes}
-
-    def _zeros(self, axis: LayerAxis, losses: Tensor) -> Tensor:
-        return losses.new_zeros(len(losses), find_axis(self.layers[axis.layer], axis).width).detach()
 
     def _measure(
         self, capture: Capture, losses: Tensor, factors: Tensor, retain: bool = True
@@ -417,11 +416,6 @@ class GradientRows(_Rows):
         numbers = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return ((numbers * GOLDEN) % 1 - 0.5).to(dtype).view(parameter.shape)
-
-
-def _powers_of_two(count: int) -> Tensor:
-    """Return factors that differ between neighbours; a power of two scales without rounding."""
-    return torch.tensor([2.0 ** (int(8 * (i * GOLDEN % 1)) - 3) for i in range(count)])
 
 
 def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanMismatchError, UnknownNameError, check_whole
+from ..errors import PlanMismatchError, check_name, check_whole
 from ..state import differentiable, evaluating, numbered, without_weight_norms
 from ..structure.groups import ChannelGroup, Member
 from ..structure.layers import Axis, LayerAxis, find_axis, get_layer, own_parameters
@@ -402,10 +402,8 @@ def _score_until(
 
 
 def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
-    if group_reduction not in REDUCTIONS:
-        raise UnknownNameError("group_reduction", group_reduction, REDUCTIONS)
-    if normalizer not in NORMALIZERS:
-        raise UnknownNameError("normalizer", normalizer, [str(name) for name in NORMALIZERS])
+    check_name("group_reduction", group_reduction, REDUCTIONS)
+    check_name("normalizer", normalizer, NORMALIZERS)
     if criterion.needs != "weights" and batches is None:
         raise ValueError(f"criterion {criterion.name!r} needs {criterion.needs}: give it batches")
     joined = f"coupling={criterion.coupling!r}" if criterion.coupling in JOINED else None

@@ -32,12 +32,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from ..data.batches import inputs_and_targets, to_device
-from ..data.data import Data
-from ..errors import UnknownNameError
-from ..measure.metrics import Metrics, TaskMetrics, classification_metrics
-from ..measure.task_metrics import (
+from ..data.data import Data, check_classes
+from ..errors import check_name
+from ..measure.metrics import (
     IGNORED,
+    Metrics,
+    TaskMetrics,
     box_targets,
+    classification_metrics,
     closeness_metrics,
     detection_metrics,
     language_metrics,
@@ -345,8 +347,7 @@ def find_task(task: str | Task) -> Task:
         return task
     if not isinstance(task, str):
         raise ValueError(f"task={task!r}: expected a Task or one of {', '.join(TASKS)}")
-    if task not in TASKS:
-        raise UnknownNameError("task", task, list(TASKS))
+    check_name("task", task, TASKS)
     return TASKS[task]
 
 
@@ -403,6 +404,31 @@ def example_inputs(task: Task, data: Data, device: torch.device | str) -> Any:
     if task is CLASSIFICATION:
         return torch.zeros(1, *data.image_shape, device=device)
     return task.example(next(iter(data.batches("val" if data.train is None else "train", 1, device=device).at(0))))
+
+
+def checked_example(
+    task: Task, model: nn.Module, data: Data, device: torch.device, criteria: Iterable[Criterion] = ()
+) -> Any:
+    """Return example inputs of a task; raise ValueError where the model does not suit it, or not the data."""
+    if task is CLASSIFICATION:
+        images, _ = next(iter(data.batches("val", 1, device=device).at(0)))
+        check_classes(count_outputs(model, images), data)
+        return images
+    firsts = (next(iter(data.batches(split, 2, device=device).at(0))) for split in ("train", "val"))
+    check_task(task, model, *firsts, criteria=criteria)
+    return example_inputs(task, data, device)
+
+
+def count_outputs(model: nn.Module, images: Tensor, where: str = "data") -> int:
+    """Return how many logits a classifier gives for the first of some images; raise ValueError for what is none."""
+    with running(model, images, lambda: where), torch.no_grad(), evaluating(model):
+        logits = model(images[:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model returned {given}, not logits (batch, classes): name its task, such as task='segmentation'"
+        )
+    return logits.shape[1]
 
 
 @contextmanager

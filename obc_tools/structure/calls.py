@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..state import Restoring, shared
-from .flow import Dimension, Flow, Size, tensors_in
+from .flow import Dimension, Flow, Size, into, tensors_in
 
 
 class Tracing(Protocol):
@@ -35,14 +35,7 @@ StandIn = Callable[[Tracing, Callable, tuple, dict], Any]
 FUNCTIONS: dict[str, StandIn] = {}
 
 
-def stand_in(*names: str) -> Callable[[StandIn], StandIn]:
-    """Enter a stand-in into the table."""
-
-    def enter(function: StandIn) -> StandIn:
-        FUNCTIONS.update(dict.fromkeys(names, function))
-        return function
-
-    return enter
+stand_in = into(FUNCTIONS)
 
 
 def sized_shape(flow: Flow, tensor: Tensor) -> torch.Size:

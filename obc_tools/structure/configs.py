@@ -21,8 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from .unreached import names_in
-from .unread import forward_codes, named_forward
+from .unseen import forward_codes, named_forward, names_in
 
 Path = tuple[str | int, ...]
 Place = tuple[str, int | str]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..state import call_model, evaluating, hooks, no_fused_attention, own_inputs, within
-from .flow import Flow, Labels, handler_of, name_of, tensors_in
+from .flow import Flow, Labels, handler_of, into, name_of, tensors_in
 from .operations import ATTENTIONS
 
 
@@ -67,14 +67,7 @@ STRETCHING = ("expand", "repeat", "zeros", "ones", "full", "empty", "new_zeros",
 BATCHED, WEIGHTED = 1, 2
 
 
-def counts(*names: str) -> Callable[[Formula], Formula]:
-    """Enter a formula into the table under the names of torch's operations."""
-
-    def enter(formula: Formula) -> Formula:
-        FORMULAS.update(dict.fromkeys(names, formula))
-        return formula
-
-    return enter
+counts = into(FORMULAS)
 
 
 def _dims(flow: Flow, tensor: Tensor) -> list[Factor]:

@@ -12,7 +12,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -428,16 +428,23 @@ def _in_runs(labels: np.ndarray) -> np.ndarray:
 
 Handler = Callable[[Flow, Any, tuple, dict], None]
 OPERATIONS: dict[str, Handler] = {}
+T = TypeVar("T")
 
 
-def operation(*names: str) -> Callable[[Handler], Handler]:
-    """Enter a handler into the table under the names of torch's operations."""
+def into(table: dict[str, T]) -> Callable[..., Callable[[T], T]]:
+    """Return what enters functions into a table under the names of torch's operations."""
 
-    def enter(handler: Handler) -> Handler:
-        OPERATIONS.update(dict.fromkeys(names, handler))
-        return handler
+    def named(*names: str) -> Callable[[T], T]:
+        def enter(function: T) -> T:
+            table.update(dict.fromkeys(names, function))
+            return function
 
-    return enter
+        return enter
+
+    return named
+
+
+operation = into(OPERATIONS)
 
 
 def tensors_in(values: Any) -> list[Tensor]:

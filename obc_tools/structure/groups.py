@@ -186,13 +186,17 @@ def groups_of(
 ) -> tuple[ChannelGroup, ...]:
     """Return the groups of a model that was traced, as `find_groups` does."""
     check_name("only", only, PARTS)
-    ignored = _ignored_layers(model, ignore)
+    ignored = ignored_layers(model, ignore)
     model = without_weight_norms(model)
     order = {name: index for index, name in enumerate(_layer_names(model))}
     ranks = {axis: _rank(model, axis, order, traced.met) for axis in traced.axes}
     reasons = {layer: f"ignored: {layer}" for layer in ignored}
     found = list(bundles(traced, classes, reasons, lambda axis: ranks[axis][0] < NO_PRODUCER))
-    found = [bundle for bundle in found if bundle.reason is None or _weightiest(bundle, ranks) < BARE]
+    found = [
+        bundle
+        for bundle in found
+        if bundle.reason is None or min(ranks[place.axis][0] for place in bundle.places) < BARE
+    ]
     found.sort(key=lambda bundle: min((ranks[place.axis], int(place.positions.min())) for place in bundle.places))
     taken: dict[LayerAxis, int] = {}
     groups = []
@@ -234,10 +238,6 @@ def _rank(model: nn.Module, axis: LayerAxis, order: Mapping[str, int], met: Mapp
     else:
         kind = NO_PRODUCER
     return kind, order[axis.layer], axis.axis
-
-
-def _weightiest(bundle: Bundle, ranks: Mapping[LayerAxis, tuple[int, int, str]]) -> int:
-    return min(ranks[place.axis][0] for place in bundle.places)
 
 
 def _group(model: nn.Module, bundle: Bundle, root: LayerAxis, kinds: Mapping[str, str]) -> ChannelGroup:
@@ -288,7 +288,7 @@ def _names_another(model: nn.Module, axis: LayerAxis) -> bool:
     return isinstance(layer, Tensor) and sum(size > 1 for size in layer.shape) > 1
 
 
-def _ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:
+def ignored_layers(model: nn.Module, ignore: Iterable[nn.Module | str]) -> dict[str, str]:
     """Resolve modules, names and globs to the names of layers; a container stands for everything in it."""
     names = {module: name for name, module in model.named_modules()}
     known = [*names.values(), *(name for name, _ in model.named_parameters())]

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_name
 from ..state import check_module
 
 
@@ -137,12 +137,8 @@ class LayerType:
     def __post_init__(self):
         for name in ("outputs", "inputs", "widths"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        if self.role not in ROLES:
-            raise UnknownNameError("role of a layer type", str(self.role), ROLES)
-        if self.statistics not in STATISTICS:
-            raise UnknownNameError(
-                "statistics of a layer type", str(self.statistics), [str(name) for name in STATISTICS]
-            )
+        check_name("role of a layer type", self.role, ROLES)
+        check_name("statistics of a layer type", self.statistics, STATISTICS)
         dims = [*self.outputs.items(), *self.inputs.items()]
         wrong = [f"{tensor!r}: {dim!r}" for tensor, dim in dims if type(dim) is not int or dim < 0]
         if wrong:

@@ -12,7 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
-from .unreached import Levels, named_in
-from .unread import Unread
+from .unseen import Levels, Unread, named_in
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -150,6 +149,7 @@ class Tracer:
     borrowed: frozenset[int] = frozenset()
     axes: dict[LayerAxis, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     owners: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     slots: dict[str, list[Factor]] = field(default_factory=lambda: defaultdict(list))
     ran: dict[str, None] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class Tracer:
                 self.flow.join(labels.get(key), theirs)
 
     def _register_unknown(self, name: str, module: nn.Module, reason: str) -> None:
-        self.kinds[name] = type(module).__name__
+        self.kinds[name], self.unknown[name] = type(module).__name__, reason
         for leaf, tensor in own_tensors(module).items():
             dims = [self.flow.fresh(size) if size > 1 else None for size in tensor.shape]
             self.flow.put(tensor, dims)
@@ -270,32 +270,26 @@ class Tracer:
                 self.ran[owner] = None
 
     def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        def entering(name: str) -> Callable:
-            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self.flow.stack.append(name)
-                self.levels.note(tree_leaves((args, kwargs)))
-                self.levels.cross("in", tree_leaves((args, kwargs)))
-                self.paused += has_role(module, "attention")
-
-            return enter
-
-        def leaving(name: str) -> Callable:
-            def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                if is_projection(module):
-                    self.history.gave(name, output)
-                if has_role(module, "attention"):
-                    self.paused -= 1
-                    if not self.paused:
-                        self._attend(name, module, args, kwargs, output)
-                self.levels.cross("out", tree_leaves(output))
-                self.flow.stack.pop()
-                self.levels.note(tree_leaves(output))
-
-            return leave
-
         for name, module in self.model.named_modules():
-            yield module.register_forward_pre_hook(entering(name), with_kwargs=True, prepend=True)
-            yield module.register_forward_hook(leaving(name), with_kwargs=True)
+            yield module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True, prepend=True)
+            yield module.register_forward_hook(partial(self._leave, name), with_kwargs=True)
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.flow.stack.append(name)
+        self.levels.note(tree_leaves((args, kwargs)))
+        self.levels.cross("in", tree_leaves((args, kwargs)))
+        self.paused += has_role(module, "attention")
+
+    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if is_projection(module):
+            self.history.gave(name, output)
+        if has_role(module, "attention"):
+            self.paused -= 1
+            if not self.paused:
+                self._attend(name, module, args, kwargs, output)
+        self.levels.cross("out", tree_leaves(output))
+        self.flow.stack.pop()
+        self.levels.note(tree_leaves(output))
 
     def _attend(self, name: str, layer: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
         """Follow torch's attention as one layer: its heads, its projections and its inputs are equally wide."""
@@ -308,7 +302,8 @@ class Tracer:
             self.flow.use_statistics(entry)
         self.ledger.add(attention_factors(layer, tensors, self.axes.get(LayerAxis(name, "in"))), tensors)
         if LayerAxis(name, "in") not in self.axes:
-            self.flow.freeze_all([*taken, *(self.flow.of(p) for p in layer.parameters())], self._unknown(layer, name))
+            frozen = [*taken, *(self.flow.of(parameter) for parameter in layer.parameters())]
+            self.flow.freeze_all(frozen, self.unknown.get(name, "is not understood"))
             self.flow.put(output[0], [None] * output[0].dim())
             return
         width = self.axes[LayerAxis(name, "in")]
@@ -319,13 +314,6 @@ class Tracer:
         rows = self.axes[LayerAxis(name, "out")]
         self.contractions.append(Contraction(name, self.flow.join_blocks(width, layer.num_heads), rows, follows=True))
         self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
-
-    def _unknown(self, layer: nn.Module, name: str) -> str:
-        try:
-            layer_axes(layer, name)
-        except UnknownLayerError as error:
-            return str(error)
-        return "is not understood"
 
     def note_root(self, size: Size, operation: str) -> None:
         """Note that a module computes with a number that may follow pruning, perhaps with its root."""

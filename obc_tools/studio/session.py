@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..comparing.sensitivity import Sensitivity, sensitivity
-from ..data.adapters import as_data
 from ..data.batches import take
+from ..data.data import as_data
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
 from ..measure.metrics import Metrics, TaskMetrics
 from ..plots.plans import group_names
 from ..pruning.choices import Scoring, Target
 from ..pruning.compensation import compensate
-from ..pruning.order import RemovalOrder
+from ..pruning.order import Reach, RemovalOrder
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.reachable import Reach
 from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, example_inputs, fitting
 from ..state import call_model, copy_of

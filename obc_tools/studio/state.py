@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..data.data import Data
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, check_name
 from ..measure.costs import CostModel
 from ..pruning.choices import Limits, Scoring, Selection, Target
 from ..pruning.order import RemovalOrder, removal_order
@@ -115,8 +115,7 @@ def remember(state: StudioState, name: str) -> StudioState:
 def recall(state: StudioState, name: str) -> StudioState:
     """Go to the choices with a name, as a change that undo takes back; raise ValueError for an unknown one."""
     named = dict(state.remembered)
-    if name not in named:
-        raise UnknownNameError("remembered plan", name, list(named))
+    check_name("remembered plan", name, named)
     return change(state, named[name])
 
 

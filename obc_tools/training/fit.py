@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, Batches, count_examples, to_device
 from ..measure.metrics import Metrics, TaskMetrics
-from ..scoring.tasks import CLASSIFICATION, Task, check_task, evaluate, find_task
+from ..scoring.tasks import CLASSIFICATION, Task, check_task, count_outputs, evaluate, find_task
 from ..state import check_module, evaluating, running
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
@@ -418,7 +418,7 @@ def _check_fit(
 ) -> int | None:
     """Run first batches through the model; return the number of classes, None for a task that is no classification."""
     if task is CLASSIFICATION:
-        return count_outputs(model, val, device)
+        return _count_classes(model, val, device)
     if recipe.label_smoothing:
         raise ValueError(f"label_smoothing={recipe.label_smoothing:g} is for classification, not for '{task.name}'")
     firsts = {"train": next(iter(train), None), "val": next(iter(val), None)}
@@ -432,21 +432,15 @@ def _check_fit(
     return None
 
 
-def count_outputs(model: nn.Module, val: Iterable[Batch], device: torch.device) -> int:
+def _count_classes(model: nn.Module, val: Iterable[Batch], device: torch.device) -> int:
     """Run the first validation image through the model; return the number of logits."""
     batch = next(iter(val), None)
     if batch is None:
         raise ValueError("val: batches that yield no data")
     images, labels = unpack(batch, "val, batch 1")
-    with running(model, images, lambda: "val, batch 1"), torch.no_grad():
-        logits = model(images[:1].to(device))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"without task=, fit trains classifiers: the model returned {given}, not logits (batch, classes)"
-        )
-    check_labels(labels, logits.shape[1], "val, batch 1")
-    return logits.shape[1]
+    outputs = count_outputs(model, images.to(device), "val, batch 1")
+    check_labels(labels, outputs, "val, batch 1")
+    return outputs
 
 
 def unpack(batch: object, where: str) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import nn
 
-from ..data.adapters import as_data
 from ..data.batches import take
+from ..data.data import as_data
 from ..files import replacing
 from ..plots.jtj import (
     MODES,

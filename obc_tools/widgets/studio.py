@@ -16,17 +16,16 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
-from ..data.adapters import as_data
+from ..data.data import as_data
 from ..files import entries, write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
 from ..plots.curves import accuracy_over_macs
-from ..plots.graph import coupling_graph
 from ..plots.looks import LIGHT, counted
-from ..plots.plans import SCORES, UPPER, studio_axes, studio_figure, studio_traces
+from ..plots.plans import SCORES, UPPER, coupling_graph, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
+from ..pruning.order import Reach, reach_of
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.reachable import Reach, reach_of
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task

@@ -16,7 +16,7 @@ from obc_tools.measure.costs import COUNTINGS
 from obc_tools.models import store
 from obc_tools.models.networks import PUBLISHED_KINDS
 from obc_tools.pruning.choices import PER, SCOPES, TARGETS, Scoring
-from obc_tools.runs import folder, own
+from obc_tools.runs import folder, job
 from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
@@ -120,7 +120,7 @@ def test_the_names_are_the_librarys():
     assert set(known["experiment"]) == set(obc.EXPERIMENTS)
     assert set(known["grid"]) - {"paper-cifar", "paper-imagenet"} == set(obc.EXPERIMENTS)
     assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
-    assert (checks.LIBRARIES, checks.MANIFEST) == (own.LIBRARIES, store.MANIFEST)
+    assert (checks.LIBRARIES, checks.MANIFEST) == (job.LIBRARIES, store.MANIFEST)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
 
 

@@ -5,8 +5,8 @@ import torch
 
 import obc_tools as obc
 from obc_tools.plots import coupling_graph
-from obc_tools.plots.graph import HALF, LANES, ROWS
 from obc_tools.plots.looks import COLORS
+from obc_tools.plots.plans import HALF, LANES, ROWS
 from obc_tools.pruning.plan import PruningPlan
 
 

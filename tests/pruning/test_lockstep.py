@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from obc_tools.pruning.lockstep import PausableCall, pause
+from obc_tools.pruning.readings import PausableCall, pause
 
 
 def test_calls_go_on_in_turns_without_gradients():

@@ -8,7 +8,7 @@ from obc_tools import cost, prune, prune_to, score_groups
 from obc_tools.errors import UnknownNameError
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
 from obc_tools.pruning.plan import PruningPlan
-from obc_tools.pruning.prune import prune_to_latency
+from obc_tools.pruning.prune import Way, prune_to_latency
 from obc_tools.pruning.timed import Measured, Timing
 
 
@@ -60,12 +60,8 @@ def test_milliseconds_are_those_of_the_layers():
         model,
         images[:1],
         None,
-        target=Timing(speedup=1.3, processes=2),
-        selection=Selection(),
-        scoring=Scoring("l2", per="latency"),
-        limits=Limits(),
-        steps=Steps(4),
-        progress=False,
+        Timing(speedup=1.3, processes=2),
+        Way(scoring=Scoring("l2", per="latency"), limits=Limits(), steps=Steps(4), progress=False),
         time_plan=seconds,
         measure=measured,
     )

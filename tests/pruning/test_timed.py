@@ -17,16 +17,15 @@ from obc_tools.measure.latency_model import conditions, time_layers
 from obc_tools.models.timing_worker import in_runtime
 from obc_tools.pruning import prune as pruning
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
-from obc_tools.pruning.prune import prune_to_latency
+from obc_tools.pruning.prune import Way, prune_to_latency
 from obc_tools.pruning.timed import LatencyError, Measured, Timing, interval, latency_model, measure_apart, random_plans
 
-HOW = {
-    "selection": Selection(),
-    "scoring": Scoring("l2"),
-    "limits": Limits(),
-    "steps": Steps(6),
-    "progress": False,
-}
+WAY = Way(
+    scoring=Scoring("l2"),
+    limits=Limits(),
+    steps=Steps(6),
+    progress=False,
+)
 
 
 def layer_seconds(model):
@@ -62,7 +61,7 @@ def given(request):
 def found(given, machine, file=None, time_plan=layer_seconds, **asked):
     model, example = given
     timing = Timing(**asked, file=file)
-    return prune_to_latency(model, example, None, target=timing, time_plan=time_plan, measure=machine, **HOW)
+    return prune_to_latency(model, example, None, timing, WAY, time_plan=time_plan, measure=machine)
 
 
 @pytest.mark.parametrize("speedup", [1.15, 1.3])

@@ -21,8 +21,7 @@ from obc_tools.pruning.choices import Target
 from obc_tools.runs.folder import RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
 from obc_tools.runs.job import PruningJob
-from obc_tools.runs.run import Run, command, job_of, launch, run_experiment
-from obc_tools.runs.slurm import write_slurm_script
+from obc_tools.runs.run import Run, command, job_of, launch, run_experiment, write_slurm_script
 from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe
 

@@ -10,7 +10,7 @@ from obc_tools import TASKS, PruningJob, Target, compare_criteria, evaluate, loa
 from obc_tools.cli import main
 from obc_tools.data.data import Data
 from obc_tools.runs.folder import read_job, run_job
-from obc_tools.runs.own import find_data, find_model, is_own, own_task
+from obc_tools.runs.job import find_data, find_model, is_own, own_task
 from obc_tools.runs.report import write_job_report
 from obc_tools.runs.run import Run
 from obc_tools.runs.tables import results_table
