@@ -276,11 +276,18 @@ WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "Full
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise ValueError for a model that is wrapped: its layers have other names than the plan's."""
+    """Raise ValueError for a wrapped model, whose layers have other names than the plan's, or cannot be read."""
     check_module(model)
     name = type(model).__name__
     if name in WRAPPERS and hasattr(model, WRAPPERS[name]):
         raise ValueError(f"the model is wrapped in a {name}: give the model itself, model.{WRAPPERS[name]}")
+    for name, module in model.named_modules():
+        where = f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} is compiled by torch.jit: give the model before it was scripted or traced")
+        whole = [p for p in module.parameters(recurse=False) if not p.is_floating_point() and not p.is_complex()]
+        if whole or ".quantized" in type(module).__module__:
+            raise ValueError(f"{where} is quantised: give the model before that, and quantise what is pruned")
 
 
 def own_inputs(inputs: Any) -> Any:

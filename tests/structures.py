@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
 
 
 @dataclass(frozen=True)
@@ -391,6 +392,18 @@ class GatedPerceptron(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
+class Deformed(nn.Module):
+    """A deformable convolution, which says by another layer where it looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.offset = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 18, 3, padding=1)
+        self.deformed, self.out = DeformConv2d(6, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.deformed(self.stem(x).relu(), self.offset(x)).relu())
+
+
 class Volumes(nn.Module):
     """Convolutions over three dimensions, then over one."""
 
@@ -424,7 +437,9 @@ STRUCTURES = {
     ),
     "wide and deep": Structure(WideAndDeep, (3, 12), ("deep.0.out", "deep.4.out", "wide.out")),
     "split by attributes": Structure(
-        SplitByAttributes, (3, 3, 5, 5), ("first.0.0.out", "parallel.0.0.out", "parallel.2.0.out", "join.0.out")
+        SplitByAttributes,
+        (3, 3, 5, 5),
+        ("first.0.0.out", "first.2.0.out", "parallel.0.0.out", "parallel.2.0.out", "join.0.out"),
     ),
     "split in three": Structure(
         SplitInThree, (3, 3, 5, 5), ("stem.0.0.out", "stem.2.0.out", "stem.2.1.out", "shared.0.0.out", "own.0.0.out")
@@ -449,7 +464,8 @@ STRUCTURES = {
     "separate attention": Structure(SeparateAttention, (3, 5, 6), ("value.out", "project.out")),
     "grouped queries": Structure(GroupedQueries, (3, 5, 6), ("value.out",)),
     "transformer": Structure(Transformer, (3, 3, 8, 8), ("encoder.linear1.out", "encoder.linear2.out")),
-    "gated perceptron": Structure(GatedPerceptron, (3, 6), ("second.out",)),
+    "gated perceptron": Structure(GatedPerceptron, (3, 6), ("first.out", "second.out")),
+    "deformed": Structure(Deformed, (3, 3, 5, 5), ("stem.out", "deformed.weight.dim0")),
     "volumes": Structure(Volumes, (3, 2, 4, 4, 4), ("volume.0.out", "line.0.out")),
     "recurrent": Structure(Recurrent, (3, 3, 6), ("front.0.out", "front.2.out", "hidden.out")),
 }

@@ -375,7 +375,8 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
     if isinstance(given, (*refused, tuple, Mapping, IterableDataset)) or not whole:
         raise ValueError(
             f"as_data: a {type(given).__name__} holds no examples that could be drawn by number; pass a DataLoader or "
-            "a data set with __getitem__ and __len__, or tensors whose first axes are examples"
+            "a data set with __getitem__ and __len__, or tensors whose first axes are examples; two of them as "
+            "as_data(train, val)"
         )
     return Examples(given, collate or default_collate)
 

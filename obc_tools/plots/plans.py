@@ -294,7 +294,8 @@ def plot_sensitivity(lost: pd.DataFrame, metric: str, *, look: str = "light") ->
         coloraxis="coloraxis",
         hovertemplate="%{y}<br>%{x} % of its channels removed<br>%{z:.4g} worse<extra></extra>",
     )
-    x, y = {"title": "removed (% of the group's channels)", "type": "category"}, {"autorange": "reversed", **GROUPS}
+    x = {"title": "removed (% of the group's channels)", "type": "category"}
+    y = {**GROUPS, "autorange": "reversed", "tickangle": 0}
     shown = color_axis(f"{name}, how much worse", cmid=0)
     height = 150 + 20 * len(lost)
     return finished(go.Figure(heatmap), look, height, x=x, y=y, coloraxis=shown, title="One group pruned at a time")

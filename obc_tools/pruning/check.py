@@ -68,6 +68,9 @@ HIDDEN = (
 )
 
 
+WAY_OUT = "a width may be computed with unseen, as in 1 / x.shape[1]: ignore= the layers before it keeps theirs"
+
+
 VARIES = "how much the network computes depends on its data, such as how many rows an expert is sent"
 
 
@@ -421,7 +424,7 @@ def prove(
     if found.verdict == CANNOT_TELL:
         logger.warning("cannot tell whether the plan is right: %s", found.unclear)
     elif not found.ok:
-        raise ProofError(str(found), plan)
+        raise ProofError(f"{found}; {WAY_OUT}", plan)
 
 
 def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tuple[Finding, bool]:

@@ -265,6 +265,12 @@ def _pad(call: Call) -> tuple[Any, Sequence[Mask]]:
     return call.run(), [call.function(call.whole(call.args[0]), call.args[1], 0)]
 
 
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
+def _make(call: Call) -> tuple[Any, Sequence[Mask]]:
+    """Take a tensor that only asks another for its kind of numbers as it is."""
+    return call.run(), [None]
+
+
 @rule("im2col", "col2im")
 def _columns(call: Call) -> tuple[Any, Sequence[Mask]]:
     out = call.run_on_living()

@@ -9,7 +9,7 @@ import bisect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,6 +28,8 @@ from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
 from .choices import OPERATIONS, Limits, Selection, Target, values_of
 from .plan import PlanMismatchError, PruningPlan, with_blocks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -202,6 +204,7 @@ def removal_order(
         raise ValueError("the scores are not those of the groups that the earlier plan leaves, in its order")
     for root in (*limits.max_ratio_of, *held):
         check_name("group", LayerAxis.of(root), known)
+    after = _with_reasons(after, groups)
     start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
     sizes = np.array([group.blocks for group in groups])
@@ -225,6 +228,16 @@ def removal_order(
     order = all_placed[np.argsort(fractions[all_placed], kind="stable")]
     owners, positions = owners[order], positions[order]
     return RemovalOrder(groups, owners, positions, fractions[order], sizes[owners].cumsum(), limits, after, held)
+
+
+def _with_reasons(after: PruningPlan, scored: Sequence[ChannelGroup]) -> PruningPlan:
+    """Let a plan say why groups are kept whole that turned out so when they were scored; say it once in the log too."""
+    found = list(after.groups)
+    for index, (group, now, kept) in enumerate(zip(after.groups, scored, after.kept, strict=True)):
+        if group.prunable and not now.prunable and len(kept) == group.width:
+            found[index] = replace(group, kept_whole=now.kept_whole)
+            logger.warning("group %s is kept whole: %s", group.root, now.kept_whole)
+    return replace(after, groups=tuple(found)) if tuple(found) != after.groups else after
 
 
 def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> tuple[np.ndarray, np.ndarray]:

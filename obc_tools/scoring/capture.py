@@ -312,6 +312,8 @@ class Capture:
 
     def call(self, layer: str, taken: Tensor, output: Tensor, order: Callable | None = None) -> Tensor:
         """Note one use of a layer for its parameters' gradients."""
+        if not torch.is_grad_enabled():  # no loss looks through this use
+            return output
         output = self._with_node(output)
         self.families[layer].uses += 1
         self._uses[layer, "out"] += 1
@@ -320,6 +322,8 @@ class Capture:
 
     def take(self, axis: LayerAxis, tensor: Tensor, dim: int, order: Callable | None = None) -> Tensor:
         """Gate what a layer takes in: return the same values under a node whose gradient is this use's alone."""
+        if not torch.is_grad_enabled():
+            return tensor
         gate = Gate(axis, Seen(axis.layer, tensor, order), dim)
         self._uses[axis] += 1
         # A linear function of strided inputs, whose weight asks for no gradient, falls into many small products.
@@ -342,6 +346,8 @@ class Capture:
 
         The norm is folded into the layer of the axis `feeder` if there is one.
         """
+        if not torch.is_grad_enabled():
+            return tensor
         tensor = self._with_node(tensor)
         seen = Seen(axis.layer, tensor if part is None else part, order)
         gate = self._made[tensor.grad_fn] = Gate(axis, seen, dim, norm, feeder is not None)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import check_name
 from ..measure.metrics import check_range
-from ..state import running, shapes
+from ..state import logits_of, running, shapes
 
 Objective = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the losses of the batch's examples, shape (examples,), or one scalar."""
@@ -42,10 +42,10 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise ValueError(f"a batch is two tensors (images, labels), not {shapes(batch)}")
     images, labels = batch
-    outputs = model(images)
+    outputs = logits_of(model(images))
     if len(labels) != len(outputs) or labels.dim() != 1 + labels.is_floating_point() or labels.dtype is torch.bool:
         raise ValueError(
-            f"labels {shapes(labels)} for outputs {tuple(outputs.shape)}: expected a class number an example (whole), "
+            f"labels {shapes(labels)} for outputs {shapes(outputs)}: expected a class number an example (whole), "
             "or shares of the classes (examples, classes)"
         )
     if not labels.is_floating_point():

@@ -370,9 +370,16 @@ class GradientRows(_Rows):
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], objective: Objective, per_row: int | None, consume: Consume
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        objective: Objective,
+        per_row: int | None,
+        consume: Consume,
+        set_aside: bool = False,
     ):
-        super().__init__(model, [LayerAxis(name, "out") for name in layers], objective, per_row)
+        axes = [LayerAxis(name, "out") for name in layers]
+        super().__init__(model, axes, objective, per_row, set_aside=set_aside)
         self.consume = consume
 
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
@@ -389,11 +396,13 @@ class GradientRows(_Rows):
         if asked := set(left):
             capture.read(losses, bool(slow), consume)
         for name in asked:
-            if name in left or not self._fits(capture, name):
+            if (name in left and not self.set_aside) or not self._fits(capture, name):
                 raise ValueError(capture.missing(name))
         for gradients in self._weight_gradients(losses, slow):
             for name, _ in slow:
                 own = own_parameters(self.layers[name])
+                if self.set_aside and all(gradients[id(p)] is None for p in own.values()):
+                    continue
                 self.consume(name, {key: _present(gradients[id(p)], name)[None] for key, p in own.items()})
 
     def _measure(
@@ -441,18 +450,20 @@ def stream_gradients(
     *,
     rows: Rows = "batch",
     objective: Objective = classification,
+    set_aside: bool = False,
 ) -> Iterator[int]:
     """Hand the gradient of each row's loss with respect to the parameters of layers to `consume`; yield batch numbers.
 
     `consume` is called with a layer's name and its parameters' gradients of some rows, name -> (rows, *shape), while a
     batch is worked on: rows in their order, layers in any. The model runs in eval mode and is itself again whenever a
-    batch is done. Nothing is kept.
+    batch is done. Nothing is kept. With `set_aside` layers that a batch's loss does not depend on are passed by.
 
     Raises:
         ValueError: no batches, an unknown layer, a layer that never ran, a loss that is not finite, rows that do not
             divide a batch, or rows finer than a batch of an objective that returns a scalar.
     """
-    read = GradientRows(model, list(dict.fromkeys(layers)), objective, examples_per_row(rows), consume)
+    names = list(dict.fromkeys(layers))
+    read = GradientRows(model, names, objective, examples_per_row(rows), consume, set_aside)
     for number, batch in numbered(batches):
         read(batch, number)
         yield number

@@ -151,7 +151,8 @@ def sum_square_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """Return Σ_n g_n², the squared gradients of the examples' own losses: layer -> parameter name -> (*its shape,).
 
-    One backward pass a batch where examples do not see each other. Raises ValueError as `stream_gradients` does.
+    One backward pass a batch where examples do not see each other. Layers that no loss depends on are left out. Raises
+    ValueError as `stream_gradients` does.
     """
     totals: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
@@ -160,7 +161,8 @@ def sum_square_gradients(
             squares = gradients.to(torch.promote_types(gradients.dtype, torch.float32)).square().sum(0)
             totals[layer][name] = totals[layer][name] + squares if name in totals[layer] else squares
 
-    for _ in stream_gradients(model, batches, list(layers), consume, rows="sample", objective=objective):
+    options = {"rows": "sample", "objective": objective, "set_aside": True}
+    for _ in stream_gradients(model, batches, list(layers), consume, **options):
         pass
     return dict(totals)
 
@@ -170,24 +172,30 @@ def mean_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """Return the gradient of the mean loss over all batches: layer -> parameter name -> gradient.
 
-    Batches weigh equally. Raises ValueError as `stream_products` does.
+    Batches weigh equally. Layers that no loss depends on are left out. Raises ValueError as `stream_products` does.
     """
     owners = {name: own_parameters(get_layer(model, name)) for name in layers}
     named = {(name, key): p for name, own in owners.items() for key, p in own.items()}
     parameters = list(dict.fromkeys(named.values()))
     totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    reached: set[Tensor] = set()
     with evaluating(model), differentiable(model, parameters):
         for count, batch in numbered(batches):
             loss = batch_loss(model, batch, objective, count)
             for total, gradient in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if gradient is not None:
                     total += gradient
+                    reached.add(total)
     gradients = dict(zip(parameters, totals, strict=True))
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (name, key), parameter in named.items():
         found[name][key] = gradients[parameter] / count
-    return dict(found)
+    alive = {name for (name, _), parameter in named.items() if gradients[parameter] in reached}
+    return {name: own for name, own in found.items() if name in alive}
 
+
+UNREACHED = "no loss depends on it, so that nothing scores it"
+"""Why a group is kept whole whose layers have no gradients."""
 
 JOINED = ("group", "set")
 """The couplings that join a group's members."""
@@ -200,7 +208,8 @@ NORMALIZERS = (None, "sum", "mean", "max", "gaussian", "standarization", "parame
 class Scores(Mapping[ChannelGroup, Tensor]):
     """The score of every channel of every group: a mapping ChannelGroup -> tensor of shape (width,).
 
-    ``left_out``: where scoring may stop, the scores without each of the batches in turn, group -> (batches, width).
+    Groups that no loss depends on are kept whole in it. ``left_out``: where scoring may stop, the scores without each
+    of the batches in turn, group -> (batches, width).
     """
 
     values_: Mapping[ChannelGroup, Tensor]
@@ -208,7 +217,7 @@ class Scores(Mapping[ChannelGroup, Tensor]):
     left_out: Mapping[ChannelGroup, Tensor] | None = None
 
     def __getitem__(self, group: ChannelGroup) -> Tensor:
-        return self.values_[group]
+        return self.values_[group if group in self.values_ else replace(group, kept_whole=UNREACHED)]
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.values_)
@@ -282,6 +291,8 @@ def score_groups(
     _check_request(criterion, batches, group_reduction, normalizer)
     if batches is not None and criterion.batches is not None:
         batches = islice(batches, criterion.batches)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device, where its weights are no numbers: load them before scoring")
     parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
     for group, members in parts.items():
         if not members:
@@ -302,11 +313,11 @@ def score_groups(
         proof = Proof() if proof is None else proof
         options = {"rows": streamed(criterion.rows), "objective": objective, "proof": proof, "set_aside": True}
         stream = stream_products(model, batches, list(axes), **options)
-        reached = proof.reached if criterion.needs == "products" else None
+        reached = None if criterion.needs == "weights" else proof.reached
         finish = partial(_finish, model, parts, criterion, group_reduction, normalizer, reached)
         if decided is not None:
             return _score_until(groups, axes, criterion, stream, decided, finish)
-        saliencies = _saliencies(model, axes, criterion, stream, batches, objective, seed)
+        saliencies = _saliencies(model, axes, criterion, stream, batches, objective, seed, proof.reached)
         return _scores(groups, criterion, finish(saliencies))
     return _scores(groups, criterion, _scaled(model, combined, criterion, normalizer))
 
@@ -318,8 +329,9 @@ def _scores(groups: Sequence[ChannelGroup], criterion: Criterion, scored: Mappin
             "sorted by class?) and at the loss (already zero?)",
             criterion.name,
         )
-    whole = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if not group.prunable}
-    return Scores({group: (scored | whole)[group] for group in groups}, criterion.name)
+    zeros = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if group not in scored}
+    aside = {group: replace(group, kept_whole=UNREACHED) for group in zeros if group.prunable}
+    return Scores({aside.get(group, group): (scored | zeros)[group] for group in groups}, criterion.name)
 
 
 def _finish(
@@ -339,16 +351,15 @@ def _finish(
 
 
 def _reached(parts: Parts, reached: set[str]) -> dict[ChannelGroup, list[Member]]:
-    """Set members aside whose layers no loss depends on; raise ValueError for a group that has no others."""
+    """Set members aside whose layers no loss depends on, and groups that have no others; some must be left."""
     aside = {m.axis.layer for members in parts.values() for m in members} - reached
     if not aside:
         return {group: list(members) for group, members in parts.items()}
     left = {group: [m for m in members if m.axis.layer in reached] for group, members in parts.items()}
-    for group, members in left.items():
-        if not members:
-            raise ValueError(f"group {group.root}: {never_ran(group.root.layer)}")
     logger.info("no loss depends on, and scores leave out: %s", ", ".join(sorted(aside)))
-    return left
+    if parts and not any(left.values()):
+        raise ValueError(never_ran(next(iter(parts)).root.layer))
+    return {group: members for group, members in left.items() if members}
 
 
 def _scaled(
@@ -448,15 +459,19 @@ def _saliencies(
     batches: Any,
     objective: Objective,
     seed: int,
+    reached: set[str],
 ) -> dict[LayerAxis, Tensor]:
-    """Return the criterion's saliency of every axis, on the CPU in float64."""
+    """Return the criterion's saliency of every axis that a loss depends on, on the CPU in float64; add to `reached`."""
     layers, needs = [axis.layer for axis in axes], criterion.needs
     products = sum_squares(stream, criterion.rows) if needs == "products" else {}
     gradients = mean_gradients(model, batches, layers, objective=objective) if needs == "gradients" else {}
     squares = sum_square_gradients(model, batches, layers, objective=objective) if needs == "squares" else {}
     generator = torch.Generator().manual_seed(seed)
+    reached |= gradients.keys() | squares.keys()
     saliencies = {}
     for name, (layer, axis) in axes.items():
+        if needs != "weights" and name.layer not in reached:
+            continue
         seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
         evidence = Evidence(layer, axis, *seen, generator)
         saliencies[name] = _saliency(criterion, name, evidence, (axis.width,))

@@ -52,6 +52,12 @@ class Shadows:
         shape = [-1 if other == dim else 1 for other in range(parameter.dim())]
         self.known[parameter] = Shadow((torch.from_numpy(labels).view(shape).expand(parameter.shape),), bare=True)
 
+    def stand_in(self, alias: Tensor, tensor: Tensor) -> None:
+        """Shadow an alias of a tensor as the tensor itself."""
+        self._set(alias, self.known.get(tensor))
+        if tensor in self.moving:
+            self.move([alias])
+
     def move(self, tensors: Sequence[Tensor]) -> None:
         """Note that tensors depend on the model's input."""
         for tensor in tensors:

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..state import Restoring, shared
-from .flow import Dimension, Flow, Size, into, tensors_in
+from .flow import HELD, Dimension, Flow, Size, into, tensors_in
 
 
 class Tracing(Protocol):
     """What the stand-ins use of a tracer."""
 
     flow: Flow
+    contractions: Sequence[Any]
     paused: int
     default_scale: bool
 
@@ -53,8 +54,8 @@ def sized_shape(flow: Flow, tensor: Tensor) -> torch.Size:
 
 
 TAKES_LAYERS = ("linear", "embedding", "batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-                "conv_transpose2d", "conv_transpose3d", "_conv_forward")  # fmt: skip
-"""Functions whose numbers are a layer's own, or none at all."""
+                "conv_transpose2d", "conv_transpose3d", "_conv_forward", "deform_conv2d")  # fmt: skip
+"""Functions whose numbers are a layer's own or quotients of widths that are equal, or none at all."""
 
 
 def use_as_numbers(values: Any, operation: str) -> None:
@@ -148,6 +149,13 @@ def _leave(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> An
     return function(*args, **kwargs)
 
 
+@stand_in("__len__")
+def _length(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Note that Python makes a plain number of the length."""
+    use_as_numbers(sized_shape(tracer.flow, args[0])[:1], "len")
+    return function(*args, **kwargs)
+
+
 @stand_in("numel")
 def _numel(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     return math.prod(sized_shape(tracer.flow, args[0]))
@@ -165,6 +173,16 @@ def _expand(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
         for size, labels in zip(_flat(args[1:]), tracer.flow.of(out).dims, strict=True):
             if size != -1:
                 tracer.flow.require(size, labels)
+    return out
+
+
+@stand_in("einsum")
+def _einsum(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Let what is summed over keep two channels: a sum over one is no product of matrices, nor are its sizes cut."""
+    before = len(tracer.contractions)
+    out = function(*args, **kwargs)
+    for contraction in tracer.contractions[before:]:
+        tracer.flow.keep_two(contraction.labels)
     return out
 
 
@@ -204,12 +222,16 @@ def _label_made(flow: Flow, out: Tensor, sizes: Sequence[Any]) -> None:
 def _chunk(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     """Let equal pieces lose the same positions, so that the pieces of the pruned model are cut at the same places."""
     pieces = function(*args, **kwargs)
-    use_as_numbers((args[1:], kwargs), "chunk")
-    flow = tracer.flow
+    flow, places = tracer.flow, next((each for each in (*args[1:], *kwargs.values()) if isinstance(each, HELD)), ())
+    for cut in places:
+        for dim, labels in enumerate(flow.of(args[0]).dims):
+            if labels is not None and flow.of(pieces[0]).dims[dim] is not labels:
+                _require_slice(flow, labels, slice(cut))
+    use_as_numbers(() if places else (args[1:], kwargs), "chunk")
     for dim in range(args[0].dim()):
         found = [flow.of(piece).dims[dim] for piece in pieces]
         whole = flow.of(args[0]).dims[dim]
-        if whole is None or found[0] is None or found[0].size == whole.size:
+        if places or whole is None or found[0] is None or found[0].size == whole.size:
             continue
         if len({labels.size for labels in found}) > 1:
             flow.freeze(whole, "is cut into pieces of different widths")

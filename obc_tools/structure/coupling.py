@@ -17,7 +17,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .flow import SUMMED, Attribute, Dimension, Flow, Labels, evaluate, leaves
+from .flow import SUMMED, Flow, Labels, evaluate, leaves
 from .layers import TEMPERATURE, LayerAxis
 from .tracing import Traced
 
@@ -88,7 +88,7 @@ class Classes:
 
     def _check(self, size: int, labels: Labels) -> None:
         """Freeze the classes without one of which a computed width would not be that of the axis that it shapes."""
-        carried = {id(source): self._labels_of(source) for source in leaves(size)}
+        carried = {id(source): self.flow.labels_of(source) for source in leaves(size)}
         shares = [NONE if found is None else self.of(found) for found in (labels, *carried.values())]
         classes = np.unique(np.concatenate(shares))
         counts = [np.bincount(np.searchsorted(classes, share), minlength=classes.size) for share in shares]
@@ -121,9 +121,6 @@ class Classes:
                 raise LostChannelsError(f"{passage.operation}: {lost.size} channels are lost in it")
             free[lost] = False
             self.reasons |= dict.fromkeys(lost.tolist(), f"is lost in {passage.operation}")
-
-    def _labels_of(self, source: Attribute | Dimension) -> Labels:
-        return source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,8 +66,8 @@ class Size(int):
     """A whole number with its source; arithmetic on it keeps the sources.
 
     What makes a plain number of it notes that (`as_number`). Python asks nobody where it takes a number as an index
-    (`calls.seen_by_python` stands in for its best-known functions), nor where it compares unequal numbers or takes
-    a tensor's `len`: a width that is so used is found by the proof alone (`pruning.check`).
+    (`calls.seen_by_python` stands in for its best-known functions), nor where it compares unequal numbers, looks one up
+    in a dict or divides a float by it: a width that is so used is found by the proof alone (`pruning.check`).
     """
 
     source: Attribute | Dimension | Combined
@@ -96,6 +96,12 @@ class Size(int):
 
     def __int__(self) -> int:
         return self.as_number("int")
+
+    def __format__(self, how: str) -> str:
+        return format(self.as_number("format"), how)
+
+    def __str__(self) -> str:
+        return str(self.as_number("str"))
 
     def __neg__(self) -> Size:
         return 0 - self
@@ -262,7 +268,8 @@ class Flow:
 
     ``stack`` are the modules that are running, ``spent`` what the current operation sums over or cuts off,
     ``returned`` statistics over channels with what was normalised by them, ``stretched`` the labels of dimensions that
-    are copies of one.
+    are copies of one. ``attributes`` are those that were seen to shape something, ``declared`` what the table of layer
+    types says of widths.
     """
 
     count: int = 0
@@ -270,6 +277,7 @@ class Flow:
     frozen: list[tuple[np.ndarray, str]] = field(default_factory=list)
     sizes: list[tuple[int, Labels]] = field(default_factory=list)
     attributes: dict[Attribute, np.ndarray] = field(default_factory=dict)
+    declared: dict[Attribute, np.ndarray] = field(default_factory=dict)
     scales: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     attended: list[np.ndarray] = field(default_factory=list)
     temperatures: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -307,6 +315,12 @@ class Flow:
         """Return the channels of a tensor; an unknown tensor has none."""
         found = self.tensors.get(tensor)
         return found if found is not None else Channels([None] * tensor.dim())
+
+    def labels_of(self, source: Attribute | Dimension) -> Labels:
+        """Return the labels whose number a source holds; None where it is not known to follow any."""
+        if isinstance(source, Dimension):
+            return source.labels
+        return self.attributes.get(source, self.declared.get(source))
 
     def put(self, tensor: Tensor, dims: Sequence[Labels], origin: str = FIXED, weight_of: str | None = None) -> None:
         """Set the labels of a tensor."""
@@ -387,11 +401,11 @@ class Flow:
         if labels is None:
             return
         source = size.source
-        if isinstance(source, Attribute):
-            self._join_equal(self.attributes.setdefault(source, labels), labels, size)
-        elif isinstance(source, Dimension):
-            self._join_equal(source.labels, labels, size)
-        elif isinstance(source, Combined):
+        if isinstance(source, Attribute) and self.labels_of(source) is None:
+            self.attributes[source] = labels
+        elif not isinstance(source, Combined):
+            self._join_equal(self.labels_of(source), labels, size)
+        else:
             self._join_share(source, labels)
             self._follow_multiple(source, labels)
 

@@ -100,7 +100,9 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
         axes = flow.grouped.get(kernel.weight_of, {"out": None, "in": None})
         axes = {"in": axes["out"]} | axes
         if axes["out"] is None:
-            flow.freeze_all([kernel], "is a kernel of a convolution in groups that is not a layer of its own")
+            flow.freeze_all(
+                [kernel, source], f"meets {flow.where('convolution')} in groups, whose kernel is no layer's"
+            )
     flow.spend(source.dims[first], axes["in"], kernel.dims[0 if transposed else 1])
     if taken.shape[first] > 1:
         flow.join(source.dims[first], axes["in"], source.origin)
@@ -112,6 +114,21 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     if bias is not None and axes["out"] is not None:
         flow.join(axes["out"], flow.of(bias).dims[0])
     flow.put(out, [*source.dims[:first], axes["out"], *[None] * (out.dim() - first - 1)])
+
+
+@operation("deform_conv2d")
+def _deformable_convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    taken, weight, offset, mask, bias = (flow.of(tensor) for tensor in args[:5])
+    moved = f"says where {flow.where('deform_conv2d')} looks"
+    flow.freeze_all([offset, mask], moved)
+    for labels in weight.dims[2:]:
+        flow.freeze(labels, "is the height or width of a kernel")
+    flow.spend(taken.dims[1], weight.dims[1])
+    if args[11] > 1 or args[12] > 1:
+        flow.freeze_all([taken, weight, bias], f"passes through {flow.where('deform_conv2d')} in groups")
+    elif args[0].shape[1] > 1:
+        flow.join(taken.dims[1], weight.dims[1], taken.origin)
+    flow.put(out, [None, _both(flow, weight.dims[0], bias.dims[0], (weight, bias)), None, None])
 
 
 @operation("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
@@ -148,6 +165,8 @@ def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     source = flow.of(args[0])
     for parameter in tensors_in(args[1:3]):
         flow.join(flow.of(parameter).dims[0], source.dims[1], source.origin)
+    if source.dims[1] is not None and args[6] == source.dims[1].size:
+        flow.freeze(source.dims[1], f"passes through {flow.where('group_norm')}, of one channel a group")
     flow.join_blocks(source.dims[1], args[6])
     _like_first(flow, out, source)
 
@@ -200,9 +219,7 @@ def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict) -> list[np.ndar
     return [source.dims[dim] for dim in gone if source.dims[dim] is not None and tensor.shape[dim] > 1]
 
 
-@operation(
-    "_softmax", "_safe_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk", "glu"
-)
+@operation("_softmax", "_safe_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "sort", "topk")
 def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     tensor, source = args[0], flow.of(args[0])
     numbers = [arg for arg in args[1:] if isinstance(arg, int) and not isinstance(arg, bool)]
@@ -211,6 +228,15 @@ def _along(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     flow.freeze(dims[dim], "is normalised or ordered over its channels")
     for result in tensors_in((out,)):
         flow.put(result, [d if d is None or d.size == n else None for d, n in zip(dims, result.shape, strict=True)])
+
+
+@operation("glu")
+def _gate(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    """Let the halves of an axis, of which one is the gate of the other, lose the same positions."""
+    source, dim = flow.of(args[0]), (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.dim()
+    dims = [flow.join_blocks(labels, 2) if at == dim else labels for at, labels in enumerate(source.dims)]
+    flow.spend(source.dims[dim])
+    flow.put(out, dims, source.origin)
 
 
 ATTENTIONS = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",

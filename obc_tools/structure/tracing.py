@@ -39,8 +39,8 @@ from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import (
     INPUT,
+    Attribute,
     Channels,
-    Dimension,
     Flow,
     Size,
     follow,
@@ -70,6 +70,9 @@ WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_lik
 
 
 WAY_OUT = "pass Forward(run, inputs) as example inputs, which says what of its output counts"
+
+RESHAPING = ("squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_")
+"""Operations that change the shape of their argument in place."""
 
 ROOTS = ("root", "float")
 """Operations on a width that may give an attention's temperature."""
@@ -196,6 +199,7 @@ class Tracer:
                     self.shadows.register(tensors[slot.tensor], slot.dim, labels[key])
         self.axes.update({LayerAxis(name, key): found for key, found in labels.items()})
         self.flow.grouped[name] = labels
+        self.flow.declared.update(_declared_widths(name, layer, axes, labels))
         for leaf, tensor in tensors.items():
             if tensor in self.flow.tensors:
                 self._tie(tensor, dims[leaf], labels)
@@ -263,6 +267,15 @@ class Tracer:
             if tensor.untyped_storage().data_ptr() in self.borrowed:
                 tensor.data = tensor.data.clone()
 
+    def as_before(self, function: Any, args: tuple) -> tuple:
+        """Return the arguments of an operation such that the first keeps its shape, should that change in place."""
+        if name_of(function) not in RESHAPING or args[0] not in self.flow.tensors:
+            return args
+        alias = args[0].detach()
+        self.flow.tensors[alias] = self.flow.tensors[args[0]]
+        self.shadows.stand_in(alias, args[0])
+        return alias, *args[1:]
+
     def saw(self, tensors: Sequence[Tensor]) -> None:
         """Note which layers ran."""
         for tensor in tensors:
@@ -320,14 +333,20 @@ class Tracer:
         self.rooted.append((self.flow.module, size, operation))
 
     def keep_numbers(self) -> None:
-        """Let widths stay that modules compute with, but for the roots that are an attention's temperature."""
+        """Let widths stay that modules compute with, but for the roots that are an attention's temperature.
+
+        A layer whose type a user registered may compute with its own width: `check_layer` proves it.
+        """
         kept = [(found.module, found.labels.size) for found in self.contractions]
         for module, size, operation in self.rooted:
+            if layer_type(self.model.get_submodule(module)).declared:
+                continue
             if operation in ROOTS and any(module == name and operator.index(size) % width == 0 for name, width in kept):
                 continue
             for source in leaves(size):
-                labels = source.labels if isinstance(source, Dimension) else self.flow.attributes.get(source)
-                self.flow.freeze(labels, f"its width is a number in {operation} in layer {module!r}")
+                self.flow.freeze(
+                    self.flow.labels_of(source), f"its width is a number in {operation} in layer {module!r}"
+                )
 
     def _note_contraction(self, labels: np.ndarray, left: Tensor, right: Tensor) -> None:
         queries, keys = self.shadows.of(left), self.shadows.of(right)
@@ -346,6 +365,7 @@ class Tracer:
         for contraction in self.contractions:
             labels, rows = contraction.labels, contraction.rows
             taken = [size for module, size, how in self.rooted if how in ROOTS and module == contraction.module]
+            taken = [size for size in taken if any(self.flow.labels_of(source) is not None for source in leaves(size))]
             multiples = any(operator.index(size) % labels.size == 0 for size in taken)
             if labels.size == 1 or not (contraction.follows or multiples):
                 continue
@@ -387,6 +407,18 @@ class Tracer:
                 self.flow.join(known, labels)
 
 
+def _declared_widths(
+    name: str, layer: nn.Module | Tensor, axes: Mapping[str, Any], labels: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Attribute, np.ndarray]]:
+    """Yield the attributes in which a layer keeps its widths, with the labels of the axes."""
+    named = ((key, attribute) for key, axis in axes.items() if axis.slots for attribute in axis.attributes)
+    for key, attribute in named:
+        held = getattr(layer, attribute, None)
+        index, width = (len(held) - 1, held[-1]) if isinstance(held, tuple) and held else (None, held)
+        if isinstance(width, int) and operator.index(width) == labels[key].size:
+            yield Attribute(name, attribute, index), labels[key]
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -397,7 +429,9 @@ class _Operations(TorchDispatchMode):
         arguments = tensors_in((*args, *kwargs.values()))
         if function._schema.is_mutable:
             self.tracer.protect(arguments)
+        before = self.tracer.as_before(function, args)
         out = function(*args, **kwargs)
+        args = before
         self.tracer.history.note(name_of(function), tensors_in((out,)), arguments)
         self.tracer.shadows.note(function, out, args, kwargs)
         if not self.tracer.paused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import anywidget
 import ipywidgets as W
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 import traitlets
 from plotly.offline import get_plotlyjs
+from torch import nn
 
 from ..plots.looks import DARK, theme
 from ..plots.stills import with_still
@@ -94,7 +97,7 @@ SHOWN = 6
 
 STYLE = (
     "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
-    ".obc-table th {white-space: normal; vertical-align: bottom; max-width: 160px}"
+    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 68px; max-width: 160px}"
     ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
 )
 
@@ -196,6 +199,15 @@ class Filling:
             self.now = before
 
 
+CHANGED_SINCE = "the model has changed since: shown is what it was; make another view to see it as it is"
+
+
+def versions(model: nn.Module) -> tuple[tuple[str, int, torch.Size], ...]:
+    """Return what changes with every change of a model's tensors in place, and with their shapes."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return tuple((name, tensor._version, tensor.shape) for name, tensor in named)
+
+
 class View(W.VBox):
     """A figure, the line that says what is going on, and controls that change what is shown. To be built upon.
 
@@ -210,6 +222,7 @@ class View(W.VBox):
         self.status = W.HTML(layout=TWO_LINES)
         self._worker = Worker(self._report, self._failed)
         self._filling = Filling()
+        self._model, self._versions = None, ()
 
     @property
     def figure(self) -> go.Figure:
@@ -230,8 +243,14 @@ class View(W.VBox):
         self.tell(words, bad=bad)
 
     def tell(self, words: str, *, bad: bool = False) -> None:
-        """Show a line of words beside what is under way."""
-        self.status.value = close(note(words, bad=bad))
+        """Show a line of words beside what is under way, and that the model changed since it was copied, if it has."""
+        model = None if self._model is None else self._model()
+        changed = model is not None and versions(model) != self._versions
+        self.status.value = close(note(words, bad=bad), *([note(CHANGED_SINCE, bad=True)] if changed else []))
+
+    def copied_from(self, model: nn.Module) -> None:
+        """Note which model the view's copy was made of, to tell when that one changes."""
+        self._model, self._versions = weakref.ref(model), versions(model)
 
     def clicked(self, click: Click) -> None:
         """Take a click in the figure; nothing happens unless a view says what."""

@@ -64,6 +64,7 @@ class Explorer(View):
         self.look = look or LIGHT
         super().__init__(self._wordy(""), look)
         self.network = copy_of(without_weight_norms(model)).eval()
+        self.copied_from(model)
         self._data, self._task = as_data(data), find_task(task)
         batches = usual_batches(self._data, batch_size) if batches is None else batches
         self._draw_options = (batches, batch_size, seed)

@@ -82,6 +82,8 @@ async function render({ model, el: place }) {
       again = false;
       width = el.offsetWidth;
       const { data, layout } = read(drawing.get("text"), model.get("dark"), place);
+      // What is under the mouse is told again when it moves: asked for after each drawing, it makes a click slow.
+      if (el._fullLayout) delete el._fullLayout._rehover;
       try {
         await Plotly.react(el, data, width ? { ...layout, width } : layout, {
           displaylogo: false,

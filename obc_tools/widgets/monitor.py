@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
 LOG_LINES = 12
+GONE = "gone"
 LINES_HEIGHT = 44
 """Pixels of what is said of one run, two lines: what stands below does not move."""
 
@@ -92,7 +93,7 @@ class RunMonitor(W.VBox):
 
     def stop(self) -> None:
         """Ask the chosen run to end with a checkpoint; does not wait until it has."""
-        if self.run.status == "running":
+        if self.run.folder.is_dir() and self.run.status == "running":
             (self.run.folder / STOP).touch()
             self.said.value = note("it will stop at its next step and keep a checkpoint")
         self.refresh()
@@ -110,7 +111,8 @@ class RunMonitor(W.VBox):
         """Look at the runs' folders and show what has changed."""
         with self._lock:
             before = self.views
-            self.views = {name: look_at(run, before[name]) for name, run in self.runs.items()}
+            there = {name: run for name, run in self.runs.items() if run.folder.is_dir()}
+            self.views = before | {name: look_at(run, before[name]) for name, run in there.items()}
             if self.views != before:
                 self.picture.show(self._draw())
             self.show()
@@ -123,14 +125,20 @@ class RunMonitor(W.VBox):
     def show(self) -> None:
         """Show the last look."""
         with self._lock:
-            self.lines.value = close(*(f"<b>{note(n)}</b> {note(describe(v))}" for n, v in self.views.items()))
-            status = self.views[self.chosen.value].status
+            self.lines.value = close(*(f"<b>{note(n)}</b> {self._described(n)}" for n in self.runs))
+            status = self.views[self.chosen.value].status if self.run.folder.is_dir() else GONE
             self.stop_button.disabled = status != "running"
-            self.resume_button.disabled = status in ("running", "finished")
-            tail = note(self.run.log(LOG_LINES))
+            self.resume_button.disabled = status in ("running", "finished", GONE)
+            tail = note(self.run.log(LOG_LINES) if status != GONE else "")
             self.tail.value = f"<pre style='height:220px;overflow:auto;margin:0'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+
+    def _described(self, name: str) -> str:
+        folder = self.runs[name].folder
+        if folder.is_dir():
+            return note(describe(self.views[name]))
+        return note(f"its folder '{folder}' is {GONE}: shown is the last that was seen of it", bad=True)
 
     def _draw(self) -> go.Figure:
         failed = [f"{name} failed: {view.error}" for name, view in self.views.items() if view.error]

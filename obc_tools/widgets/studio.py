@@ -30,6 +30,7 @@ from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task
 from ..scoring.tasks import Task as NetworkTask
+from ..state import check_module
 from ..structure.layers import LayerAxis
 from ..studio.session import BARS, MILLION, MOST, Bars, StudioSession, studio_bars
 from ..studio.state import (
@@ -50,6 +51,7 @@ from ..studio.state import (
     usual_batches,
 )
 from .controls import (
+    FITTING,
     WRAPPING,
     Click,
     LiveFigure,
@@ -148,7 +150,10 @@ class StudioControls:
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
         self.compensate = W.ToggleButton(
-            description="compensate", icon="magic", tooltip="measure also what least squares make of each plan"
+            description="compensate",
+            icon="magic",
+            tooltip="measure also what least squares make of each plan",
+            layout=FITTING,
         )
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML()
@@ -271,6 +276,7 @@ class PruningStudio(View):
         source: str | dict | None = None,
         look: str | None = None,
     ):
+        check_module(model)
         device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
@@ -283,6 +289,7 @@ class PruningStudio(View):
         self._scoring: Scoring | None = None
         self._controls = c = StudioControls(self.session, self.state.choices)
         super().__init__(self._drawn(), look)
+        self.copied_from(model)
         self._connect()
         above, below = self._buttons()
         self.graph = LiveFigure(go.Figure(), self._clicked_layer, look=look)
@@ -399,8 +406,8 @@ class PruningStudio(View):
             "measure each group alone", self.measure_sensitivity, "on the held-out examples", "th"
         )
         return [
-            W.VBox([self.frontier_button, self.frontier]),
-            W.VBox([self.sensitivity_button, self.sensitivity]),
+            W.VBox([W.HBox([self.frontier_button]), self.frontier]),
+            W.VBox([W.HBox([self.sensitivity_button]), self.sensitivity]),
         ]
 
     def _changed(self, control: W.Widget) -> None:

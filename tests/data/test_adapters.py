@@ -104,7 +104,7 @@ class Stream(IterableDataset):
         (Stream(), "a Stream holds no examples that could be drawn by number; pass a DataLoader or"),
         ([images()] * 2, "a list holds no examples that could be drawn by number"),
         (iter([1]), "a list_iterator holds no examples"),
-        ((DataLoader([1]), DataLoader([1])), "a tuple holds no examples"),
+        ((DataLoader([1]), DataLoader([1])), "a tuple holds no examples.*; two of them as as_data"),
         ((torch.zeros(3), torch.zeros(4)), r"tensors of \[3, 4\] examples; expected equally many, at least 1"),
         (torch.zeros(0, 4), r"tensors of \[0\] examples"),
     ],

@@ -7,6 +7,7 @@ import torch
 from oracles import products, row_gradients
 from torch import nn
 
+from obc_tools import prune_to
 from obc_tools.scoring.jacobian import jacobian_products
 from obc_tools.scoring.objectives import classification
 from obc_tools.scoring.rows import ProductRows, examples_per_row
@@ -68,6 +69,42 @@ def test_members_that_no_loss_reaches_are_set_aside_with_a_note(caplog):
     two = score_groups(model, chosen, "jacobian", batches[:2])
     torch.testing.assert_close(two[chosen[0]], sum(parts), rtol=1e-10, atol=0)
     assert scores[chosen[0]].min() > 0
+
+
+class Unread(nn.Module):
+    """A branch that the loss does not read, and a front that runs without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.body = nn.Linear(4, 7), nn.Sequential(nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.branch = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            hidden = self.front(inputs).tanh()
+        return self.body(hidden), self.branch(hidden)
+
+
+@pytest.mark.parametrize("criterion", ["jacobian", "taylor", "hessian", ("jacobian", {"rows": "sample"})])
+def test_a_group_that_no_loss_depends_on_is_kept_whole_with_the_reason(criterion, caplog):
+    torch.manual_seed(0)
+    model = Unread().double()
+    batches = [(torch.randn(5, 4).double(), torch.randint(0, 3, (5,))) for _ in range(2)]
+
+    def losses(model, batch):
+        return nn.functional.cross_entropy(model(batch[0])[0], batch[1], reduction="none")
+
+    plan = prune_to(
+        model, batches[0][0], batches, criterion=criterion, objective=losses, ratio=0.6, steps=2, progress=False
+    )
+    found = {
+        group.root.layer: (group.kept_whole, len(kept)) for group, kept in zip(plan.groups, plan.kept, strict=True)
+    }
+    assert found["branch.0"] == ("no loss depends on it, so that nothing scores it", 5)
+    assert found["body.0"][0] is None and found["body.0"][1] < 6
+    assert caplog.text.count("group branch.0.out is kept whole: no loss depends on it") == 1
+    scores = score_groups(model, find_groups(model, batches[0][0]), criterion, batches, objective=losses)
+    assert all(scores[group].shape == (group.width,) for group in find_groups(model, batches[0][0]))
 
 
 def test_a_layer_asked_for_by_name_must_be_reached():

@@ -24,6 +24,36 @@ class Between(nn.Module):
         return self.o(self.b(self.function(self.a(x))).relu())
 
 
+class OwnAttention(nn.Module):
+    """Attention whose scale is computed in the forward pass from a width that shapes nothing."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.heads, self.head_dim, self.attend = 2, 6, attend
+        self.q, self.k, self.v, self.o = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(self.attend(q, k, v, self.head_dim).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v, d: (q @ k.mT / math.sqrt(d)).softmax(-1) @ v,
+        lambda q, k, v, d: ((q * d**-0.5) @ k.mT).softmax(-1) @ v,
+        lambda q, k, v, d: F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d)),
+        lambda q, k, v, d: ((q @ k.mT) * k.shape[-1] ** -0.5).softmax(-1) @ v,
+        lambda q, k, v, d: torch.einsum("bhnm,bhmd->bhnd", torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1), v),
+    ],
+)
+def test_the_scale_of_an_attention(attend):
+    torch.manual_seed(0)
+    model, x = OwnAttention(attend).double(), torch.randn(2, 4, 5).double()
+    plan = make_plan(score_groups(model, find_groups(model, x), "random"), ratio=0.8, scope="local")
+    assert plan.channels_removed >= 16 and check_plan(model, plan, x).ok
+
+
 def reason(function) -> str | None:
     torch.manual_seed(0)
     return find_groups(Between(function).double(), torch.randn(4, 5).double())[0].kept_whole
@@ -42,6 +72,9 @@ NUMBERS = {
     "gcd": lambda x: x * math.gcd(6, x.shape[1]),
     "sub": lambda x: x / -x.shape[1],
     "abs": lambda x: x * abs(-x.shape[1]),
+    "len": lambda x: x * len(x[0]),
+    "format": lambda x: x * float(f"{x.shape[1]}"),
+    "str": lambda x: x * float(str(x.shape[1])),
 }
 
 
@@ -53,6 +86,29 @@ def test_a_width_to_compute_with_stays(name):
 
 def test_a_list_as_long_as_a_width_stays():
     assert "number in mul" in reason(lambda x: x * sum([0.5] * x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda c: torch.tensor(float(c)), lambda c: math.log(c), lambda c: c / 2, lambda c: 2.0 if c >= 12 else 1.0],
+)
+def test_a_width_that_a_layer_keeps_stays_where_it_is_computed_with(compute):
+    model = Between(lambda x: x)
+    model.a.register_forward_hook(lambda layer, args, out: out * compute(layer.out_features))
+    found = find_groups(model, torch.randn(4, 5))
+    assert found[0].kept_whole is not None and found[1].prunable
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x, c: x.view(len(x), c // 4, 4).amax(2), lambda x, c: torch.mul(*x.split(c // 2, -1))]
+)
+def test_a_share_of_a_width_that_a_layer_keeps_may_shrink(cut):
+    model = nn.Sequential(nn.Linear(5, 24), nn.LazyLinear(3))
+    model[0].register_forward_hook(lambda layer, args, out: cut(out, layer.out_features))
+    x = torch.randn(4, 5)
+    model(x)
+    plan = prune_to(model, x, criterion="l1", ratio=0.4, progress=False)
+    assert plan.groups[0].prunable and check_plan(model, plan, x).ok
 
 
 @pytest.mark.parametrize(
@@ -128,6 +184,30 @@ def test_a_width_that_may_be_squeezed_keeps_two(squeeze):
     assert len(plan.kept[0]) == 2 and check_plan(model, plan, x).ok
 
 
+class Reshaped(nn.Module):
+    """Operations that change a tensor's shape in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 6, 1), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).flatten(2).transpose_(1, 2))
+        return self.o(x.unsqueeze_(1).squeeze_(1).mean(1).t_().t())
+
+
+def test_shapes_that_change_in_place():
+    torch.manual_seed(0)
+    model, x = Reshaped().double(), torch.randn(3, 3, 4, 4).double()
+    plan = prune_to(model, x, criterion="l1", ratio=0.5, scope="local", progress=False)
+    assert plan.channels_removed == 7 and check_plan(model, plan, x).ok
+
+
+def test_a_norm_of_one_channel_a_group_keeps_all():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(16, 16), nn.ReLU(), nn.Conv2d(16, 3, 1))
+    assert "group_norm in layer '1'" in find_groups(model, torch.randn(2, 3, 8, 8))[0].kept_whole
+
+
 @pytest.mark.parametrize("groups", [4, 8])
 def test_a_norm_may_be_left_with_one_channel_a_group(groups):
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(groups, 16), nn.ReLU(), nn.Conv2d(16, 3, 1))
@@ -155,3 +235,24 @@ def test_outputs_without_tensors_and_wrapped_models_are_refused():
     model.register_forward_hook(lambda module, args, out: Result(out))
     with pytest.raises(ValueError, match=r"returns a Result.*Forward"):
         find_groups(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["scripted", "dynamic", "whole numbers"])
+def test_compiled_and_quantised_models_are_refused_in_one_sentence(kind):
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)
+    if kind == "scripted":
+        model = torch.jit.script(model)
+    elif kind == "dynamic":
+        model[0].__class__ = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized.dynamic"})
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"give the model before (it was scripted|that, and quantise what is pruned)"):
+        find_groups(model, x)
+
+
+def test_a_model_without_numbers_is_not_scored():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), torch.randn(4, 5)
+    with pytest.raises(ValueError, match="meta device"):
+        score_groups(model, find_groups(model, x), "l1")

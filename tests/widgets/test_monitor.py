@@ -1,6 +1,7 @@
 """Watching runs: the curves of a look, and the monitor without a browser, on folders as runs leave them."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -158,6 +159,21 @@ def test_it_looks_by_itself_until_it_is_closed(tmp_path):
     write(tmp_path, step=10)
     time.sleep(0.1)
     assert "step 10" not in monitor.lines.value
+
+
+def test_a_run_whose_folder_is_deleted_is_said_to_be_gone(tmp_path):
+    write(tmp_path / "a")
+    monitor = RunMonitor(tmp_path / "a", every=None)
+    seen = monitor.figure
+    shutil.rmtree(tmp_path / "a")
+    for act in (monitor.refresh, monitor.stop, monitor.resume):
+        act()
+        assert "is gone: shown is the last that was seen of it" in monitor.lines.value
+        assert monitor.stop_button.disabled and monitor.resume_button.disabled and monitor.figure == seen
+    assert not (tmp_path / "a").exists()
+    write(tmp_path / "a", done=2, epoch=3)
+    monitor.refresh()
+    assert "epoch 3" in monitor.lines.value and not monitor.stop_button.disabled
 
 
 def test_wrong_runs_are_refused(tmp_path):

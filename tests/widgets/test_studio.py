@@ -1,5 +1,6 @@
 """The studio without a browser: its controls set, its buttons clicked, its figure and tables read."""
 
+import copy
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from obc_tools.studio.session import MOST, POINTS, RATIOS
 from obc_tools.studio.state import Choices
 from obc_tools.widgets import studio as studio_module
 from obc_tools.widgets.controls import Click, note
+from obc_tools.widgets.explorers import InteractionExplorer, JTJExplorer
 from obc_tools.widgets.studio import CHANGED, FOLDS, FRONTIER, SENSITIVITY, PruningStudio
 
 SOURCE = {"name": "resnet8", "in_channels": 1, "width": 8}
@@ -331,6 +333,31 @@ def test_images_that_the_network_does_not_take_are_named(made):
         ValueError, match=r"CifarResNet does not run on the data's images, of shape \(1, 8, 8\): .*3 channels"
     ):
         PruningStudio(colour, made[1])
+
+
+def test_what_is_no_network_is_refused(made):
+    with pytest.raises(ValueError, match=r"model: expected a network \(nn.Module\), not str"):
+        PruningStudio("resnet8", made[1])
+
+
+@pytest.mark.parametrize("view", [PruningStudio, JTJExplorer, InteractionExplorer])
+def test_a_model_that_changes_under_an_open_view_is_told(made, view):
+    model = copy.deepcopy(made[0])
+    shown = view(model, made[1], batches=1, batch_size=32).wait(60)
+    for step in (lambda: model.conv1.weight.data.shape, lambda: obc.evaluate(model, made[1].batches("val", 64))):
+        step()
+        shown.tell("looked")
+        assert "has changed since" not in shown.status.value
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+    shown.tell("looked")
+    assert "looked" in shown.status.value and "the model has changed since: shown is what it was" in shown.status.value
+
+
+@pytest.mark.parametrize("view", [PruningStudio, JTJExplorer, InteractionExplorer])
+def test_classes_that_do_not_fit_are_said(made, view):
+    few = obc.load_model("resnet8", 7, in_channels=1, width=8)
+    assert "for a model with 7 outputs (0 to 6)" in view(few, made[1], batches=1).wait(60).status.value
 
 
 def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
