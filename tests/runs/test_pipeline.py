@@ -123,7 +123,7 @@ def killed_while_pruning(job, folder, monkeypatch, steps):
 
 def test_a_run_killed_while_pruning_goes_on_at_its_step(tmp_path, monkeypatch):
     """Calibration images differ from step to step, and are those of an undisturbed run after a resume."""
-    job = replace(TINY, finetune=None, equivalent=False, pretrain=replace(TINY.pretrain, epochs=1))
+    job = replace(TINY, steps=6, finetune=None, equivalent=False, pretrain=replace(TINY.pretrain, epochs=1))
     whole = work_on(job, tmp_path / "whole", progress=False)
     steps = read_json(tmp_path / "whole" / "pruning.json")["step"]
     assert steps > 1
