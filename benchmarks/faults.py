@@ -1,29 +1,39 @@
-"""What kills, flipped bits and a full disk cost a run, a pruning, a comparison and a sweep: it should be nothing.
+"""What kills, flipped bits and a full disk cost runs, prunings, comparisons, sweeps and grids: it should be nothing.
 
-    python benchmarks/faults.py [--kills 500] [--flips 200] [--sizes 20] [--seed 0] [--out results/faults.csv]
+    python benchmarks/faults.py [--kills 500] [--pairs 40] [--grids 20] [--flips 200] [--sizes 40] [--soak MINUTES]
+        [--seed 0] [--out results/faults.csv]
 
 Each trial is a process of its own, forked from one that has everything loaded, so that a small command takes a second.
 `kills`: SIGKILL before the k-th operation on a file or folder (k drawn anew, up to as many as an undisturbed one does),
-or after a random share of its time; then the same command is given again. `flips`: one bit of one file of a stopped run
-is turned over; then it is resumed. `full`: no file may grow beyond so many bytes, as under a quota; then it is resumed
-without. A trial is kept as "same" where the numbers in the end are those of an undisturbed one (times
-apart), as "refused" where it ends in an error that names what is wrong, and else as "lost" or "changed". Every row is
-written when it is known; what is there is not done again. Linux alone.
+or after a random share of its time; then the same command is given again. `pairs`: the same of a run in two processes,
+either of which is killed. `grids`: the process that works on a grid, or one of its workers, at a random moment.
+`flips`: one bit of one file of a stopped run is turned over; then it is resumed. `sizes`: no file may grow beyond so
+many bytes, as under a quota, or (as root) a disk has no more; then it is resumed without. `--soak`: a grid of twenty
+jobs, of which a worker or the grid itself is killed every few seconds for so many minutes, and nothing else is done.
+
+A trial is kept as "same" where the numbers in the end are those of an undisturbed one (times apart), as "refused" where
+it ends in an error that names what is wrong, and else as "lost" or "changed". Every row is written when it is known;
+what is there is not done again. Linux alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +43,11 @@ import tyro
 from torch import nn
 
 from obc_tools import Recipe, compare_criteria, load_data, load_model, sweep, take
+from obc_tools.files import HOLDER
+from obc_tools.holding import PROCESS, is_alive
 from obc_tools.pruning.choices import Target
-from obc_tools.runs.folder import run_job, work_on
+from obc_tools.runs.folder import PLAN, run_job, work_on
+from obc_tools.runs.grid import Grid, GridJob, launch_grid
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.folder import Stopped
 
@@ -52,6 +65,9 @@ JOB = PruningJob(
     equivalent=True,
     device="cpu",
 )
+FEW_STEPS = {"pretrain": replace(JOB.pretrain, batch_size=360), "finetune": replace(JOB.finetune, batch_size=360)}
+FOR_TWO = replace(JOB, **FEW_STEPS)
+"""On a busy machine every step of two processes waits for both to get their turn."""
 CHANGING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 """Audit events of operations that change a folder, beside opening a file to write."""
 SKIPPED = ("second", "latency", "time", "path")
@@ -62,8 +78,11 @@ class Options:
     """How many trials."""
 
     kills: int = 500
+    pairs: int = 40
+    grids: int = 20
     flips: int = 200
-    sizes: int = 20
+    sizes: int = 40
+    soak: float = 0
     seed: int = 0
     out: Path = Path("results/faults.csv")
 
@@ -80,9 +99,9 @@ def figures(frame: pd.DataFrame) -> str:
     return frame[kept].to_json(double_precision=15)
 
 
-def run(folder: Path, stop: Callable[[], bool] = lambda: False) -> str:
-    """Do the job where it may be watched, as `obc run` does."""
-    result = work_on(JOB, folder, stop=stop, progress=False)
+def run(folder: Path, stop: Callable[[], bool] = lambda: False, job: PruningJob = JOB) -> str:
+    """Do a job where it may be watched, as `obc run` does."""
+    result = work_on(job, folder, stop=stop, progress=False)
     return figures(result.to_frame()) + result.plan.to_json()
 
 
@@ -109,7 +128,70 @@ def frontier(folder: Path) -> str:
     return figures(found.to_frame())
 
 
-COMMANDS: dict[str, Callable[[Path], str]] = {"run": run, "prune": prune, "compare": compare, "sweep": frontier}
+def pair(folder: Path, other_lives: float | None = None) -> str:
+    """Do the job in this process and another one together, as a launcher has them do; the other may be killed."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    this = os.getpid()
+    child = os.fork()
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1")
+    if not child:
+        # A launcher ends the others with the first.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() == this:
+            run(folder, job=FOR_TWO)
+        os._exit(0)
+    if other_lives is not None:
+        threading.Timer(other_lives, os.kill, (child, signal.SIGKILL)).start()
+    return run(folder, job=FOR_TWO)
+
+
+ALONE: dict[str, Callable[[Path], str]] = {"run": run, "prune": prune, "compare": compare, "sweep": frontier}
+COMMANDS = ALONE | {"pair": pair}
+
+
+def grid_jobs(count: int, epochs: int) -> list[GridJob]:
+    """Return so many jobs that differ in their seeds."""
+    recipe = replace(JOB.pretrain, epochs=epochs)
+    return [GridJob(f"seed{seed}", replace(JOB, seed=seed, pretrain=recipe, finetune=recipe)) for seed in range(count)]
+
+
+def grid_figures(grid: Grid) -> str:
+    """Return the numbers of all runs of a grid that depend on no clock, weights included."""
+    found = {}
+    for run in grid.runs:
+        saved = {
+            path.parent.name: json.loads(path.read_text())["sha256"] for path in run.folder.glob("*/manifest.json")
+        }
+        histories = {key: figures(history.to_frame()) for key, history in run.histories.items()}
+        found[run.folder.name] = [figures(run.table()), (run.folder / PLAN).read_text(), saved, histories]
+    return json.dumps(found, sort_keys=True)
+
+
+def workers_of(grid: Grid) -> dict[str, int]:
+    """Return the processes that live of a grid: its own as "grid", those of its runs by their names."""
+    found = {}
+    for path in (grid.folder, *sorted(grid.folder.glob("seed*"))):
+        for name in (PROCESS, HOLDER):
+            try:
+                identity = json.loads((path / name).read_text())
+            except (FileNotFoundError, ValueError):
+                continue
+            if is_alive(identity):
+                found["grid" if path == grid.folder else path.name] = identity["pid"]
+    return found
+
+
+def complete(grid: Grid) -> None:
+    """Go on with a grid until all its runs are finished, as somebody who gives the command again does."""
+    for _ in range(10):
+        grid.wait(600)
+        if set(grid.statuses.values()) == {"finished"}:
+            return
+        grid.resume()
+    raise ValueError(f"a grid did not end: {grid.statuses}")
 
 
 def forked(work: Callable[[], str], limit: float | None = None) -> tuple[str, str]:
@@ -227,6 +309,41 @@ class Trials:
         left = sorted(path.name for path in folder.parent.iterdir() if path.name != "run")
         return f"{where}, {how}", outcome, said or " ".join(left)
 
+    def kill_pair(self, draw: random.Random, folder: Path) -> tuple[str, str, str]:
+        """Kill either of two processes that train together, and begin both again."""
+        operations, expected, seconds = self.undisturbed("pair")
+        first, share = draw.random() < 0.7, draw.random()
+        if first and draw.random() < 0.75:
+            at = draw.randint(1, operations)
+            how, _ = forked(partial(watched, folder, at, partial(pair, folder)))
+            where = f"first at operation {at} of {operations}"
+        elif first:
+            how, _ = forked(partial(pair, folder), share * seconds)
+            where = f"first after {share:.2f} of its time"
+        else:
+            begun = time.perf_counter()
+            how, _ = forked(partial(pair, folder, share * seconds))
+            waited = time.perf_counter() - begun - share * seconds
+            where = f"second after {share:.2f} of its time, the first ended {waited:.1f} s later"
+        return f"{where}, {how}", *judged(forked(partial(pair, folder)), expected)
+
+    def kill_grid(self, expected: tuple[str, float], draw: random.Random, folder: Path) -> tuple[str, str, str]:
+        """Kill the process that works on a grid, or one of its workers, and give the command again."""
+        numbers, seconds = expected
+        grid = launch_grid(grid_jobs(3, 1), folder, each=2)
+        share = draw.random()
+        time.sleep(share * seconds)
+        living = workers_of(grid)
+        name = draw.choice(sorted(living)) if living else None
+        if living:
+            os.kill(living[name], signal.SIGKILL)
+        if name == "grid":
+            grid.wait(60)  # a process that was killed takes its time to go
+            grid.resume()
+        complete(grid)
+        outcome = "same" if grid_figures(grid) == numbers else "changed"
+        return f"{name} after {share:.2f} of its time, {'killed' if living else 'done'}", outcome, ""
+
     def flip(self, stopped: Path, draw: random.Random, folder: Path) -> tuple[str, str, str]:
         """Turn over one bit of a stopped run, and resume it."""
         shutil.copytree(stopped, folder)
@@ -240,16 +357,33 @@ class Trials:
         return f"bit {bit} of {path.relative_to(folder)}", outcome, said
 
     def fill(self, draw: random.Random, folder: Path) -> tuple[str, str, str]:
-        """Work where no file may grow beyond a size, then where it may."""
-        size = int(10 ** draw.uniform(1, 6))
+        """Work where no file may grow beyond a size, or a disk is no larger; then where there is room."""
+        of_disk = draw.random() < 0.5 and os.geteuid() == 0
+        size = int(10 ** (draw.uniform(4.5, 6.2) if of_disk else draw.uniform(1, 5.4)))
 
         def limited() -> str:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             return run(folder)
 
-        how, first = forked(limited)
-        outcome, said = judged(forked(partial(run, folder)), self.undisturbed("run")[1])
-        return f"{size} bytes, {how}", "lost" if how == "crashed" else outcome, said or first[:200]
+        with small_disk(folder.parent, size) if of_disk else nullcontext():
+            how, first = forked(partial(run, folder) if of_disk else limited)
+            if of_disk:
+                subprocess.run(["mount", "-o", "remount,size=100m", folder.parent], check=True)
+            outcome, said = judged(forked(partial(run, folder)), self.undisturbed("run")[1])
+        # In torch's words, or naming no file: nobody knows what to do.
+        named = how == "done" or (how == "refused" and str(folder) in first)
+        where = f"{'disk' if of_disk else 'file'} of {size} bytes, {how}"
+        return where, outcome if named else f"{outcome}, unclear", said or ("" if how == "done" else first[:300])
+
+
+@contextmanager
+def small_disk(place: Path, size: int) -> Iterator[None]:
+    """Have a folder be a disk of so many bytes, pages of 4096 each."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def stopped_run(place: Path) -> Path:
@@ -265,20 +399,63 @@ def stopped_run(place: Path) -> Path:
     return folder
 
 
+def undisturbed_grid(jobs: list[GridJob]) -> tuple[str, float]:
+    """Return the numbers of a grid that nobody disturbs, and its seconds."""
+    with tempfile.TemporaryDirectory() as place:
+        start = time.perf_counter()
+        grid = launch_grid(jobs, Path(place) / "grid", each=2)
+        complete(grid)
+        return grid_figures(grid), time.perf_counter() - start
+
+
+def soak(options: Options) -> None:
+    """Kill workers of a grid of twenty jobs, and the grid itself, for so many minutes; say what came of it."""
+    jobs, draw, killed = grid_jobs(20, 6), random.Random(options.seed), {"grid": 0, "worker": 0}
+    expected, seconds = undisturbed_grid(jobs)
+    print(f"undisturbed: {seconds:.0f} s", flush=True)
+    start, rounds = time.perf_counter(), []
+    while time.perf_counter() - start < 60 * options.soak:
+        with tempfile.TemporaryDirectory() as place:
+            grid = launch_grid(jobs, Path(place) / "grid", each=2)
+            while set(grid.statuses.values()) != {"finished"} and time.perf_counter() - start < 60 * options.soak:
+                time.sleep(draw.uniform(1, 20))
+                living = workers_of(grid)
+                workers = sorted(living.keys() - {"grid"})
+                name = "grid" if draw.random() < 0.3 or not workers else draw.choice(workers)
+                if name in living:
+                    os.kill(living[name], signal.SIGKILL)
+                    killed["grid" if name == "grid" else "worker"] += 1
+                if name == "grid":
+                    grid.wait(60)  # a process that was killed takes its time to go
+                if not grid.is_running:
+                    grid.resume()
+            complete(grid)
+            rounds.append("same" if grid_figures(grid) == expected else "changed")
+        print(f"{(time.perf_counter() - start) / 60:.1f} min: killed {killed}, grids of 20: {rounds}", flush=True)
+
+
 def main() -> None:
     """Do what is missing, and say what became of all."""
     options = tyro.cli(Options)
     torch.set_num_threads(1)
+    if options.soak:
+        soak(options)
+        return
     trials = Trials(options)
+    for number in range(options.sizes):
+        trials.add("full", "run", number, trials.fill)
     for number in range(options.kills):
-        command = list(COMMANDS)[number % len(COMMANDS)]
+        command = list(ALONE)[number % len(ALONE)]
         trials.add("kill", command, number, partial(trials.kill, command))
     with tempfile.TemporaryDirectory() as place:
         stopped = stopped_run(Path(place))
         for number in range(options.flips):
             trials.add("flip", "run", number, partial(trials.flip, stopped))
-    for number in range(options.sizes):
-        trials.add("full", "run", number, trials.fill)
+    for number in range(options.pairs):
+        trials.add("kill", "pair", number, trials.kill_pair)
+    alone = undisturbed_grid(grid_jobs(3, 1)) if options.grids else ("", 0.0)
+    for number in range(options.grids):
+        trials.add("kill", "grid", number, partial(trials.kill_grid, alone))
     print(pd.DataFrame(trials.rows).groupby(["fault", "command", "outcome"]).size().to_string())
 
 

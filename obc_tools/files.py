@@ -1,11 +1,13 @@
 """Files and folders that are whole or not there, logs, and what figures depend on: hardware and versions.
 
-Everything that the package keeps on disk is written through `replacing`, lines that are appended excepted.
+Everything that the package keeps on disk is written through `replacing`, lines that are appended excepted. A disk that
+takes no more, or a folder that nobody may write to, is one `OSError` in both, which names the file (`told`).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any
 LOGGER = "obc_tools"
 LONGEST_JSON = 2**28
 """Bytes of the longest JSON file that is read."""
+DIGEST = "digest"
+"""Key of the SHA-256 of all else that a JSON file holds."""
 LOCK, HOLDER = ".lock", ".holder.json"
 """The lock of a folder that is worked on, and who holds it (`obc_tools.holding`)."""
 
@@ -39,13 +43,15 @@ def logging_to(handler: logging.Handler) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 @contextmanager
 def logging_to_file(path: Path) -> Iterator[None]:
-    """Append what the library logs, with the time, to a file."""
+    """Append what the library logs, with the time, to a file; lines that a full disk does not take are left out."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    handler.handleError = lambda record: None
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     with logging_to(handler):
         yield
@@ -77,6 +83,45 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+"""What a system says where a file takes no more, whoever else's fault other errors may be."""
+
+
+@contextmanager
+def told(path: Path, safe: str) -> Iterator[None]:
+    """Raise what keeps a file from being written, in whoever's words, as one OSError that names it and what is safe.
+
+    Args:
+        path: Of the file or folder that is written.
+        safe: What is whole all the same.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _refusal(error, path)
+        if number is None:
+            raise
+        raise OSError(number, f"{os.strerror(number)}, it was not written; {safe}", str(path)) from error
+
+
+def _refusal(error: BaseException | None, path: Path) -> int | None:
+    """Return the number of the system's error that lies behind an error of writing a path; None for another error."""
+    while error is not None:
+        if isinstance(error, OSError):
+            own = error.filename is not None and _is_written_for(Path(os.fsdecode(error.filename)), path)
+            if error.errno in FULL or (own and error.errno in (errno.EACCES, errno.EPERM)):
+                return error.errno
+        # safetensors has an error of its own, with the number in its words.
+        elif (found := re.search(r"\(os error (\d+)\)", str(error))) and int(found[1]) in FULL:
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_written_for(found: Path, path: Path) -> bool:
+    return found == path or (found.parent == path.parent and is_leftover(found) and _written(found) == path.name)
+
+
 @contextmanager
 def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Yield a name beside a path, under which to write a file or make a folder that then takes the path's place.
@@ -88,20 +133,24 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     Args:
         path: Of the file or folder; folders to it are made.
         synced: Wait for the disk. Without it, only the process may die at any time, not the machine.
+
+    Raises:
+        OSError: as `told` says, where the disk is full or nobody may write there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     put_back(path)
     mark = uuid.uuid4().hex
     new, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
-    try:
-        yield new
-        if synced:
-            _sync(new, *(new.rglob("*") if new.is_dir() else ()))
-        _take_place(new, path, old)
-        if synced:
-            _sync(path.parent)
-    finally:
-        _remove(new)
+    with told(path, "what was there before is as it was" if path.exists() else "nothing was there before"):
+        try:
+            yield new
+            if synced:
+                _sync(new, *(new.rglob("*") if new.is_dir() else ()))
+            _take_place(new, path, old)
+            if synced:
+                _sync(path.parent)
+        finally:
+            _remove(new)
     _remove(old)
 
 
@@ -180,16 +229,25 @@ def write_text(path: Path, text: str, *, synced: bool = True) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any, *, synced: bool = True) -> None:
-    """Write a JSON file, whole or not at all."""
+def write_json(path: Path, content: Any, *, synced: bool = True, checked: bool = False) -> None:
+    """Write a JSON file, whole or not at all; ``checked``: with a digest, which `read_json` checks and takes out."""
+    content = content | {DIGEST: _digest(content)} if checked else content
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", synced=synced)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise ValueError as `parse_json` does."""
+    """Return what a JSON file holds; raise ValueError as `parse_json` does, and where its digest is another's."""
     if (size := path.stat().st_size) > LONGEST_JSON:
         raise ValueError(f"'{path}' has {size:,} bytes; JSON of at most {LONGEST_JSON:,} is read")
-    return parse_json(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, _digest(content)):
+        raise ValueError(f"'{path}' was changed after it was written")
+    return content
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_json(text: str) -> Any:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,17 @@ def held(folder: Path) -> Iterator[None]:
         (folder / HOLDER).unlink(missing_ok=True)
         if made and not entries(folder):
             shutil.rmtree(folder, ignore_errors=True)
+        if os.name == "posix":  # who waits for a file that is gone by then looks for another
+            (folder / LOCK).unlink(missing_ok=True)
         lock.release()
+
+
+def keep_hold(folder: Path, new: Path) -> None:
+    """Have what is about to take a held folder's place be held by the same lock; nothing without hard links."""
+    for name in (LOCK, HOLDER):
+        (new / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(folder / name, new / name)
 
 
 def _by_whom(folder: Path) -> str:

@@ -1,16 +1,31 @@
 """Files and folders are whole or not there, whatever happens while they are written."""
 
 import json
+import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from obc_tools.files import entries, is_leftover, read_json, remove_leftovers, replacing, write_json, write_text
+from obc_tools.files import (
+    entries,
+    is_leftover,
+    logging_to_file,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_text,
+)
 from obc_tools.holding import held
+from obc_tools.training.folder import TrainingFolder
 
 
 def make_folder(path: Path, text: str) -> None:
@@ -81,6 +96,70 @@ def test_what_a_killed_process_leaves_is_told_apart(tmp_path):
     assert entries(tmp_path) == [".hidden", "report.new", "thesis.tex"] and entries(tmp_path / "nowhere") == []
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == entries(tmp_path)
+
+
+def write_folder(path: Path) -> None:
+    with replacing(path) as new:
+        new.mkdir()
+        write_text(new / "a.txt", "a" * 40_000)
+
+
+def write_tensors(path: Path) -> None:
+    with replacing(path) as new:
+        save_file({"a": torch.zeros(10_000)}, new)
+
+
+WRITERS = {
+    "text": lambda path: write_text(path, "a" * 40_000),
+    "a checkpoint": lambda path: TrainingFolder(path.parent).save({"a": torch.zeros(10_000)}),
+    "tensors": write_tensors,
+    "a folder": write_folder,
+}
+
+
+@contextmanager
+def room(size: int):
+    """Let no file grow beyond a size, as under a quota; a full disk ends in the same place."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 39_000])
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_file_that_may_grow_no_further_is_named_with_what_is_safe(what, size, tmp_path):
+    """Whoever writes: Python, torch, safetensors."""
+    path, write = tmp_path / "checkpoint.pt", WRITERS[what]
+    for safe in ("nothing was there before", "what was there before is as it was"):
+        with pytest.raises(OSError, match="not written") as raised, room(size):
+            write(path)
+        assert str(raised.value) == f"[Errno 27] File too large, it was not written; {safe}: '{path}'"
+        write(path)
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert len(files) == 1 and files[0].stat().st_size >= 40_000
+
+
+def test_a_log_that_may_grow_no_further_stops_no_work(tmp_path, capsys):
+    with room(1000), logging_to_file(tmp_path / "training.log"):
+        for _ in range(40):
+            logging.getLogger("obc_tools").info("a" * 60)
+    assert 900 < (tmp_path / "training.log").stat().st_size <= 1000
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    """Only of the file that is written, and of a disk, is said that it was not."""
+    for error in (FileNotFoundError(2, "no such file", "images.npz"), ValueError("(os error 2)"), OSError(5, "input")):
+        with pytest.raises(type(error)) as raised, replacing(tmp_path / "run"):
+            raise error
+        assert raised.value is error
+    refused = pytest.raises(PermissionError, match="Permission denied, it was not written; nothing was there")
+    with refused as raised, replacing(tmp_path / "run") as new:
+        raise PermissionError(13, "Permission denied", str(new))
+    assert raised.value.filename == str(tmp_path / "run")
 
 
 KILLED_BETWEEN = """

@@ -1,5 +1,6 @@
 """A folder is held by one at a time, and by nobody once its holder has ended, however that was."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,8 +10,8 @@ import time
 
 import pytest
 
-from obc_tools.files import HOLDER, entries, write_text
-from obc_tools.holding import FolderInUseError, held, is_worked_on, worker_of
+from obc_tools.files import HOLDER, LOCK, entries, replacing, write_text
+from obc_tools.holding import FolderInUseError, held, is_worked_on, keep_hold, worker_of
 
 HOLDS = """
 import sys, time
@@ -34,7 +35,7 @@ def test_another_process_is_refused_until_the_holder_is_killed(tmp_path):
     assert (folder / HOLDER).is_file() and not is_worked_on(folder)
     with held(folder):
         assert worker_of(folder)["pid"] == os.getpid()
-    assert not is_worked_on(folder) and entries(folder) == []
+    assert not is_worked_on(folder) and list(folder.iterdir()) == []
 
 
 def test_another_thread_is_refused_and_errors_let_go(tmp_path):
@@ -92,6 +93,29 @@ def test_of_many_at_once_one_holds(tmp_path):
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+def test_what_takes_a_held_folders_place_is_held(tmp_path):
+    folder, lets_in = tmp_path / "run", []
+
+    def try_it():
+        with contextlib.suppress(FolderInUseError), held(folder):
+            lets_in.append(sorted(path.name for path in folder.iterdir()))
+
+    folder.mkdir()
+    with held(folder):
+        with replacing(folder) as new:
+            with held(new):
+                write_text(new / "a.txt", "a")
+            keep_hold(folder, new)
+        assert worker_of(folder)["pid"] == os.getpid()
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join()
+        assert lets_in == []
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    try_it()
+    assert lets_in == [[HOLDER, LOCK, "a.txt"]]
 
 
 def test_a_holder_that_was_never_all_there_is_nobody(tmp_path):

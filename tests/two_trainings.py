@@ -1,10 +1,12 @@
 """One of two processes that train together: python -m tests.two_trainings FOLDER RANK PORT.
 
-With a COUNT after these, one of so many of which the second has no batches.
+With a COUNT after these, one of so many of which the second has no batches; with "midway" too, of which it fails in
+its second epoch and lives on.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -77,10 +79,28 @@ def train_without_data(folder: Path, count: int) -> None:
     fit(network(False), train, val, RECIPES["plain"], run=folder / "run", progress=False)
 
 
+def fail_midway(folder: Path, count: int) -> None:
+    """Train in one of ``count`` processes of which the second fails in its second epoch, and lives on until killed."""
+
+    def failing(pass_number: int, number: int, batch: Batch) -> Batch:
+        if processes().rank == 1 and pass_number == 1:
+            raise ValueError("an image that cannot be read")
+        return batch
+
+    train = data().batches("train", EACH * count, share=processes().share).map(failing)
+    val = data().batches("val", 4, share=processes().share)
+    try:
+        fit(network(True), train, val, RECIPES["norms"], run=folder / "run", progress=False)
+    except ValueError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    time.sleep(600)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     count = sys.argv[4] if len(sys.argv) > 4 else "2"
     os.environ |= {"RANK": sys.argv[2], "LOCAL_RANK": sys.argv[2], "WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
-    (train_both if len(sys.argv) == 4 else train_without_data)(Path(sys.argv[1]), int(count))
+    train = {4: train_both, 5: train_without_data, 6: fail_midway}[len(sys.argv)]
+    train(Path(sys.argv[1]), int(count))
     torch.distributed.destroy_process_group()

@@ -158,15 +158,31 @@ class Way:
 
 
 def prune_in_steps(
-    model: nn.Module, example_inputs: Any, batches: Iterable[Any] | None, target: Target, way: Way
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any] | None,
+    target: Target,
+    way: Way,
+    *,
+    begun: Stage | None = None,
+    keep: Callable[[Stage], None] = lambda stage: None,
+    of_step: Callable[[int], Iterable[Any] | None] | None = None,
 ) -> PruningPlan:
-    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords."""
+    """Find a plan as `prune_to` does, which says what is raised, asked by values instead of keywords.
+
+    ``keep`` is told what every step leaves, from which a call goes on that is given it as ``begun``; ``of_step``: the
+    number of a step, from 1, to the batches that it is scored on, where they are not ``batches`` iterated over anew.
+    """
     groups, costs = way.selection.analyse(model, example_inputs, target.counting)
     whole = PruningPlan.whole(groups)
     check_reachable(target, whole, way.limits, costs)
-    *_, last = pruning_steps(model, Stage(whole), lambda _: batches, (target,), costs, way)
-    way.prove(model, last.plan, example_inputs, costs.of(last.plan), target.counting)
-    return last.plan
+    begun, of_step = begun or Stage(whole), of_step or (lambda _: batches)
+    plan = begun.plan
+    for stage in () if begun.met else pruning_steps(model, begun, of_step, (target,), costs, way):
+        keep(stage)
+        plan = stage.plan
+    way.prove(model, plan, example_inputs, costs.of(plan), target.counting)
+    return plan
 
 
 def prune_to_latency(

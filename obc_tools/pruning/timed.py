@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import check_name, check_number, check_whole
+from ..files import told
 from ..measure.costs import CostModel
 from ..measure.latency import CLOCKS
 from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
@@ -266,7 +267,8 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
         try:
             how = {"repeats": timing.repeats, "threads": torch.get_num_threads(), "clock": timing.clock}
             models = {"original": copy_of(original), "pruned": pruned}
-            torch.save((models, example_inputs, timing.runtime, how), path)
+            with told(path, "nothing was measured"), path.open("wb") as file:
+                torch.save((models, example_inputs, timing.runtime, how), file)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

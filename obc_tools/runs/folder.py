@@ -1,10 +1,10 @@
 """Run folders: a job on disk, growing while it runs (`work_on`), or there when all is done (`run_job`).
 
 A folder holds the job (`job.json`), the log, a folder for each training (`training_<name>`, as `fit` keeps it), the
-plan as soon as it is found (`refused_plan.json` where its proof failed), `original.safetensors` and
-`sparse.safetensors` where the job trained them; in the end `results.json` (all figures, with hardware and versions),
-`history_<training>.csv`, one folder a pruned model as `models/store.py` writes them, and `report.html` where it was
-asked for.
+plan as soon as it is found (before that `pruning.json`, what the last pruning step left; `refused_plan.json` where its
+proof failed), `original.safetensors` and `sparse.safetensors` where the job trained them; in the end `results.json`
+(all figures, with hardware and versions), `history_<training>.csv`, one folder a pruned model as `models/store.py`
+writes them, and `report.html` where it was asked for. What a run goes on from carries digests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..holding import PROCESS, held
+from ..holding import PROCESS, held, keep_hold
 from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import TORCH_PRUNING
@@ -42,6 +42,7 @@ from .job import (
     ORIGINAL,
     PLAN,
     PRUNED,
+    PRUNING,
     REFUSED_PLAN,
     SPARSE,
     WEIGHTS,
@@ -61,6 +62,7 @@ STOP, STOPPED, ERROR, OUTPUT = "stop", "stopped.json", "error.json", "output.log
 ENTRIES = {
     RESULTS,
     PLAN,
+    PRUNING,
     REFUSED_PLAN,
     REPORT,
     *WEIGHTS.values(),
@@ -95,7 +97,9 @@ def run_job(
         remove_leftovers(folder.parent, of=folder.name)
         try:
             with replacing(folder) as new:
-                return work_on(job, new, progress=progress)
+                result = work_on(job, new, progress=progress)
+                keep_hold(folder, new)
+            return result
         except ProofError as error:
             raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
 
@@ -142,9 +146,14 @@ def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
     """Hold a run's folder, with its job and its log in it."""
     with held(folder):
         remove_leftovers(folder)
-        write_json(folder / JOB, job.to_dict())
+        write_job(folder, job)
         with logging_to_file(folder / RUN_LOG):
             yield
+
+
+def write_job(folder: Path, job: PruningJob) -> None:
+    """Write the job of a run folder."""
+    write_json(folder / JOB, job.to_dict(), checked=True)
 
 
 def read_job(folder: str | os.PathLike[str]) -> PruningJob:
@@ -200,7 +209,7 @@ def _finish(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) 
         write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
     saved = [key for key in SAVED_MODELS if key in result.models]
     reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
-    write_json(folder / RESULTS, _results(result, inputs, reloaded))
+    write_json(folder / RESULTS, _results(result, inputs, reloaded), checked=True)
 
 
 def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:

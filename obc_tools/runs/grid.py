@@ -221,7 +221,7 @@ def launch_grid(
     elif path.is_file() or entries(path):
         raise ValueError(f"'{path}' holds something else than a grid: choose another folder")
     rows = [entry.to_dict() for entry in jobs]
-    write_json(path / GRID, {"format": FORMAT, "jobs": rows, "devices": places, "each": each})
+    write_json(path / GRID, {"format": FORMAT, "jobs": rows, "devices": places, "each": each}, checked=True)
     return Grid(path).resume()
 
 

@@ -45,7 +45,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
 )
 """The models of a job, in the order of its table."""
 
-PLAN, REFUSED_PLAN = "plan.json", "refused_plan.json"
+PLAN, PRUNING, REFUSED_PLAN = "plan.json", "pruning.json", "refused_plan.json"
 WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
 """Files of the weights of unpruned networks that a job trained."""
 

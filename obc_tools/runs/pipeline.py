@@ -7,6 +7,7 @@ done; `perform` does the work in memory. `obc_tools.runs.folder` does both and k
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +24,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data.batches import Batches, to_device
-from ..files import replacing, write_text
+from ..files import read_json, replacing, write_json, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.speeds import speed_table
 from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
+from ..pruning.choices import Target
 from ..pruning.compensation import compensate
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import Way, prune_in_steps
+from ..pruning.prune import Stage, Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate
 from ..state import evaluating
@@ -49,6 +51,7 @@ from .job import (
     ORIGINAL,
     PLAN,
     PRUNED,
+    PRUNING,
     REFUSED_PLAN,
     SPARSE,
     TITLES,
@@ -216,10 +219,10 @@ class Stages:
         if not processes().is_main:
             return _wait_for_plan(path)
         if path is not None and path.is_file():
-            return PruningPlan.from_json(path.read_text(encoding="utf-8"))
-        job = self.inputs.job
+            return _read_plan(path)
+        job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(PRUNING)}
         try:
-            plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, progress=self.progress)
+            plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, **how)
         except ProofError as error:
             if path is None:
                 raise
@@ -312,7 +315,30 @@ def _wait_for_plan(path: Path | None) -> PruningPlan:
         raise ValueError("a job in several processes needs a folder to keep its plan in")
     while not path.is_file():
         time.sleep(0.5)
-    return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+    return _read_plan(path)
+
+
+def _read_plan(path: Path) -> PruningPlan:
+    """Read the plan of a run; raise ValueError unless it is what the last step left (which older runs do not say)."""
+    text, last = path.read_text(encoding="utf-8"), path.with_name(PRUNING)
+    if last.is_file() and read_json(last)["plan"] != text:
+        raise ValueError(f"'{path}' was changed after it was written: without it and '{last}', the run prunes anew")
+    return PruningPlan.from_json(text)
+
+
+def _keep_stage(path: Path, stage: Stage) -> None:
+    content = {"step": stage.step, "plan": stage.plan.to_json(), "met": bool(stage.met)}
+    write_json(path, content, checked=True)
+
+
+def _kept_stage(path: Path | None, target: Target) -> Stage | None:
+    """Return the last stage of a pruning that was interrupted; None for one that begins."""
+    if path is None or not path.is_file():
+        return None
+    kept = read_json(path)
+    plan = PruningPlan.from_json(kept["plan"])
+    logger.info("pruning goes on after step %d", kept["step"])
+    return Stage(plan, kept["step"], ((target, plan),) if kept["met"] else ())
 
 
 @contextmanager
@@ -323,20 +349,33 @@ def _stage(title: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[title] = time.perf_counter() - start
 
 
-def find_plan(inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool) -> PruningPlan:
-    """Return the plan of a job for a network, by its own criterion and steps or by others."""
-    job, batches = inputs.job, inputs.calibration_batches()
-    left = partial(compensate, batches=batches, task=inputs.task) if job.compensate else prune
+def find_plan(
+    inputs: JobInputs, model: nn.Module, *, criterion: str, steps: int, progress: bool, kept: Path | None = None
+) -> PruningPlan:
+    """Return the plan of a job for a network, by its own criterion and steps or by others.
+
+    What every step leaves is kept in a file, if one is named, and gone on from.
+    """
+    job, batches, begun = inputs.job, inputs.calibration_batches(), _kept_stage(kept, inputs.job.target)
+    # Every step has passes of its own, the same after a resume: one to score and, before it, one to compensate.
+    passes = 2 if job.compensate else 1
+    numbers = itertools.count(begun.step if begun else 0)
+
+    def compensated(model: nn.Module, plan: PruningPlan) -> nn.Module:
+        return compensate(model, plan, batches=batches.at(passes * next(numbers)), task=inputs.task)
+
     way = Way(
         selection=job.selection,
         scoring=job.scoring(criterion, inputs.task.losses),
         limits=job.limits,
         steps=replace(job.schedule, steps=steps),
-        left=left,
+        left=compensated if job.compensate else prune,
         seed=job.seed,
         progress=progress,
     )
-    return prune_in_steps(model, inputs.example, batches, job.target, way)
+    keep = (lambda stage: None) if kept is None else partial(_keep_stage, kept)
+    of_step = {"of_step": lambda step: batches.at(passes * step - 1)}
+    return prune_in_steps(model, inputs.example, batches, job.target, way, begun=begun, keep=keep, **of_step)
 
 
 def _difference(one: nn.Module, other: nn.Module, batch: Any, task: Task) -> float:

@@ -42,6 +42,7 @@ from .folder import (
     read_job,
     read_results,
     work_on,
+    write_job,
 )
 from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
@@ -274,7 +275,7 @@ def launch(
         check_run_folder(path, overwrite=False)
     path.mkdir(parents=True, exist_ok=True)
     forget_outcome(path)
-    write_json(path / JOB, job.to_dict())
+    write_job(path, job)
     identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
     write_json(path / PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
@@ -354,7 +355,7 @@ def write_slurm_script(
         raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
     check_run_folder(path, overwrite=False)
-    write_json(path / JOB, job.to_dict())
+    write_job(path, job)
     values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
     text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
     write_text(path / SCRIPT, text)

@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +74,6 @@ def forget_outcome(folder: Path) -> None:
 
 def _note(path: Path, content: dict[str, Any]) -> None:
     if processes().is_main and (path.parent / JOB).is_file():
-        write_json(path, content | {"time": time.time()})
+        # A disk that is full takes no note either; the error that it is about says more.
+        with suppress(OSError):
+            write_json(path, content | {"time": time.time()})

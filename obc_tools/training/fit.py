@@ -24,7 +24,15 @@ from ..state import check_module, evaluating, running
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
 from .guard import DivergenceError, Where
-from .processes import Processes, agreed, lent_random_state, processes, random_state, set_random_state
+from .processes import (
+    Processes,
+    agreed,
+    failing_together,
+    lent_random_state,
+    processes,
+    random_state,
+    set_random_state,
+)
 from .recipe import Recipe, learning_rate_factor
 from .stepper import Stepper, frozen, parameter_groups
 
@@ -64,7 +72,7 @@ def fit(
 
     Launched in several processes (accelerate launch, torchrun), each trains on its share of every batch, made by
     ``data.batches(..., share=processes().share)``, and gradients are averaged: a step sees ``batch_size`` images a
-    process. A process whose checks fail ends all, each with that error.
+    process. A process that fails ends all, each with that error.
 
     Args:
         model: Maps images (batch, …) to logits (batch, classes), or does another task. Its device is where the training
@@ -97,15 +105,15 @@ def fit(
             holds another training or a damaged checkpoint, or that another process works on; for a task that does not
             fit the model or the recipe.
     """
-    own, task = processes(), find_task(task)
-    check_module(model)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    own, parameters = processes(), model.parameters() if isinstance(model, nn.Module) else ()
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     with ExitStack() as stack:
         with agreed(device):  # before any writes, or one would find what another has just begun
             check_batches(train, "train")
             check_batches(val, "val")
             _check_shares(train, own)
             check_weights(model)
+            task = find_task(task)
             if not isinstance(recipe, Recipe):
                 said = f"recipe: expected a Recipe, not {type(recipe).__name__}; Recipe.from_dict reads a mapping"
                 raise ValueError(said)
@@ -124,6 +132,7 @@ def fit(
                 classes = _check_fit(model, _pass(train, 0), _pass(val, 0), task, recipe, device)
             stack.enter_context(folder.held() if folder else nullcontext())
             checkpoint = folder.read(recipe, resume=resume) if folder else None
+        stack.enter_context(failing_together())
         stack.enter_context(folder.kept(recipe, device, checkpoint) if folder else nullcontext())
         stack.enter_context(_channels_last(model, recipe))
         bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))

@@ -24,7 +24,16 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from ..files import environment, logging_to_file, read_json, remove_leftovers, replacing, write_json, write_text
+from ..files import (
+    environment,
+    logging_to_file,
+    read_json,
+    remove_leftovers,
+    replacing,
+    told,
+    write_json,
+    write_text,
+)
 from ..holding import held
 from ..measure.metrics import SIGNS
 from .guard import Where
@@ -246,7 +255,8 @@ class TrainingFolder:
         if not self._writes:
             return
         figures = epoch.figures()
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with told(path, "its whole lines are, and the last checkpoint"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(epoch.to_dict()) + "\n")
         if self._board is not None:
             for name in figures.keys() - {"epoch"}:
@@ -274,7 +284,9 @@ class TrainingFolder:
         self._saved = time.monotonic()
         if self._writes:
             with replacing(self.path / CHECKPOINT) as new:
-                torch.save({"format": FORMAT, **checkpoint}, new)
+                # To a file of Python's, whose error says what the system said; torch's own says "unexpected pos".
+                with new.open("wb") as file:
+                    torch.save({"format": FORMAT, **checkpoint}, file)
                 _check_sums(new)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -14,6 +18,12 @@ from accelerate.utils import gather_object
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one that works alone, such as on a plan."""
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_FAIL = 1.0, 5.0
+"""How often processes look whether another has failed, and how long they then have to fail by themselves: of a loss
+that is not finite, all do."""
+_TRAININGS, _WATCHES = itertools.count(), []
+
+logger = logging.getLogger(__name__)
 
 
 class Processes(NamedTuple):
@@ -67,6 +77,59 @@ def agreed(device: torch.device) -> Iterator[None]:
             raise ValueError(f"{failed}; all end")
     if error is not None:
         raise error
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Where one of several processes that train together fails, have all end soon, though it may live on.
+
+    Else those that wait for its share of a step would do so for `PATIENCE`, in torch's own code, which nothing but the
+    end of the process interrupts. One that fails leaves word; the others look for it until all begin another training.
+
+    Raises:
+        ValueError: for what another process raised (says which), where that has closed the connection.
+    """
+    own, number = processes(), next(_TRAININGS)
+    if own.count == 1:
+        yield
+        return
+    store = torch.distributed.distributed_c10d._get_default_store()
+    words = [f"obc_tools/{number}/{rank}" for rank in range(own.count)]
+    while _WATCHES:  # all have left the training before
+        _WATCHES.pop().set()
+    _WATCHES.append(ended := threading.Event())
+    threading.Thread(target=_watch, args=(store, words, ended), daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        ended.set()
+        said = _word_of_another(store, words)
+        if said is not None and isinstance(error, RuntimeError):
+            raise ValueError(said) from error
+        store.set(words[own.rank], f"{type(error).__name__}: {error}")
+        raise
+
+
+def _watch(store: torch.distributed.Store, words: Sequence[str], ended: threading.Event) -> None:
+    """End this process a while after another has failed, unless it is told by then that this one has ended, too."""
+    while not ended.wait(SECONDS_BETWEEN_LOOKS):
+        try:
+            said = _word_of_another(store, words)
+        except RuntimeError:  # who kept the words has ended, and the connections to it
+            return
+        if said is not None and not ended.wait(SECONDS_TO_FAIL):
+            logger.error("%s", said)
+            sys.stderr.write(f"obc_tools: {said}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _word_of_another(store: torch.distributed.Store, words: Sequence[str]) -> str | None:
+    """Return what the first process that failed has raised, None where none has."""
+    for rank, word in enumerate(words):
+        if store.check([word]):
+            return f"process {rank} of {len(words)} raised {store.get(word).decode()}; all end"
+    return None
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Runs whose folders are damaged, or of another version, are shown as such, and hide no other."""
 
-import json
 import logging
 
 import pytest
@@ -8,11 +7,11 @@ from run_folders import write
 from terminal import run
 
 from obc_tools import Run, find_runs, results_table
+from obc_tools.files import read_json, write_json
 
 
 def newer(folder):
-    job = json.loads((folder / "job.json").read_text())
-    (folder / "job.json").write_text(json.dumps(job | {"phase": "moon"}))
+    write_json(folder / "job.json", read_json(folder / "job.json") | {"phase": "moon"}, checked=True)
 
 
 DAMAGES = {

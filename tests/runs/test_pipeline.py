@@ -1,6 +1,7 @@
 """A job from end to end, tiny: its checks, what it promises, and that held-out images decide nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
-from obc_tools.files import entries
+from obc_tools.files import entries, read_json
 from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
@@ -18,6 +19,7 @@ from obc_tools.pruning.check import ProofError
 from obc_tools.pruning.choices import Target
 from obc_tools.pruning.compensation import compensate
 from obc_tools.pruning.plan import PruningPlan
+from obc_tools.runs import pipeline
 from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
 from obc_tools.runs.job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
 from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
@@ -103,6 +105,47 @@ def test_a_run_stopped_at_the_compensated_start_ends_as_one_that_was_not(tmp_pat
     resumed = work_on(job, tmp_path / "run", progress=False)
     for key in (COMPENSATED, NAIVE, MERGED):
         assert resumed.measured[key].metrics == whole.measured[key].metrics
+
+
+def killed_while_pruning(job, folder, monkeypatch, steps):
+    """Work on a job until so many pruning steps are kept."""
+    kept = pipeline._keep_stage
+
+    def keep_and_die(path, stage):
+        kept(path, stage)
+        if stage.step == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_keep_stage", keep_and_die)
+        work_on(job, folder, progress=False)
+
+
+def test_a_run_killed_while_pruning_goes_on_at_its_step(tmp_path, monkeypatch):
+    """Calibration images differ from step to step, and are those of an undisturbed run after a resume."""
+    job = replace(TINY, finetune=None, equivalent=False, pretrain=replace(TINY.pretrain, epochs=1))
+    whole = work_on(job, tmp_path / "whole", progress=False)
+    steps = read_json(tmp_path / "whole" / "pruning.json")["step"]
+    assert steps > 1
+    for step in (1, steps):
+        killed_while_pruning(job, tmp_path / "run", monkeypatch, step)
+        assert not (tmp_path / "run" / "plan.json").is_file()
+    assert work_on(job, tmp_path / "run", progress=False).plan == whole.plan
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert all(f"pruning goes on after step {step}" in log for step in (1, steps))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "pruning.json", "job.json", "results.json"])
+def test_a_digit_that_was_changed_is_noticed(name, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[1], folder)
+    text = (folder / name).read_text()
+    place = next(place for place in range(len(text) // 2, len(text)) if text[place] in "012345678")
+    (folder / name).write_text(text[:place] + str(int(text[place]) + 1) + text[place + 1 :])
+    with pytest.raises(ValueError, match=f"{name}' was changed after it was written"):
+        if name == "results.json":
+            read_results(folder)
+        work_on(TINY, folder, progress=False)
 
 
 def test_results_say_everything(run):

@@ -9,7 +9,7 @@ import torch
 from two_trainings import train_both
 
 from obc_tools.training import stepper
-from obc_tools.training.folder import CHECKPOINT, read_history
+from obc_tools.training.folder import CHECKPOINT, LOG, read_history
 from obc_tools.training.processes import Processes, processes
 
 
@@ -73,6 +73,26 @@ def test_reads_what_a_launcher_says(monkeypatch):
         monkeypatch.setenv(name, value)
     assert processes() == Processes(5, 8, 1)
     assert processes().share == (5, 8) and not processes().is_main
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_process_that_fails_midway_ends_all_though_it_lives_on(count, tmp_path):
+    """Those that wait for it end with its error while it is still alive."""
+    command, port = [sys.executable, "-m", "tests.two_trainings", str(tmp_path)], str(free_port())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([*command, str(rank), port, str(count), "midway"], **pipes) for rank in range(count)]
+    failed, others = children[1], children[:1] + children[2:]
+    try:
+        said = [child.communicate(timeout=300)[1].strip().splitlines()[-1] for child in others]
+        assert failed.poll() is None
+    finally:
+        for child in children:
+            child.kill()
+    own = "ValueError: an image that cannot be read"
+    assert failed.communicate()[0].strip() == own
+    assert said == [f"obc_tools: process 1 of {count} raised {own}; all end"] * (count - 1)
+    assert [child.returncode for child in others] == [1] * (count - 1)
+    assert f"raised {own}; all end" in (tmp_path / "run" / LOG).read_text()
 
 
 @pytest.mark.parametrize("count", [2, 4])
