@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -95,10 +96,11 @@ def failing_together() -> Iterator[None]:
         return
     store = torch.distributed.distributed_c10d._get_default_store()
     words = [f"obc_tools/{number}/{rank}" for rank in range(own.count)]
-    while _WATCHES:  # all have left the training before
-        _WATCHES.pop().set()
-    _WATCHES.append(ended := threading.Event())
-    threading.Thread(target=_watch, args=(store, words, ended), daemon=True).start()
+    _end_watches()  # all have left the training before
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(store, words, ended), daemon=True)
+    watch.start()
+    _WATCHES.append((ended, watch))
     try:
         yield
     except Exception as error:
@@ -108,6 +110,15 @@ def failing_together() -> Iterator[None]:
             raise ValueError(said) from error
         store.set(words[own.rank], f"{type(error).__name__}: {error}")
         raise
+
+
+@atexit.register
+def _end_watches() -> None:
+    """End the threads that watch: one inside torch while the interpreter ends would abort the process."""
+    while _WATCHES:
+        ended, watch = _WATCHES.pop()
+        ended.set()
+        watch.join(SECONDS_TO_FAIL)
 
 
 def _watch(store: torch.distributed.Store, words: Sequence[str], ended: threading.Event) -> None:

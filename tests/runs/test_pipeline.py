@@ -152,7 +152,8 @@ def test_results_say_everything(run):
     result, folder = run
     results = read_results(folder)
     assert {*entries(folder)} == {
-        *("job.json", "run.log", "results.json", "plan.json", "original.safetensors", "pruned", "naive", "merged"),
+        *("job.json", "run.log", "results.json", "plan.json", "pruning.json", "original.safetensors"),
+        *("pruned", "naive", "merged"),
         *(f"history_{key}.csv" for key in ("original", "naive", "merged")),
         *(f"training_{key}" for key in ("original", "naive", "merged")),
     }

@@ -205,8 +205,8 @@ def test_a_checkpoint_that_is_not_written_whole_does_not_replace_the_last(tmp_pa
     folder.save({"place": torch.arange(1000)})
     good = (tmp_path / CHECKPOINT).read_bytes()
 
-    def torn(content, path):
-        path.write_bytes(good[:500] + bytes([good[500] ^ 1]) + good[501:])
+    def torn(content, file):
+        file.write(good[:500] + bytes([good[500] ^ 1]) + good[501:])
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(ValueError, match="was changed after it was written"):
