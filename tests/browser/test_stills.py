@@ -35,7 +35,9 @@ def test_each_figure_gets_a_still_beside_it(tmp_path):
     written(path, [red, go.Figure(go.Bar(y=[1, 2]))])
     assert add_stills(path) == 2
     first, second = (output.data for output in nbformat.read(path, 4).cells[1].outputs)
-    assert picture(first[PNG]).size == (200, 100) and picture(first[PNG]).getpixel((2, 2)) == (255, 0, 0)
+    assert picture(first[PNG]).size == (200, 100)
+    # Some versions of Chromium round colours.
+    assert picture(first[PNG]).getpixel((2, 2)) == pytest.approx((255, 0, 0), abs=2)
     assert picture(second[PNG]).size == (760, 450)
     assert json.loads(json.dumps(second[PLOTLY])) == json.loads(go.Figure(go.Bar(y=[1, 2])).to_json())
     before = path.read_text()
