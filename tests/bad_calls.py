@@ -302,7 +302,7 @@ BATCH_ROWS = (
         "batch 1: Net cannot work on (6, 2, 6, 6) float64, (6,) int64:",
     ),
     (lambda w: {"model": w.half_head()}, ": its parameters have several dtypes: float16, float64"),
-    (lambda w: {"model": w.meta_head()}, "meta"),
+    (lambda w: {"model": w.meta_head()}, ": its parameters have several devices: cpu, meta"),
 )
 DATA_ROWS = (
     (lambda w: {"batches": w.batches[0]}, "(images, labels),"),
@@ -1171,6 +1171,9 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
     ),
     "speed_table": (
         ({"runtimes": ("onnx",)}, "unknown runtime 'onnx'; closest: onnxruntime"),
+        ({"runtimes": ()}, "speed_table: nothing to time: runtimes [], 1 numbers of examples"),
+        ({"inputs": {}}, "speed_table: nothing to time: runtimes ['eager', 'onnxruntime'], 0 numbers of examples"),
+        ({"models": {}}, "latency: models=0: expected at least 1 (a whole number)"),
         ({"repeats": 0}, "latency: repeats=0: expected at least 1 (a whole number)"),
         ({"warmup": -1}, "latency: warmup=-1: expected at least 0 (a whole number)"),
     ),

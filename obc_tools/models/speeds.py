@@ -46,7 +46,7 @@ def speed_table(
         the speed-up, the median of the ratios of single rounds. What a runtime cannot run is left out, with a warning.
 
     Raises:
-        ValueError: an unknown runtime, and what `latencies` raises.
+        ValueError: an unknown runtime, nothing that could be timed, and what `latencies` raises.
     """
     for runtime in runtimes:
         check_name("runtime", runtime, RUNTIMES)
@@ -61,7 +61,10 @@ def speed_table(
         if torch.cuda.is_available():
             on_gpu = {name: copy.deepcopy(model).cuda() for name, model in at_home.items()}
             frames.append(_timed(on_gpu, to_device(given, "cuda"), GPU, examples, **how))
-    return pd.concat([frame for frame in frames if frame is not None], ignore_index=True)
+    found = [frame for frame in frames if frame is not None]
+    if not found:
+        raise ValueError(f"speed_table: nothing to time: runtimes {[*runtimes]}, {len(inputs)} numbers of examples")
+    return pd.concat(found, ignore_index=True)
 
 
 def _timed(

@@ -291,8 +291,9 @@ def score_groups(
     _check_request(criterion, batches, group_reduction, normalizer)
     if batches is not None and criterion.batches is not None:
         batches = islice(batches, criterion.batches)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model is on the meta device, where its weights are no numbers: load them before scoring")
+    if "meta" in (devices := sorted({str(parameter.device) for parameter in model.parameters()})):
+        which = f": its parameters have several devices: {', '.join(devices)}" if devices[1:] else " is on meta alone"
+        raise ValueError(f"the model{which}; on the meta device weights are no numbers: load them before scoring")
     parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
     for group, members in parts.items():
         if not members:
