@@ -218,7 +218,10 @@ def test_everything_is_there_again_after_a_reload(show, folder):
         assert notebook.view(words).figure("g.data.length") > 0
 
 
-DARK = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})"
+DARK = """window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}).then(async () => {
+  while (document.getElementById('jupyterlab-splash')) await new Promise(soon => setTimeout(soon, 50));
+})"""
+"""Another theme, until JupyterLab's splash is gone: it takes it away twice, an error, if another follows too soon."""
 LIGHT = DARK.replace("Dark", "Light")
 PAPER = "getComputedStyle(g.querySelector('.main-svg')).backgroundColor"
 
