@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import math
 import operator
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..state import Restoring, shared
-from .flow import HELD, Dimension, Flow, Size, into, tensors_in
+from .flow import HELD, Dimension, Flow, Size, into, plain, tensors_in
 
 
 class Tracing(Protocol):
@@ -94,6 +96,41 @@ def _noting(function: Callable) -> Callable:
     return note
 
 
+class _Float(float):
+    """A number that notes the widths on its right: a float asks no whole number how it becomes plain."""
+
+
+def _noting_right(method: str) -> Callable:
+    return lambda self, other: getattr(float, method)(self, plain(other, method.strip("_")))
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge"):
+    setattr(_Float, f"__{_name}__", _noting_right(f"__{_name}__"))
+
+
+def watch_floats(model: nn.Module) -> None:
+    """Let the floats that modules keep, and those that their methods spell out, note widths; in place."""
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.nn"):
+            continue
+        held = vars(module)
+        held.update({key: _Float(value) for key, value in held.items() if type(value) is float})
+        for name in {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}:
+            function = inspect.getattr_static(module, name)
+            if isinstance(function, types.FunctionType) and float in map(type, function.__code__.co_consts):
+                held[name] = types.MethodType(_with_floats(function), module)
+
+
+def _with_floats(function: types.FunctionType) -> types.FunctionType:
+    constants = (_Float(each) if type(each) is float else each for each in function.__code__.co_consts)
+    code = function.__code__.replace(co_consts=tuple(constants))
+    made = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function)
+
+
 _RANGE = range
 _SEEN = [(builtins, "range", _RANGE, _Range)]
 _SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.log, math.log2, math.log10, math.isqrt, math.gcd)]
@@ -156,6 +193,14 @@ def _length(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
     return function(*args, **kwargs)
 
 
+@stand_in("stride")
+def _stride(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Note the widths whose products the strides are."""
+    asked = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    use_as_numbers(sized_shape(tracer.flow, args[0])[asked:][1:], "stride")
+    return function(*args, **kwargs)
+
+
 @stand_in("numel")
 def _numel(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     return math.prod(sized_shape(tracer.flow, args[0]))
@@ -200,6 +245,8 @@ def _make(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any
     given = [arg for arg in args if not isinstance(arg, Tensor)]
     sizes = list(given[0]) if given and isinstance(given[0], list | tuple) else [a for a in given if isinstance(a, int)]
     sizes = list(kwargs["size"]) if "size" in kwargs else sizes
+    if function.__name__.endswith("full"):
+        use_as_numbers((given[1:], kwargs.get("fill_value")), function.__name__)
     _label_made(tracer.flow, out, sizes)
     return out
 
