@@ -12,7 +12,7 @@ import inspect
 import math
 import operator
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,7 @@ class Tracing(Protocol):
     """What the stand-ins use of a tracer."""
 
     flow: Flow
-    contractions: Sequence[Any]
+    contractions: list[Any]
     paused: int
     default_scale: bool
 
@@ -69,11 +69,52 @@ def use_as_numbers(values: Any, operation: str) -> None:
 
 @stand_in("multi_head_attention_forward")
 def _attention_as_function(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
-    """Let all that torch's attention takes as a function stay: it holds each width against numbers of its caller."""
-    taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    reason = f"is taken by {tracer.flow.where('multi_head_attention_forward')}, called as a function"
-    tracer.flow.freeze_all([tracer.flow.of(tensor) for tensor in taken], reason)
-    return function(*args, **kwargs)
+    """Follow torch's attention as a function by its steps; what is masked or extended by it stays whole.
+
+    It holds the width of the queries against that of all heads, so that both lose the same channels.
+    """
+    given = inspect.signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    options, flow = given.arguments, tracer.flow
+    if not _attends_plainly(options):
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        reason = f"is taken by {flow.where('multi_head_attention_forward')}, called as a function"
+        flow.freeze_all([flow.of(tensor) for tensor in taken], reason)
+        return function(*args, **kwargs)
+    width, mixed = flow.of(options["query"]).dims[-1], _attended(tracer, options)
+    flow.require(options["embed_dim_to_check"], width)
+    flow.require(options["num_heads"], None)
+    numbers = {name: operator.index(options[name]) for name in ("embed_dim_to_check", "num_heads")}
+    tracer.paused += 1
+    try:
+        return mixed, function(**(options | numbers))[1] if options["need_weights"] else None
+    finally:
+        tracer.paused -= 1
+
+
+def _attends_plainly(options: Mapping[str, Any]) -> bool:
+    extra = ("key_padding_mask", "attn_mask", "bias_k", "bias_v", "static_k", "static_v")
+    added = options["add_zero_attn"] or (options["training"] and options["dropout_p"])
+    return options["query"].dim() == 3 and not added and all(options[name] is None for name in extra)
+
+
+def _attended(tracer: Tracing, options: Mapping[str, Any]) -> Tensor:
+    """Return what the heads make of queries, keys and values, (length, batch, channels) each."""
+    weights = [options[f"{name}_proj_weight"] for name in "qkv"]
+    if not options["use_separate_proj_weight"]:
+        weights = options["in_proj_weight"].chunk(3)
+    biases = (None, None, None) if options["in_proj_bias"] is None else options["in_proj_bias"].chunk(3)
+    heads, flow = operator.index(options["num_heads"]), tracer.flow
+    query, before = flow.of(options["query"]), len(tracer.contractions)
+    parts = []
+    for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+        part = nn.functional.linear(options[name], weight, bias)
+        flow.join(query.dims[-1], flow.of(part).dims[-1], query.origin)
+        parts.append(part.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3))
+    del tracer.contractions[before:]  # with weights, as within layers: none is of queries and keys
+    mixed = _attention(tracer, nn.functional.scaled_dot_product_attention, tuple(parts), {})
+    mixed = mixed.permute(2, 0, 1, 3).flatten(2)
+    return nn.functional.linear(mixed, options["out_proj_weight"], options["out_proj_bias"])
 
 
 class _RangeType(type):

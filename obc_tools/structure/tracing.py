@@ -330,8 +330,12 @@ class Tracer:
         self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
 
     def note_root(self, size: Size, operation: str) -> None:
-        """Note that a module computes with a number that may follow pruning, perhaps with its root."""
-        self.rooted.append((self.flow.module, size, operation))
+        """Note that a module computes with a number that may follow pruning, perhaps with its root.
+
+        What is followed as one operation, torch's attention, holds its numbers against each other.
+        """
+        if not self.paused:
+            self.rooted.append((self.flow.module, size, operation))
 
     def keep_numbers(self) -> None:
         """Let widths stay that modules compute with, but for the roots that are an attention's temperature.
