@@ -341,7 +341,7 @@ def main() -> None:
     done = {tuple("" if row[key] != row[key] else row[key] for key in keys) for row in rows}
     wanted = jobs(setting, options)
     if options.what == "finetune":
-        values = (options.draws, (1, 5), options.targets or setting.targets, ("naive", "EP"), ("plain", "compensated"))
+        values = (options.draws, (1, 5), options.targets or (3.0,), ("naive", "EP"), ("plain", "compensated"))
         wanted = (("resnet20", t, method, start, n, d) for d, n, t, method, start in itertools.product(*values))
     missing = [job for job in wanted if job not in done]
     for job in missing[: options.limit]:
