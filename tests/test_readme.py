@@ -2,16 +2,21 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import obc_tools as obc
-from obc_tools.cli.checks import check
+from obc_tools.cli import main
 from obc_tools.cli.commands import parse
+from obc_tools.cli.options import check
+from obc_tools.data import cifar
+from obc_tools.models import networks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,3 +99,37 @@ def test_every_command_is_one(command, tmp_path, monkeypatch):
         (tmp_path / name).touch()
     command = command.replace("/data/imagenet", ".").replace("--out runs/resnet56", "--out runs/new")
     check(parse(shlex.split(command, comments=True)[1:]))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with the README's files: images of 8 x 8 pixels, and a "resnet56" of eight narrow layers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar, "SIDE", 8)
+    stage = networks._stage
+    monkeypatch.setattr(networks, "_stage", lambda entering, width, blocks, stride: stage(entering, width, 1, stride))
+    monkeypatch.setattr(networks, "CifarResNet", partial(networks.CifarResNet, width=8))
+    torch.save(obc.load_model("resnet56", 10).state_dict(), "resnet56.pth")
+    draw, arrays = np.random.default_rng(0), {"classes": np.array(list("abcdefghij"))}
+    for split, images in (("train", 50 * 128), ("test", 40)):  # as many as --batches 50 takes
+        arrays[f"{split}_images"] = draw.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(images) % 10
+    Path("data/cifar10").mkdir(parents=True)
+    np.savez("data/cifar10/cifar10.npz", **arrays)
+
+
+@pytest.mark.slow
+def test_its_commands_do_what_they_say(small, capsys):
+    """Those for one process on a machine of any kind, one after another; the others have small runs of their own."""
+    seen = {}
+    for command in COMMANDS:
+        name, *words = shlex.split(command, comments=True)[1:]
+        if name in ("prune", "compare", "sweep", "runs", "evaluate"):
+            main([name, *words])
+            seen[name] = capsys.readouterr().out
+    assert Path("runs/resnet56/report.html").is_file() and Path("runs/criteria/curves.html").is_file()
+    assert all(criterion in seen["compare"] for criterion in ("jacobian", "taylor", "l1"))
+    reached = re.findall(r"speedup=([\d.]+) .* ([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", seen["sweep"], re.MULTILINE)
+    assert len(reached) == 3 and all(float(asked) <= float(got) for asked, got in reached)
+    assert "finished" in seen["runs"] and "Equivalent Pruning, merged" in seen["runs"]
+    assert "kMACs" in seen["evaluate"]
