@@ -25,7 +25,7 @@ from ..plots.looks import LIGHT, counted
 from ..plots.plans import SCORES, UPPER, coupling_graph, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.order import Reach, reach_of
-from ..pruning.plan import PruningPlan, prune
+from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task
@@ -354,8 +354,9 @@ class PruningStudio(View):
         return Path(path)
 
     def export_model(self, folder: str | Path) -> Path:
-        """Save the pruned network, which `load_pruned` reads; a folder in use is refused."""
-        save_pruned(folder, prune(self.session.model, self.plan), self.plan, source=self._source)
+        """Save the pruned network, compensated if that is pressed, for `load_pruned`; a folder in use is refused."""
+        network = self.session.network(self.plan, self._controls.compensate.value)
+        save_pruned(folder, network, self.plan, source=self._source)
         return Path(folder)
 
     def _connect(self) -> None:

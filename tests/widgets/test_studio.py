@@ -388,7 +388,7 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     assert studio.session.measured(studio.plan).latency != latency
 
 
-def test_measuring_tells_what_compensation_gives(studio):
+def test_measuring_tells_what_compensation_gives(studio, tmp_path):
     session, table = studio.session, controls(studio).table
     controls(studio).target.value = 0.7
     studio.measure_button.click()
@@ -405,6 +405,8 @@ def test_measuring_tells_what_compensation_gives(studio):
     assert row["accuracy, compensated"].startswith(f"{measured.compensated.accuracy:.2%} ± ")
     assert "<th>accuracy, compensated</th>" in table.value and row["accuracy, compensated"] in table.value
     assert session.row("original", session.whole)["accuracy, compensated"] == ""
+    saved = obc.load_pruned(studio.export_model(tmp_path / "made"))
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in saved.state_dict().items())
 
 
 def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
