@@ -21,8 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from ..files import logging_to
-from .checks import check, spelled
-from .options import Flag, Folder, Name, Names, Number, Numbers, PruningOptions, Whole
+from .options import Flag, Folder, Name, Names, Number, Numbers, PruningOptions, Whole, check, spelled
 from .runs import Evaluate, GridCommand, RunExperiment, Runs, Slurm
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import check_whole
 from ..measure.costs import Cost, CostModel
-from ..measure.latency_model import LatencyModel, Times
+from ..measure.latency import LatencyModel, Times
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof, Rows
 from ..scoring.scores import Scores

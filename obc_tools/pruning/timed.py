@@ -23,8 +23,7 @@ from torch import nn
 from ..errors import check_name, check_number, check_whole
 from ..files import told
 from ..measure.costs import CostModel
-from ..measure.latency import CLOCKS
-from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
+from ..measure.latency import CLOCKS, LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from .choices import Limits
@@ -272,7 +271,7 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "obc_tools.models.timing_worker", str(path)]
+        command = [sys.executable, "-m", "obc_tools.models.speeds", str(path)]
         found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
     for process in found:
         if process.returncode:

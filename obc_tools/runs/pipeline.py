@@ -27,8 +27,8 @@ from ..data.batches import Batches, to_device
 from ..files import read_json, replacing, write_json, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
+from ..models.networks import load_weights, read_weights
 from ..models.speeds import speed_table
-from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
 from ..pruning.choices import Target
 from ..pruning.compensation import compensate

@@ -27,6 +27,7 @@ from ..holding import PROCESS, is_worked_on, start, worker_of
 from ..training.folder import PROGRESS, History, read_history
 from .experiments import Experiment, get_experiment
 from .folder import (
+    BETWEEN_LOOKS,
     ERROR,
     JOB,
     OUTPUT,
@@ -39,14 +40,16 @@ from .folder import (
     as_begun,
     check_run_folder,
     check_same_job,
+    forget_outcome,
+    outcome_noted,
     read_job,
     read_results,
+    wait_while,
     work_on,
     write_job,
 )
 from .job import ORIGINAL, TITLES, PruningJob, as_text
 from .pipeline import TRAINING
-from .worker import BETWEEN_LOOKS, forget_outcome, outcome_noted, wait_while
 
 logger = logging.getLogger(__name__)
 
