@@ -308,26 +308,7 @@ def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
 
 
 SCRIPT = "run.slurm"
-
-TEMPLATE = """\
-#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={gpus}
-#SBATCH --cpus-per-task={cpus}
-#SBATCH --time={time}
-#SBATCH --signal=TERM@120
-#SBATCH --requeue
-#SBATCH --output={folder}/slurm-%j.log
-# Submitted again, or requeued, it goes on from the last checkpoint.
-rm -f {folder}/stop {folder}/stopped.json {folder}/error.json
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun {python} -m torch.distributed.run \\
-    --nnodes={nodes} --nproc_per_node={gpus} \\
-    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:{port}" \\
-    -m obc_tools.worker {folder}
-"""
+"""A run's script for sbatch; beside this module lies what it is made of."""
 
 
 def write_slurm_script(
@@ -360,6 +341,7 @@ def write_slurm_script(
     check_run_folder(path, overwrite=False)
     write_job(path, job)
     values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
-    text = TEMPLATE.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
+    template = Path(__file__).with_name(SCRIPT).read_text(encoding="utf-8")
+    text = template.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
     write_text(path / SCRIPT, text)
     return path / SCRIPT

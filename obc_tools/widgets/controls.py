@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ SHOWN = 6
 
 STYLE = (
     "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
-    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 68px; max-width: 160px}"
+    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 44px; max-width: 160px}"
     ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
 )
 
@@ -123,15 +124,23 @@ def slider(
     return labelled(W.FloatSlider, label, tooltip, value=value, min=low, max=high, step=step)
 
 
-def stands_at(slider: W.FloatSlider, value: float) -> bool:
+def factor_slider(label: str, low: float, high: float) -> W.FloatLogSlider:
+    """Return a slider over factors, of which equal ways are equal ratios; 200 steps; it stands at its lower end."""
+    ends = math.log10(low), math.log10(high)
+    step = (ends[1] - ends[0]) / 200
+    return labelled(W.FloatLogSlider, label, value=low, min=ends[0], max=ends[1], step=step, readout_format=".2f")
+
+
+def stands_at(slider: W.FloatSlider | W.FloatLogSlider, value: float) -> bool:
     """Say whether a slider shows a number as well as it can.
 
     It ends somewhere, and a page rounds what it is told to the slider's steps and tells that back.
     """
-    return abs(slider.value - min(max(value, slider.min), slider.max)) < 0.501 * slider.step
+    at, asked = (slider.value, value) if isinstance(slider, W.FloatSlider) else map(math.log10, (slider.value, value))
+    return abs(at - min(max(asked, slider.min), slider.max)) < 0.501 * slider.step
 
 
-def set_slider(slider: W.FloatSlider, value: float) -> None:
+def set_slider(slider: W.FloatSlider | W.FloatLogSlider, value: float) -> None:
     """Set a slider, but not to what it shows already: told back, that tears it from the mouse."""
     if not stands_at(slider, value):
         slider.value = value

@@ -23,6 +23,7 @@ from .controls import LiveFigure, button, close, code_area, dropdown, note
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
+LOG = "height: 220px; overflow: auto; margin: 0; white-space: pre-wrap; word-break: normal"
 LOG_LINES = 12
 GONE = "gone"
 LINES_HEIGHT = 44
@@ -130,7 +131,7 @@ class RunMonitor(W.VBox):
             self.stop_button.disabled = status != "running"
             self.resume_button.disabled = status in ("running", "finished", GONE)
             tail = note(self.run.log(LOG_LINES) if status != GONE else "")
-            self.tail.value = f"<pre style='height:220px;overflow:auto;margin:0'>{tail}</pre>"
+            self.tail.value = f"<pre style='{LOG}'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
 

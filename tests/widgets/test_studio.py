@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -115,6 +116,17 @@ def test_what_a_page_rounds_to_the_steps_of_a_slider_is_not_a_choice(studio):
     c.target.value, c.limit.value = 1.9, 0.34
     assert studio.state.choices.target == Target(speedup=1.9)
     assert studio.state.choices.limits.max_ratio_of == {root: 0.34}
+
+
+def test_equal_ways_of_the_speed_up_are_equal_ratios(studio):
+    c = controls(studio)
+    c.kind.value = "speedup"
+    slider = c.target
+    middle = slider.base ** ((slider.min + slider.max) / 2)
+    assert middle == pytest.approx(math.sqrt(1.02 * 10))
+    slider.value = middle + 0.001
+    assert studio.state.choices.target == Target(speedup=round(middle + 0.001, 2))
+    assert slider.value == middle + 0.001, "it is not torn from the mouse"
 
 
 def test_a_slider_keeps_its_range(studio):
@@ -507,7 +519,8 @@ def test_sliders_end_where_the_network_does(made):
     studio = PruningStudio(*made, batches=1, batch_size=32, ignore=["layer[12].*", "conv1", "layer3.0.downsample.0"])
     reach = studio.wait(60)._controls.reach
     targets = controls(studio).targets
-    assert targets["speedup"].max == pytest.approx(reach.of("speedup")[1], abs=0.02) and targets["speedup"].max < 2
+    most = targets["speedup"].base ** targets["speedup"].max
+    assert most == pytest.approx(reach.of("speedup")[1], abs=0.02) and most < 2
     assert targets["macs"].min == pytest.approx(reach.least.macs / 1e6, rel=0.02)
     controls(studio).kind.value = "speedup"
     controls(studio).target.value = targets["speedup"].max
