@@ -29,6 +29,8 @@ from .costs import Cost, CostModel, Plan, example_count
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What tells the seconds of a forward pass on the CPU."""
+RUNTIMES = ("eager", "onnxruntime", "compile")
+"""What may run a network: torch as it is, ONNX Runtime (`export_onnx`), or torch.compile."""
 
 
 @dataclass(frozen=True, repr=False)
