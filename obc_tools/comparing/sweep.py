@@ -220,7 +220,9 @@ class _Bench:
         left = [target for target in self.targets if str(target) not in curve.plans]
         start = time.perf_counter()
         way = replace(self.way, scoring=self.way.scoring.of(curve.contender.criterion))
-        stages = pruning_steps(self.model, Stage(curve.plan, curve.step), self._batches, left, self.costs, way)
+        batches = self.batches
+        of_step = (lambda step: batches.at(step - 1)) if isinstance(batches, Batches) else (lambda _: batches)
+        stages = pruning_steps(self.model, Stage(curve.plan, curve.step), of_step, left, self.costs, way)
         for stage in stages if left else ():
             seconds = time.perf_counter() - start
             for target, plan in stage.met:
@@ -229,9 +231,6 @@ class _Bench:
             curve = replace(curve, plan=stage.plan, step=stage.step)
             yield curve
             start = time.perf_counter()
-
-    def _batches(self, step: int) -> Iterable[Any] | None:
-        return self.batches.at(step - 1) if isinstance(self.batches, Batches) else self.batches
 
     def _row(
         self, curve: Curve, plan: PruningPlan, target: Target | None = None, seconds: float | None = None

@@ -133,7 +133,9 @@ class RunMonitor(W.VBox):
             tail = note(self.run.log(LOG_LINES) if status != GONE else "")
             self.tail.value = f"<pre style='{LOG}'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
-            self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+            here, folder = Path.cwd(), self.run.folder
+            shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+            self.code.value = f"run = obc.Run.open({shown!r})\nrun.log({LOG_LINES})\n{act}\n"
 
     def _described(self, name: str) -> str:
         folder = self.runs[name].folder
@@ -153,8 +155,3 @@ class RunMonitor(W.VBox):
             except Exception as error:
                 logger.debug("a look failed", exc_info=True)
                 self.said.value = note(str(error), bad=True)
-
-
-def _from_here(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

@@ -55,6 +55,7 @@ from .controls import (
     WRAPPING,
     Click,
     LiveFigure,
+    Task,
     View,
     code_area,
     dropdown,
@@ -69,7 +70,6 @@ from .controls import (
     table,
     text,
 )
-from .tasks import Task
 
 NONE = "none"
 ROWS = ("batch", "sample", "expected")
