@@ -27,8 +27,12 @@ from ..files import environment, read_json, write_json
 from ..state import call_model, evaluating, hooks, running
 from .costs import Cost, CostModel, Plan, example_count
 
+logger = logging.getLogger(__name__)
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What tells the seconds of a forward pass on the CPU."""
+RUNTIMES = ("eager", "onnxruntime", "compile")
+"""What may run a network: torch as it is, ONNX Runtime (`export_onnx`), or torch.compile."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -251,7 +255,6 @@ def _dtype(model: nn.Module) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-logger = logging.getLogger(__name__)
 START = ""
 """The part of a pass before its first layer."""
 Times = Mapping[str, float]

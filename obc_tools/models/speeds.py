@@ -21,12 +21,11 @@ from torch import nn
 
 from ..data.batches import to_device
 from ..errors import check_name
-from ..measure.latency import latencies, using_threads
+from ..measure.latency import RUNTIMES, latencies, using_threads
 from ..state import Wrapped, call_model
 from .export import ExportError, export_onnx, onnx_run
 
 logger = logging.getLogger(__name__)
-RUNTIMES = ("eager", "onnxruntime", "compile")
 GPU = "eager, GPU"
 
 

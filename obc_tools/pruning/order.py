@@ -407,9 +407,6 @@ def one_shot_plan(
     return order.plan(order.meet(target, costs))
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, repr=False)
 class Reach:
     """What every target can be, from nothing removed to all that may go.

@@ -23,7 +23,16 @@ from torch import nn
 from ..errors import check_name, check_number, check_whole
 from ..files import told
 from ..measure.costs import CostModel
-from ..measure.latency import CLOCKS, LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
+from ..measure.latency import (
+    CLOCKS,
+    RUNTIMES,
+    LatencyModel,
+    Times,
+    conditions,
+    kept_latency,
+    learn_latency,
+    time_layers,
+)
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from .choices import Limits
@@ -36,8 +45,6 @@ PLANS = 10
 ROUNDS = 8
 HELD = 15 / 16
 """With what probability an interval holds the median: that of the least to the largest of five."""
-RUNTIMES = ("eager", "compile", "onnxruntime")
-"""What a network's latency may be measured in: torch as it is, torch.compile, or ONNX Runtime (`export_onnx`)."""
 
 
 class LatencyError(ValueError):

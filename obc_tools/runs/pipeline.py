@@ -289,7 +289,6 @@ class Stages:
     def _keep(self, key: str, model: nn.Module, history: History) -> None:
         """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
         self.histories[key] = history
-        logger.info("%s", history.last)
         if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
             with replacing(self._keeping.folder / WEIGHTS[key]) as new:
                 save_model(model, str(new))

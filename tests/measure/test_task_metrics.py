@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from obc_tools import TASKS, evaluate
-from obc_tools.measure.metrics import AveragePrecision
+from obc_tools.measure.detections import AveragePrecision
 from obc_tools.scoring.tasks import language_task
 
 
