@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import obc_tools as obc
 from obc_tools.cli import main
-from obc_tools.cli.checks import check
 from obc_tools.cli.commands import parse
+from obc_tools.cli.options import check
 from obc_tools.data import cifar
 from obc_tools.models import networks
 

@@ -37,6 +37,8 @@ from ..state import calling
 from ..structure.groups import ChannelGroup
 from .comparison import ComparisonError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sensitivity:
@@ -191,7 +193,6 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-logger = logging.getLogger(__name__)
 Call = tuple[Callable, list[Any]]
 """A function of torch's and the numbers and names that it was called with."""
 

@@ -33,8 +33,8 @@ from ..pruning.choices import (
     values_of,
 )
 from ..pruning.order import check_reachable
-from ..pruning.plan import PruningPlan, prune
-from ..pruning.prune import Stage, Way, pruning_steps
+from ..pruning.plan import PruningPlan, prune, shrink
+from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
@@ -94,8 +94,9 @@ def sweep(
     held_out: Iterable[Any] | None = None,
     task: str | Task = CLASSIFICATION,
     objective: Objective | None = None,
-    build: Build = prune,
+    build: Build | None = None,
     repeats: int = 0,
+    compensate: bool = False,
     counting: str = OPERATIONS,
     folder: str | Path | None = None,
     verify: bool | str = True,
@@ -115,7 +116,9 @@ def sweep(
         targets: kind -> values, {"speedup": (1.5, 2, 3)}; kinds are those of `prune_to` and may be mixed.
         criteria: one or several, as `compare_criteria` takes them.
         held_out: batches to measure the task's metrics on; None: none.
-        build: (model, plan) -> the network to measure, `prune` by default; it may fine-tune or compensate.
+        build: (model, plan) -> the network to measure, `prune` or with ``compensate`` `compensate` by default; it may
+            fine-tune.
+        compensate: score what a step leaves as `compensate` leaves it, with the batches, as `prune_to` does.
         repeats: forward passes on the example inputs to time each network with, in turns with the unpruned one.
         folder: keep every finished step and all plans here, and go on from there if it is called again.
         settings: the other keywords of `prune_to`, such as steps, scope, ignore.
@@ -132,7 +135,9 @@ def sweep(
     task = task if task.against is None else task.against(model)
     scored = {"criterion": "jacobian", "objective": objective or task.losses}
     selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
-    way = Way(scoring=how[0], limits=how[1], steps=how[2], verify=verify, seed=seed, progress=progress)
+    left = what_is_left(compensate, batches, task)
+    build = build or (left if compensate else prune)
+    way = Way(scoring=how[0], limits=how[1], steps=how[2], left=left, verify=verify, seed=seed, progress=progress)
     for contender in contenders:
         way.scoring.of(contender.criterion)
     groups, costs = selection.analyse(model, example_inputs, counting)
@@ -199,7 +204,7 @@ class _Bench:
             "targets": list(map(str, self.targets)),
             "steps": len(self.targets),
             "counting": self.targets[0].counting,
-            "compensate": False,  # between steps, as comparisons may
+            "compensate": self.way.left is not shrink,
             "checksum_of_weights": checksum(self.model),
             "metrics": dict(self.task.directions),
             "build": getattr(self.build, "__name__", type(self.build).__name__),
@@ -215,7 +220,9 @@ class _Bench:
         left = [target for target in self.targets if str(target) not in curve.plans]
         start = time.perf_counter()
         way = replace(self.way, scoring=self.way.scoring.of(curve.contender.criterion))
-        stages = pruning_steps(self.model, Stage(curve.plan, curve.step), self._batches, left, self.costs, way)
+        batches = self.batches
+        of_step = (lambda step: batches.at(step - 1)) if isinstance(batches, Batches) else (lambda _: batches)
+        stages = pruning_steps(self.model, Stage(curve.plan, curve.step), of_step, left, self.costs, way)
         for stage in stages if left else ():
             seconds = time.perf_counter() - start
             for target, plan in stage.met:
@@ -224,9 +231,6 @@ class _Bench:
             curve = replace(curve, plan=stage.plan, step=stage.step)
             yield curve
             start = time.perf_counter()
-
-    def _batches(self, step: int) -> Iterable[Any] | None:
-        return self.batches.at(step - 1) if isinstance(self.batches, Batches) else self.batches
 
     def _row(
         self, curve: Curve, plan: PruningPlan, target: Target | None = None, seconds: float | None = None

@@ -42,8 +42,18 @@ class Normalization:
         return pixels.float().sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
+class _Split:
+    """What images in memory and on disk have in common."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} of shape {self.image_shape})"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Images:
+class Images(_Split):
     """A split in memory.
 
     Args:
@@ -65,12 +75,6 @@ class Images:
                 f"{self.pixels.dtype} of shape {tuple(self.pixels.shape)}"
             )
         _check_labels(self.labels, len(self.pixels))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __repr__(self) -> str:
-        return f"Images({len(self)} of shape {self.image_shape})"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -101,7 +105,7 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageFiles:
+class ImageFiles(_Split):
     """A split of image files.
 
     Augmented, an image is a random part of itself, scaled, and mirrored half of the time. Otherwise its middle: the
@@ -121,12 +125,6 @@ class ImageFiles:
         if self.size < 1:
             raise ValueError(f"image size must be at least 1, not {self.size}")
         _check_labels(self.labels, len(self.paths))
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __repr__(self) -> str:
-        return f"ImageFiles({len(self)} of shape {self.image_shape})"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

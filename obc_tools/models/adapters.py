@@ -218,11 +218,9 @@ def _unsorted_boxes(model: nn.Module, batch: Any) -> Any:
 def _of_ultralytics(model: nn.Module, kind: type) -> Task:
     if not hasattr(model, "loss"):
         raise ValueError(f"{type(model).__name__} is no network but what holds one: pass its .model")
-    return detection_task(_yolo_losses, _first_head, found=_yolo_boxes, wanted=_boxes)
-
-
-def _first_head(network: nn.Module, batch: Any) -> Any:
-    return _heads(network, batch)[0]
+    return detection_task(
+        _yolo_losses, lambda network, batch: _heads(network, batch)[0], found=_yolo_boxes, wanted=_boxes
+    )
 
 
 def _heads(network: nn.Module, batch: Any) -> Any:

@@ -1,11 +1,17 @@
-"""How fast networks are on this machine: by runtime, by threads, on a GPU where there is one, by examples at a time."""
+"""How fast networks are on this machine: by runtime, by threads, on a GPU where there is one, by examples at a time.
+
+`python -m obc_tools.models.speeds FILE` times two networks in a process of its own, for `pruning.timed.measure_apart`.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +21,11 @@ from torch import nn
 
 from ..data.batches import to_device
 from ..errors import check_name
-from ..measure.latency import latencies, using_threads
-from .export import ExportError
-from .timing_worker import in_runtime
+from ..measure.latency import RUNTIMES, latencies, using_threads
+from ..state import Wrapped, call_model
+from .export import ExportError, export_onnx, onnx_run
 
 logger = logging.getLogger(__name__)
-RUNTIMES = ("eager", "onnxruntime", "compile")
 GPU = "eager, GPU"
 
 
@@ -83,8 +88,7 @@ def _timed(
     with using_threads(threads):
         if runtime in RUNTIMES[1:]:
             try:
-                files = {name: folder / f"{number}.onnx" for number, name in enumerate(models)}
-                models = {name: in_runtime(runtime, model, inputs, files[name]) for name, model in models.items()}
+                models = _all_in_runtime(runtime, models, inputs, folder)
             except ExportError as error:
                 logger.warning("latencies leave out %s, %d at a time: %s", runtime, examples, error)
                 return None
@@ -92,3 +96,41 @@ def _timed(
         frame = latencies(models, inputs, **how).to_frame()
     figures = ["median (ms)", "first quartile (ms)", "third quartile (ms)", "speed-up"]
     return frame.assign(runtime=runtime, examples=examples)[["runtime", "threads", "examples", "model", *figures]]
+
+
+def _all_in_runtime(runtime: str, models: Mapping[str, nn.Module], inputs: Any, folder: Path) -> dict[str, Wrapped]:
+    """Return what runs each of some models, whose ONNX files are kept in a folder by the models' places."""
+    return {
+        name: in_runtime(runtime, model, inputs, folder / f"{number}.onnx")
+        for number, (name, model) in enumerate(models.items())
+    }
+
+
+def in_runtime(runtime: str, model: nn.Module, example_inputs: Any, path: Path) -> Wrapped:
+    """Return what runs a model on its inputs, whatever it is called with; ``path`` is that of its ONNX file.
+
+    The file is written where it is not there.
+    """
+    if runtime == "compile":
+        compiled = torch.compile(partial(call_model, model.eval()))
+        return Wrapped(nn.Module(), lambda *_: compiled(example_inputs))
+    if not path.exists():
+        export_onnx(path, model, example_inputs)
+    run = onnx_run(path, example_inputs)
+    return Wrapped(nn.Module(), lambda *_: run())
+
+
+def main(path: str) -> None:
+    """Write the median milliseconds of both, one JSON line, to where the process that asked reads them."""
+    # Whole networks, of any class: a file in a private folder that the process which asked made and takes away again.
+    models, inputs, runtime, how = torch.load(path, weights_only=False)
+    torch.set_num_threads(how["threads"])
+    if runtime != "eager":
+        models = _all_in_runtime(runtime, models, inputs, Path(path).parent)
+        inputs = torch.empty(1)
+    found = latencies(models, inputs, **how)
+    sys.stdout.write(json.dumps({name: measured.median_ms for name, measured in found.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -28,8 +28,7 @@ from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, check_is_plan, prune
 from ..state import check_module
 from ..structure.layers import is_projection, layer_axes
-from .networks import load_model
-from .weights import kind_of, load_weights, read_weights
+from .networks import kind_of, load_model, load_weights, read_weights
 
 FORMAT = 1
 TENSORS, PLAN, MANIFEST = "model.safetensors", "plan.json", "manifest.json"

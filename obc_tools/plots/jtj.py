@@ -60,7 +60,8 @@ def jtj_grid(
     rows = math.ceil(count / columns)
     values, names = _display(dense.values, dense.labels, mode, CELLS)
     relative = mode != "correlation" and not shared_scale
-    colors = _relative(values) if relative else values
+    largest = np.abs(values).max(axis=(1, 2), keepdims=True)
+    colors = values / np.where(largest > 0, largest, 1) if relative else values
     titles = [f"{c}: {s:.2e}" if s else f"{c}: 0" for c, s in zip(dense.channels, dense.score.tolist(), strict=True)]
     heatmaps = [
         _heatmap(value, names, f"channel {channel}", color if relative else None)
@@ -238,24 +239,15 @@ def _cells_of_blocks(blocks: Sequence[Any], most: int) -> Tensor:
     return torch.cat(cells)
 
 
-def _short(block: Any, group: Any) -> str:
-    several = sum(other.axis == block.axis for other in group.members) > 1
-    return str(block) if several else str(block.axis)
-
-
 def _member_ticks(group: Any, starts: Sequence[int], names: Sequence[str]) -> dict[str, list[str]]:
     """Name the members at their centres, but those too close to the name before."""
     ticks, last = {}, -math.inf
     for block, (start, stop) in zip(group.members, itertools.pairwise(starts), strict=True):
         centre = (start + stop) // 2
         if centre - last >= len(names) / 55:
-            ticks[names[centre]], last = _short(block, group), centre
+            several = sum(other.axis == block.axis for other in group.members) > 1
+            ticks[names[centre]], last = str(block if several else block.axis), centre
     return {"tickvals": list(ticks), "ticktext": list(ticks.values())}
-
-
-def _relative(values: np.ndarray) -> np.ndarray:
-    largest = np.abs(values).max(axis=(1, 2), keepdims=True)
-    return values / np.where(largest > 0, largest, 1)
 
 
 def _heatmap(values: np.ndarray, names: Sequence[str], title: str, colors: np.ndarray | None = None) -> go.Heatmap:

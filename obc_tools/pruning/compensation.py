@@ -31,7 +31,7 @@ from ..errors import check_number, check_whole
 from ..scoring.tasks import Task, find_task
 from ..state import call_model, copy_of, evaluating, hooks, numbered, running, without_weight_norms
 from ..structure.groups import ignored_layers
-from ..structure.layers import LayerAxis, activation_dim, is_batch_norm, kernel_dims
+from ..structure.layers import LayerAxis, is_batch_norm, kernel_dims
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan, prune
 from .readings import PausableCall, Reading, Stop, Survey, linear_map, pause, stopping, survey
@@ -180,9 +180,9 @@ class Fitting:
         layer = linear_map(self.pruned, reading)
         bias, norm = bias_of(layer), self.norms.get(reading.layer)
         moments = self._moments(layer, reading, full, own, centred=bias is not None or norm is not None)
-        if moments.count <= moments.squares.shape[1]:
+        if moments.count <= (inputs := moments.input_sums.shape[1]):
             few = "%s: %d positions of calibration data for %d inputs: there are many solutions, and the ridge decides"
-            logger.warning(few, reading, moments.count, moments.squares.shape[1])
+            logger.warning(few, reading, moments.count, inputs)
         change, intercept = moments.solve(self.ridge)
         weight_of(layer).add_(from_weight_matrix(layer, change).to(weight_of(layer)))
         if bias is not None:
@@ -202,26 +202,25 @@ class Fitting:
         moments = Moments(groups, inputs, outputs, centred=centred, device=weight.device)
         draw = Draw(self.positions or _enough(layer, inputs, own), self.draws)
         for number, (theirs, ours) in enumerate(zip(full, own, strict=True), start=1):
-            target = self._target(reading, layer, theirs.outputs.to(dtype))
-            for x, y in unfolded_chunks(layer, ours.inputs.to(dtype), target, draw):
+            for x, given in unfolded_chunks(layer, ours.inputs.to(dtype), theirs.outputs.to(dtype), draw):
+                y = self._target(reading, given).view(groups, outputs, -1)
                 moments.add(x, y - weight @ x - bias.view(groups, outputs, 1))
             if not moments.finite:
                 raise ValueError(f"{reading}: what it takes or gives is not finite in batch {number}; look for NaN")
         return moments
 
-    def _target(self, reading: Reading, layer: nn.Module, outputs: Tensor) -> Tensor:
-        """Return the original's outputs that stay; queries grow as far as narrower heads need."""
-        axis, dim, parts = LayerAxis(reading.layer, "out"), activation_dim(layer, outputs), reading.parts or (0,)
+    def _target(self, reading: Reading, outputs: Tensor) -> Tensor:
+        """Return the rows of the original's outputs that stay; queries grow as far as narrower heads need."""
+        axis, parts = LayerAxis(reading.layer, "out"), reading.parts or (0,)
         positions, factor = self.plan.scaled.get(reading.layer, ((), 1.0))
         if positions and parts[0] == 0:
-            factors = outputs.new_ones(outputs.shape[dim])
+            factors = outputs.new_ones(len(outputs), 1)
             factors[torch.tensor(positions, device=outputs.device)] = factor
-            outputs = outputs * factors.view([-1 if d == dim else 1 for d in range(outputs.dim())])
+            outputs = outputs * factors
         if axis not in self.plan.shrunk:
             return outputs
-        kept = torch.tensor(self.plan.shrunk[axis], device=outputs.device)
-        width = outputs.shape[dim] // len(parts)
-        return outputs.index_select(dim, torch.cat([kept + width * number for number in range(len(parts))]))
+        kept, width = torch.tensor(self.plan.shrunk[axis], device=outputs.device), len(outputs) // len(parts)
+        return outputs[torch.cat([kept + width * number for number in range(len(parts))])]
 
 
 def _enough(layer: nn.Module, inputs: int, stops: Sequence[Stop]) -> int:

@@ -9,7 +9,7 @@ examples and places. A depthwise convolution has as many groups as channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +31,17 @@ class Moments:
     """Sums over positions of products of inputs x and outputs y, in float64; the products are at least float32.
 
     With ``centred``, of both less their means. They are taken less the first chunk's means, so that little cancels.
-    ``squares`` holds x xᵀ on and below its diagonal.
+    ``squares`` holds x xᵀ on and below its diagonal. As long as there are no more positions than inputs they are held
+    as they are: that takes less memory, and products among positions say the same.
     """
 
     def __init__(self, groups: int, inputs: int, outputs: int, *, centred: bool, device: torch.device):
         make = {"dtype": torch.float64, "device": device}
-        self.squares = torch.zeros(groups, inputs, inputs, **make)
-        self.products = torch.zeros(groups, outputs, inputs, **make)
         self.input_sums, self.output_sums = torch.zeros(groups, inputs, **make), torch.zeros(groups, outputs, **make)
-        self.count, self.centred = 0, centred
+        self.squares: Tensor | None = None
+        self.products = torch.zeros(groups, outputs, inputs, **make)
+        self.count, self.centred, self.finite = 0, centred, True
+        self._held: list[tuple[Tensor, Tensor]] = []
         self._shifts: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
@@ -55,16 +57,24 @@ class Moments:
             if self._shifts is None:
                 self._shifts = inputs.mean(2), outputs.mean(2)
             inputs, outputs = inputs - self._shifts[0][..., None], outputs - self._shifts[1][..., None]
-            self.input_sums += inputs.sum(2)
-            self.output_sums += outputs.sum(2)
-        _add_squares(self.squares, inputs)
-        self.products += outputs @ inputs.mT
+        sums = inputs.sum(2), outputs.sum(2)
+        self.finite = self.finite and all(bool(tensor.isfinite().all()) for tensor in sums)
+        if self.centred:
+            self.input_sums += sums[0]
+            self.output_sums += sums[1]
         self.count += inputs.shape[2]
+        self._held.append((inputs, outputs))
+        if self.count > inputs.shape[1]:
+            self._sum_up()
 
-    @property
-    def finite(self) -> bool:
-        """Whether neither NaN nor infinity has come in."""
-        return bool(self.squares.diagonal(dim1=1, dim2=2).isfinite().all() and self.products.isfinite().all())
+    def _sum_up(self) -> None:
+        for inputs, outputs in self._held:
+            if self.squares is None:
+                width = inputs.shape[1]
+                self.squares = self.input_sums.new_zeros(len(inputs), width, width)
+            _add_squares(self.squares, inputs)
+            self.products += outputs @ inputs.mT
+        self._held.clear()
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Return S = E[y xᵀ](E[x xᵀ] + λI)⁻¹, shape (groups, o, d), and the intercept E[y] − S E[x], (groups, o).
@@ -72,14 +82,19 @@ class Moments:
         λ is ``ridge`` times the mean second moment of a group's inputs. Without a ridge S is the least of all
         solutions, where inputs depend on each other and there are several.
         """
-        second, cross = self.squares / self.count, self.products / self.count
-        x, y = self.input_sums / self.count, self.output_sums / self.count
-        second -= x[:, :, None] * x[:, None]
-        cross -= y[:, :, None] * x[:, None]
-        solution = _solve(second, cross, ridge)
+        x, y = self.input_sums[..., None] / self.count, self.output_sums[..., None] / self.count
+        if self.squares is None:  # E[y xᵀ](E[x xᵀ] + λI)⁻¹ = Y (XᵀX + nλI)⁻¹ Xᵀ
+            inputs, outputs = (torch.cat(chunks, 2) for chunks in zip(*self._held, strict=True))
+            inputs, outputs = inputs - x.to(inputs), outputs - y.to(outputs)
+            second, width = (inputs.mT @ inputs).double(), inputs.shape[1]
+            solution = _solve(second, outputs.double(), ridge / width) @ inputs.mT.double()
+        else:
+            second = torch.baddbmm(self.squares, x, x.mT, beta=1 / self.count, alpha=-1)
+            cross = torch.baddbmm(self.products, y, x.mT, beta=1 / self.count, alpha=-1)
+            solution = _solve(second, cross, ridge / second.shape[1])
         if self._shifts is not None:
-            x, y = x + self._shifts[0], y + self._shifts[1]
-        return solution, y - (solution @ x[..., None])[..., 0]
+            x, y = x + self._shifts[0][..., None], y + self._shifts[1][..., None]
+        return solution, (y - solution @ x)[..., 0]
 
 
 def _add_squares(sums: Tensor, inputs: Tensor) -> None:
@@ -95,20 +110,21 @@ def _add_squares(sums: Tensor, inputs: Tensor) -> None:
 
 
 def _solve(second: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return cross · (second + λI)⁻¹, or cross · second⁺ without a ridge; zeros for groups of dead inputs.
+    """Return cross · (second + λI)⁻¹ with λ = ridge · trace, or cross · second⁺; zeros for groups of dead inputs.
 
-    Of the symmetric `second`, what is above the diagonal is not read.
+    Of the symmetric `second`, what is above the diagonal is not read; its diagonal changes.
     """
     diagonal = second.diagonal(dim1=1, dim2=2)
-    scale = diagonal.mean(1, keepdim=True)
+    scale = diagonal.sum(1, keepdim=True)
     level = ridge * torch.where(scale > 0, scale, 1)
+    diagonal += level
     if ridge:
-        factor, failed = torch.linalg.cholesky_ex(second + torch.diag_embed(level.expand_as(diagonal)))
+        factor, failed = torch.linalg.cholesky_ex(second)
         if not failed.any():
             return torch.cholesky_solve(cross.mT, factor).mT
     values, vectors = torch.linalg.eigh(second)
-    least = values[:, -1:].clamp(min=0) * values.shape[1] * torch.finfo(values.dtype).eps
-    inverse = torch.where(values > least, 1 / (values + level), 0)
+    least = level + (values[:, -1:] - level).clamp(min=0) * values.shape[1] * torch.finfo(values.dtype).eps
+    inverse = torch.where(values > least, 1 / values, 0)
     return cross @ (vectors * inverse[:, None]) @ vectors.mT
 
 
@@ -166,9 +182,9 @@ class Draw:
 def unfolded_chunks(
     layer: nn.Module, inputs: Tensor, outputs: Tensor, draw: Draw | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what a layer saw in a call, and what it gave, in the canonical layout, a few examples at a time.
+    """Yield what a layer saw in a call, in the canonical layout, and (channels, positions) of outputs, bit by bit.
 
-    ``draw`` says which positions; None takes all.
+    The outputs may have any number of channels. ``draw`` says which positions; None takes all.
     """
     if not kernel_dims(layer):
         yield from _linear_chunks(inputs, outputs, draw)
@@ -183,8 +199,8 @@ def unfolded_chunks(
     for x, y in zip(inputs.split(step), outputs.split(step), strict=True):
         at = None if draw is None else draw(len(x), places)
         at = None if at is None else at.to(x.device)
-        unfolded = _windows(layer, x, at) if plain else _probed(layer, x, at)
-        yield unfolded, _picked(y.flatten(2), at).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)
+        unfolded = _windows(layer, x, at, y.shape[2:]) if plain else _probed(layer, x, at)
+        yield unfolded, _picked(y.flatten(2), at).transpose(0, 1).flatten(1)
 
 
 def _picked(values: Tensor, at: Tensor | None) -> Tensor:
@@ -193,7 +209,7 @@ def _picked(values: Tensor, at: Tensor | None) -> Tensor:
 
 
 def _linear_chunks(inputs: Tensor, outputs: Tensor, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (1, channels, positions) of inputs and outputs with their channels last."""
+    """Yield (1, channels, positions) of inputs and (channels, positions) of outputs with their channels last."""
     if draw is not None and inputs.dim() > 2:
         at = draw(len(inputs), math.prod(inputs.shape[1:-1]))
         if at is not None:
@@ -201,21 +217,20 @@ def _linear_chunks(inputs: Tensor, outputs: Tensor, draw: Draw | None) -> Iterat
             inputs, outputs = (tensor.flatten(1, -2)[rows, at] for tensor in (inputs, outputs))
     step = max(1, CHUNK // inputs.shape[-1])
     for x, y in zip(inputs.flatten(0, -2).split(step), outputs.flatten(0, -2).split(step), strict=True):
-        yield x.T[None], y.T[None]
+        yield x.T[None], y.T
 
 
-def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None) -> Tensor:
+def _windows(layer: nn.modules.conv._ConvNd, inputs: Tensor, at: Tensor | None, places: Sequence[int]) -> Tensor:
     """Return a convolution's windows at some output places, (groups, d, positions)."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    extents = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    places = [(n - e) // s + 1 for n, e, s in zip(padded.shape[2:], extents, layer.stride, strict=True)]
-    windows = _all_windows(layer, padded, places) if at is None else _some_windows(layer, padded, places, at)
-    channels, taps = padded.shape[1], math.prod(layer.kernel_size)
-    return windows.reshape(layer.groups, channels // layer.groups * taps, -1)
+    around, zeros = layer._reversed_padding_repeated_twice, layer.padding_mode == "zeros"
+    if at is None or not zeros:
+        inputs, around = F.pad(inputs, around, mode="constant" if zeros else layer.padding_mode), [0] * len(around)
+    before = around[-2::-2]
+    windows = _all_windows(layer, inputs, places) if at is None else _some_windows(layer, inputs, places, at, before)
+    return windows.reshape(layer.groups, inputs.shape[1] // layer.groups * math.prod(layer.kernel_size), -1)
 
 
-def _all_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: list[int]) -> Tensor:
+def _all_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: Sequence[int]) -> Tensor:
     """Return a view, (channels, *kernel, examples, *places): a copy of one takes a third of the time of F.unfold."""
     padded = padded.contiguous()
     example, channel, *along = padded.stride()
@@ -225,18 +240,19 @@ def _all_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: list[in
     return padded.as_strided(shape, (channel, *inside, example, *between), padded.storage_offset())
 
 
-def _some_windows(layer: nn.modules.conv._ConvNd, padded: Tensor, places: list[int], at: Tensor) -> Tensor:
-    """Return the windows at some places of each example, (channels, taps, examples * most)."""
-    rows = padded.movedim(1, -1).contiguous()  # or each number would be a jump in memory
-    strides = [stride // rows.shape[-1] for stride in rows.stride()[:-1]]
-    corners = strides[0] * torch.arange(len(at), device=at.device)[:, None]
-    for place, step, stride in zip(torch.unravel_index(at, places), layer.stride, strides[1:], strict=True):
-        corners = corners + step * stride * place
-    taps = torch.zeros(1, dtype=torch.long, device=at.device)
-    for size, apart, stride in zip(layer.kernel_size, layer.dilation, strides[1:], strict=True):
-        taps = (taps[:, None] + apart * stride * torch.arange(size, device=at.device)).flatten()
-    found = rows.flatten(0, -2)[(taps[:, None] + corners.flatten()).flatten()]
-    return found.view(len(taps), -1, rows.shape[-1]).permute(2, 0, 1)
+def _some_windows(
+    layer: nn.modules.conv._ConvNd, inputs: Tensor, places: Sequence[int], at: Tensor, before: Sequence[int]
+) -> Tensor:
+    """Return the windows at some places of each example, (channels, taps, examples, most); zeros lie outside."""
+    index, within = at.new_zeros(*at.shape, 1), at.new_ones(*at.shape, 1)
+    dims = zip(torch.unravel_index(at, tuple(places)), inputs.shape[2:], before, strict=True)
+    kernel = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for (place, size, border), (taps, stride, apart) in zip(dims, kernel, strict=True):
+        along = stride * place[..., None] - border + apart * torch.arange(taps, device=at.device)
+        index = (index[..., None] * size + along.clamp(0, size - 1)[:, :, None]).flatten(2)
+        within = (within[..., None] * ((along >= 0) & (along < size))[:, :, None]).flatten(2)
+    found = _picked(inputs.flatten(2), index.flatten(1)) * within.flatten(1)[:, None]
+    return found.unflatten(2, index.shape[1:]).permute(1, 3, 0, 2)
 
 
 def _probed(layer: nn.Module, inputs: Tensor, at: Tensor | None) -> Tensor:

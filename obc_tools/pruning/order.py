@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, check_name, check_number, check_whole
 from ..measure.costs import Cost, CostModel, Kept
-from ..measure.latency_model import LatencyModel
+from ..measure.latency import LatencyModel
 from ..scoring.scores import Scores
 from ..state import shapes
 from ..structure.groups import ChannelGroup
@@ -405,9 +405,6 @@ def one_shot_plan(
     order = order.by_hand(by_hand or {})
     order.check(target, costs)
     return order.plan(order.meet(target, costs))
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)

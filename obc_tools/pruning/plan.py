@@ -300,11 +300,9 @@ def _least_of(blocks: int) -> int:
 
 def _member_to_data(member: Member) -> dict:
     data = {"layer": member.axis.layer, "axis": member.axis.axis, "type": member.kind, "width": member.width}
-    return data | ({} if _is_identity(member) else {"positions": member.positions, "channels": member.channels})
-
-
-def _is_identity(member: Member) -> bool:
-    return member.positions == member.channels == tuple(range(member.width))
+    if member.positions == member.channels == tuple(range(member.width)):
+        return data
+    return data | {"positions": member.positions, "channels": member.channels}
 
 
 def _group_from_data(data: Mapping) -> tuple[ChannelGroup, tuple[int, ...]]:

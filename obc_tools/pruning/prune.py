@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import check_whole
 from ..measure.costs import Cost, CostModel
-from ..measure.latency_model import LatencyModel, Times
+from ..measure.latency import LatencyModel, Times
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof, Rows
 from ..scoring.scores import Scores
@@ -112,9 +112,6 @@ def prune_to(
     target = (
         Timing(latency, latency_speedup, **timing or {}) if timed else Target(speedup, macs, params, ratio, counting)
     )
-    if compensate and batches is None:
-        raise ValueError("compensate=True needs batches, whatever the criterion is")
-    left = partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
     way = Way(
         selection=Selection(ignore, whole_heads, only),
         scoring=Scoring(
@@ -122,12 +119,22 @@ def prune_to(
         ),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
-        left=left,
+        left=what_is_left(compensate, batches, task),
         verify=verify,
         seed=seed,
         progress=progress,
     )
     return (prune_to_latency if timed else prune_in_steps)(model, example_inputs, batches, target, way)
+
+
+def what_is_left(compensate: bool, batches: Iterable[Any] | None, task: str | Task) -> Callable:
+    """Return what makes the network that is scored from the model and the plan so far.
+
+    Raises ValueError where there are no batches to compensate with.
+    """
+    if compensate and batches is None:
+        raise ValueError("compensate=True needs batches, whatever the criterion is")
+    return partial(compensation.compensate, batches=batches, task=task) if compensate else shrink
 
 
 @dataclass(frozen=True, kw_only=True)

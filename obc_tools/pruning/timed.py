@@ -23,8 +23,16 @@ from torch import nn
 from ..errors import check_name, check_number, check_whole
 from ..files import told
 from ..measure.costs import CostModel
-from ..measure.latency import CLOCKS
-from ..measure.latency_model import LatencyModel, Times, conditions, kept_latency, learn_latency, time_layers
+from ..measure.latency import (
+    CLOCKS,
+    RUNTIMES,
+    LatencyModel,
+    Times,
+    conditions,
+    kept_latency,
+    learn_latency,
+    time_layers,
+)
 from ..state import copy_of
 from ..structure.groups import ChannelGroup
 from .choices import Limits
@@ -37,8 +45,6 @@ PLANS = 10
 ROUNDS = 8
 HELD = 15 / 16
 """With what probability an interval holds the median: that of the least to the largest of five."""
-RUNTIMES = ("eager", "compile", "onnxruntime")
-"""What a network's latency may be measured in: torch as it is, torch.compile, or ONNX Runtime (`export_onnx`)."""
 
 
 class LatencyError(ValueError):
@@ -272,7 +278,7 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "obc_tools.models.timing_worker", str(path)]
+        command = [sys.executable, "-m", "obc_tools.models.speeds", str(path)]
         found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
     for process in found:
         if process.returncode:

@@ -23,10 +23,9 @@ from ..errors import check_whole
 from ..files import entries, logging_to_file, read_json, write_json
 from ..holding import PROCESS, held, is_worked_on, start
 from .experiments import SCRATCH, Experiment, get_experiment
-from .folder import JOB, OUTPUT, STOP
+from .folder import JOB, OUTPUT, STOP, wait_while
 from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob
 from .run import Run, launch
-from .worker import wait_while
 
 logger = logging.getLogger(__name__)
 

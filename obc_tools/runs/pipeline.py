@@ -27,8 +27,8 @@ from ..data.batches import Batches, to_device
 from ..files import read_json, replacing, write_json, write_text
 from ..measure.costs import cost
 from ..measure.latency import latencies
+from ..models.networks import load_weights, read_weights
 from ..models.speeds import speed_table
-from ..models.weights import load_weights, read_weights
 from ..pruning.check import ProofError
 from ..pruning.choices import Target
 from ..pruning.compensation import compensate
@@ -294,7 +294,6 @@ class Stages:
     def _keep(self, key: str, model: nn.Module, history: History) -> None:
         """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
         self.histories[key] = history
-        logger.info("%s", history.last)
         if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
             with replacing(self._keeping.folder / WEIGHTS[key]) as new:
                 save_model(model, str(new))

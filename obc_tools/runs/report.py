@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,10 @@ from ..pruning.choices import OPERATIONS
 from ..pruning.plan import Deciding
 from .job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, JobResult, PruningJob
 
+BESIDE = {
+    kind: Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+}
+"""A page without its sections, its style and what draws its figures."""
 SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -93,25 +98,9 @@ def render_report(title: str, sections: Iterable[Section]) -> str:
     body = "\n".join(_render(section, number) for number, section in enumerate(sections))
     has_figures = any(isinstance(section, Figure) for section in sections)
     scripts = _scripts() if has_figures else ""
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
-{body}
-</main>
-{scripts}
-</body>
-</html>
-"""
+    return Template(BESIDE["html"]).substitute(
+        title=html.escape(title), policy=POLICY, style=BESIDE["css"], body=body, scripts=scripts
+    )
 
 
 def _render(section: Section, number: int) -> str:
@@ -185,58 +174,12 @@ def _json(figure: go.Figure) -> str:
 
 def _scripts() -> str:
     templates = ",".join(f"{look}:{_json(go.Figure(layout={'template': theme(look)}))}" for look in LOOKS)
-    return f"<script>{get_plotlyjs()}</script>\n<script>const LOOKS = {{{templates}}};\n{SCRIPT}</script>"
+    return f"<script>{get_plotlyjs()}</script>\n<script>const LOOKS = {{{templates}}};\n{BESIDE['js']}</script>"
 
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 )
-
-STYLE = """
-:root { --paper: #ffffff; --ground: #f4f6f8; --ink: #24292f; --soft: #5b6570; --line: #dfe4e9; --stripe: #f8fafb;
-  --accent: #0079c1; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16191d; --ground: #0e1013; --ink: #d7dce2; --soft: #98a2ad; --line: #2b3036; --stripe: #1b1f24;
-    --accent: #4fa9e0; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.55; font-size: 15px;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 64px; }
-h1 { font-size: 26px; line-height: 1.25; margin: 8px 0 22px; letter-spacing: -0.01em; }
-h2 { font-size: 17px; margin: 0 0 10px; padding-left: 10px; border-left: 3px solid var(--accent); line-height: 1.3; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px;
-  margin: 0 0 16px; }
-p { margin: 0 0 10px; max-width: 75ch; }
-section > p:last-child { margin-bottom: 0; }
-.caption { color: var(--soft); font-size: 13px; margin: 10px 0 0; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { text-align: left; font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line);
-  padding: 6px 12px; }
-td { border-bottom: 1px solid var(--line); padding: 6px 12px; white-space: nowrap; }
-tbody tr:nth-child(even) { background: var(--stripe); }
-tbody tr:last-child td { border-bottom: 0; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.figure { width: 100%; }
-@media (max-width: 760px) { main { padding: 16px 10px 40px; } section { padding: 14px 12px; }
-  table { font-size: 13px; } th, td { padding: 5px 7px; } }
-@media print { body { background: none; } section { break-inside: avoid; } }
-"""
-
-SCRIPT = """
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function draw() {
-  for (const source of document.querySelectorAll("script[data-figure]")) {
-    const figure = JSON.parse(source.textContent);
-    figure.layout.template = LOOKS[dark.matches ? "dark" : "light"].layout.template;
-    Plotly.react(source.dataset.figure, figure.data, figure.layout, {responsive: true, displaylogo: false});
-  }
-}
-draw();
-dark.addEventListener("change", draw);
-"""
-
 
 CURVES = {ORIGINAL: "original, from scratch", NAIVE: "naive", MERGED: "EP"}
 

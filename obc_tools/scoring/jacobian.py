@@ -125,20 +125,3 @@ def stream_products(
     read = ProductRows(model, axes, objective, examples_per_row(rows), proof, set_aside)
     for number, batch in numbered(batches):
         yield read(batch, number)
-
-
-def all_reduce_scores(totals: Mapping[LayerAxis, Tensor], group: Any = None) -> dict[LayerAxis, Tensor]:
-    """Add up Σ_n (J_n w)² over the processes of a torch.distributed group, each of which saw its own batches.
-
-    Every process must call it with the same axes in the same order; afterwards all have the scores that one process
-    gets from all batches.
-
-    Raises:
-        ValueError: torch.distributed is not initialized.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise ValueError("scores can be reduced only after torch.distributed.init_process_group")
-    flat = torch.cat([total.flatten() for total in totals.values()])
-    torch.distributed.all_reduce(flat, group=group)
-    parts = flat.split([total.numel() for total in totals.values()])
-    return {axis: part.view_as(total) for (axis, total), part in zip(totals.items(), parts, strict=True)}

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from itertools import islice
 from typing import Any, Self
 
@@ -294,61 +294,129 @@ def score_groups(
     if "meta" in (devices := sorted({str(parameter.device) for parameter in model.parameters()})):
         which = f": its parameters have several devices: {', '.join(devices)}" if devices[1:] else " is on meta alone"
         raise ValueError(f"the model{which}; on the meta device weights are no numbers: load them before scoring")
-    parts = {group: _parts(model, group, criterion) for group in groups if group.prunable}
-    for group, members in parts.items():
-        if not members:
-            raise ValueError(f"group {group.root}: criterion {criterion.name!r} scores none of its members")
     if criterion.sampled_labels:
         objective = _sampling(criterion, objective, seed)
-    objective = in_precision(objective, amp)
+    objective, proof = in_precision(objective, amp), Proof() if proof is None else proof
+    asked = _Scorer(model, groups, criterion, group_reduction, normalizer, objective, seed, proof)
     if criterion.needs == "residuals":
-        combined = residual_scores(model, parts, batches, objective)
-    elif criterion.coupling in JOINED:
-        axes = _axes(model, parts)
-        options = {"rows": streamed(criterion.rows), "objective": objective, "proof": proof}
-        stream = stream_products(model, batches, list(axes), **options)
-        by_set = criterion.coupling == "set"
-        combined = removal_ranks(parts, stream) if by_set else sum_group_squares(parts, stream, criterion.rows)
-    else:
-        axes = _axes(model, parts)
-        proof = Proof() if proof is None else proof
-        options = {"rows": streamed(criterion.rows), "objective": objective, "proof": proof, "set_aside": True}
-        stream = stream_products(model, batches, list(axes), **options)
-        reached = None if criterion.needs == "weights" else proof.reached
-        finish = partial(_finish, model, parts, criterion, group_reduction, normalizer, reached)
-        if decided is not None:
-            return _score_until(groups, axes, criterion, stream, decided, finish)
-        saliencies = _saliencies(model, axes, criterion, stream, batches, objective, seed, proof.reached)
-        return _scores(groups, criterion, finish(saliencies))
-    return _scores(groups, criterion, _scaled(model, combined, criterion, normalizer))
+        return asked.scores(asked.scaled(residual_scores(model, asked.parts, batches, objective)))
+    if criterion.coupling in JOINED:
+        stream = asked.stream(batches, set_aside=False)
+        if criterion.coupling == "set":
+            return asked.scores(asked.scaled(removal_ranks(asked.parts, stream)))
+        return asked.scores(asked.scaled(sum_group_squares(asked.parts, stream, criterion.rows)))
+    if decided is not None:
+        return asked.until(decided, batches)
+    return asked.scores(asked.finish(asked.saliencies(batches)))
 
 
-def _scores(groups: Sequence[ChannelGroup], criterion: Criterion, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
-    if criterion.needs != "weights" and scored and not any(score.any() for score in scored.values()):
-        logger.warning(
-            "criterion %r: all scores are zero, so that they say nothing: look at the calibration data (few batches, "
-            "sorted by class?) and at the loss (already zero?)",
-            criterion.name,
-        )
-    zeros = {group: torch.zeros(group.width, dtype=torch.float64) for group in groups if group not in scored}
-    aside = {group: replace(group, kept_whole=UNREACHED) for group in zeros if group.prunable}
-    return Scores({aside.get(group, group): (scored | zeros)[group] for group in groups}, criterion.name)
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """What scores of groups depend on, but the batches; the proof's ``reached`` grows while it scores."""
 
+    model: nn.Module
+    groups: Sequence[ChannelGroup]
+    criterion: Criterion
+    group_reduction: str
+    normalizer: str | None
+    objective: Objective
+    seed: int
+    proof: Proof
 
-def _finish(
-    model: nn.Module,
-    parts: Parts,
-    criterion: Criterion,
-    group_reduction: str,
-    normalizer: str | None,
-    reached: set[str] | None,
-    saliencies: Mapping[LayerAxis, Tensor],
-) -> dict[ChannelGroup, Tensor]:
-    """Turn saliencies of axes, (..., channels), into scores of groups, (..., width)."""
-    if reached is not None:
-        parts = _reached(parts, reached)
-    combined = {g: reduce_members(g, members, saliencies, group_reduction) for g, members in parts.items()}
-    return _scaled(model, combined, criterion, normalizer)
+    @cached_property
+    def parts(self) -> Parts:
+        """The members that the criterion scores; raise ValueError for a group that has none."""
+        found = {group: _parts(self.model, group, self.criterion) for group in self.groups if group.prunable}
+        for group, members in found.items():
+            if not members:
+                raise ValueError(f"group {group.root}: criterion {self.criterion.name!r} scores none of its members")
+        return found
+
+    @cached_property
+    def axes(self) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
+        """The axes of these members."""
+        names = dict.fromkeys(member.axis for members in self.parts.values() for member in members)
+        layers = {name: get_layer(self.model, name.layer) for name in names}
+        return {name: (layer, find_axis(layer, name)) for name, layer in layers.items()}
+
+    def stream(self, batches: Iterable[Any], *, set_aside: bool = True) -> Iterator[Products]:
+        """Yield J·w of the axes, batch by batch."""
+        options = {"rows": streamed(self.criterion.rows), "objective": self.objective, "proof": self.proof}
+        return stream_products(self.model, batches, list(self.axes), **options, set_aside=set_aside)
+
+    def saliencies(self, batches: Iterable[Any] | None) -> dict[LayerAxis, Tensor]:
+        """Return the criterion's saliency of every axis that a loss depends on, on the CPU in float64."""
+        criterion, needs = self.criterion, self.criterion.needs
+        given, objective = (self.model, batches, [axis.layer for axis in self.axes]), self.objective
+        products = sum_squares(self.stream(batches), criterion.rows) if needs == "products" else {}
+        gradients = mean_gradients(*given, objective=objective) if needs == "gradients" else {}
+        squares = sum_square_gradients(*given, objective=objective) if needs == "squares" else {}
+        generator = torch.Generator().manual_seed(self.seed)
+        reached = self.proof.reached
+        reached |= gradients.keys() | squares.keys()
+        found = {}
+        for name, (layer, axis) in self.axes.items():
+            if needs != "weights" and name.layer not in reached:
+                continue
+            seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
+            found[name] = _saliency(criterion, name, Evidence(layer, axis, *seen, generator), (axis.width,))
+        return found
+
+    def finish(self, saliencies: Mapping[LayerAxis, Tensor]) -> dict[ChannelGroup, Tensor]:
+        """Turn saliencies of axes, (..., channels), into scores of groups, (..., width)."""
+        parts = self.parts if self.criterion.needs == "weights" else _reached(self.parts, self.proof.reached)
+        return self.scaled({g: reduce_members(g, ms, saliencies, self.group_reduction) for g, ms in parts.items()})
+
+    def scaled(self, combined: Mapping[ChannelGroup, Tensor]) -> dict[ChannelGroup, Tensor]:
+        """Scale scores, (..., width), within each group."""
+        if self.criterion.rescale:
+            combined = {group: self.criterion.rescale(score) for group, score in combined.items()}
+        if self.normalizer is None:
+            return dict(combined)
+        found = {}
+        for group, score in combined.items():
+            count = _channel_parameters(self.model, group) if self.normalizer == "parameters" else 1
+            rows = [normalize(one, self.normalizer, count) for one in torch.atleast_2d(score)]
+            found[group] = torch.stack(rows).view(score.shape)
+        return found
+
+    def scores(self, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
+        """Return the scores of all groups, zeros for those that are kept whole or that no loss depends on."""
+        if self.criterion.needs != "weights" and scored and not any(score.any() for score in scored.values()):
+            logger.warning(
+                "criterion %r: all scores are zero, so that they say nothing: look at the calibration data (few "
+                "batches, sorted by class?) and at the loss (already zero?)",
+                self.criterion.name,
+            )
+        zeros = {group: torch.zeros(group.width, dtype=torch.float64) for group in self.groups if group not in scored}
+        aside = {group: replace(group, kept_whole=UNREACHED) for group in zeros if group.prunable}
+        return Scores({aside.get(group, group): (scored | zeros)[group] for group in self.groups}, self.criterion.name)
+
+    def until(self, decided: Decided, batches: Iterable[Any]) -> Scores:
+        """Score batch after batch until the scores suffice, or none is left."""
+        total, each, scores = SquareSums(self.criterion.rows), [], None
+        for products in self.stream(batches):
+            here = {axis: rows.cpu() for axis, rows in products.items()}
+            total.add(here)
+            each.append(SquareSums(self.criterion.rows, total.size).add(here))
+            others = [total - one for one in each]
+            if len(others) > 1 and all(sums.suffices for sums in others):
+                scores = self._left_out(total, others)
+                if decided(scores):
+                    return scores
+        return scores or self._left_out(total, ())
+
+    def _left_out(self, total: SquareSums, others: Sequence[SquareSums]) -> Scores:
+        """Return the scores by all batches, with those by all but one."""
+        scale = len(others) / max(len(others) - 1, 1)
+        left_out = [{axis: scale * squares for axis, squares in sums.totals().items()} for sums in others]
+        tables, saliencies = [total.totals(), *left_out], {}
+        for name, (layer, axis) in self.axes.items():
+            seen = torch.stack([table[name] for table in tables])
+            saliencies[name] = _saliency(self.criterion, name, Evidence(layer, axis, products=seen), seen.shape)
+        found = self.finish(saliencies)
+        whole = self.scores({group: score[0] for group, score in found.items()})
+        return replace(whole, left_out={group: score[1:] for group, score in found.items()} if others else None)
 
 
 def _reached(parts: Parts, reached: set[str]) -> dict[ChannelGroup, list[Member]]:
@@ -361,56 +429,6 @@ def _reached(parts: Parts, reached: set[str]) -> dict[ChannelGroup, list[Member]
     if parts and not any(left.values()):
         raise ValueError(never_ran(next(iter(parts)).root.layer))
     return {group: members for group, members in left.items() if members}
-
-
-def _scaled(
-    model: nn.Module, combined: Mapping[ChannelGroup, Tensor], criterion: Criterion, normalizer: str | None
-) -> dict[ChannelGroup, Tensor]:
-    if criterion.rescale:
-        combined = {group: criterion.rescale(score) for group, score in combined.items()}
-    if normalizer is None:
-        return dict(combined)
-    counts = {group: _channel_parameters(model, group) for group in combined} if normalizer == "parameters" else {}
-    return {
-        group: torch.stack([normalize(one, normalizer, counts.get(group, 1)) for one in torch.atleast_2d(score)]).view(
-            score.shape
-        )
-        for group, score in combined.items()
-    }
-
-
-def _score_until(
-    groups: Sequence[ChannelGroup],
-    axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
-    criterion: Criterion,
-    stream: Iterable[Products],
-    decided: Decided,
-    finish: Callable[[Mapping[LayerAxis, Tensor]], dict[ChannelGroup, Tensor]],
-) -> Scores:
-    """Score batch after batch until the scores suffice, or none is left."""
-    total, each, scores = SquareSums(criterion.rows), [], None
-
-    def scored(others: Sequence[SquareSums]) -> Scores:
-        scale = len(others) / max(len(others) - 1, 1)
-        left_out = [{axis: scale * squares for axis, squares in sums.totals().items()} for sums in others]
-        tables, saliencies = [total.totals(), *left_out], {}
-        for name, (layer, axis) in axes.items():
-            seen = torch.stack([table[name] for table in tables])
-            saliencies[name] = _saliency(criterion, name, Evidence(layer, axis, products=seen), seen.shape)
-        found = finish(saliencies)
-        whole = _scores(groups, criterion, {group: score[0] for group, score in found.items()})
-        return replace(whole, left_out={group: score[1:] for group, score in found.items()} if others else None)
-
-    for products in stream:
-        here = {axis: rows.cpu() for axis, rows in products.items()}
-        total.add(here)
-        each.append(SquareSums(criterion.rows, total.size).add(here))
-        others = [total - one for one in each]
-        if len(others) > 1 and all(sums.suffices for sums in others):
-            scores = scored(others)
-            if decided(scores):
-                return scores
-    return scores or scored(())
 
 
 def _check_request(criterion: Criterion, batches: Any, group_reduction: str, normalizer: str | None) -> None:
@@ -444,39 +462,6 @@ def _parts(model: nn.Module, group: ChannelGroup, criterion: Criterion) -> list[
             keys = [LayerAxis(member.axis.layer, "out_w"), LayerAxis(member.axis.layer, "out_b")]
         parts += [replace(member, axis=key) for key in keys if parameter_slots(layer, find_axis(layer, key))]
     return distinct_members(model, parts)
-
-
-def _axes(model: nn.Module, parts: Parts) -> dict[LayerAxis, tuple[nn.Module, Axis]]:
-    names = dict.fromkeys(member.axis for members in parts.values() for member in members)
-    layers = {name: get_layer(model, name.layer) for name in names}
-    return {name: (layer, find_axis(layer, name)) for name, layer in layers.items()}
-
-
-def _saliencies(
-    model: nn.Module,
-    axes: Mapping[LayerAxis, tuple[nn.Module, Axis]],
-    criterion: Criterion,
-    stream: Iterable[Products],
-    batches: Any,
-    objective: Objective,
-    seed: int,
-    reached: set[str],
-) -> dict[LayerAxis, Tensor]:
-    """Return the criterion's saliency of every axis that a loss depends on, on the CPU in float64; add to `reached`."""
-    layers, needs = [axis.layer for axis in axes], criterion.needs
-    products = sum_squares(stream, criterion.rows) if needs == "products" else {}
-    gradients = mean_gradients(model, batches, layers, objective=objective) if needs == "gradients" else {}
-    squares = sum_square_gradients(model, batches, layers, objective=objective) if needs == "squares" else {}
-    generator = torch.Generator().manual_seed(seed)
-    reached |= gradients.keys() | squares.keys()
-    saliencies = {}
-    for name, (layer, axis) in axes.items():
-        if needs != "weights" and name.layer not in reached:
-            continue
-        seen = (gradients.get(name.layer, {}), squares.get(name.layer, {}), products.get(name))
-        evidence = Evidence(layer, axis, *seen, generator)
-        saliencies[name] = _saliency(criterion, name, evidence, (axis.width,))
-    return saliencies
 
 
 def _saliency(criterion: Criterion, name: LayerAxis, evidence: Evidence, shape: Sequence[int]) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,8 +138,13 @@ class StudioSession:
         missing = {(plan.kept, made): plan for plan, made in wanted if (plan.kept, made) not in known}
         for number, ((kept, made), plan) in enumerate(missing.items(), start=1):
             batches = watch(self.held_out_batches(), f"measuring plan {number} of {len(missing)}")
-            build = partial(compensate, batches=self.calibration(), task=self.task) if made else prune
-            self._metrics[kept, made] = evaluate(build(self.model, plan), batches, task=self.task)
+            self._metrics[kept, made] = evaluate(self.network(plan, made), batches, task=self.task)
+
+    def network(self, plan: PruningPlan, compensated: bool = False) -> nn.Module:
+        """Return what a plan leaves, as it is or as `compensate` leaves it with the calibration batches."""
+        if not compensated:
+            return prune(self.model, plan)
+        return compensate(self.model, plan, self.calibration(), task=self.task)
 
     def frontier(self, choices: Choices, reach: Reach, watch: Watch = lambda batches, what: batches) -> None:
         """Evaluate what choices lead to at `POINTS` speed-ups up to the largest, or to `MOST`, for `curve`."""

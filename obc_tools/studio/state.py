@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from ..data.data import Data
-from ..errors import UnknownNameError, check_name
+from ..errors import UnknownNameError
 from ..measure.costs import CostModel
 from ..pruning.choices import Limits, Scoring, Selection, Target
 from ..pruning.order import RemovalOrder, removal_order
@@ -110,13 +110,6 @@ def remember(state: StudioState, name: str) -> StudioState:
         raise ValueError("a plan to be remembered needs a name")
     others = tuple(entry for entry in state.remembered if entry[0] != name)
     return replace(state, remembered=(*others, (name, state.choices)))
-
-
-def recall(state: StudioState, name: str) -> StudioState:
-    """Go to the choices with a name, as a change that undo takes back; raise ValueError for an unknown one."""
-    named = dict(state.remembered)
-    check_name("remembered plan", name, named)
-    return change(state, named[name])
 
 
 def limit_of(choices: Choices, root: LayerAxis) -> float:

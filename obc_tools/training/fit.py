@@ -23,7 +23,6 @@ from ..scoring.tasks import CLASSIFICATION, Task, check_task, count_outputs, eva
 from ..state import check_module, evaluating, running
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
-from .guard import DivergenceError, Where
 from .processes import (
     Processes,
     agreed,
@@ -34,7 +33,7 @@ from .processes import (
     set_random_state,
 )
 from .recipe import Recipe, learning_rate_factor
-from .stepper import Stepper, frozen, parameter_groups
+from .stepper import DivergenceError, Stepper, Where, frozen, parameter_groups
 
 __all__ = ["DivergenceError", "Epoch", "History", "Recipe", "Stopped", "fit"]
 

@@ -36,9 +36,9 @@ from ..files import (
 )
 from ..holding import held
 from ..measure.metrics import SIGNS
-from .guard import Where
 from .processes import processes
 from .recipe import Recipe
+from .stepper import Where
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -1,16 +1,24 @@
-"""The small parts that all views are built of, and what views of work beside the kernel have in common."""
+"""The small parts that all views are built of, and work beside the kernel: in a thread, only the newest piece.
+
+A cell's code and the callbacks of widgets run one after the other in the kernel, so work in either leaves every button
+dead until it ends.
+"""
 
 from __future__ import annotations
 
 import html
 import json
+import logging
+import math
+import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anywidget
 import ipywidgets as W
@@ -23,9 +31,11 @@ from torch import nn
 
 from ..plots.looks import DARK, theme
 from ..plots.stills import with_still
-from .tasks import Worker
 
-T = TypeVar("T", bound=W.Widget)
+logger = logging.getLogger(__name__)
+
+Control = TypeVar("Control", bound=W.Widget)
+T = TypeVar("T")
 
 
 class Text(W.Widget):
@@ -97,12 +107,12 @@ SHOWN = 6
 
 STYLE = (
     "<style>.obc-table td, .obc-table th {padding: 1px 10px; line-height: 1.5; text-align: right; white-space: nowrap}"
-    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 68px; max-width: 160px}"
+    ".obc-table th {white-space: normal; vertical-align: bottom; min-width: 44px; max-width: 160px}"
     ".obc-table tr > :first-child {padding-left: 0; text-align: left}</style>"
 )
 
 
-def labelled(kind: type[T], label: str, tooltip: str = "", *, width: str | None = None, **traits: Any) -> T:
+def labelled(kind: type[Control], label: str, tooltip: str = "", *, width: str | None = None, **traits: Any) -> Control:
     """Return a control with a label: in a column, the label as wide as all others', or as wide as is said."""
     layout, style = (NARROW, LABEL) if width is None else ({"width": width}, {"description_width": "initial"})
     return kind(description=label, tooltip=tooltip, layout=layout, style=style, **traits)
@@ -123,15 +133,23 @@ def slider(
     return labelled(W.FloatSlider, label, tooltip, value=value, min=low, max=high, step=step)
 
 
-def stands_at(slider: W.FloatSlider, value: float) -> bool:
+def factor_slider(label: str, low: float, high: float) -> W.FloatLogSlider:
+    """Return a slider over factors, of which equal ways are equal ratios; 200 steps; it stands at its lower end."""
+    ends = math.log10(low), math.log10(high)
+    step = (ends[1] - ends[0]) / 200
+    return labelled(W.FloatLogSlider, label, value=low, min=ends[0], max=ends[1], step=step, readout_format=".2f")
+
+
+def stands_at(slider: W.FloatSlider | W.FloatLogSlider, value: float) -> bool:
     """Say whether a slider shows a number as well as it can.
 
     It ends somewhere, and a page rounds what it is told to the slider's steps and tells that back.
     """
-    return abs(slider.value - min(max(value, slider.min), slider.max)) < 0.501 * slider.step
+    at, asked = (slider.value, value) if isinstance(slider, W.FloatSlider) else map(math.log10, (slider.value, value))
+    return abs(at - min(max(asked, slider.min), slider.max)) < 0.501 * slider.step
 
 
-def set_slider(slider: W.FloatSlider, value: float) -> None:
+def set_slider(slider: W.FloatSlider | W.FloatLogSlider, value: float) -> None:
     """Set a slider, but not to what it shows already: told back, that tears it from the mouse."""
     if not stands_at(slider, value):
         slider.value = value
@@ -295,3 +313,127 @@ def set_options(choice: W.Dropdown, options: Sequence[Any], value: Any) -> None:
     with choice.hold_sync():
         choice.options = tuple(options)
         choice.value = value
+
+
+class Cancelled(Exception):
+    """Work that is not wanted any more."""
+
+
+class Task:
+    """One piece of work: it is told when to stop, and tells how far it is."""
+
+    def __init__(self, report: Callable[[str, float], None]):
+        self._report = report
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Let the work end where it next looks."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Say whether the work is not wanted any more."""
+        return self._cancelled.is_set()
+
+    def check(self) -> None:
+        """Raise Cancelled if the work is not wanted any more."""
+        if self.cancelled:
+            raise Cancelled
+
+    def at(self, what: str, share: float) -> None:
+        """Tell what is being done and how much of it is done, a share in [0, 1]; raise as `check` does."""
+        self.check()
+        self._report(what, share)
+
+    def watch(self, items: Collection[T], what: str) -> Watched[T]:
+        """Return the items, telling before each how far it is, and stopping there when that is asked for."""
+        return Watched(self, items, what)
+
+
+class Watched(Generic[T]):
+    """Items whose iteration is watched by a task; may be gone through again and again."""
+
+    def __init__(self, task: Task, items: Collection[T], what: str):
+        self._task, self._items, self._what = task, items, what
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[T]:
+        for number, item in enumerate(self._items):
+            self._task.at(self._what, number / len(self._items))
+            yield item
+        self._task.check()
+
+
+class Worker:
+    """Does the newest piece of work in a thread; one that is under way is cancelled, and has ended before it begins.
+
+    Attributes:
+        lock: held while outcomes are handed over. What changes the same state elsewhere holds it too.
+    """
+
+    def __init__(self, report: Callable[[str, float], None], failed: Callable[[Exception], None]):
+        self.lock = threading.RLock()
+        self._report, self._failed = report, failed
+        self._turn = threading.Lock()
+        self._task: Task | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Say whether work is under way."""
+        with self.lock:
+            return self._task is not None
+
+    def start(self, work: Callable[[Task], T], then: Callable[[T], None]) -> Task:
+        """Begin a piece of work; ``then`` takes its outcome, in the thread, unless the work was cancelled meanwhile."""
+        with self.lock:
+            self.cancel()
+            task = self._task = Task(lambda what, share: self._tell(task, what, share))
+        threading.Thread(target=self._run, args=(task, work, then), daemon=True).start()
+        return task
+
+    def cancel(self) -> None:
+        """Cancel the work under way; its outcome is dropped."""
+        with self.lock:
+            if self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    def wait(self, timeout: float = 60.0) -> None:
+        """Wait until no work is under way; raise TimeoutError if some still is after so many seconds."""
+        end = time.monotonic() + timeout
+        while self.busy:
+            if time.monotonic() > end:
+                raise TimeoutError(f"work is still under way after {timeout:g} s")
+            time.sleep(0.005)
+
+    def _tell(self, task: Task, what: str, share: float) -> None:
+        with self.lock:
+            task.check()
+            self._report(what, share)
+
+    def _run(self, task: Task, work: Callable[[Task], T], then: Callable[[T], None]) -> None:
+        with self._turn:
+            try:
+                task.check()
+                outcome = work(task)
+            except Cancelled:
+                logger.debug("work was cancelled")
+            # Whatever it is, it is shown where the work was asked for; nobody looks at a thread's traceback.
+            except Exception as error:
+                logger.debug("work failed", exc_info=True)
+                self._finish(task, lambda error=error: self._failed(error))
+            else:
+                self._finish(task, lambda: then(outcome))
+
+    def _finish(self, task: Task, hand_over: Callable[[], None]) -> None:
+        with self.lock:
+            if task is not self._task:
+                return
+            self._task = None
+            try:
+                hand_over()
+            except Exception as error:
+                logger.debug("an outcome could not be shown", exc_info=True)
+                self._failed(error)

@@ -257,12 +257,11 @@ class JTJExplorer(Explorer):
             f"group = next(group for group in groups if group.root == {tuple(group.root)!r})\n"
             f"jtj = obc.group_jtj(model, batches, group, channel={channel}{self._said})\njtj.plot()"
         )
-        what = "computing the group's JᵀJ"
-
-        def work(batches: Collection[Any]) -> GroupJTJ:
-            return group_jtj(self.network, batches, group, channel, **self._scored)
-
-        self.compute(what, work, self._take_group)
+        self.compute(
+            "computing the group's JᵀJ",
+            lambda batches: group_jtj(self.network, batches, group, channel, **self._scored),
+            self._take_group,
+        )
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
@@ -309,11 +308,9 @@ class InteractionExplorer(Explorer):
         buttons = W.HBox([self.back_button, self.cancel_button])
         self.children = (self.beside([self.layer, self.order, self.mode, buttons, self.table]), self.code)
         self.on_change((self.layer, self.order, self.mode), self._show)
-
-        def work(batches: Collection[Any]) -> JacobianProducts:
-            return jacobian_products(self.network, batches, **self._scored)
-
-        self.compute("computing J·w", work, self._take)
+        self.compute(
+            "computing J·w", lambda batches: jacobian_products(self.network, batches, **self._scored), self._take
+        )
 
     def __repr__(self) -> str:
         return f"InteractionExplorer({self.layer.value}, {self.interactions!r})"
@@ -322,11 +319,11 @@ class InteractionExplorer(Explorer):
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
         layer = self.layer.value
         self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}]{self._said})\njtj.plot()")
-
-        def work(batches: Collection[Any]) -> DenseJTJ:
-            return dense_jtj(self.network, batches, layer, [i, j], **self._scored)
-
-        self.compute(f"computing JᵀJ of channels {i} and {j}", work, self._take_pair)
+        self.compute(
+            f"computing JᵀJ of channels {i} and {j}",
+            lambda batches: dense_jtj(self.network, batches, layer, [i, j], **self._scored),
+            self._take_pair,
+        )
 
     def clicked(self, click: Click) -> None:
         """Show JᵀJ of both filters of the cell that was clicked."""

@@ -23,6 +23,7 @@ from .controls import LiveFigure, button, close, code_area, dropdown, note
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 2.0
+LOG = "height: 220px; overflow: auto; margin: 0; white-space: pre-wrap; word-break: normal"
 LOG_LINES = 12
 GONE = "gone"
 LINES_HEIGHT = 44
@@ -130,9 +131,11 @@ class RunMonitor(W.VBox):
             self.stop_button.disabled = status != "running"
             self.resume_button.disabled = status in ("running", "finished", GONE)
             tail = note(self.run.log(LOG_LINES) if status != GONE else "")
-            self.tail.value = f"<pre style='height:220px;overflow:auto;margin:0'>{tail}</pre>"
+            self.tail.value = f"<pre style='{LOG}'>{tail}</pre>"
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
-            self.code.value = f"run = obc.Run.open({_from_here(self.run.folder)!r})\nrun.log({LOG_LINES})\n{act}\n"
+            here, folder = Path.cwd(), self.run.folder
+            shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+            self.code.value = f"run = obc.Run.open({shown!r})\nrun.log({LOG_LINES})\n{act}\n"
 
     def _described(self, name: str) -> str:
         folder = self.runs[name].folder
@@ -152,8 +155,3 @@ class RunMonitor(W.VBox):
             except Exception as error:
                 logger.debug("a look failed", exc_info=True)
                 self.said.value = note(str(error), bad=True)
-
-
-def _from_here(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

@@ -25,7 +25,7 @@ from ..plots.looks import LIGHT, counted
 from ..plots.plans import SCORES, UPPER, coupling_graph, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.order import Reach, reach_of
-from ..pruning.plan import PruningPlan, prune
+from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
 from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
 from ..scoring.tasks import CLASSIFICATION, find_task
@@ -55,9 +55,11 @@ from .controls import (
     WRAPPING,
     Click,
     LiveFigure,
+    Task,
     View,
     code_area,
     dropdown,
+    factor_slider,
     integer,
     listed,
     note,
@@ -68,7 +70,6 @@ from .controls import (
     table,
     text,
 )
-from .tasks import Task
 
 NONE = "none"
 ROWS = ("batch", "sample", "expected")
@@ -139,7 +140,9 @@ class StudioControls:
         self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
         self.scope = dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together")
         self.kind = dropdown("target", KINDS.items(), kind)
-        self.targets = {each: slider("to", *slider_range(each, self.reach)) for each in KINDS.values()}
+        ranges = {each: slider_range(each, self.reach) for each in KINDS.values()}
+        self.targets = {each: slider("to", *range_) for each, range_ in ranges.items()}
+        self.targets["speedup"] = factor_slider("to", *ranges["speedup"][:2])
         self.targets[kind].value = value
         self.place = W.Box([self.targets[kind]])
         self.round_to = integer("multiple of", choices.limits.round_to or 1, 1, 1024, "of the channels a group keeps")
@@ -160,7 +163,7 @@ class StudioControls:
         self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
 
     @property
-    def target(self) -> W.FloatSlider:
+    def target(self) -> W.FloatSlider | W.FloatLogSlider:
         """The slider of the kind of target that is chosen.
 
         Each kind has its own: told another range and another value, a page may take the value first, clip it to the
@@ -190,7 +193,10 @@ class StudioControls:
     def _read_target(self, target: Target) -> Target:
         kind, value = shown_value(target)
         stays = kind == self.kind.value and stands_at(self.target, value)
-        return target if stays else target_of(self.kind.value, round(self.target.value, 6))
+        said, plain = round(self.target.value, 6), round(self.target.value, 2)
+        if self.kind.value == "speedup" and stands_at(self.target, plain):
+            said = plain  # as a person would write it
+        return target if stays else target_of(self.kind.value, said)
 
     def read_limit(self, choices: Choices) -> Choices:
         """Return choices with the limit of the group that is shown in their place."""
@@ -354,8 +360,9 @@ class PruningStudio(View):
         return Path(path)
 
     def export_model(self, folder: str | Path) -> Path:
-        """Save the pruned network, which `load_pruned` reads; a folder in use is refused."""
-        save_pruned(folder, prune(self.session.model, self.plan), self.plan, source=self._source)
+        """Save the pruned network, compensated if that is pressed, for `load_pruned`; a folder in use is refused."""
+        network = self.session.network(self.plan, self._controls.compensate.value)
+        save_pruned(folder, network, self.plan, source=self._source)
         return Path(folder)
 
     def _connect(self) -> None:

@@ -9,7 +9,7 @@ from terminal import assert_one_line, run
 
 import obc_tools as obc
 from obc_tools import cli
-from obc_tools.cli import checks
+from obc_tools.cli import options as checks
 from obc_tools.cli.commands import main, parse
 from obc_tools.data.data import DATA_SETS
 from obc_tools.measure.costs import COUNTINGS

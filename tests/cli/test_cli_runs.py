@@ -10,8 +10,8 @@ import torch
 from terminal import assert_one_line, run
 from torchvision.transforms.v2.functional import to_pil_image
 
-from obc_tools.cli import checks
-from obc_tools.cli.runs import RunExperiment
+from obc_tools.cli import options as checks
+from obc_tools.cli.commands import RunExperiment
 from obc_tools.data.data import load_data
 from obc_tools.models.networks import load_model
 from obc_tools.runs.experiments import EXPERIMENTS, RESNET56

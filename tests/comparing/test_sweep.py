@@ -8,7 +8,7 @@ import torch
 from networks import network
 from torch.nn import functional as F
 
-from obc_tools import PruningPlan, Task, cost, evaluate, prune, prune_to, recalibrate, sweep
+from obc_tools import PruningPlan, Task, compensate, cost, evaluate, prune, prune_to, recalibrate, sweep
 from obc_tools.comparing.comparison import ComparisonError, read_comparison
 from obc_tools.data.batches import Batches
 
@@ -115,6 +115,18 @@ def test_what_is_measured_can_be_built_otherwise(given):
     assert seen == [found.plan("speedup=1.5")]
     with pytest.raises(KeyError, match="x"):
         sweep(model, example, batches, targets={"speedup": 1.5}, build=lambda *_: {}["x"], held_out=batches, **STEPS)
+
+
+def test_steps_and_what_is_measured_can_be_compensated():
+    model, images = network("residual")
+    images = torch.randn(32, *images.shape[1:], generator=torch.Generator().manual_seed(3), dtype=images.dtype)
+    batches, how = [(images, torch.arange(32) % 5)], {"task": TASK, "compensate": True, "steps": 2, "progress": False}
+    plan = prune_to(model, images[:1], batches, ratio=0.5, criterion="taylor", **how)
+    how |= {"targets": {"ratio": 0.5}, "criteria": "taylor", "held_out": batches}
+    found, plain = (sweep(model, images[:1], batches, **how | {"compensate": made}) for made in (True, False))
+    assert found.plan("ratio=0.5") == plan != plain.plan("ratio=0.5")
+    size = evaluate(compensate(model, plan, batches, task=TASK), batches, task=TASK).values["size"]
+    assert found.frame["size"].iloc[-1] == pytest.approx(size, rel=1e-12)
 
 
 def test_networks_can_be_timed_beside_the_unpruned_one(given):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from obc_tools.models.weights import load_weights, read_weights
+from obc_tools.models.networks import load_weights, read_weights
 
 
 def network(outputs: int = 3) -> nn.Sequential:

@@ -95,12 +95,13 @@ def make_redundant(layer, groups):
             )
 
 
+@pytest.mark.parametrize("positions", [None, 7], ids=["enough", "few"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_channels_that_are_mixtures_of_kept_ones_leave_without_a_trace(name):
+def test_channels_that_are_mixtures_of_kept_ones_leave_without_a_trace(name, positions):
     model, inputs = chain(name)
     make_redundant(model[1], getattr(model[2], "groups", 1))
     plan = half_of(model, inputs, "1")
-    made = compensate(model, plan, [inputs], ridge=0)
+    made = compensate(model, plan, [inputs], ridge=0, positions=positions)
     fresh = torch.randn_like(inputs)
     torch.testing.assert_close(made(fresh), model(fresh), rtol=0, atol=1e-10)
     assert (prune(model, plan)(fresh) - model(fresh)).abs().max() > 1e-3
@@ -209,6 +210,26 @@ def test_a_ridge_keeps_weights_near_the_pruned_ones():
     oracle = plain.flatten(1) + torch.linalg.solve(second, x.T @ r / len(x)).T
     found = compensate(model, plan, [inputs], ridge=1e-2, positions=ALL)[4].weight.flatten(1)
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [9, 10, 40])
+@pytest.mark.parametrize("ridge", [0, 1e-2])
+@pytest.mark.parametrize("centred", [False, True])
+def test_few_positions_give_what_their_moments_say(count, ridge, centred):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 9, count).double() + 3, torch.randn(2, 4, count).double()
+    moments = Moments(2, 9, 4, centred=centred, device=x.device)
+    for part in (slice(0, 4), slice(4, None)):
+        moments.add(x[..., part], y[..., part])
+    solution, intercept = moments.solve(ridge)
+    mean = x.mean(2, keepdim=True) if centred else 0 * x[..., :1]
+    second = (x - mean) @ (x - mean).mT / count
+    level = ridge * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(9).double()
+    oracle = (y @ (x - mean).mT / count) @ torch.linalg.pinv(second + level, rtol=1e-12)
+    torch.testing.assert_close(solution, oracle, rtol=1e-9, atol=1e-10)
+    if centred:
+        missing = (y - solution @ x - intercept[..., None]).mean(2)
+        torch.testing.assert_close(missing, torch.zeros(2, 4).double(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -19,8 +19,7 @@ from obc_tools.comparing.comparison import ComparisonError
 from obc_tools.pruning.choices import TORCH_PRUNING
 from obc_tools.runs.folder import RunFolderError, read_job
 from obc_tools.runs.grid import Grid, GridJob, launch_grid
-from obc_tools.runs.run import Run, run_experiment
-from obc_tools.runs.tables import results_table
+from obc_tools.runs.run import Run, results_table, run_experiment
 
 BEFORE = Path(__file__).parents[1] / "data" / "before"
 SETTINGS = {"steps": 3, "ratio": 0.4, "batches": 1, "batch_size": 16, "repeats": 1, "progress": False}

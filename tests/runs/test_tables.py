@@ -9,7 +9,7 @@ import pytest
 from obc_tools.files import write_json
 from obc_tools.pruning.choices import Target
 from obc_tools.runs.experiments import EXPERIMENTS
-from obc_tools.runs.tables import find_runs, results_table
+from obc_tools.runs.run import find_runs, results_table
 
 PAPER = Path(__file__).parents[2] / "results" / "paper" / "table9_vgg19_cifar100.csv"
 

@@ -1,10 +1,7 @@
 """The public functions: goldens, bad input, what is given back, precision, compiled models, several processes."""
 
 import gc
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from obc_tools.models.networks import load_model
-from obc_tools.scoring.jacobian import all_reduce_scores, jacobian_products, model_axes, stream_products
+from obc_tools.scoring.jacobian import jacobian_products, model_axes, stream_products
 from obc_tools.scoring.objectives import classification
 
 ROWS = {"layer": "batch", "sample": "sample"}
@@ -299,28 +296,3 @@ def test_compiled_models(whole, rows):
 
 
 # Several processes
-
-
-@pytest.mark.parametrize("rows", ["batch", "sample"])
-def test_two_processes_give_the_scores_of_one(rows, two_processes):
-    chosen = case("residual")
-    expected = jacobian_products(chosen.model(), [chosen.data(seed) for seed in range(3)], rows=rows).scores()
-    first, second = (result[rows] for result in two_processes)
-    assert first == second
-    for axis, total in expected.items():
-        torch.testing.assert_close(torch.tensor(first[axis], dtype=torch.float64), total, rtol=1e-12, atol=0)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Run `tests.two_processes` on two ranks; return what each found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.two_processes", str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], cwd=Path(__file__).parents[2]) for rank in range(2)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_reducing_without_processes():
-    with pytest.raises(ValueError, match="only after torch.distributed.init_process_group"):
-        all_reduce_scores({})

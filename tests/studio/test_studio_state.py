@@ -19,7 +19,6 @@ from obc_tools.studio.state import (
     change,
     lock,
     plan_changes,
-    recall,
     redo,
     remember,
     set_limit,
@@ -67,11 +66,9 @@ def test_a_drag_is_one_step_and_old_steps_are_forgotten():
 def test_plans_are_remembered_by_name():
     state = remember(change(StudioState(), RATIOS[0]), "first")
     state = remember(change(state, RATIOS[1]), "second")
-    assert recall(state, "first").choices == RATIOS[0]
-    assert undo(recall(state, "first")).choices == RATIOS[1]
-    assert dict(remember(recall(state, "first"), "second").remembered)["second"] == RATIOS[0]
-    with pytest.raises(ValueError, match="unknown remembered plan 'thrid'"):
-        recall(state, "thrid")
+    assert dict(state.remembered) == {"first": RATIOS[0], "second": RATIOS[1]}
+    state = remember(change(state, RATIOS[0]), "second")
+    assert dict(state.remembered) == {"first": RATIOS[0], "second": RATIOS[0]}
     with pytest.raises(ValueError, match="needs a name"):
         remember(state, " ")
 

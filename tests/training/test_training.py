@@ -18,8 +18,8 @@ from obc_tools.pruning.plan import PruningPlan
 from obc_tools.scoring.tasks import evaluate
 from obc_tools.structure.groups import find_groups
 from obc_tools.training.fit import fit
-from obc_tools.training.guard import DivergenceError, Guard, Where
 from obc_tools.training.recipe import Recipe, learning_rate_factor
+from obc_tools.training.stepper import DivergenceError, Guard, Where
 
 CONSTANT = {"lr": 0.05, "schedule": "constant"}
 

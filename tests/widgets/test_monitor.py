@@ -12,7 +12,7 @@ from obc_tools.runs.folder import RunFolderError
 from obc_tools.runs.run import Run
 from obc_tools.runs.watch import POINTS, LiveCurve, Point, RunView, describe, look_at, seconds_left, watch_traces
 from obc_tools.training.folder import TrainingFolder
-from obc_tools.training.guard import Where
+from obc_tools.training.stepper import Where
 from obc_tools.widgets.monitor import RunMonitor
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -115,6 +116,17 @@ def test_what_a_page_rounds_to_the_steps_of_a_slider_is_not_a_choice(studio):
     c.target.value, c.limit.value = 1.9, 0.34
     assert studio.state.choices.target == Target(speedup=1.9)
     assert studio.state.choices.limits.max_ratio_of == {root: 0.34}
+
+
+def test_equal_ways_of_the_speed_up_are_equal_ratios(studio):
+    c = controls(studio)
+    c.kind.value = "speedup"
+    slider = c.target
+    middle = slider.base ** ((slider.min + slider.max) / 2)
+    assert middle == pytest.approx(math.sqrt(1.02 * 10))
+    slider.value = middle + 0.001
+    assert studio.state.choices.target == Target(speedup=round(middle + 0.001, 2))
+    assert slider.value == middle + 0.001, "it is not torn from the mouse"
 
 
 def test_a_slider_keeps_its_range(studio):
@@ -388,7 +400,7 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     assert studio.session.measured(studio.plan).latency != latency
 
 
-def test_measuring_tells_what_compensation_gives(studio):
+def test_measuring_tells_what_compensation_gives(studio, tmp_path):
     session, table = studio.session, controls(studio).table
     controls(studio).target.value = 0.7
     studio.measure_button.click()
@@ -405,6 +417,8 @@ def test_measuring_tells_what_compensation_gives(studio):
     assert row["accuracy, compensated"].startswith(f"{measured.compensated.accuracy:.2%} ± ")
     assert "<th>accuracy, compensated</th>" in table.value and row["accuracy, compensated"] in table.value
     assert session.row("original", session.whole)["accuracy, compensated"] == ""
+    saved = obc.load_pruned(studio.export_model(tmp_path / "made"))
+    assert all(torch.equal(value, made.state_dict()[key]) for key, value in saved.state_dict().items())
 
 
 def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
@@ -505,7 +519,8 @@ def test_sliders_end_where_the_network_does(made):
     studio = PruningStudio(*made, batches=1, batch_size=32, ignore=["layer[12].*", "conv1", "layer3.0.downsample.0"])
     reach = studio.wait(60)._controls.reach
     targets = controls(studio).targets
-    assert targets["speedup"].max == pytest.approx(reach.of("speedup")[1], abs=0.02) and targets["speedup"].max < 2
+    most = targets["speedup"].base ** targets["speedup"].max
+    assert most == pytest.approx(reach.of("speedup")[1], abs=0.02) and most < 2
     assert targets["macs"].min == pytest.approx(reach.least.macs / 1e6, rel=0.02)
     controls(studio).kind.value = "speedup"
     controls(studio).target.value = targets["speedup"].max

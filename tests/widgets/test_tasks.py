@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from obc_tools.widgets.tasks import Cancelled, Task, Worker
+from obc_tools.widgets.controls import Cancelled, Task, Worker
 
 
 class Told:
