@@ -85,7 +85,7 @@ class Criterion:
     ``sampled_labels``: labels are drawn from the model's own outputs, by the seed.
     ``rows``, ``coupling``, ``split_bias`` go with products. ``coupling="member"`` adds up the members' squares (the
     paper's); "group" keeps the cross terms of a group, Σ_n (Σ_m Σ_p J_{m,p} w_{m,p})²; "set" those of all channels that
-    go together: scores are ranks of a greedy removal (see `evidence.removal_ranks`). ``split_bias`` scores weights
+    go together: scores are ranks of a greedy removal (see `scores.removal_ranks`). ``split_bias`` scores weights
     and biases as members of their own, as the paper's published code does.
     ``batches``: the criterion's own budget, the first so many of the batches that it is given; None takes all.
     """
