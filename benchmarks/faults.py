@@ -145,6 +145,10 @@ def pair(folder: Path, other_lives: float | None = None) -> str:
         os._exit(0)
     if other_lives is not None:
         threading.Timer(other_lives, os.kill, (child, signal.SIGKILL)).start()
+        # One that dies before both have met is waited for, until a launcher ends those that wait.
+        launcher = threading.Timer(other_lives + 60, os.kill, (this, signal.SIGKILL))
+        launcher.daemon = True
+        launcher.start()
     return run(folder, job=FOR_TWO)
 
 

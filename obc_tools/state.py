@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +64,24 @@ def check_module(model: Any) -> None:
         raise ValueError(f"model: expected a network (nn.Module), not {type(model).__name__}")
 
 
-def evaluating(model: nn.Module) -> Restoring:
-    """Put every module into eval mode; on the way out each gets its own mode back, also after an exception."""
+_PROCESS = threading.RLock()
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def alone(model: nn.Module) -> Restoring:
+    """Borrow a model as the one thread that does so: others, which would meet its state changed, wait for this one."""
     check_module(model)
-    restoring = Restoring(model)
+    restoring, taken = Restoring(model), []
+    with _PROCESS:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    restoring.undo.append(lambda: taken and (taken.pop(), lock.release()))
+    taken.append(lock.acquire())
+    return restoring
+
+
+def evaluating(model: nn.Module) -> Restoring:
+    """Put every module into eval mode, `alone`; on the way out each gets its own mode back, also after an exception."""
+    restoring = alone(model)
     restoring.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
     model.eval()
     return restoring
@@ -90,7 +105,6 @@ def hooks(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Restoring:
     return restoring
 
 
-_PROCESS = threading.RLock()
 _SHARED: dict[str, tuple[Callable[[], Any], set[object]]] = {}
 """What is changed now for the whole process: how to put it back, and for whom it is changed."""
 
@@ -346,19 +360,20 @@ def copy_borrowing(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
     Whoever writes into one of them gives it memory of its own before.
     """
     check_module(model)
-    plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
-    borrowed = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in plain}
-    # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
-    tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
-    empty = {id(table): type(table)() for table in tables if not table}
-    computed = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
-    return copy.deepcopy(model, borrowed | empty | computed), list(borrowed.values())
+    with alone(model):
+        plain = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
+        borrowed = {id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad) for parameter in plain}
+        # Every module keeps some ten empty tables of hooks, which deepcopy takes its time over.
+        tables = (table for module in model.modules() for table in vars(module).values() if type(table) in TABLES)
+        empty = {id(table): type(table)() for table in tables if not table}
+        computed = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+        return copy.deepcopy(model, borrowed | empty | computed), list(borrowed.values())
 
 
 def copy_of(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, also of one that keeps tensors which were computed from others."""
-    check_module(model)
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
+    with alone(model):
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -151,3 +152,24 @@ def test_traces_of_several_threads_see_what_one_sees_and_leave_python_as_it_was(
     assert found == [alone, alone]
     assert any("range" in reason for _, reason in alone)
     assert (range, math.log2, torch.backends.mha.get_fastpath_enabled()) == before
+
+
+def test_threads_that_score_one_model_wait_for_each_other():
+    """Each finds what one finds alone, and the model is left in the mode and with the flags that it had."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)).double()
+    model[0].weight.requires_grad_(False)
+    batches = [(torch.randn(4, 3, 6, 6).double(), torch.tensor([0, 1, 2, 0]))]
+    groups = find_groups(model, batches[0][0])
+
+    def work(_):
+        plan = make_plan(score_groups(model, groups, "jacobian", batches), ratio=0.4)
+        skeleton = EquivalentModel(model, plan)
+        return plan.to_json(), [parameter.requires_grad for parameter in skeleton.merge().parameters()]
+
+    expected, before = work(0), {key: value.clone() for key, value in model.state_dict().items()}
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(24))) == [expected] * 24
+    assert all(module.training for module in model.modules())
+    assert not model[0].weight.requires_grad and model[1].weight.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -38,6 +38,10 @@ LIBRARIES = ("obc_tools", "torch", "torchvision", "timm", "safetensors")
 _WEIGHT_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights_backbone"}
 
 
+LARGEST_NUMBER, MOST_TENSORS = 10**8, 10**5
+"""Of a source's options, and of the network that they describe: objects take memory beside their numbers."""
+
+
 class StoreError(ValueError):
     """A folder that cannot be written or does not hold a saved model."""
 
@@ -237,7 +241,8 @@ def _check_source(source: object) -> None:
     for key, value in source.items():
         if not isinstance(key, str) or not _is_plain(value):
             raise StoreError(
-                f"source: {key!r} is {value!r}; only text, finite numbers, booleans, null and lists are data"
+                f"source: {key!r} is {value!r}; only text, booleans, null, lists and numbers up to {LARGEST_NUMBER:,} "
+                "are data"
             )
     classes = source.get("num_classes")
     if type(classes) is not int or classes < 1:
@@ -249,7 +254,9 @@ def _check_source(source: object) -> None:
 def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, int | float):
+        return abs(value) <= LARGEST_NUMBER  # nor NaN
+    return value is None or isinstance(value, str)
 
 
 def _is_text_mapping(value: object) -> bool:
@@ -257,19 +264,22 @@ def _is_text_mapping(value: object) -> bool:
 
 
 class Sized(TorchDispatchMode):
-    """Refuses to make tensors that together would take more than so many bytes, before they are made."""
+    """Refuses to make tensors that are too many or together take more than so many bytes, before they are made."""
 
     def __init__(self, most: int):
         super().__init__()
-        self.most, self.made = most, 0
+        self.most, self.made, self.count = most, 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         arguments = function._schema.arguments
         if args and arguments and arguments[0].name == "size":
             self.made += math.prod(args[0]) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+            self.count += 1
             if self.made > self.most:
                 raise StoreError(f"its network would take {self.made:,} bytes; {self.most:,} are free")
+            if self.count > MOST_TENSORS:
+                raise StoreError(f"its network would take more than {MOST_TENSORS:,} tensors")
         return function(*args, **kwargs)
 
 

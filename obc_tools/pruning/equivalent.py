@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..state import check_module, copy_of, without_weight_norms
+from ..state import alone, check_module, copy_of, without_weight_norms
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, own_parameters
 from ..structure.shrinking import is_attribute
 from .plan import PlanMismatchError, PruningPlan, prune
@@ -192,6 +192,10 @@ class EquivalentModel(nn.Module):
 
     def __init__(self, model: nn.Module, plan: PruningPlan, *, start: nn.Module | None = None):
         super().__init__()
+        with alone(model):
+            self._build(model, plan, start)
+
+    def _build(self, model: nn.Module, plan: PruningPlan, start: nn.Module | None) -> None:
         self.skeleton = prune(model, plan)
         model = without_weight_norms(model)
         if start is not None:

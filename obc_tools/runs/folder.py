@@ -18,7 +18,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from ..pruning.check import ProofError
 from ..pruning.choices import TORCH_PRUNING
 from ..scoring.tasks import evaluate
 from ..training.folder import Stopped
-from ..training.processes import processes
+from ..training.processes import agreed, processes
 from .job import (
     COMPENSATED,
     MERGED,
@@ -56,6 +56,7 @@ from .job import (
     JobInputs,
     JobResult,
     PruningJob,
+    find_device,
 )
 from .pipeline import TRAINING, Keeping, keep_refused, perform, prepare, said
 
@@ -139,8 +140,12 @@ def work_on(
         check_same_job(folder, job)
     else:
         check_run_folder(folder, overwrite=False)
-    inputs = prepare(job)
-    with _begun(folder, job) if main else nullcontext():
+    with agreed(find_device(job.device)):
+        inputs = prepare(job)
+    with ExitStack() as stack:
+        with agreed(inputs.device):
+            if main:
+                stack.enter_context(_begun(folder, job))
         result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
         if main:
             _finish(result, inputs, folder, progress)

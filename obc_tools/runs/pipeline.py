@@ -41,7 +41,7 @@ from ..state import evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
 from ..training.folder import History
-from ..training.processes import processes
+from ..training.processes import agreed, processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
 from .job import (
@@ -215,9 +215,14 @@ class Stages:
 
     def plan(self, model: nn.Module) -> PruningPlan:
         """Return the plan: the kept one, else a new one, which of several processes the first finds."""
-        path = None if self._keeping.folder is None else self._keeping.folder / PLAN
-        if not processes().is_main:
-            return _wait_for_plan(path)
+        path, own = None if self._keeping.folder is None else self._keeping.folder / PLAN, processes()
+        if path is None and own.count > 1:
+            raise ValueError("a job in several processes needs a folder to keep its plan in")
+        with agreed(self.inputs.device):  # the others wait here, and end with the first where that fails
+            plan = self._plan(model, path) if own.is_main else None
+        return plan or _read_plan(path)
+
+    def _plan(self, model: nn.Module, path: Path | None) -> PruningPlan:
         if path is not None and path.is_file():
             return _read_plan(path)
         job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(PRUNING)}
@@ -306,15 +311,6 @@ def keep_refused(error: ProofError, path: Path) -> ProofError:
     write_text(path, error.plan.to_json())
     first = error.__cause__ if isinstance(error.__cause__, ProofError) else error  # kept before, elsewhere
     return ProofError(f"{first}; the plan is kept in '{path}'", error.plan)
-
-
-def _wait_for_plan(path: Path | None) -> PruningPlan:
-    """Wait for the plan of the first process; a launcher ends the others with one that fails."""
-    if path is None:
-        raise ValueError("a job in several processes needs a folder to keep its plan in")
-    while not path.is_file():
-        time.sleep(0.5)
-    return _read_plan(path)
 
 
 def _read_plan(path: Path) -> PruningPlan:

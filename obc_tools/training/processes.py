@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed import TCPStore
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one that works alone, such as on a plan."""
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_FAIL = 1.0, 5.0
 """How often processes look whether another has failed, and how long they then have to fail by themselves: of a loss
 that is not finite, all do."""
-_TRAININGS, _WATCHES = itertools.count(), []
+_WATCHES = []
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,12 @@ def failing_together() -> Iterator[None]:
     Raises:
         ValueError: for what another process raised (says which), where that has closed the connection.
     """
-    own, number = processes(), next(_TRAININGS)
+    own = processes()
     if own.count == 1:
         yield
         return
-    store = torch.distributed.distributed_c10d._get_default_store()
-    words = [f"obc_tools/{number}/{rank}" for rank in range(own.count)]
     _end_watches()  # all have left the training before
+    store, words = _common_store(own), [str(rank) for rank in range(own.count)]
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(store, words, ended), daemon=True)
     watch.start()
@@ -112,6 +112,14 @@ def failing_together() -> Iterator[None]:
         raise
 
 
+def _common_store(own: Processes) -> TCPStore:
+    """Return a store that all processes share, in the memory of the first; each calls this."""
+    place = [os.environ.get("MASTER_ADDR") or socket.gethostname(), 0]
+    store = TCPStore(*place, is_master=True, wait_for_workers=False) if own.is_main else None
+    host, port = broadcast_object_list([place[0], store.port if store else None])
+    return store or TCPStore(host, port)
+
+
 @atexit.register
 def _end_watches() -> None:
     """End the threads that watch: one inside torch while the interpreter ends would abort the process."""
@@ -121,7 +129,7 @@ def _end_watches() -> None:
         watch.join(SECONDS_TO_FAIL)
 
 
-def _watch(store: torch.distributed.Store, words: Sequence[str], ended: threading.Event) -> None:
+def _watch(store: TCPStore, words: Sequence[str], ended: threading.Event) -> None:
     """End this process a while after another has failed, unless it is told by then that this one has ended, too."""
     while not ended.wait(SECONDS_BETWEEN_LOOKS):
         try:
@@ -135,7 +143,7 @@ def _watch(store: torch.distributed.Store, words: Sequence[str], ended: threadin
             os._exit(1)
 
 
-def _word_of_another(store: torch.distributed.Store, words: Sequence[str]) -> str | None:
+def _word_of_another(store: TCPStore, words: Sequence[str]) -> str | None:
     """Return what the first process that failed has raised, None where none has."""
     for rank, word in enumerate(words):
         if store.check([word]):

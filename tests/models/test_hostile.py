@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,16 +87,26 @@ def test_long_files_are_not_read(saved, monkeypatch):
         load_pruned(saved)
 
 
-SIZES = ({"num_classes": 10**12}, {"width": 10**9}, {"name": "torchvision:vgg11", "num_classes": 10**12})
+SIZES = ({"num_classes": 10**8}, {"width": 10**4}, {"name": "torchvision:vgg11", "num_classes": 10**8})
 
 
 @pytest.mark.parametrize("source", SIZES)
 def test_sizes_are_bounded_before_memory_is_asked_for(saved, source, monkeypatch):
     held = SOURCE | source
     held = {key: held[key] for key in ("name", "num_classes")} if ":" in held["name"] else held
-    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: None)
+    monkeypatch.setattr(store, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10**9)))
     forge(saved, source=held)
     with pytest.raises(ValueError, match=r"would take [\d,]+ bytes; [\d,]+ are free"):
+        load_pruned(saved)
+
+
+def test_numbers_of_layers_are_bounded(saved, monkeypatch):
+    forge(saved, source=SOURCE | {"width": 10**12})
+    with pytest.raises(ValueError, match=r"'width' is 10+; only .* numbers up to 100,000,000 are data"):
+        load_pruned(saved)
+    monkeypatch.setattr(store, "MOST_TENSORS", 200)
+    forge(saved, source=SOURCE | {"name": "resnet60000002"})
+    with pytest.raises(ValueError, match="would take more than 200 tensors"):
         load_pruned(saved)
 
 

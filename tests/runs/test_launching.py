@@ -290,3 +290,18 @@ def test_a_slurm_script_trains_on_two_nodes(tmp_path, monkeypatch):
     assert len(run.histories) == 4
     assert processes_of(run) == 2
     assert run.results["equivalence"]["merged_from_trained"] <= 1e-4
+
+
+@pytest.mark.parametrize(("when", "said"), {"plan": "no room for scores", "begin": "no data here"}.items())
+def test_a_second_process_ends_with_the_error_of_the_first_which_lives_on(when, said, tmp_path):
+    command, port = [sys.executable, "-m", "tests.two_jobs", str(tmp_path / "run")], str(free_port())
+    rest = [["0", port, when], ["1", port, when]]
+    first, second = (subprocess.Popen([*command, *each], stdout=subprocess.PIPE, text=True) for each in rest)
+    try:
+        ended = second.communicate(timeout=300)[0].strip()
+        assert ended == f"ValueError: process 0 of 2 raised ValueError: {said}; all end"
+        assert first.poll() is None
+    finally:
+        first.kill()
+    assert first.communicate()[0].strip() == f"ValueError: {said}"
+    assert (tmp_path / "run").exists() == (when == "plan")
