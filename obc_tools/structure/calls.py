@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..state import Restoring, shared
-from .flow import HELD, Dimension, Flow, Size, into, tensors_in
+from .flow import HELD, Dimension, Flow, Size, into, plain, tensors_in
 
 
 class Tracing(Protocol):
     """What the stand-ins use of a tracer."""
 
     flow: Flow
-    contractions: Sequence[Any]
+    contractions: list[Any]
     paused: int
     default_scale: bool
 
@@ -67,11 +69,52 @@ def use_as_numbers(values: Any, operation: str) -> None:
 
 @stand_in("multi_head_attention_forward")
 def _attention_as_function(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
-    """Let all that torch's attention takes as a function stay: it holds each width against numbers of its caller."""
-    taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    reason = f"is taken by {tracer.flow.where('multi_head_attention_forward')}, called as a function"
-    tracer.flow.freeze_all([tracer.flow.of(tensor) for tensor in taken], reason)
-    return function(*args, **kwargs)
+    """Follow torch's attention as a function by its steps; what is masked or extended by it stays whole.
+
+    It holds the width of the queries against that of all heads, so that both lose the same channels.
+    """
+    given = inspect.signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    options, flow = given.arguments, tracer.flow
+    if not _attends_plainly(options):
+        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        reason = f"is taken by {flow.where('multi_head_attention_forward')}, called as a function"
+        flow.freeze_all([flow.of(tensor) for tensor in taken], reason)
+        return function(*args, **kwargs)
+    width, mixed = flow.of(options["query"]).dims[-1], _attended(tracer, options)
+    flow.require(options["embed_dim_to_check"], width)
+    flow.require(options["num_heads"], None)
+    numbers = {name: operator.index(options[name]) for name in ("embed_dim_to_check", "num_heads")}
+    tracer.paused += 1
+    try:
+        return mixed, function(**(options | numbers))[1] if options["need_weights"] else None
+    finally:
+        tracer.paused -= 1
+
+
+def _attends_plainly(options: Mapping[str, Any]) -> bool:
+    extra = ("key_padding_mask", "attn_mask", "bias_k", "bias_v", "static_k", "static_v")
+    added = options["add_zero_attn"] or (options["training"] and options["dropout_p"])
+    return options["query"].dim() == 3 and not added and all(options[name] is None for name in extra)
+
+
+def _attended(tracer: Tracing, options: Mapping[str, Any]) -> Tensor:
+    """Return what the heads make of queries, keys and values, (length, batch, channels) each."""
+    weights = [options[f"{name}_proj_weight"] for name in "qkv"]
+    if not options["use_separate_proj_weight"]:
+        weights = options["in_proj_weight"].chunk(3)
+    biases = (None, None, None) if options["in_proj_bias"] is None else options["in_proj_bias"].chunk(3)
+    heads, flow = operator.index(options["num_heads"]), tracer.flow
+    query, before = flow.of(options["query"]), len(tracer.contractions)
+    parts = []
+    for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+        part = nn.functional.linear(options[name], weight, bias)
+        flow.join(query.dims[-1], flow.of(part).dims[-1], query.origin)
+        parts.append(part.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3))
+    del tracer.contractions[before:]  # with weights, as within layers: none is of queries and keys
+    mixed = _attention(tracer, nn.functional.scaled_dot_product_attention, tuple(parts), {})
+    mixed = mixed.permute(2, 0, 1, 3).flatten(2)
+    return nn.functional.linear(mixed, options["out_proj_weight"], options["out_proj_bias"])
 
 
 class _RangeType(type):
@@ -92,6 +135,41 @@ def _noting(function: Callable) -> Callable:
         return function(*args)
 
     return note
+
+
+class _Float(float):
+    """A number that notes the widths on its right: a float asks no whole number how it becomes plain."""
+
+
+def _noting_right(method: str) -> Callable:
+    return lambda self, other: getattr(float, method)(self, plain(other, method.strip("_")))
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge"):
+    setattr(_Float, f"__{_name}__", _noting_right(f"__{_name}__"))
+
+
+def watch_floats(model: nn.Module) -> None:
+    """Let the floats that modules keep, and those that their methods spell out, note widths; in place."""
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.nn"):
+            continue
+        held = vars(module)
+        held.update({key: _Float(value) for key, value in held.items() if type(value) is float})
+        for name in {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}:
+            function = inspect.getattr_static(module, name)
+            if isinstance(function, types.FunctionType) and float in map(type, function.__code__.co_consts):
+                held[name] = types.MethodType(_with_floats(function), module)
+
+
+def _with_floats(function: types.FunctionType) -> types.FunctionType:
+    constants = (_Float(each) if type(each) is float else each for each in function.__code__.co_consts)
+    code = function.__code__.replace(co_consts=tuple(constants))
+    made = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function)
 
 
 _RANGE = range
@@ -156,6 +234,14 @@ def _length(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> A
     return function(*args, **kwargs)
 
 
+@stand_in("stride")
+def _stride(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Note the widths whose products the strides are."""
+    asked = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    use_as_numbers(sized_shape(tracer.flow, args[0])[asked:][1:], "stride")
+    return function(*args, **kwargs)
+
+
 @stand_in("numel")
 def _numel(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any:
     return math.prod(sized_shape(tracer.flow, args[0]))
@@ -200,6 +286,8 @@ def _make(tracer: Tracing, function: Callable, args: tuple, kwargs: dict) -> Any
     given = [arg for arg in args if not isinstance(arg, Tensor)]
     sizes = list(given[0]) if given and isinstance(given[0], list | tuple) else [a for a in given if isinstance(a, int)]
     sizes = list(kwargs["size"]) if "size" in kwargs else sizes
+    if function.__name__.endswith("full"):
+        use_as_numbers((given[1:], kwargs.get("fill_value")), function.__name__)
     _label_made(tracer.flow, out, sizes)
     return out
 

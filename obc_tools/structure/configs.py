@@ -109,8 +109,8 @@ class _Search:
 
     def _likely(self, path: Path, probe: int, place: Place, size: float) -> list[int]:
         """Return the values of an entry that might make a size as wanted: it may multiply the size or divide it."""
-        made = self._sizes({path: probe})
-        if made is None or place not in made or made[place] == self.before[place]:
+        made, usually = self._sizes({path: probe}), self._sizes({})
+        if made is None or usually is None or place not in made or made[place] == usually[place]:
             return []
         usual, wanted = self._numbers[path], Fraction(self.after[place]) / Fraction(size)
         if usual is None:
@@ -144,7 +144,7 @@ class _Search:
         return self.tried[key]
 
     def _made(self, changed: Mapping[Path, int], place: Callable[[], Any]) -> nn.Module | None:
-        config = copy.deepcopy(self.model.config)
+        config = copy.deepcopy(self.shrunk.config)  # some of its entries may be right already
         try:
             for path, value in changed.items():
                 _set(config, path, value)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .flow import SUMMED, Flow, Labels, evaluate, leaves
 from .layers import TEMPERATURE, LayerAxis
@@ -60,9 +58,7 @@ class Classes:
 
     def __init__(self, flow: Flow, strict: bool = False):
         self.flow = flow
-        rows, columns = (np.concatenate([NONE, *(pair[side].ravel() for pair in flow.joined)]) for side in (0, 1))
-        graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(flow.count, flow.count))
-        self.count, self.of_label = connected_components(graph, directed=False)
+        self.count, self.of_label = flow.components()
         self.reasons: dict[int, str] = {}
         for labels, reason in flow.frozen:
             for number in np.unique(self.of_label[labels]).tolist():
@@ -204,7 +200,7 @@ def _by_part(axes: Iterable[_Occurrences], parts: np.ndarray) -> Mapping[int, li
 
 
 def _attribute_axes(traced: Traced) -> Iterator[tuple[LayerAxis, np.ndarray]]:
-    """Name the attributes that follow: ".head_dim", ".sizes.0" of a list, ".scale^-0.5" of a power of a width."""
+    """Name the attributes that follow: ".head_dim", ".sizes.0", ".config.num_heads", ".scale^-0.5" of a power."""
     for attribute, labels in traced.flow.attributes.items():
         index = "" if attribute.index is None else f".{attribute.index}"
         yield LayerAxis(attribute.module, f".{attribute.name}{index}"), labels

@@ -8,6 +8,7 @@ An operation that is not in the table freezes what goes into it, so that nothing
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -24,14 +27,14 @@ from .layers import layer_type
 
 @dataclass(frozen=True)
 class Attribute:
-    """A whole number that a module keeps; ``index`` is its place where the attribute is a list or tuple.
+    """A whole number that a module keeps; ``index`` is its place in a list or tuple, or its name in a configuration.
 
     ``rooted`` is called with a number made of it that shapes nothing, and the operation.
     """
 
     module: str
     name: str
-    index: int | None = None
+    index: int | str | None = None
     rooted: Callable[[int, str], None] = field(default=lambda size, operation: None, compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -62,12 +65,16 @@ class Combined:
     right: int
 
 
+EQUAL = "equal"
+"""What is said of the difference of two attributes that were found equal: it has to stay 0."""
+
+
 class Size(int):
     """A whole number with its source; arithmetic on it keeps the sources.
 
     What makes a plain number of it notes that (`as_number`). Python asks nobody where it takes a number as an index
-    (`calls.seen_by_python` stands in for its best-known functions), nor where it compares unequal numbers, looks one up
-    in a dict or divides a float by it: a width that is so used is found by the proof alone (`pruning.check`).
+    (`calls.seen_by_python` stands in for its best-known functions), looks one up in a dict, or divides a float by it
+    (`calls.watch_floats`: but those of methods and attributes): a width so used is found by the proof alone.
     """
 
     source: Attribute | Dimension | Combined
@@ -79,9 +86,15 @@ class Size(int):
 
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)
-        for size, value in ((self, other), (other, self)):
-            if equal is True and isinstance(size, Size) and isinstance(size.source, Dimension):
-                size.source.equal_to(value, size.source.labels)
+        sizes = [size for size in (self, other) if isinstance(size, Size)]
+        widths = [size for size in sizes if isinstance(size.source, Dimension)]
+        for size in widths if equal is True else ():
+            size.source.equal_to(other if size is self else self, size.source.labels)
+        if equal is True and not widths and len(sizes) == 2:
+            (self - other).as_number(EQUAL)
+        elif equal is not NotImplemented and not (widths and equal) and operator.index(other) > 1:
+            for size in sizes:
+                size.as_number("comparison")
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -215,9 +228,20 @@ def track_attributes(model: nn.Module, rooted: Callable[[int, str], None]) -> No
             if type(value) is int:
                 module.__dict__[key] = Size(value, Attribute(name, key, rooted=rooted))
             elif type(value) in HELD and (key in widths or not plain_torch) and int in map(type, value):
-                items = enumerate(value)
-                tracked = (Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items)
-                module.__dict__[key] = type(value)(tracked)
+                module.__dict__[key] = type(value)(_tracked(enumerate(value), name, key, rooted).values())
+            elif _is_configuration(value):
+                vars(value).update(_tracked(vars(value).items(), name, key, rooted))
+
+
+def _tracked(items: Iterable[tuple], name: str, key: str, rooted: Callable[[int, str], None]) -> dict[Any, Any]:
+    return {i: Size(v, Attribute(name, key, i, rooted)) if type(v) is int else v for i, v in items}
+
+
+def _is_configuration(value: Any) -> bool:
+    """Say whether a value is an object that keeps numbers by names, of which a copied model has a copy of its own."""
+    held = () if callable(value) or isinstance(value, Tensor) else getattr(value, "__dict__", {}).values()
+    simple = not any(isinstance(each, nn.Module | Tensor) for each in held)
+    return simple and int in map(type, held) and copy.deepcopy(value) is not value
 
 
 Labels = np.ndarray | None
@@ -390,6 +414,32 @@ class Flow:
             self.joined.append((np.broadcast_to(rows[0], rows[1:].shape), rows[1:]))
         return rows[0]
 
+    def components(self) -> tuple[int, np.ndarray]:
+        """Return how many classes the joined labels make, and the class of each label."""
+        none = np.zeros(0, dtype=np.int64)
+        rows, columns = (np.concatenate([none, *(pair[side].ravel() for pair in self.joined)]) for side in (0, 1))
+        graph = coo_array((np.ones(rows.size, dtype=bool), (rows, columns)), shape=(self.count, self.count))
+        return connected_components(graph, directed=False)
+
+    def follow_products(self) -> None:
+        """Let an attribute follow runs of channels that go together, where it is a factor of a width: heads · head_dim.
+
+        What a network computes from such numbers is checked as all sizes are (`coupling.Classes`).
+        """
+        products = [
+            (size.source.left, size.source.right, labels)
+            for whole, run in self.sizes
+            for size, labels in ([] if run is None else _terms(whole, run))
+            if isinstance(size, Size) and isinstance(size.source, Combined) and size.source.operation is operator.mul
+        ]
+        found = [each for each in products if all(_is_attribute(number) for number in each[:2])]
+        of_label = self.components()[1] if found else None
+        for left, right, labels in found:
+            whole = labels.reshape(operator.index(left), operator.index(right))
+            for count, runs in ((left, whole), (right, whole.T)):
+                if (of_label[runs] == of_label[runs[:, :1]]).all() and runs.shape[1] > 1:
+                    self.require(count, runs[:, 0])
+
     def require(self, size: int, labels: Labels) -> None:
         """Demand that a number which cuts or shapes an axis is the number of its kept channels, whatever is pruned."""
         if labels is not None and not isinstance(size, Size):
@@ -430,6 +480,20 @@ class Flow:
         shares = isinstance(whole, Dimension) and whole.labels.size == labels.size * operator.index(source.right)
         if shares and not np.isin(labels, whole.labels).all():  # a part of it is joined as it was cut
             self.join(self.join_rows(whole.labels.reshape(-1, labels.size)), labels)
+
+
+def _is_attribute(number: int) -> bool:
+    return isinstance(number, Size) and isinstance(number.source, Attribute)
+
+
+def _terms(size: int, labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the terms of a sum that is a width, each with its run of the labels."""
+    if isinstance(size, Size) and isinstance(size.source, Combined) and size.source.operation is operator.add:
+        first = operator.index(size.source.left)
+        yield from _terms(size.source.left, labels[:first])
+        yield from _terms(size.source.right, labels[first:])
+    elif operator.index(size) == labels.size:
+        yield size, labels
 
 
 def _in_runs(labels: np.ndarray) -> np.ndarray:

@@ -61,11 +61,11 @@ class ChannelGroup:
     ``root`` is the first member's axis and names the group; ``width`` its number of channels. ``kept_whole`` says why
     the group is never pruned, or is None. ``blocks``: equal runs of channels that lose the same positions (attention
     heads, convolution groups). ``attributes`` are numbers that modules keep beside their weights and that follow the
-    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".scale^-0.5" (a power of the width);
-    ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that attentions with
-    narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values. ``least``: the
-    fewest channels that a block is left with: with one, a grouped convolution becomes another type of layer,
-    `squeeze` takes the whole axis away, and the axes of a bare parameter can no longer be told apart.
+    width, as axes of their own: ".head_dim", ".sizes.0" (an item of a list), ".config.heads", ".scale^-0.5" (a power
+    of the width); ".temperature" are the outputs of a layer that grow by the root of the share that stays, so that
+    attentions with narrower heads keep their temperature. ``attends``: the channels are of queries, keys or values.
+    ``least``: the fewest channels that a block is left with: with one, a grouped convolution becomes another type of
+    layer, `squeeze` takes the whole axis away, and the axes of a bare parameter can no longer be told apart.
     """
 
     root: LayerAxis
@@ -173,7 +173,7 @@ PARTS = {None: ("mlp", "attention", "stream"), "mlp": ("mlp",), "attention": ("a
 def loses_heads(groups: Iterable[ChannelGroup]) -> bool:
     """Say whether groups were found with ``whole_heads``: a number of heads follows one that may be pruned."""
     followers = (member.axis.axis for group in groups if group.prunable for member in group.attributes)
-    return any(name[1:] in HEAD_COUNTS for name in followers)
+    return any(name.rpartition(".")[2] in HEAD_COUNTS for name in followers)
 
 
 def groups_of(

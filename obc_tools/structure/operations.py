@@ -608,8 +608,8 @@ def _choose(flow: Flow, labels: np.ndarray, sizes: Sequence[int]) -> tuple[int |
 
 def _preference(size: int, whole_heads: bool) -> int:
     """Rank the dimensions that may shrink: inferred or computed sizes before attributes; counts of heads as asked."""
-    names = [source.name for source in leaves(size) if isinstance(source, Attribute)]
-    if isinstance(size, Size) and isinstance(size.source, Attribute) and names[0] in HEAD_COUNTS:
+    source = size.source if isinstance(size, Size) else None
+    if isinstance(source, Attribute) and (source.name in HEAD_COUNTS or source.index in HEAD_COUNTS):
         return 3 if whole_heads else 0
     computed = size == -1 or any(isinstance(source, Dimension) for source in leaves(size))
     return 2 if computed else 1

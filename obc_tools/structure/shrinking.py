@@ -90,13 +90,16 @@ def _set_attribute(layer: nn.Module, axis: str, width: int) -> None:
 
 
 def _with(held: Any, path: Sequence[str], number: float) -> Any:
-    """Return what an attribute holds with a number in it, at the places in lists, tuples and dicts that lead to it."""
+    """Return what an attribute holds with a number in it, at the places in lists, dicts and objects that lead to it."""
     if not path:
         if isinstance(held, bool) or not isinstance(held, Real):
             raise TypeError(f"{held!r} is no number")
         return number
     if isinstance(held, dict):
         return held | {path[0]: _with(held[path[0]], path[1:], number)}
+    if not isinstance(held, list | tuple):  # a configuration, which several modules may share
+        setattr(held, path[0], _with(getattr(held, path[0]), path[1:], number))
+        return held
     return type(held)(_with(item, path[1:], number) if i == int(path[0]) else item for i, item in enumerate(held))
 
 

@@ -35,9 +35,10 @@ from ..state import (
     without_weight_norms,
 )
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers
+from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers, watch_floats
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import (
+    EQUAL,
     INPUT,
     Attribute,
     Channels,
@@ -329,8 +330,12 @@ class Tracer:
         self.flow.put(output[0], [*[None] * (output[0].dim() - 1), width])
 
     def note_root(self, size: Size, operation: str) -> None:
-        """Note that a module computes with a number that may follow pruning, perhaps with its root."""
-        self.rooted.append((self.flow.module, size, operation))
+        """Note that a module computes with a number that may follow pruning, perhaps with its root.
+
+        What is followed as one operation, torch's attention, holds its numbers against each other.
+        """
+        if not self.paused:
+            self.rooted.append((self.flow.module, size, operation))
 
     def keep_numbers(self) -> None:
         """Let widths stay that modules compute with, but for the roots that are an attention's temperature.
@@ -340,6 +345,9 @@ class Tracer:
         kept = [(found.module, found.labels.size) for found in self.contractions]
         for module, size, operation in self.rooted:
             if layer_type(self.model.get_submodule(module)).declared:
+                continue
+            if operation == EQUAL:
+                self.flow.require(size, None)
                 continue
             if operation in ROOTS and any(module == name and operator.index(size) % width == 0 for name, width in kept):
                 continue
@@ -469,7 +477,7 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
     refuse_wrapped(model)
     try:
         tracer = _traced(model, example_inputs, whole_heads, attributes=True)
-    except (TypeError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, RuntimeError, LookupError, NotImplementedError) as error:
         # Scripted functions and the like refuse numbers that are not plain ones.
         try:
             tracer = _traced(model, example_inputs, whole_heads, attributes=False)
@@ -490,12 +498,14 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     if attributes:
         tracer.flow.rooted = tracer.note_root
         track_attributes(tracer.model, tracer.note_root)
+        watch_floats(tracer.model)
         tracer.unread.watch()
     tracer.run(example_inputs)
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
         _run_training(tracer, example_inputs)
     tracer.keep_unreached()
+    tracer.flow.follow_products()
     tracer.keep_temperatures()
     tracer.keep_numbers()
     for attribute, labels in tracer.unread.attributes(tracer.levels):

@@ -74,6 +74,9 @@ NUMBERS = {
     "abs": lambda x: x * abs(-x.shape[1]),
     "len": lambda x: x * len(x[0]),
     "format": lambda x: x * float(f"{x.shape[1]}"),
+    "full": lambda x: x * torch.full((1,), x.shape[1]),
+    "stride": lambda x: x * x.stride(0),
+    "comparison of other": lambda x: x * 2 if x.shape[1] != 6 else x,
     "str": lambda x: x * float(str(x.shape[1])),
 }
 
@@ -82,6 +85,54 @@ NUMBERS = {
 def test_a_width_to_compute_with_stays(name):
     found = reason(NUMBERS[name])
     assert found is not None and "number in" in found and "layer ''" in found
+
+
+class Spelled(Between):
+    """What a float asks no width for: literals on the left, and numbers that modules keep."""
+
+    def __init__(self, way: int):
+        super().__init__(lambda x: x)
+        self.num_features, self.gain, self.way = 12, 2.0, (way,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).view(len(x), self.num_features)
+        if self.way == (0,):
+            return self.o(self.b(x * (1.0 / x.shape[1])))
+        if self.way == (1,):
+            return self.o(self.b(x * (self.gain / x.size(1))))
+        if self.way == (2,) and self.num_features == 12:
+            x = 2 * x
+        if self.way == (3,) and self.num_features != 6:
+            x = 2 * x
+        return self.o(self.b(x))
+
+
+@pytest.mark.parametrize("way", range(5))
+def test_a_width_on_the_right_of_a_float_or_compared_stays(way):
+    found = find_groups(Spelled(way), torch.randn(4, 5))[0]
+    expected = {0: "number in truediv", 1: "number in truediv", 2: "number in comparison", 3: "number in comparison"}
+    assert found.prunable if way == 4 else expected[way] in found.kept_whole
+
+
+@pytest.mark.parametrize("other", [12, 8])
+def test_widths_that_are_found_equal_stay_equal(other):
+    class Compared(Between):
+        def __init__(self):
+            super().__init__(lambda x: x)
+            self.first, self.second, self.b, self.o = 12, other, nn.Linear(12, other), nn.Linear(other, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).reshape(-1, self.first)
+            y = self.b(x).reshape(-1, self.second)
+            return self.o(y if self.first == self.second else 2 * y)
+
+    groups = find_groups(Compared(), torch.randn(4, 5))
+    assert [group.prunable for group in groups[:2]] == [False, False]
+
+
+def test_a_width_that_a_table_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="cannot trace this Between"):
+        find_groups(Between(lambda x: x * {12: 2.0, 6: 3.0}[x.shape[1]]), torch.randn(4, 5))
 
 
 def test_a_list_as_long_as_a_width_stays():
