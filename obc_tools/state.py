@@ -64,7 +64,8 @@ def check_module(model: Any) -> None:
         raise ValueError(f"model: expected a network (nn.Module), not {type(model).__name__}")
 
 
-_PROCESS = threading.RLock()
+_PROCESS, LENT_RANDOMNESS = threading.RLock(), threading.RLock()
+"""The second is for whoever seeds torch's generators and gives them their state back: they are the process's."""
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from obc_tools import (
     EquivalentModel,
     LayerAxis,
+    check_plan,
     cost,
     cost_model,
     dense_jtj,
@@ -165,11 +166,14 @@ def test_threads_that_score_one_model_wait_for_each_other():
     def work(_):
         plan = make_plan(score_groups(model, groups, "jacobian", batches), ratio=0.4)
         skeleton = EquivalentModel(model, plan)
+        assert check_plan(model, plan, batches[0][0])
         return plan.to_json(), [parameter.requires_grad for parameter in skeleton.merge().parameters()]
 
-    expected, before = work(0), {key: value.clone() for key, value in model.state_dict().items()}
+    numbers, expected = torch.get_rng_state(), work(0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, range(24))) == [expected] * 24
     assert all(module.training for module in model.modules())
     assert not model[0].weight.requires_grad and model[1].weight.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(numbers, torch.get_rng_state())

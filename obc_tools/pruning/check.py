@@ -26,7 +26,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import check_number, check_whole
 from ..measure.costs import Cost, CostModel, cost, cost_model, example_count
-from ..state import call_model, copy_of, hooks, no_fused_attention, own_inputs, running, within, without_weight_norms
+from ..state import (
+    LENT_RANDOMNESS,
+    call_model,
+    copy_of,
+    hooks,
+    no_fused_attention,
+    own_inputs,
+    running,
+    within,
+    without_weight_norms,
+)
 from ..structure.counting import count
 from ..structure.groups import loses_heads
 from .equivalent import EquivalentModel
@@ -308,7 +318,8 @@ class _Outputs:
 
     def of(self, model: nn.Module, under: AbstractContextManager | None = None) -> list[Tensor]:
         inputs, model = own_inputs(self.inputs), model.eval()
-        with within(torch.no_grad(), torch.random.fork_rng(), no_fused_attention(), under or nullcontext()):
+        lent = LENT_RANDOMNESS, torch.random.fork_rng()
+        with within(torch.no_grad(), *lent, no_fused_attention(), under or nullcontext()):
             torch.manual_seed(0)  # networks may add noise
             output = call_model(model, inputs)
         return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
