@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 import tyro
 from torch import nn
@@ -64,6 +65,8 @@ from obc_tools import (
 )
 from obc_tools.data.batches import count_examples
 from obc_tools.files import environment
+from obc_tools.plots.looks import theme
+from obc_tools.plots.stills import still
 
 STEPS = 5
 
@@ -298,8 +301,6 @@ CRITERIA = ("jacobian", "residual", "taylor", "l2", "bn_scale", "random")
 
 def areas(options: Options) -> None:
     """Write the areas of criteria, compensated and not, and a picture of them."""
-    import matplotlib.pyplot as plt
-
     setting, tables = digits(options), []
     for made in (False, True):
         folder = options.plans / f"areas_{made}"
@@ -312,19 +313,13 @@ def areas(options: Options) -> None:
     table.to_csv(options.out, index=False)
     wide = table.groupby(["criterion", "compensated"])["area"].agg(["mean", "std"]).unstack()
     wide = wide.sort_values(("mean", False))
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    for row, made, label in ((0.2, False, "pruned"), (-0.2, True, "compensated after every step")):
-        axes.barh(
-            [at + row for at in range(len(wide))],
-            wide["mean"][made],
-            height=0.38,
-            xerr=wide["std"][made].fillna(0),
-            label=label,
-        )
-    axes.set_yticks(range(len(wide)), wide.index)
-    axes.set_xlabel("area under the held-out accuracy over the MACs left")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
-    figure.savefig(options.out.parent / "pictures" / "compensation_areas.png", dpi=130)
+    bars = [
+        go.Bar(y=wide.index, x=wide["mean"][made], error_x={"array": wide["std"][made]}, name=name, orientation="h")
+        for made, name in ((False, "pruned"), (True, "compensated after every step"))
+    ]
+    figure = go.Figure(bars, go.Layout(template=theme("light"), height=380, width=760, legend={"orientation": "h"}))
+    figure.update_xaxes(title="area under the held-out accuracy over the MACs left; n = 3, but for l2 and bn_scale")
+    (options.out.parent / "pictures" / "compensation_areas.png").write_bytes(still(figure))
 
 
 def main() -> None:
