@@ -49,7 +49,7 @@ def set_studio(view: View) -> None:
     view.choose("criterion", "l1")
     view.choose("target", "speed-up (times fewer MACs)")
     view.until(lambda: "speedup=" in view.code, "a target")
-    view.drag("to", 0.106)
+    view.drag("to", 0.118)
     view.until(lambda: "speedup=1.3" in view.code, "about 1.3x")
     view.press("remember")
     view.choose("criterion", "jacobian")
