@@ -156,7 +156,8 @@ def watch_floats(model: nn.Module) -> None:
             continue
         held = vars(module)
         held.update({key: _Float(value) for key, value in held.items() if type(value) is float})
-        for name in {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}:
+        names = {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}
+        for name in names - held.keys():
             function = inspect.getattr_static(module, name)
             if isinstance(function, types.FunctionType) and float in map(type, function.__code__.co_consts):
                 held[name] = types.MethodType(_with_floats(function), module)

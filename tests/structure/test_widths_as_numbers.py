@@ -24,6 +24,20 @@ class Between(nn.Module):
         return self.o(self.b(self.function(self.a(x))).relu())
 
 
+class Halving(nn.Module):
+    """A method that spells out a float."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.width = nn.Linear(5, 12), nn.Linear(12, 3), 12
+
+    def halved(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.halved(self.a(x)).view(-1, self.width))
+
+
 class OwnAttention(nn.Module):
     """Attention whose scale is computed in the forward pass from a width that shapes nothing."""
 
@@ -266,6 +280,14 @@ def test_a_norm_may_be_left_with_one_channel_a_group(groups):
     plan = make_plan(score_groups(model, find_groups(model, x), "l1"), ratio=0.9, scope="local")
     assert len(plan.kept[0]) == groups and check_plan(model, plan, x).ok
     assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_a_function_in_place_of_a_method_stays_one():
+    """Methods that spell out floats are remade for the trace; what somebody put in the place of one takes no self."""
+    model = Halving()
+    model.halved = lambda x: 0.25 * x
+    x = torch.randn(4, 5)
+    assert find_groups(model, x)[0].prunable and torch.equal(model(x), model.b(0.25 * model.a(x)))
 
 
 @pytest.mark.parametrize("share", [lambda c: c // 4, lambda c: -1])
