@@ -308,7 +308,7 @@ def areas(options: Options) -> None:
         found = compare_criteria(
             setting.model, setting.data, CRITERIA, compensate=made, folder=folder, progress=False, **how
         )
-        tables.append(found.areas("val_accuracy", "macs").assign(compensated=made))
+        tables.append(found.areas("accuracy", "macs").assign(compensated=made))
     table = pd.concat(tables)
     table.to_csv(options.out, index=False)
     wide = table.groupby(["criterion", "compensated"])["area"].agg(["mean", "std"]).unstack()

@@ -29,7 +29,8 @@ def test_a_layer_is_its_matrix_times_what_it_sees(name, drawn, monkeypatch):
         outputs = layer(inputs)
         pieces = list(unfolded_chunks(layer, inputs, outputs, draw))
         matrix = weight_matrix(layer, layer.weight)
-        for x, y in pieces:
+        for x, given in pieces:
+            y = given.unflatten(0, (len(x), -1))  # (groups, outputs, positions)
             bias = torch.zeros(y.shape[:2]) if layer.bias is None else layer.bias.view(y.shape[:2])
             torch.testing.assert_close(matrix @ x + bias[..., None], y, rtol=0, atol=1e-12)
     assert len(pieces) > 1
