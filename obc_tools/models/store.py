@@ -296,13 +296,16 @@ def _match_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give the tensors of a model the dtypes of a state dict, so that filling it rounds nothing.
 
     Raises:
-        StoreError: parameters of one layer of several dtypes, which cannot run.
+        StoreError: parameters, or running statistics, of one layer of several dtypes, which cannot run.
     """
     for layer, module in model.named_modules():
-        names = (f"{layer}.{key}".strip(".") for key, _ in module.named_parameters(recurse=False))
-        floats = [state[name] for name in names if name in state and state[name].is_floating_point()]
-        if len(found := {str(tensor.dtype) for tensor in floats}) > 1:
-            raise StoreError(f"layer '{layer}' is half converted: its parameters are {' and '.join(sorted(found))}")
+        running = [key for key, _ in module.named_buffers(recurse=False) if key.startswith("running_")]
+        kept = {"parameters": [key for key, _ in module.named_parameters(recurse=False)], "statistics": running}
+        for kind, keys in kept.items():
+            names = (f"{layer}.{key}".strip(".") for key in keys)
+            floats = [state[name] for name in names if name in state and state[name].is_floating_point()]
+            if len(found := {str(tensor.dtype) for tensor in floats}) > 1:
+                raise StoreError(f"layer '{layer}' is half converted: its {kind} are {' and '.join(sorted(found))}")
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in state and isinstance(tensor, Tensor) and kind_of(tensor) == kind_of(state[name]):
             tensor.data = tensor.data.to(state[name].dtype)

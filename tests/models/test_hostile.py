@@ -111,7 +111,12 @@ def test_numbers_of_layers_are_bounded(saved, monkeypatch):
 
 
 def test_tensors_of_another_kind(saved):
-    bias = load_file(saved / "model.safetensors")["fc.bias"]
+    tensors = load_file(saved / "model.safetensors")
+    bias, variance = tensors["fc.bias"], tensors["bn1.running_var"]
+    forge(saved, tensors={"bn1.running_var": variance.half()})
+    with pytest.raises(ValueError, match="layer 'bn1' is half converted: its statistics are torch.float16 and torch.f"):
+        load_pruned(saved)
+    forge(saved, tensors={"bn1.running_var": variance})
     for tensor, message in (
         (bias.to(torch.complex64), "'fc.bias' holds torch.complex64, the network's is"),
         (bias.to(torch.int64), "'fc.bias' holds torch.int64, the network's is"),
