@@ -318,7 +318,7 @@ def areas(options: Options) -> None:
         for made, name in ((False, "pruned"), (True, "compensated after every step"))
     ]
     figure = go.Figure(bars, go.Layout(template=theme("light"), height=380, width=760, legend={"orientation": "h"}))
-    figure.update_xaxes(title="area under the held-out accuracy over the MACs left; n = 3, but for l2 and bn_scale")
+    figure.update_xaxes(title="area under accuracy over MACs left (three repeats; of l2 and bn_scale pruned: one)")
     (options.out.parent / "pictures" / "compensation_areas.png").write_bytes(still(figure))
 
 
