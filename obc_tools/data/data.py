@@ -18,7 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from ..errors import check_number, check_whole
 from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches
@@ -320,6 +331,10 @@ def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Da
     return replace(data, train=train, val=val)
 
 
+WHOLE = SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler
+"""Samplers that draw from all of a data set, in whatever order and share."""
+
+
 def as_data(
     train: Any,
     val: Any = None,
@@ -330,8 +345,8 @@ def as_data(
 ) -> Data:
     """Make `Data` of whatever holds examples, for all that wants one; `Data` itself is returned as it is.
 
-    Of a DataLoader its data set, its collating and its workers are taken: batches are cut, and their order is drawn, by
-    `Data.batches`, so that every pass is fixed by a seed.
+    Of a DataLoader its data set, the subset that a `SubsetRandomSampler` draws from, its collating and its workers are
+    taken: batches are cut, and their order is drawn, by `Data.batches`, so that every pass is fixed by a seed.
 
     Args:
         train: A DataLoader, a map-style data set, or tensors whose first axes are examples: one, or a tuple or dict of
@@ -342,7 +357,8 @@ def as_data(
         name: For messages, tables and settings.
 
     Raises:
-        ValueError: iterable data sets, lists (of batches?) and all else whose examples cannot be drawn by number.
+        ValueError: iterable data sets, lists (of batches?) and all else whose examples cannot be drawn by number;
+            DataLoaders with samplers of other kinds, which may leave examples out.
 
     Example:
         >>> as_data((torch.zeros(8, 3), torch.arange(8) % 2), (torch.zeros(4, 3), torch.arange(4) % 2))
@@ -364,7 +380,7 @@ def as_data(
 
 def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tuple[type, ...] = (list,)) -> Examples:
     if isinstance(given, DataLoader):
-        split = _split(given.dataset, collate or given.collate_fn, refused=())
+        split = _split(_drawn_from(given), collate or given.collate_fn, refused=())
         return replace(split, workers=given.num_workers)
     if isinstance(given, TensorDataset):
         given = given.tensors if collate in (None, default_collate) else given
@@ -379,6 +395,26 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
             "as_data(train, val)"
         )
     return Examples(given, collate or default_collate)
+
+
+def _drawn_from(loader: DataLoader) -> Any:
+    """Return the data set of a DataLoader, or what of it its sampler draws from."""
+    cut, given = loader.batch_sampler, loader.dataset
+    sampler = loader.sampler if cut is None else getattr(cut, "sampler", cut)
+    if isinstance(given, IterableDataset) or isinstance(sampler, WHOLE):
+        return given
+    if not isinstance(sampler, SubsetRandomSampler):
+        raise ValueError(
+            f"as_data: a DataLoader with a {type(sampler).__name__} may leave examples out: pass those that it draws "
+            "from, as torch.utils.data.Subset(data_set, indices)"
+        )
+    indices = list(sampler.indices)
+    if isinstance(given, TensorDataset):
+        return TensorDataset(*(tensor[indices] for tensor in given.tensors))
+    part = Subset(given, indices)
+    if hasattr(given, "classes"):
+        part.classes = given.classes
+    return part
 
 
 def _classes(split: Examples) -> tuple[str, ...]:

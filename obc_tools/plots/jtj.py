@@ -155,15 +155,18 @@ def interactions_heatmap(
 
 
 def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
-    """Draw the eigenvalues of each channel's JᵀJ as shares of their sum, largest first, on a logarithmic axis."""
+    """Draw the eigenvalues of each channel's JᵀJ as shares of their sum, largest first, on a logarithmic axis.
+
+    A spectrum ends at the numerical rank: what is less than d times the rounding of the largest is rounding.
+    """
     values = dense.eigenvalues
     shares = values / values.sum(1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     figure = go.Figure()
-    ranks = dense.effective_rank.tolist()
+    ranks, rounding = dense.effective_rank.tolist(), torch.finfo(dense.values.dtype).eps * values.shape[1]
     for channel, share, rank in zip(dense.channels, shares, ranks, strict=True):
         name = f"channel {channel}, effective rank {rank:.1f}"
         hover = f"{name}<br>eigenvalue %{{x}}: %{{y:.2e}} of the sum<extra></extra>"
-        seen = share[share > 1e-12].numpy()
+        seen = share[share > rounding * share[0]].numpy()
         x = np.arange(1, len(seen) + 1)
         figure.add_scatter(x=x, y=seen, name=name, mode="lines", line_width=1.4, opacity=0.8, hovertemplate=hover)
     x = {"title": "eigenvalue, largest first"}

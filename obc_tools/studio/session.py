@@ -245,8 +245,11 @@ def with_interval(metrics: Metrics) -> str:
 
 
 def _margin(metrics: Metrics) -> float:
-    """Return the half-width of an accuracy's 95 % interval (normal approximation to the binomial)."""
-    return 1.96 * math.sqrt(metrics.accuracy * (1 - metrics.accuracy) / metrics.examples)
+    """Return how far an accuracy's 95 % interval after Wilson (1927) reaches at most: not 0 where all are right."""
+    share, examples, z = metrics.accuracy, metrics.examples, 1.96
+    middle = (share + z**2 / (2 * examples)) / (1 + z**2 / examples)
+    half = math.sqrt(share * (1 - share) / examples + (z / (2 * examples)) ** 2) * z / (1 + z**2 / examples)
+    return half + abs(middle - share)
 
 
 def with_quartiles(latency: Latency) -> str:

@@ -24,7 +24,6 @@ import anywidget
 import ipywidgets as W
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 import traitlets
 from plotly.offline import get_plotlyjs
 from torch import nn
@@ -220,10 +219,13 @@ class Filling:
 CHANGED_SINCE = "the model has changed since: shown is what it was; make another view to see it as it is"
 
 
-def versions(model: nn.Module) -> tuple[tuple[str, int, torch.Size], ...]:
-    """Return what changes with every change of a model's tensors in place, and with their shapes."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    return tuple((name, tensor._version, tensor.shape) for name, tensor in named)
+def versions(model: nn.Module) -> tuple[tuple, ...]:
+    """Return what changes with every change of a model's parameters in place, and with others in their stead.
+
+    Not of buffers: scoring borrows a batch norm's statistics and gives them back, another version of the same numbers.
+    What is written through ``.data`` has no version, and is not seen.
+    """
+    return tuple((name, p._version, p.data_ptr(), p.dtype, p.shape) for name, p in model.named_parameters())
 
 
 class View(W.VBox):

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from trainings import network
 
 from obc_tools import as_data, compare_criteria, fit, load_data, take
@@ -59,6 +68,33 @@ def test_passes_are_fixed_by_the_seed_alone(kind):
     assert all(torch.equal(one, other) for one, other in zip(again[0], first[1], strict=True)) and len(again) == 2
     halves = [list(data.batches("train", 8, seed=3, share=(part, 2)).at(0)) for part in (0, 1)]
     assert torch.equal(torch.stack([half[0][0] for half in halves], 1).flatten(0, 1), first[0][0])
+
+
+@pytest.mark.parametrize("kind", ["tensors", "examples"])
+def test_a_loader_of_a_part_of_its_data_set_is_that_part(kind):
+    everything, labels = images()
+    given = TensorDataset(everything, labels) if kind == "tensors" else [*zip(everything, labels, strict=True)]
+    held_out = [3, 7, 11, 19]
+    data = as_data(DataLoader(given, 4), DataLoader(given, 2, sampler=SubsetRandomSampler(held_out)))
+    assert (len(data.train), len(data.val)) == (20, 4)
+    (batch,) = data.batches("val", 4, shuffle=False)
+    assert torch.equal(batch[0], everything[held_out]) and torch.equal(batch[1], labels[held_out])
+
+
+def test_a_loader_that_may_leave_examples_out_is_refused():
+    class Every(Sampler):
+        def __iter__(self):
+            return iter(range(0, 20, 2))
+
+    given = TensorDataset(*images())
+    for loader in (
+        DataLoader(given, 4, sampler=Every()),
+        DataLoader(given, batch_sampler=BatchSampler(Every(), 2, False)),
+    ):
+        with pytest.raises(ValueError, match=r"a DataLoader with a Every may leave examples out.*Subset\("):
+            as_data(loader)
+    whole = DataLoader(given, batch_sampler=BatchSampler(RandomSampler(given), 2, drop_last=False))
+    assert len(as_data(whole).train) == 20 and len(as_data(DataLoader(given, batch_size=None)).train) == 20
 
 
 def test_structures_stay():

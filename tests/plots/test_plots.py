@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -196,6 +197,13 @@ def test_spectrum_shows_shares_of_the_sum():
     np.testing.assert_allclose(figure.data[0].y, shares)
     assert len(figure.data[1].y) == 0
     assert figure.layout.yaxis.type == "log"
+
+
+def test_a_spectrum_ends_at_the_rank():
+    found = dense(channels=4, d=40)
+    rows = torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(1))
+    figure = plots.spectrum(replace(found, values=rows.mT @ rows))
+    assert [len(trace.y) for trace in figure.data] == [3] * 4
 
 
 def test_plan_shows_kept_removed_and_whole():

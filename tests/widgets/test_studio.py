@@ -13,11 +13,12 @@ import timm
 import torch
 
 import obc_tools as obc
+from obc_tools.measure.metrics import Metrics
 from obc_tools.plots import coupling_graph
 from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.choices import Limits, Target
 from obc_tools.pruning.plan import PruningPlan
-from obc_tools.studio.session import MOST, POINTS, RATIOS
+from obc_tools.studio.session import MOST, POINTS, RATIOS, with_interval
 from obc_tools.studio.state import Choices
 from obc_tools.widgets import studio as studio_module
 from obc_tools.widgets.controls import Click, note
@@ -352,16 +353,48 @@ def test_what_is_no_network_is_refused(made):
         PruningStudio("resnet8", made[1])
 
 
-@pytest.mark.parametrize("view", [PruningStudio, JTJExplorer, InteractionExplorer])
-def test_a_model_that_changes_under_an_open_view_is_told(made, view):
+@pytest.mark.parametrize(
+    ("right", "examples", "low", "high"), [(64, 64, 0.9434, 1.0), (0, 64, 0.0, 0.0566), (50, 100, 0.4038, 0.5962)]
+)
+def test_the_interval_of_an_accuracy_is_wilsons(right, examples, low, high):
+    """Ends by the formula of Wilson (1927), worked out by hand; the table shows the longer way to one of them."""
+    found = Metrics(0.1, right / examples, 1.0, examples)
+    reach = max(found.accuracy - low, high - found.accuracy)
+    assert with_interval(found) == f"{found.accuracy:.2%} ± {reach:.2%}"
+
+
+def doubled(model):
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+
+
+def another_layer(model):
+    model.conv1 = copy.deepcopy(model.conv1)
+
+
+def another_type(model):
+    model.double()
+
+
+@pytest.mark.parametrize(
+    ("view", "change"),
+    [(PruningStudio, doubled), (JTJExplorer, another_layer), (InteractionExplorer, another_type)],
+)
+def test_a_model_that_changes_under_an_open_view_is_told(made, view, change):
     model = copy.deepcopy(made[0])
     shown = view(model, made[1], batches=1, batch_size=32).wait(60)
-    for step in (lambda: model.conv1.weight.data.shape, lambda: obc.evaluate(model, made[1].batches("val", 64))):
+    batches = made[1].batches("train", 32)
+    for step in (
+        lambda: model.conv1.weight.data.shape,
+        lambda: obc.evaluate(model, made[1].batches("val", 64)),
+        lambda: obc.score_groups(
+            model, obc.find_groups(model, torch.zeros(1, 1, 8, 8)), "jacobian", obc.take(batches, 1)
+        ),
+    ):
         step()
         shown.tell("looked")
         assert "has changed since" not in shown.status.value
-    with torch.no_grad():
-        model.conv1.weight.mul_(2)
+    change(model)
     shown.tell("looked")
     assert "looked" in shown.status.value and "the model has changed since: shown is what it was" in shown.status.value
 
