@@ -308,15 +308,15 @@ class InteractionExplorer(Explorer):
         buttons = W.HBox([self.back_button, self.cancel_button])
         self.children = (self.beside([self.layer, self.order, self.mode, buttons, self.table]), self.code)
         self.on_change((self.layer, self.order, self.mode), self._show)
-        self.compute(
-            "computing J·w", lambda batches: jacobian_products(self.network, batches, **self._scored), self._take
-        )
+        self._show()
 
     def __repr__(self) -> str:
         return f"InteractionExplorer({self.layer.value}, {self.interactions!r})"
 
     def look_at(self, i: int, j: int) -> None:
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
+        if self.interactions is None:
+            raise ValueError("J·w is not computed yet: wait() for it first")
         layer = self.layer.value
         self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}]{self._said})\njtj.plot()")
         self.compute(
@@ -335,7 +335,11 @@ class InteractionExplorer(Explorer):
         self._show()
 
     def _show(self) -> None:
+        """Show K as it is chosen; J·w is computed first where it is not known, also after it was cancelled."""
         if self._products is None:
+            if not self._worker.busy:
+                what = "computing J·w"
+                self.compute(what, lambda batches: jacobian_products(self.network, batches, **self._scored), self._take)
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
         self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))

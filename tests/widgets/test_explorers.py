@@ -9,6 +9,7 @@ from torch import nn
 
 import obc_tools as obc
 from obc_tools.plots.jtj import filter_image, filter_tiles, jtj_pair
+from obc_tools.widgets import explorers
 from obc_tools.widgets.controls import Click
 from obc_tools.widgets.explorers import InteractionExplorer, JTJExplorer
 
@@ -95,6 +96,25 @@ def test_everything_is_saved(made, tmp_path):
     explorer.dense = None
     explorer.save_button.click()
     assert "nothing has been computed yet" in explorer.status.value
+
+
+def test_interactions_come_back_after_a_cancel(made, monkeypatch):
+    go_on, real = threading.Event(), explorers.jacobian_products
+
+    def held(*arguments, **options):
+        go_on.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(explorers, "jacobian_products", held)
+    together = InteractionExplorer(*made, **OPTIONS)
+    with pytest.raises(ValueError, match="J·w is not computed yet"):
+        together.look_at(0, 1)
+    together.cancel_button.click()
+    go_on.set()
+    together.wait(60)
+    assert together.interactions is None and "cancelled" in together.status.value
+    together.layer.value = "layer2.0.conv1"
+    assert together.wait(60).interactions.axis.layer == "layer2.0.conv1"
 
 
 def test_interactions_their_pairs_and_a_click(made, batches):
