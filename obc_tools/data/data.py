@@ -346,8 +346,8 @@ def as_data(
     """Make `Data` of whatever holds examples, for all that wants one; `Data` itself is returned as it is.
 
     Of a DataLoader its data set, the subset that a `SubsetRandomSampler` draws from, its collating and its workers are
-    taken: batches are cut, and their order is drawn, by `Data.batches`, so that every pass is fixed by a seed. The weights
-    of a `WeightedRandomSampler` are not: every example of its data set comes as often as any other.
+    taken: batches are cut, and their order is drawn, by `Data.batches`, so that every pass is fixed by a seed. The
+    weights of a `WeightedRandomSampler` are not: every example of its data set comes as often as any other.
 
     Args:
         train: A DataLoader, a map-style data set, or tensors whose first axes are examples: one, or a tuple or dict of
