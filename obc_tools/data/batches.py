@@ -233,6 +233,18 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     return (batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch), None
 
 
+def with_inputs_of(batch: Any, dtype: torch.dtype) -> Any:
+    """Return a batch with the floating tensors of its inputs in another precision; its targets stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    if isinstance(batch, Mapping):
+        return {key: part if key == TARGETS else tree_map(cast, part) for key, part in batch.items()}
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    return type(batch)((tree_map(cast, batch[0]), batch[1])) if pair else tree_map(cast, batch)
+
+
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return a batch with all of its tensors on a device; its structure and whatever else it holds stay."""
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)

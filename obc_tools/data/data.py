@@ -32,7 +32,7 @@ from torch.utils.data import (
 )
 
 from ..errors import check_number, check_whole
-from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches
+from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches, with_inputs_of
 from .cifar import CLASSES, read_cifar
 from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
@@ -113,6 +113,7 @@ class Data:
         shuffle: bool | None = None,
         drop_last: bool = False,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         workers: int | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> Batches:
@@ -127,6 +128,7 @@ class Data:
             shuffle: A new order each pass. None: for "train" only.
             drop_last: Leave out a last batch that is smaller than ``size``.
             device: Where batches are made, normalised and returned; the model's.
+            dtype: Of floating inputs, such as a network's own; None: as they are.
             workers: Processes that decode images from disk. None: one a CPU, at most 8. Images in memory need none.
             share: (rank, processes) where several train together: this process gets every so-manieth image of each
                 batch of ``size``. Shares of "train" are equally large.
@@ -134,6 +136,10 @@ class Data:
         Raises:
             ValueError: For a split that is unknown or not there, a size below 1, or a pass without any batch.
         """
+        if dtype is not None:
+            shared = {"augment": augment, "shuffle": shuffle, "drop_last": drop_last, "device": device}
+            drawn = self.batches(split, size, seed=seed, workers=workers, share=share, **shared)
+            return drawn.map(lambda number, place, batch: with_inputs_of(batch, dtype))
         images = self._split(split)
         shuffle = split == "train" if shuffle is None else shuffle
         chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)

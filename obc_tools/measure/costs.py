@@ -56,7 +56,7 @@ class Cost:
 
     def __repr__(self) -> str:
         more = f"; not counted: {', '.join(self.unknown)}" if self.unknown else ""
-        return f"{_scaled(self.macs)}MACs, {_scaled(self.params).rstrip()} parameters{more}"
+        return f"{scaled(self.macs)}MACs, {scaled(self.params).rstrip()} parameters{more}"
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row, its columns "MACs" (of one example) and "parameters"."""
@@ -66,7 +66,7 @@ class Cost:
         return f"<b>{self!r}</b>"
 
 
-def _scaled(number: float) -> str:
+def scaled(number: float) -> str:
     """Return a number with its unit's prefix: 126.8 M, 0.856 M, 64.00 k."""
     steps = ((1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k"))
     unit, prefix = next(((unit, prefix) for least, unit, prefix in steps if number >= least), (1, ""))
@@ -226,6 +226,7 @@ class CostModel:
     macs: _Terms
     params: _Terms
     channels: dict[tuple, tuple[np.ndarray | int, str | None]] = field(default_factory=dict)
+    counting = COUNTINGS[0]
 
     def of(self, plan: Plan) -> Cost:
         """Return exactly what ``cost(prune(model, plan), example_inputs)`` returns.
@@ -411,6 +412,7 @@ class ModuleCosts:
     model: nn.Module
     example_inputs: Any
     original: Cost
+    counting = COUNTINGS[1]
 
     def of(self, plan: Plan) -> Cost:
         """Return what ``cost(prune(model, plan), example_inputs, counting="torch_pruning")`` returns."""

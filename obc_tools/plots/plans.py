@@ -37,6 +37,7 @@ def plot_plan(plan: Any, *, look: str = "light") -> go.Figure:
     figure = go.Figure(bars).update_traces(customdata=notes, hovertemplate=TOLD)
     gone, channels = plan.channels_removed, plan.channels
     title = f"Channels by group: {gone:,} of {channels:,} prunable channels removed"
+    title += f"<br><sub>{plan.reached}</sub>" if plan.reached else ""
     x = {"title": "group (its first layer)", **GROUPS}
     stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal"}
     return finished(figure, look, 420, x=x, y={"title": "channels"}, title=title, **stacked)

@@ -40,6 +40,7 @@ from ..studio.state import (
     change,
     limit_of,
     lock,
+    place_of,
     plan_changes,
     redo,
     remember,
@@ -52,6 +53,7 @@ from ..studio.state import (
 )
 from .controls import (
     FITTING,
+    TWO_LINES,
     WRAPPING,
     Click,
     LiveFigure,
@@ -160,6 +162,7 @@ class StudioControls:
         )
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML()
+        self.header = W.HTML(layout=TWO_LINES)
         self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
 
     @property
@@ -283,17 +286,19 @@ class PruningStudio(View):
         look: str | None = None,
     ):
         check_module(model)
-        device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+        device, dtype = place_of(model)
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
         batches = usual_batches(data, batch_size) if batches is None else batches
-        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name)
+        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name, dtype)
         self.session = StudioSession(model, data, setup, held_out, task)
         self.state, self.plan = StudioState(), self.session.whole
+        self._planned = self.state.choices
         self._source, self._look, self._moved = source, look or LIGHT, 0.0
         self._before: PruningPlan | None = None
         self._scoring: Scoring | None = None
         self._controls = c = StudioControls(self.session, self.state.choices)
+        c.code.value = self.code
         super().__init__(self._drawn(), look)
         self.copied_from(model)
         self._connect()
@@ -303,13 +308,14 @@ class PruningStudio(View):
         self.sensitivity = LiveFigure(go.Figure(), self._clicked_group, look=look)
         self.folds = W.Accordion([c.changes, self.graph, *self._measured_folds()], titles=FOLDS)
         self.folds.observe(lambda _: self._try(self._show_fold), "selected_index")
-        self.children = (above, self.beside(c.column), c.table, self.folds, below, c.code)
+        self.children = (above, c.header, self.beside(c.column), c.table, self.folds, below, c.code)
         self._show()
 
     @property
     def code(self) -> str:
         """The Python that makes the present plan."""
-        return to_code(self.state.choices, self.session.setup)
+        reached = self.plan.reached
+        return to_code(self._planned, self.session.setup, nearest=reached is not None and not reached.met)
 
     def __repr__(self) -> str:
         return f"PruningStudio({self.plan!r})"
@@ -516,7 +522,6 @@ class PruningStudio(View):
         with self._filling():
             self._controls.show(self.state.choices)
         self.undo_button.disabled, self.redo_button.disabled = not self.state.past, not self.state.future
-        self._controls.code.value = self.code
         if self.session.scores(choices.scoring) is not None:
             self._worker.cancel()
             self._scoring = None
@@ -540,11 +545,12 @@ class PruningStudio(View):
         except ValueError as error:
             self._failed(error)
             return
-        faster = self.session.costs.original.macs / self.session.costs.of(plan).macs
-        took = 1e3 * (time.perf_counter() - start)
-        self.say(f"{plan!r}: {faster:.2f}x fewer MACs, those of operations that run ({took:.0f} ms)")
-        if plan != self.plan:
-            self._before, self.plan = self.plan, plan
+        self.say(f"made the plan in {1e3 * (time.perf_counter() - start):.0f} ms")
+        self._before, self.plan = self._before if plan == self.plan else self.plan, plan
+        self._planned = self.state.choices
+        removed = f"{plan.channels_removed:,} of {counted(plan.channels, 'channel')} removed"
+        self._controls.header.value = note(f"{removed}; {plan.reached}", bad=not plan.reached.met)
+        self._controls.code.value = self.code
         self._show_outcome()
 
     def _score(self, root: LayerAxis) -> Tensor:
