@@ -214,7 +214,8 @@ def take(batches: Iterable[T], length: int) -> Batches | FirstBatches[T]:
 def _check_length(length: int, available: int) -> None:
     check_whole("take: length", length, 1)
     if available < length:
-        raise ValueError(f"take: {length} batches were asked for, a pass holds {available}")
+        more = f": ask for at most {available}, or for smaller ones" if available else ""
+        raise ValueError(f"take: {length} batches were asked for, a pass holds {available}{more}")
 
 
 TARGETS = "labels"
