@@ -34,7 +34,7 @@ from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from ..studio.state import as_keywords, as_program, place_of, usual_batches
-from .controls import Click, View, code_area, dropdown, integer, set_options, table, text
+from .controls import Click, View, code_area, dropdown, integer, set_options, table, text, typed
 
 T = TypeVar("T")
 
@@ -279,7 +279,7 @@ class JTJExplorer(Explorer):
         self.tell(repr(group))
 
     def _save(self) -> None:
-        self.tell(f"wrote '{self.save(self.path.value)}'")
+        self.tell(f"wrote '{self.save(typed(self.path, '.npz'))}'")
 
 
 ORDERS = ("cluster", "score", "channel")

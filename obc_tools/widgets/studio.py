@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.data import as_data
-from ..files import entries, write_text
+from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
 from ..plots.curves import accuracy_over_macs
@@ -71,6 +71,7 @@ from .controls import (
     stands_at,
     table,
     text,
+    typed,
 )
 
 NONE = "none"
@@ -493,23 +494,25 @@ class PruningStudio(View):
                 self._step(lambda _: scored)
         self.say("cancelled")
 
-    def _export(self, write: Callable[[str], Path], ending: str) -> None:
-        path = self._controls.path.value + ending
-        self.say(f"wrote '{write(path)}'")
+    def _export(self, write: Callable[[Path], Path], ending: str) -> None:
+        self.say(f"wrote '{write(typed(self._controls.path, ending, folder=not ending))}'")
         self._look_there()
 
     def _look_there(self) -> None:
         """Say what writing would replace, and what it would refuse to."""
-        path = self._controls.path.value
-        said = [f"'{path}{ending}' will be replaced" for ending in (".json", ".py") if Path(path + ending).exists()]
-        if entries(Path(path)):
-            said.append(f"'{path}' is in use: no model is written into it")
-        self._controls.there.value = note("; ".join(said))
+        said = []
+        for ending in (".json", ".py", ""):
+            try:
+                path = typed(self._controls.path, ending, folder=not ending)
+                said += [f"'{path}' will be replaced"] if ending and path.exists() else []
+            except ValueError as error:
+                said.append(str(error))
+        self._controls.there.value = note("; ".join(dict.fromkeys(said)))
 
-    def _write_code(self, path: str) -> Path:
+    def _write_code(self, path: Path) -> Path:
         self._refuse_while_scoring()
-        write_text(Path(path), self.code)
-        return Path(path)
+        write_text(path, self.code)
+        return path
 
     def _failed(self, error: Exception) -> None:
         if not self._worker.busy:

@@ -602,6 +602,49 @@ def test_what_an_export_will_do_is_said_before(studio, tmp_path):
     assert c.there.value == note("")
 
 
+@pytest.mark.parametrize(
+    ("typed", "model", "files"),
+    [
+        ("", "'' names no file", True),
+        ("there/", "'there/' names no file", True),
+        ("~nobody-of-this-name/x", "there is no such home", True),
+        ("file", "file' is a file: no model is written over it", False),
+        ("file/x", "file' is a file, nothing is written below it", True),
+        ("used", "used' is in use: no model is written into it", False),
+        ("taken", None, True),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_and_names_the_way_out(
+    studio, tmp_path, monkeypatch, typed, model, files
+):
+    """No file is written, and the words are those of the page's own controls."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    for ending in (".json", ".py"):
+        (tmp_path / f"taken{ending}").mkdir()
+    c, before = controls(studio), sorted(tmp_path.rglob("*"))
+    c.path.value = typed
+    refused = [studio.model_button] if model else []
+    for button in (*refused, *([studio.plan_button, studio.code_button] if files else [])):
+        button.click()
+        assert "type another name under &#x27;write to&#x27;" in studio.status.value
+        assert "overwrite" not in studio.status.value and "type another name" in c.there.value
+        assert sorted(tmp_path.rglob("*")) == before
+    if model:
+        assert note(model)[len("<span style='color:inherit'>") : -len("</span>")] in c.there.value
+
+
+def test_home_is_home(studio, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    controls(studio).path.value = "~/studio.json"
+    studio.plan_button.click()
+    assert (tmp_path / "home" / "studio.json").is_file() and not (tmp_path / "~").exists()
+    assert "studio.json&#x27; will be replaced" in controls(studio).there.value
+
+
 def test_the_plan_is_taken_away(studio, made, tmp_path):
     model, data = made
     studio.toggle(controls(studio).group.value, 0)
