@@ -347,21 +347,26 @@ def cost_model(
     return _learn(traced, Classes(traced.flow), example_inputs)
 
 
-def layers_table(model: nn.Module, plan: Plan, example_inputs: Any) -> pd.DataFrame:
+def layers_table(model: nn.Module, plan: Plan, example_inputs: Any = None) -> pd.DataFrame:
     """Tell what a plan makes of every layer: its widths, parameters and MACs before and after.
 
     Args:
         model: the original, which is left unchanged; nothing is pruned.
         plan: for this model.
-        example_inputs: as for `cost`; the MACs are those of one example.
+        example_inputs: as for `cost`; the MACs are those of one example. Neither a model nor a plan knows any.
 
     Returns:
         One row a layer in the order in which they first run. Columns: layer, type, in, in after, out, out after
         (channels; missing where a layer has no such axis), parameters, parameters after, MACs, MACs after.
 
     Raises:
-        ValueError: a plan that does not fit the model, or a model that `find_groups` cannot trace.
+        ValueError: no example inputs, a plan that does not fit the model, or a model that `find_groups` cannot trace.
     """
+    if example_inputs is None:
+        raise ValueError(
+            "layers_table: MACs and the order of layers are those of a forward pass: pass what one takes as a third "
+            "argument, layers_table(model, plan, images[:1])"
+        )
     return cost_model(model, example_inputs, whole_heads=loses_heads(plan.groups)).layers(plan)
 
 
