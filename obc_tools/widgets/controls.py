@@ -98,8 +98,10 @@ FITTING = {"width": "auto", "flex": "0 0 auto"}
 WRAPPING = {"flex_flow": "row wrap"}
 LABEL = {"description_width": "104px"}
 COLUMN = {"width": "350px", "flex": "0 0 auto"}
-"""Of controls, beside a figure that takes the rest."""
-REST = {"flex": "1 1 auto", "min_width": "0"}
+"""Of controls, beside a figure that takes the rest, and goes below them where that is little."""
+REST = {"flex": "1 1 440px", "min_width": "0"}
+SCROLLING = {"overflow": "auto"}
+"""Of tables: a narrow page scrolls them alone."""
 TWO_LINES = {"height": "44px", "flex": "1 1 auto", "min_width": "0", "overflow": "auto"}
 """Of words that come and go: what stands below does not move."""
 SHOWN = 6
@@ -302,7 +304,7 @@ class View(W.VBox):
     def beside(self, controls: Sequence[W.Widget]) -> W.HBox:
         """Return controls in a column, and beside it the figure above the line that says what is going on."""
         right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
-        return W.HBox([W.VBox(controls, layout=COLUMN), right])
+        return W.HBox([W.VBox(controls, layout=COLUMN), right], layout=WRAPPING)
 
     def button(self, label: str, act: Callable[[], object], tooltip: str = "", icon: str = "") -> W.Button:
         """Return a button that does something, and shows what is wrong with it where that is its own fault."""

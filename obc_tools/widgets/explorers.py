@@ -34,7 +34,7 @@ from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
 from ..studio.state import as_keywords, as_program, place_of, usual_batches
-from .controls import Click, View, code_area, dropdown, integer, set_options, table, text, typed
+from .controls import SCROLLING, Click, View, code_area, dropdown, integer, set_options, table, text, typed
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ class Explorer(View):
             raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
         self.layer = dropdown("layer", layers, layers[0])
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
-        self.table, self.code = W.HTML(), code_area()
+        self.table, self.code = W.HTML(layout=SCROLLING), code_area()
         self._begin()
 
     def _begin(self) -> None:

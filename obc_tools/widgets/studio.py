@@ -53,12 +53,14 @@ from ..studio.state import (
 )
 from .controls import (
     FITTING,
+    SCROLLING,
     TWO_LINES,
     WRAPPING,
     Click,
     LiveFigure,
     Task,
     View,
+    close,
     code_area,
     dropdown,
     factor_slider,
@@ -164,7 +166,7 @@ class StudioControls:
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML()
         self.header = W.HTML(layout=TWO_LINES)
-        self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
+        self.table, self.changes, self.code = W.HTML(layout=SCROLLING), W.HTML(layout=SCROLLING), code_area()
 
     @property
     def target(self) -> W.FloatSlider | W.FloatLogSlider:
@@ -552,7 +554,7 @@ class PruningStudio(View):
         self._before, self.plan = self._before if plan == self.plan else self.plan, plan
         self._planned = self.state.choices
         removed = f"{plan.channels_removed:,} of {counted(plan.channels, 'channel')} removed"
-        self._controls.header.value = note(f"{removed}; {plan.reached}", bad=not plan.reached.met)
+        self._controls.header.value = close(note(f"{removed}; {plan.reached}", bad=not plan.reached.met))
         self._controls.code.value = self.code
         self._show_outcome()
 
