@@ -37,10 +37,12 @@ def plot_plan(plan: Any, *, look: str = "light") -> go.Figure:
     figure = go.Figure(bars).update_traces(customdata=notes, hovertemplate=TOLD)
     gone, channels = plan.channels_removed, plan.channels
     title = f"Channels by group: {gone:,} of {channels:,} prunable channels removed"
-    title += f"<br><sub>{plan.reached}</sub>" if plan.reached else ""
+    more = 0
+    if plan.reached:
+        title, more = f"{title}<br><sub>{plan.reached}</sub>", 40
     x = {"title": "group (its first layer)", **GROUPS}
-    stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal"}
-    return finished(figure, look, 420, x=x, y={"title": "channels"}, title=title, **stacked)
+    stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal", "margin_t": 68 + more}
+    return finished(figure, look, 420 + more, x=x, y={"title": "channels"}, title=title, **stacked)
 
 
 def _stacked_bars(names: Sequence[str], kept: np.ndarray, widths: np.ndarray, whole: np.ndarray) -> list[dict]:
@@ -235,13 +237,16 @@ def _note(group: Any, member: Any) -> str:
     return "<br>".join(lines)
 
 
-def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = "light") -> go.Figure:
+def mixing_heatmaps(
+    equivalent: Any, layer: str, *, since: Any = None, block: int = 0, look: str = "light"
+) -> go.Figure:
     """Draw the compressor C (kept × full) and the transposed decompressor Dᵀ (kept × full) of a layer.
 
     Both start as the selection of the kept channels: one 1 in each row. Whatever else is there was learnt: what the
     removed channels give to the kept ones.
 
     Args:
+        since: draw what changed since this earlier `EquivalentModel` of the plan, such as one that was not trained.
         block: the convolution group, where the layer has several.
         look: "light" or "dark".
 
@@ -249,9 +254,9 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
         ValueError: a layer that is not mixed, no such block, an unknown look.
     """
     check_name("mixed layer", layer, equivalent.mixed_layers)
-    mixed = equivalent.mixed_layers[layer]
-    parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
-    there = {name: part.detach() for name, part in parts.items() if part is not None}
+    there, before = (_mixing(model.mixed_layers[layer]) for model in (equivalent, since or equivalent))
+    if since is not None:
+        there = {name: part - before[name] for name, part in there.items()}
     blocks = len(next(iter(there.values())))
     if not 0 <= block < blocks:
         raise ValueError(f"layer {layer!r}: no block {block}; it has {blocks}")
@@ -264,7 +269,14 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
     x = bare | {"title": "channel of the full network"}
     y = bare | {"title": "kept channel", "autorange": "reversed"}
     title = f"Mixing of {layer}" + (f", block {block} of {blocks}" if blocks > 1 else "")
-    return finished(figure, look, 340, x=x, y=y, title=title, coloraxis=color_axis("weight", cmid=0))
+    title += "" if since is None else ": what changed"
+    unit = "weight" if since is None else "change of weight"
+    return finished(figure, look, 340, x=x, y=y, title=title, coloraxis=color_axis(unit, cmid=0))
+
+
+def _mixing(mixed: Any) -> dict[str, Tensor]:
+    parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
+    return {name: part.detach() for name, part in parts.items() if part is not None}
 
 
 def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figure:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ipywidgets as W
 import plotly.graph_objects as go
@@ -78,7 +78,14 @@ class RunMonitor(W.VBox):
             threading.Thread(target=self._watch, args=(every,), daemon=True).start()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.figure)
+        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.wait().figure)
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Wait until all runs have ended, each for so many seconds, and show them; return the monitor."""
+        for run in self.runs.values():
+            run.wait(timeout)
+        self.refresh()
+        return self
 
     @property
     def figure(self) -> go.Figure:

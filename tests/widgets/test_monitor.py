@@ -197,6 +197,14 @@ def test_an_error_of_a_look_is_gone_after_one_that_works(tmp_path, monkeypatch):
     monitor.close()
 
 
+def test_who_waits_sees_the_end(tmp_path, monkeypatch):
+    monitor = RunMonitor(write(tmp_path), every=None)
+    with pytest.raises(TimeoutError, match="still runs"):
+        monitor.wait(0.01)
+    write(tmp_path, running=False, step=9)
+    assert monitor.wait(0.01) is monitor and "step 9" in monitor.lines.value
+
+
 def test_the_code_runs_as_it_stands(tmp_path):
     monitor, namespace = RunMonitor(write(tmp_path, running=False), every=None), {}
     exec("\n".join(monitor.code.value.splitlines()[:-1]), namespace)
