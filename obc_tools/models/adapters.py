@@ -130,7 +130,7 @@ def _masked_language(model: nn.Module) -> Task:
 
 
 def _sequence_to_sequence(model: nn.Module) -> Task:
-    """T5, BART and their kin: the decoder reads the labels shifted right, by the network itself, or what it is given."""
+    """T5, BART and their kin: the decoder reads the labels shifted right by the network, or what it is given."""
     if not model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} writes sequences without a decoder of its own: pass task=")
 
