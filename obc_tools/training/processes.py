@@ -1,4 +1,4 @@
-"""The processes of a training, one a device, and the random state that each lends it."""
+"""The processes of a training, one a device."""
 
 from __future__ import annotations
 
@@ -149,33 +149,3 @@ def _word_of_another(store: TCPStore, words: Sequence[str]) -> str | None:
         if store.check([word]):
             return f"process {rank} of {len(words)} raised {store.get(word).decode()}; all end"
     return None
-
-
-@contextmanager
-def lent_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Give torch's generators of the CPU and of one device their state back on the way out; begin with a seed."""
-    devices = [] if device.type == "cpu" else [device]
-    with (
-        torch.random.fork_rng(devices=devices, device_type=device.type),
-        torch.accelerator.device_index(device.index),
-    ):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for each in devices:
-                torch.get_device_module(each).manual_seed(seed)
-        yield
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators of the CPU and of one device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Bring back what :func:`random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"], device)
