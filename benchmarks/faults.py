@@ -51,6 +51,7 @@ from obc_tools.runs.folder import PLAN, run_job, work_on
 from obc_tools.runs.grid import Grid, GridJob, launch_grid
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.folder import Stopped
+from obc_tools.training.processes import MEETING
 
 JOB = PruningJob(
     title="tiny",
@@ -136,7 +137,7 @@ def pair(folder: Path, other_lives: float | None = None) -> str:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         port = door.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), MEETING: "1"}
     this = os.getpid()
     child = os.fork()
     os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1")
@@ -148,10 +149,6 @@ def pair(folder: Path, other_lives: float | None = None) -> str:
         os._exit(0)
     if other_lives is not None:
         threading.Timer(other_lives, os.kill, (child, signal.SIGKILL)).start()
-        # One that dies before both have met is waited for, until a launcher ends those that wait.
-        launcher = threading.Timer(other_lives + 60, os.kill, (this, signal.SIGKILL))
-        launcher.daemon = True
-        launcher.start()
     return run(folder, job=FOR_TWO)
 
 
