@@ -248,7 +248,7 @@ LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
 OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
 PUBLISHED = ("resnet56", "vgg19")
 NAMED = re.compile(
-    r"^@register_model(?:\((?:name=\"(\w+)\")?\))?\n(?:[@ )].*\n)*def (\w+)\(|^    '(\w+)':", re.MULTILINE
+    r"^@register_model(?:\((?:name=\"(\w+)\")?\))?\n(?:[@ )].*\n)*def (\w+)\(|^    '([a-z]\w+)':", re.MULTILINE
 )
 """How torchvision and timm give names to networks."""
 DURATION = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
