@@ -45,7 +45,7 @@ CELLS = {
 
 def set_studio(view: View) -> None:
     """Prune to about 1.3x by L1, keep that plan by name, do so by the Jacobian Criterion, and measure both."""
-    view.until(lambda: "PruningPlan(" in view.words, "a plan")
+    view.until(lambda: "removed; MACs" in view.words, "a plan")
     view.choose("criterion", "l1")
     view.choose("target", "speed-up (times fewer MACs)")
     view.until(lambda: "speedup=" in view.code, "a target")
@@ -53,7 +53,7 @@ def set_studio(view: View) -> None:
     view.until(lambda: "speedup=1.3" in view.code, "about 1.3x")
     view.press("remember")
     view.choose("criterion", "jacobian")
-    view.until(lambda: "'jacobian'" in view.code and "PruningPlan(" in view.words, "another criterion")
+    view.until(lambda: "'jacobian'" in view.code and "removed; MACs" in view.words, "another criterion")
     view.choose("group", "layer2.1.conv1.out")
     view.press("measure")
     view.until(lambda: "measured" in view.words, "a measurement")

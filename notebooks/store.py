@@ -17,10 +17,10 @@ from nbclient import NotebookClient
 from tqdm.auto import tqdm
 
 from obc_tools.files import write_text
-from obc_tools.plots.stills import WANTED, add_stills
+from obc_tools.plots.stills import PNG, WANTED, add_stills
 
 FOLDER = Path(__file__).parent
-COLAB = "colab"
+COLAB, VIEW = "colab", "application/vnd.jupyter.widget-view+json"
 
 
 def store(path: Path) -> None:
@@ -32,17 +32,23 @@ def store(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict(cells[cell.id])
         cell.metadata.pop("execution", None)
-        drop_copies(cell.get("outputs", ()))
+        if "outputs" in cell:
+            cell.outputs = tidied(cell.outputs)
         if cell.id == COLAB:
             cell.execution_count = None
     write_text(path, nbformat.writes(notebook) + "\n")
     add_stills(path)
 
 
-def drop_copies(outputs: Iterable[Mapping[str, Any]]) -> None:
-    """Leave out the JPEG of a picture that is there as PNG too."""
-    for data in (output["data"] for output in outputs if "image/png" in output.get("data", ())):
+def tidied(outputs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return outputs without the JPEG of a picture that is there as PNG too, and without bars of progress.
+
+    A bar is a widget without a still: stored without the widgets' state it is dead.
+    """
+    stay = [output for output in outputs if VIEW not in output.get("data", ()) or PNG in output["data"]]
+    for data in (output["data"] for output in stay if PNG in output.get("data", ())):
         data.pop("image/jpeg", None)
+    return stay
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class PlanMismatchError(ValueError):
     """A plan that does not fit a model or another plan."""
 
 
+class NoDataError(TypeError, ValueError):
+    """What holds no examples, where data is wanted; a ValueError too, as all that the library raises."""
+
+
 def check_whole(name: str, value: Any, least: int, what: str = "") -> None:
     """Raise ValueError unless a value is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -945,8 +945,8 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
     "as_data": (
         ({"train": None}, "as_data: there are neither train nor val examples"),
         ({"train": 5}, "as_data: a int holds no examples that could be drawn by number;"),
-        ({"train": []}, "as_data: a list holds no examples that could be drawn by number;"),
-        (lambda w: {"train": w.batches}, "as_data: a list holds no examples that could be drawn by number;"),
+        ({"train": []}, "as_data: a list may hold batches or examples; pass a DataLoader"),
+        (lambda w: {"train": w.batches}, "as_data: a list may hold batches or examples; pass a DataLoader"),
         (
             lambda w: {"train": (w.images, w.labels[:2])},
             "as_data: tensors of [2, 6] examples; expected equally many, at",

@@ -418,7 +418,7 @@ class Volumes(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Convolutions in front of an LSTM, which is not understood, and a perceptron behind it."""
+    """Convolutions in front of an LSTM, whose hidden width stays, and a perceptron behind it."""
 
     def __init__(self):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import papermill
@@ -11,6 +12,8 @@ from nbconvert import HTMLExporter
 from obc_tools.plots.stills import PLOTLY
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+STORE = runpy.run_path(str(FOLDER / "store.py"))
+
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 MOST_BYTES = 500_000
 
@@ -98,8 +101,25 @@ def test_every_figure_and_widget_is_seen_without_a_kernel_and_javascript(path):
     bundles = [output["data"] for cell in cells_of(path) for output in cell.get("outputs", ()) if "data" in output]
     drawn = [data for data in bundles if PLOTLY in data or is_view(data)]
     html, _ = HTMLExporter(template_name="basic").from_filename(path)
-    assert html.count("<img") >= len(drawn)
+    assert html.count('src="data:image/png') >= len(drawn)
     assert all("image/png" in data for data in drawn)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_no_bar_of_progress_is_stored(path):
+    outputs = [output for cell in cells_of(path) for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if STORE["VIEW"] in output.get("data", ()) and not is_view(output["data"])]
+    assert "step/s]" not in path.read_text(encoding="utf-8")
+
+
+def test_what_is_stored_leaves_bars_out():
+    def shown(text, *more):
+        return {"output_type": "display_data", "data": {"text/plain": text, **dict.fromkeys(more, "...")}}
+
+    view, text, both = STORE["VIEW"], {"output_type": "stream"}, shown("a picture", "image/png", "image/jpeg")
+    studio = shown("PruningStudio(…)", view, "image/png")
+    found = STORE["tidied"]([shown("  0%", view), studio, text, both])
+    assert found == [studio, text, shown("a picture", "image/png")]
 
 
 def is_view(data):

@@ -113,7 +113,7 @@ def compare_criteria(
         counting: what MACs are, as in `prune_to`; a comparison in ``folder`` goes on in the count that it began in.
         scope, group_reduction, normalizer, round_to, min_channels, max_ratio, ignore, whole_heads,
             only: as in `prune_to`.
-        batches, batch_size: the calibration batches of a step.
+        batches, batch_size: the calibration batches of a step; where nobody says, 50 or all there are.
         rows, stop: as in `prune_to`, for the criteria that have rows; the others score all batches.
         per: as in `prune_to`, for all criteria.
         compensate: measure every step, and score it for the next one, as `compensate` leaves the network with that
@@ -137,7 +137,11 @@ def compare_criteria(
     contenders = resolve_contenders(criteria)
     for contender in contenders:
         chosen.scoring().of(contender.criterion)
-    bench = _Bench(factory, as_data(data), chosen, contenders, find_task(task), objective, progress)
+    data = as_data(data)
+    if "batches" not in settings:  # as many as usual, or all there are
+        there = len(data.batches("train", chosen.batch_size))
+        chosen = replace(chosen, batches=min(chosen.batches, there))
+    bench = _Bench(factory, data, chosen, contenders, find_task(task), objective, progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     rows: list[Mapping[str, Any]] = []

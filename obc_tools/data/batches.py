@@ -214,7 +214,8 @@ def take(batches: Iterable[T], length: int) -> Batches | FirstBatches[T]:
 def _check_length(length: int, available: int) -> None:
     check_whole("take: length", length, 1)
     if available < length:
-        raise ValueError(f"take: {length} batches were asked for, a pass holds {available}")
+        more = f": ask for at most {available}, or for smaller ones" if available else ""
+        raise ValueError(f"take: {length} batches were asked for, a pass holds {available}{more}")
 
 
 TARGETS = "labels"
@@ -231,6 +232,18 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     return (batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch), None
+
+
+def with_inputs_of(batch: Any, dtype: torch.dtype) -> Any:
+    """Return a batch with the floating tensors of its inputs in another precision; its targets stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    if isinstance(batch, Mapping):
+        return {key: part if key == TARGETS else tree_map(cast, part) for key, part in batch.items()}
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    return type(batch)((tree_map(cast, batch[0]), batch[1])) if pair else tree_map(cast, batch)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

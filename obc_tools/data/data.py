@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -31,8 +32,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from ..errors import check_number, check_whole
-from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches
+from ..errors import NoDataError, check_number, check_whole
+from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches, with_inputs_of
 from .cifar import CLASSES, read_cifar
 from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
 from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
@@ -113,6 +114,7 @@ class Data:
         shuffle: bool | None = None,
         drop_last: bool = False,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         workers: int | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> Batches:
@@ -127,6 +129,7 @@ class Data:
             shuffle: A new order each pass. None: for "train" only.
             drop_last: Leave out a last batch that is smaller than ``size``.
             device: Where batches are made, normalised and returned; the model's.
+            dtype: Of floating inputs, such as a network's own; None: as they are.
             workers: Processes that decode images from disk. None: one a CPU, at most 8. Images in memory need none.
             share: (rank, processes) where several train together: this process gets every so-manieth image of each
                 batch of ``size``. Shares of "train" are equally large.
@@ -134,6 +137,10 @@ class Data:
         Raises:
             ValueError: For a split that is unknown or not there, a size below 1, or a pass without any batch.
         """
+        if dtype is not None:
+            shared = {"augment": augment, "shuffle": shuffle, "drop_last": drop_last, "device": device}
+            drawn = self.batches(split, size, seed=seed, workers=workers, share=share, **shared)
+            return drawn.map(lambda number, place, batch: with_inputs_of(batch, dtype))
         images = self._split(split)
         shuffle = split == "train" if shuffle is None else shuffle
         chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
@@ -351,15 +358,17 @@ def as_data(
 
     Args:
         train: A DataLoader, a map-style data set, or tensors whose first axes are examples: one, or a tuple or dict of
-            them; batches have the same structure.
+            them; batches have the same structure. NumPy's arrays are taken as tensors, those in double as torch's
+            default type.
         val: Held-out examples, likewise; None where nothing is to be measured.
         classes: Names of classes; None: of the data set, or as many as whole labels of (inputs, labels) go up to.
         collate: Makes a batch of a list of examples; None: a DataLoader's own, or torch's default.
         name: For messages, tables and settings.
 
     Raises:
-        ValueError: iterable data sets, lists (of batches?) and all else whose examples cannot be drawn by number;
-            DataLoaders with samplers of other kinds, which may leave examples out.
+        NoDataError: a TypeError and ValueError: names, paths, models, lists (of batches or of examples?), iterable data
+            sets and all else whose examples cannot be drawn by number.
+        ValueError: DataLoaders with samplers of other kinds, which may leave examples out.
 
     Example:
         >>> as_data((torch.zeros(8, 3), torch.arange(8) % 2), (torch.zeros(4, 3), torch.arange(4) % 2))
@@ -371,7 +380,7 @@ def as_data(
         raise ValueError(f"as_data: classes={classes!r}; expected names, one a class")
     splits = [None if given is None else _split(given, collate) for given in (train, val)]
     if splits[0] is None and val is None:
-        raise ValueError("as_data: there are neither train nor val examples")
+        raise NoDataError("as_data: there are neither train nor val examples")
     known = _classes(splits[0] or splits[1])
     names = known if classes is None else tuple(classes)
     if len(known) > len(names):
@@ -385,17 +394,28 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
         return replace(split, workers=given.num_workers)
     if isinstance(given, TensorDataset):
         given = given.tensors if collate in (None, default_collate) else given
-    leaves = tree_leaves(given)
-    if isinstance(given, Tensor | tuple | Mapping) and leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
-        return Examples(Tensors(given), as_is)
+    leaves, arrays = tree_leaves(given), Tensor | np.ndarray
+    if isinstance(given, arrays | tuple | Mapping) and leaves and all(isinstance(leaf, arrays) for leaf in leaves):
+        return Examples(Tensors(tree_map(_as_tensor, given)), as_is)
     whole = hasattr(given, "__getitem__") and hasattr(given, "__len__")
-    if isinstance(given, (*refused, tuple, Mapping, IterableDataset)) or not whole:
-        raise ValueError(
-            f"as_data: a {type(given).__name__} holds no examples that could be drawn by number; pass a DataLoader or "
-            "a data set with __getitem__ and __len__, or tensors whose first axes are examples; two of them as "
-            "as_data(train, val)"
-        )
+    if isinstance(given, (*refused, str, bytes, tuple, Mapping, IterableDataset, nn.Module)) or not whole:
+        raise NoDataError(f"as_data: {_no_data(given)}; two of them as as_data(train, val)")
     return Examples(given, collate or default_collate)
+
+
+def _as_tensor(leaf: Tensor | np.ndarray) -> Tensor:
+    single = isinstance(leaf, np.ndarray) and leaf.dtype == np.float64
+    return torch.as_tensor(leaf, dtype=torch.get_default_dtype() if single else None)
+
+
+def _no_data(given: Any) -> str:
+    """Say why something is no data, and what is."""
+    kind, ways = type(given).__name__, "pass a DataLoader, a data set with __getitem__ and __len__, or tensors"
+    if isinstance(given, str | os.PathLike):
+        return f"{str(given)!r} is a name or a path, load_data reads such; or {ways} whose first axes are examples"
+    if isinstance(given, list):
+        return f"a list may hold batches or examples; {ways}, (images, labels), whose first axes are examples"
+    return f"a {kind} holds no examples that could be drawn by number; {ways} whose first axes are examples"
 
 
 def _drawn_from(loader: DataLoader) -> Any:

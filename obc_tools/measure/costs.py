@@ -56,7 +56,7 @@ class Cost:
 
     def __repr__(self) -> str:
         more = f"; not counted: {', '.join(self.unknown)}" if self.unknown else ""
-        return f"{_scaled(self.macs)}MACs, {_scaled(self.params).rstrip()} parameters{more}"
+        return f"{scaled(self.macs)}MACs, {scaled(self.params).rstrip()} parameters{more}"
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row, its columns "MACs" (of one example) and "parameters"."""
@@ -66,7 +66,7 @@ class Cost:
         return f"<b>{self!r}</b>"
 
 
-def _scaled(number: float) -> str:
+def scaled(number: float) -> str:
     """Return a number with its unit's prefix: 126.8 M, 0.856 M, 64.00 k."""
     steps = ((1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k"))
     unit, prefix = next(((unit, prefix) for least, unit, prefix in steps if number >= least), (1, ""))
@@ -226,6 +226,7 @@ class CostModel:
     macs: _Terms
     params: _Terms
     channels: dict[tuple, tuple[np.ndarray | int, str | None]] = field(default_factory=dict)
+    counting = COUNTINGS[0]
 
     def of(self, plan: Plan) -> Cost:
         """Return exactly what ``cost(prune(model, plan), example_inputs)`` returns.
@@ -346,21 +347,26 @@ def cost_model(
     return _learn(traced, Classes(traced.flow), example_inputs)
 
 
-def layers_table(model: nn.Module, plan: Plan, example_inputs: Any) -> pd.DataFrame:
+def layers_table(model: nn.Module, plan: Plan, example_inputs: Any = None) -> pd.DataFrame:
     """Tell what a plan makes of every layer: its widths, parameters and MACs before and after.
 
     Args:
         model: the original, which is left unchanged; nothing is pruned.
         plan: for this model.
-        example_inputs: as for `cost`; the MACs are those of one example.
+        example_inputs: as for `cost`; the MACs are those of one example. Neither a model nor a plan knows any.
 
     Returns:
         One row a layer in the order in which they first run. Columns: layer, type, in, in after, out, out after
         (channels; missing where a layer has no such axis), parameters, parameters after, MACs, MACs after.
 
     Raises:
-        ValueError: a plan that does not fit the model, or a model that `find_groups` cannot trace.
+        ValueError: no example inputs, a plan that does not fit the model, or a model that `find_groups` cannot trace.
     """
+    if example_inputs is None:
+        raise ValueError(
+            "layers_table: MACs and the order of layers are those of a forward pass: pass what one takes as a third "
+            "argument, layers_table(model, plan, images[:1])"
+        )
     return cost_model(model, example_inputs, whole_heads=loses_heads(plan.groups)).layers(plan)
 
 
@@ -411,6 +417,7 @@ class ModuleCosts:
     model: nn.Module
     example_inputs: Any
     original: Cost
+    counting = COUNTINGS[1]
 
     def of(self, plan: Plan) -> Cost:
         """Return what ``cost(prune(model, plan), example_inputs, counting="torch_pruning")`` returns."""

@@ -37,9 +37,12 @@ def plot_plan(plan: Any, *, look: str = "light") -> go.Figure:
     figure = go.Figure(bars).update_traces(customdata=notes, hovertemplate=TOLD)
     gone, channels = plan.channels_removed, plan.channels
     title = f"Channels by group: {gone:,} of {channels:,} prunable channels removed"
+    more = 0
+    if plan.reached:
+        title, more = f"{title}<br><sub>{plan.reached}</sub>", 40
     x = {"title": "group (its first layer)", **GROUPS}
-    stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal"}
-    return finished(figure, look, 420, x=x, y={"title": "channels"}, title=title, **stacked)
+    stacked = {"barmode": "stack", "bargap": 0.2, "legend_traceorder": "normal", "margin_t": 68 + more}
+    return finished(figure, look, 420 + more, x=x, y={"title": "channels"}, title=title, **stacked)
 
 
 def _stacked_bars(names: Sequence[str], kept: np.ndarray, widths: np.ndarray, whole: np.ndarray) -> list[dict]:
@@ -234,13 +237,16 @@ def _note(group: Any, member: Any) -> str:
     return "<br>".join(lines)
 
 
-def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = "light") -> go.Figure:
+def mixing_heatmaps(
+    equivalent: Any, layer: str, *, since: Any = None, block: int = 0, look: str = "light"
+) -> go.Figure:
     """Draw the compressor C (kept × full) and the transposed decompressor Dᵀ (kept × full) of a layer.
 
     Both start as the selection of the kept channels: one 1 in each row. Whatever else is there was learnt: what the
     removed channels give to the kept ones.
 
     Args:
+        since: draw what changed since this earlier `EquivalentModel` of the plan, such as one that was not trained.
         block: the convolution group, where the layer has several.
         look: "light" or "dark".
 
@@ -248,9 +254,9 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
         ValueError: a layer that is not mixed, no such block, an unknown look.
     """
     check_name("mixed layer", layer, equivalent.mixed_layers)
-    mixed = equivalent.mixed_layers[layer]
-    parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
-    there = {name: part.detach() for name, part in parts.items() if part is not None}
+    there, before = (_mixing(model.mixed_layers[layer]) for model in (equivalent, since or equivalent))
+    if since is not None:
+        there = {name: part - before[name] for name, part in there.items()}
     blocks = len(next(iter(there.values())))
     if not 0 <= block < blocks:
         raise ValueError(f"layer {layer!r}: no block {block}; it has {blocks}")
@@ -263,7 +269,14 @@ def mixing_heatmaps(equivalent: Any, layer: str, *, block: int = 0, look: str = 
     x = bare | {"title": "channel of the full network"}
     y = bare | {"title": "kept channel", "autorange": "reversed"}
     title = f"Mixing of {layer}" + (f", block {block} of {blocks}" if blocks > 1 else "")
-    return finished(figure, look, 340, x=x, y=y, title=title, coloraxis=color_axis("weight", cmid=0))
+    title += "" if since is None else ": what changed"
+    unit = "weight" if since is None else "change of weight"
+    return finished(figure, look, 340, x=x, y=y, title=title, coloraxis=color_axis(unit, cmid=0))
+
+
+def _mixing(mixed: Any) -> dict[str, Tensor]:
+    parts = {"C": mixed.compressor, "Dᵀ": None if mixed.decompressor is None else mixed.decompressor.mT}
+    return {name: part.detach() for name, part in parts.items() if part is not None}
 
 
 def plot_removed_shares(shares: pd.DataFrame, *, look: str = "light") -> go.Figure:
@@ -305,28 +318,36 @@ ROW, ROWS, LANES = 18, 36, 7
 """Pixels of a row, and how many rows and lanes are seen before anybody moves the graph."""
 HALF, TALL, FILLED = 0.42, 0.36, 0.4
 """Half a box's width in lanes, half its height in rows; how dense what is removed is filled."""
+DASHES = "solid", "6px,3px", "2px,2px", "12px,3px", "6px,3px,2px,3px", "12px,3px,2px,3px"
 MOVED = {"dragmode": "pan", "uirevision": "graph", "showlegend": False}
 """The mouse moves the graph, and another plan's leaves it where it was moved to."""
 
 
 @dataclass(frozen=True)
 class _Strand:
-    """A group in the graph: the rows whose layers make its channels and read them, its lane, its colour."""
+    """A group in the graph: the rows whose layers make its channels and read them, its lane, number and line."""
 
     group: Any
     makes: tuple[int, ...]
     reads: tuple[int, ...]
     lane: int
+    number: int
     color: str
+
+    @property
+    def line(self) -> tuple[str, str]:
+        """Colour and dash: the next dash begins where the colours do again."""
+        return self.color, DASHES[self.number // len(PALETTE) % len(DASHES)]
 
 
 def coupling_graph(plan: Any, layers: pd.DataFrame, *, look: str = "light") -> go.Figure:
-    """Draw the layers in the order in which they run, each in the colour of the group whose channels it makes.
+    """Draw the layers in the order in which they run, each as the group whose channels it makes: line and number.
 
-    A group is a line along its layers: all boxes on it lose the same channels, and all that it branches off to read
-    them. A box is filled as far as its channels go; in it stand the widths, in → out, where the plan changes them as
-    left/before. Groups that are kept whole are grey; hovering tells the rest. The graph moves with the mouse. The last
-    trace holds the boxes' texts; its ``customdata`` are what hovering tells and the roots of their groups.
+    Groups differ in colour or dash, 48 of them, and all in the number behind their layers' names. A group is a line
+    along its layers: all boxes on it lose the same channels, and all that it branches off to read them. A box is filled
+    as far as its channels go; in it stand the widths, in → out, where the plan changes them as left/before. Groups that
+    are kept whole are grey; hovering tells the rest. The graph moves with the mouse. The last trace holds the boxes'
+    texts; its ``customdata`` are what hovering tells and the roots of their groups.
 
     Args:
         plan: of what to remove; `PruningPlan.whole(groups)` draws the network as it is.
@@ -340,22 +361,23 @@ def coupling_graph(plan: Any, layers: pd.DataFrame, *, look: str = "light") -> g
     shown, strands = _strands(plan.groups, table.index)
     rows = table.loc[shown]
     makers = {row: strand for strand in strands for row in strand.makes}
-    colors = list(dict.fromkeys(strand.color for strand in strands))
-    traces = [_lines([strand for strand in strands if strand.color == color], makers) for color in colors]
-    for color in colors:
-        own = {row: strand.lane for row, strand in makers.items() if strand.color == color}
+    lines = list(dict.fromkeys(strand.line for strand in strands))
+    traces = [_lines([strand for strand in strands if strand.line == line], makers) for line in lines]
+    for line in lines:
+        own = {row: strand.lane for row, strand in makers.items() if strand.line == line}
         gone = {row: 1 - rows["out after"].iloc[row] / rows["out"].iloc[row] for row in own}
-        traces.append(_boxes(own, dict.fromkeys(own, 1.0), color, PAPER.get(look)))
+        traces.append(_boxes(own, dict.fromkeys(own, 1.0), line, PAPER.get(look)))
         if any(gone.values()):
-            fill = f"rgba{(*hex_to_rgb(color), FILLED)}"
-            traces.append(_boxes(own, {row: share for row, share in gone.items() if share}, color, fill))
+            fill = f"rgba{(*hex_to_rgb(line[0]), FILLED)}"
+            traces.append(_boxes(own, {row: share for row, share in gone.items() if share}, line, fill))
     figure = go.Figure([{"type": "scatter", **trace} for trace in (*traces, _labels(rows, makers, plan))])
     x = {"visible": False, "range": [-0.6, min(1 + max(strand.lane for strand in strands), LANES) - 0.4]}
-    y = {"tickvals": list(range(len(shown))), "ticktext": shown, "tickfont_size": 9, "showgrid": False}
+    named = [f"{layer}  {makers[row].number + 1}" if row in makers else layer for row, layer in enumerate(shown)]
+    y = {"tickvals": list(range(len(shown))), "ticktext": named, "tickfont_size": 9, "showgrid": False}
     y |= {"range": [min(len(shown), ROWS) - 0.3, -0.7], "zeroline": False}
     chosen = sum(group.prunable for group in plan.groups)
     title = f"{counted(len(shown), 'layer')} in {counted(len(plan.groups), 'group')}, {chosen} of them prunable"
-    title += "<br><sub>one colour goes together; filled: what goes; 9/16: 9 of 16 channels stay</sub>"
+    title += "<br><sub>same line and number: goes together; filled: what goes; 9/16: 9 of 16 channels stay</sub>"
     height = 110 + ROW * min(len(shown), ROWS)
     return finished(figure, look, height, x=x, y=y, title=title, **MOVED)
 
@@ -385,7 +407,7 @@ def _strands(groups: Sequence[Any], order: Iterable[str]) -> tuple[list[str], li
         lane = next((lane for lane, end in enumerate(ends) if end <= first), len(ends))
         ends[lane : lane + 1] = [last]
         color = PALETTE[len(strands) % len(PALETTE)] if group.prunable else COLORS["original"]
-        strands.append(_Strand(group, makes, reads, lane, color))
+        strands.append(_Strand(group, makes, reads, lane, len(strands), color))
     return list(row), strands
 
 
@@ -400,11 +422,11 @@ def _lines(strands: Iterable[_Strand], makers: Mapping[int, _Strand]) -> dict[st
             if row in makers and makers[row].lane != strand.lane:
                 x += [strand.lane, makers[row].lane, None]
                 y += [row, row, None]
-    color = next(iter(strands)).color
-    return {"x": x, "y": y, "mode": "lines", "line": {"color": color, "width": 2}, "hoverinfo": "skip"}
+    color, dash = next(iter(strands)).line
+    return {"x": x, "y": y, "mode": "lines", "line": {"color": color, "dash": dash, "width": 2}, "hoverinfo": "skip"}
 
 
-def _boxes(lanes: Mapping[int, int], shares: Mapping[int, float], color: str, fill: str) -> dict[str, Any]:
+def _boxes(lanes: Mapping[int, int], shares: Mapping[int, float], style: tuple[str, str], fill: str) -> dict[str, Any]:
     """Return boxes as one filled path, each as wide as its share says, from the left."""
     x, y = [], []
     for row, share in shares.items():
@@ -412,7 +434,7 @@ def _boxes(lanes: Mapping[int, int], shares: Mapping[int, float], color: str, fi
         right = left + 2 * HALF * float(share)
         x += [left, right, right, left, left, None]
         y += [row - TALL, row - TALL, row + TALL, row + TALL, row - TALL, None]
-    line = {"color": color, "width": 1.5}
+    line = {"color": style[0], "dash": style[1], "width": 1.5}
     return {"x": x, "y": y, "mode": "lines", "line": line, "fill": "toself", "fillcolor": fill, "hoverinfo": "skip"}
 
 

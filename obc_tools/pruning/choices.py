@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import check_name, check_number, check_whole
-from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse
+from ..measure.costs import COUNTINGS, Cost, CostModel, ModuleCosts, analyse, scaled
 from ..scoring.criteria import Criterion, resolve_criterion
 from ..scoring.objectives import AMP, Objective, classification
 from ..scoring.rows import Rows, check_rows
@@ -236,6 +236,35 @@ class Target:
     def __str__(self) -> str:
         kind, value = self.given
         return f"{kind}={value:g}"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a plan leaves of a network's MACs and parameters, by which count, and what it was asked for.
+
+    ``removed``: the share that goes of all channels that may go. ``met``: whether the target can be met at all.
+    """
+
+    cost: Cost
+    original: Cost
+    counting: str
+    target: Target | None = None
+    removed: float = 0.0
+    met: bool = True
+
+    def __str__(self) -> str:
+        kind, value = (None, 0.0) if self.target is None else self.target.given
+        before, after = ((scaled(cost.macs), scaled(cost.params).rstrip()) for cost in (self.original, self.cost))
+        speedup = f"{self.original.macs / self.cost.macs if self.cost.macs else math.inf:.2f}x"
+        speedup += f" of {value:.2f}x asked" if kind == "speedup" else " fewer"
+        count = "operations that run" if self.counting == OPERATIONS else f"as {self.counting} counts"
+        asked = {
+            "ratio": f"; {self.removed:.1%} of {value:.1%} of channels asked",
+            "macs": f"; {scaled(value)}MACs asked",
+            "params": f"; {scaled(value).rstrip()} parameters asked",
+        }
+        said = f"MACs {before[0].rstrip()} → {after[0].rstrip()}, {speedup} ({count})"
+        return f"{said}, parameters {before[1]} → {after[1]}{asked.get(kind, '')}"
 
 
 TARGETS = ("speedup", "macs", "params", "ratio")

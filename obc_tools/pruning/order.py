@@ -26,7 +26,7 @@ from ..scoring.scores import Scores
 from ..state import shapes
 from ..structure.groups import ChannelGroup
 from ..structure.layers import LayerAxis
-from .choices import OPERATIONS, Limits, Selection, Target, values_of
+from .choices import OPERATIONS, Limits, Reached, Selection, Target, values_of
 from .plan import PlanMismatchError, PruningPlan, with_blocks
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class RemovalOrder:
     def by_hand(self, hands: Mapping[LayerAxis, tuple[Iterable[int], Iterable[int]]]) -> RemovalOrder:
         """Return the order with single channels chosen by hand: those to keep and those to remove, by root.
 
-        In a group of blocks the same position of every block goes along. Targets are met with them counted in.
+        In a group of blocks the same position of every block goes along. Targets are met with them counted in, and
+        groups keep what the limits say as far as there are other channels for it.
         """
         found = {}
         for root, chosen in hands.items():
@@ -85,10 +86,20 @@ class RemovalOrder:
         """Return the plan that removes the first `units` units too, kept counts rounded up to the limits' multiple."""
         return PruningPlan(self.after.groups, tuple(tuple(kept.tolist()) for kept in self.draft(units).kept))
 
+    def reach(self, target: Target, costs: CostModel) -> PruningPlan:
+        """Return the plan that meets a target, or else the one nearest to it: its ``reached`` says how far it gets.
+
+        Raises ValueError where nothing may go.
+        """
+        self.check_prunable()
+        plan, best = self.plan(self.meet(target, costs)), self._reached(self.least, target, costs)
+        share, met = self.share_gone(plan), target.met(*best)
+        return replace(plan, reached=Reached(costs.of(plan), costs.original, costs.counting, target, share, met))
+
     def meet(self, target: Target, costs: CostModel, most: int | None = None) -> int:
         """Return the fewest units, in order and at most `most`, whose removal meets a target.
 
-        A ratio is met from below: by the most units that do not pass it. Call `check` first.
+        A ratio is met from below: by the most units that do not pass it. All where none meets it: call `check` first.
         """
         if target.ratio is not None and not self.hands:
             return self.up_to(target.ratio)
@@ -127,9 +138,21 @@ class RemovalOrder:
             stays = np.ones(group.width, dtype=bool)
             stays[channels[: self._rounded(group, count)]] = False
             kept.append(before[stays] if group.root not in self.fixed else np.array(self.fixed[group.root]))
-        for index, (keep, remove) in self.hands.items():
-            kept[index] = np.array(sorted(({*kept[index].tolist()} | keep) - remove), dtype=np.int64)
+        for index, hands in self.hands.items():
+            kept[index] = self._by_hand(index, {*kept[index].tolist()}, *hands)
         return Kept(self.after.groups, tuple(kept))
+
+    def _by_hand(self, index: int, kept: set[int], keep: set[int], remove: set[int]) -> np.ndarray:
+        """Return what a group keeps, by hand too; for what its limits miss then, the last to go of others come back."""
+        group, found, multiple = self.after.groups[index], (kept | keep) - remove, self.limits.round_to or 1
+        fewest = max(group.least * group.blocks, self.limits.fewest(group.root, group.width), len(found))
+        fewest = min(-(-fewest // multiple) * multiple, len(self._before[index]))
+        for unit in self._before[index][self._channels[index][::-1]].tolist():
+            if len(found) >= fewest:
+                break
+            if not remove.intersection(unit):
+                found.update(unit)
+        return np.array(sorted(found), dtype=np.int64)
 
     def _reached(self, draft: Kept, target: Target, costs: CostModel) -> tuple[Cost, Cost, float]:
         """Return a draft's cost, the original one, and the share that is gone of all channels that may go.
@@ -379,6 +402,7 @@ def one_shot_plan(
     max_ratio_of: Mapping[LayerAxis, float] | None = None,
     fixed: Mapping[LayerAxis, Iterable[int]] | None = None,
     by_hand: Mapping[LayerAxis, tuple[Iterable[int], Iterable[int]]] | None = None,
+    nearest: bool = False,
 ) -> PruningPlan:
     """Find the plan that removes the fewest of the lowest-scored channels such that a target is met.
 
@@ -395,16 +419,18 @@ def one_shot_plan(
         fixed: the kept channels of groups that are decided already, by root; they are neither ranked nor limited.
         by_hand: channels to keep and channels to remove whatever their scores, a pair by root; the target is met with
             them counted in.
+        nearest: a target that cannot be met leads to the plan nearest to it, whose ``reached`` says how far it gets.
 
     Raises:
-        ValueError: no target or several, one that cannot be met (says the best that can be had), a group that is not
-            there, or what `removal_order` raises.
+        ValueError: no target or several, without ``nearest`` one that cannot be met (says the best that can be had), a
+            group that is not there, or what `removal_order` raises.
     """
     limits = Limits(min_channels, max_ratio, round_to, max_ratio_of or {}, scope)
     target, order = Target(speedup, macs, params, ratio), removal_order(scores, limits, fixed=fixed)
     order = order.by_hand(by_hand or {})
-    order.check(target, costs)
-    return order.plan(order.meet(target, costs))
+    if not nearest:
+        order.check(target, costs)
+    return order.reach(target, costs)
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,6 +22,7 @@ from ..structure.configs import follow_config
 from ..structure.groups import ChannelGroup, Member, kept_positions
 from ..structure.layers import TEMPERATURE, LayerAxis, get_layer, named_axes
 from ..structure.shrinking import shrink_model
+from .choices import Reached
 
 FORMAT = 1
 MEMBERS = ("members", "attributes")
@@ -45,12 +46,14 @@ class PruningPlan:
 
     ``kept[i]`` are the kept channels of ``groups[i]``, ascending. Checked when built: nothing unknown, no group empty,
     groups that are kept whole are whole, and blocks (attention heads, convolution groups) keep the same positions.
-    ``deciding``: of the steps that the plan was found in, where scoring stopped when a step was decided.
+    ``deciding``: of the steps that the plan was found in, where scoring stopped when a step was decided. ``reached``:
+    what it costs, of a plan that was made for a target; not in `to_json`.
     """
 
     groups: tuple[ChannelGroup, ...]
     kept: tuple[tuple[int, ...], ...]
     deciding: tuple[Deciding, ...] = field(default=(), compare=False)
+    reached: Reached | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if len(self.groups) != len(self.kept):
@@ -154,7 +157,7 @@ class PruningPlan:
             raise PlanMismatchError(
                 f"group {group.root}: {len(chosen)} channels are kept; at least {fewest} have to stay"
             )
-        return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]))
+        return replace(self, kept=(*self.kept[:index], chosen, *self.kept[index + 1 :]), reached=None)
 
     def validate(self, model: nn.Module, *, pruned: bool = False) -> None:
         """Raise PlanMismatchError unless the plan's axes are as wide here as before or, pruned, as it leaves them."""
@@ -215,7 +218,8 @@ class PruningPlan:
         open_steps = sum(not step.decided for step in self.deciding)
         left = f", {open_steps} of {len(self.deciding)} steps undecided" if open_steps else ""
         gone = f"{self.channels_removed} of {self.channels} channels removed"
-        return f"PruningPlan({len(self.groups)} group{'s' * (len(self.groups) != 1)}, {gone}{left})"
+        cost = f"; {self.reached}" if self.reached else ""
+        return f"PruningPlan({len(self.groups)} group{'s' * (len(self.groups) != 1)}, {gone}{left}{cost})"
 
     def _repr_html_(self) -> str:
         return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.2f}'.format)}"

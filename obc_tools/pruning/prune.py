@@ -20,7 +20,7 @@ from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from . import compensation
 from .check import prove
-from .choices import OPERATIONS, Limits, Scoring, Selection, Steps, Target
+from .choices import OPERATIONS, Limits, Reached, Scoring, Selection, Steps, Target
 from .order import RemovalOrder, check_reachable, exchanged, next_units, per_cost, removal_order, unscored
 from .plan import Deciding, PruningPlan, prune, shrink
 from .timed import Measured, Timing, climb, latency_model, measure_apart
@@ -188,8 +188,9 @@ def prune_in_steps(
     for stage in () if begun.met else pruning_steps(model, begun, of_step, (target,), costs, way):
         keep(stage)
         plan = stage.plan
-    way.prove(model, plan, example_inputs, costs.of(plan), target.counting)
-    return plan
+    found, gone = costs.of(plan), plan.channels_removed / plan.channels
+    way.prove(model, plan, example_inputs, found, target.counting)
+    return replace(plan, reached=Reached(found, costs.original, target.counting, target, gone))
 
 
 def prune_to_latency(
@@ -224,8 +225,9 @@ def prune_to_latency(
 
     measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
     plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
-    way.prove(model, plan, example_inputs, costs.of(plan), OPERATIONS)
-    return plan
+    found = costs.of(plan)
+    way.prove(model, plan, example_inputs, found, OPERATIONS)
+    return replace(plan, reached=Reached(found, costs.original, OPERATIONS))
 
 
 @dataclass(frozen=True)

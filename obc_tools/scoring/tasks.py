@@ -402,11 +402,12 @@ def as_metrics(task: Task, found: Any) -> TaskMetrics:
     return TaskMetrics(task.name, found, task.directions)
 
 
-def example_inputs(task: Task, data: Data, device: torch.device | str) -> Any:
+def example_inputs(task: Task, data: Data, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
     """Return example inputs of a task, one example of some data; of classification zeros of an image's shape."""
     if task is CLASSIFICATION:
-        return torch.zeros(1, *data.image_shape, device=device)
-    return task.example(next(iter(data.batches("val" if data.train is None else "train", 1, device=device).at(0))))
+        return torch.zeros(1, *data.image_shape, device=device, dtype=dtype)
+    split = "val" if data.train is None else "train"
+    return task.example(next(iter(data.batches(split, 1, device=device, dtype=dtype).at(0))))
 
 
 def checked_example(

@@ -116,6 +116,20 @@ def _convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     flow.put(out, [*source.dims[:first], axes["out"], *[None] * (out.dim() - first - 1)])
 
 
+@operation("mkldnn_rnn_layer")
+def _recurrent(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
+    """Follow what a fused recurrent layer reads; its hidden width stays."""
+    reason = f"passes through {flow.where('rnn')}, whose hidden width stays"
+    source, weight = flow.of(args[0]), flow.of(args[1])
+    if args[0].shape[-1] > 1:
+        contract(flow, source.dims[-1], weight.dims[1], *args[:2])
+    for labels in (*source.dims[:-1], weight.dims[0]):
+        flow.freeze(labels, reason)
+    flow.freeze_all([flow.of(tensor) for tensor in tensors_in(args[2:])], reason)
+    for result in tensors_in((out,)):
+        flow.put(result, [None] * result.dim())
+
+
 @operation("deform_conv2d")
 def _deformable_convolution(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     taken, weight, offset, mask, bias = (flow.of(tensor) for tensor in args[:5])

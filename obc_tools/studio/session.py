@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comparing.sensitivity import Sensitivity, sensitivity
-from ..data.batches import take
+from ..data.batches import Batches, take
 from ..data.data import as_data
 from ..measure.costs import CostModel
 from ..measure.latency import Latency, latencies
@@ -77,7 +77,7 @@ class StudioSession:
         self.data, self.setup, self.held_out = as_data(data), setup, held_out
         self.task = task if task.against is None else task.against(self.model)
         self.held_out_batches()
-        self.example = example_inputs(task, self.data, setup.device)
+        self.example = example_inputs(task, self.data, setup.device, setup.dtype)
         _check_runs(self.model, self.example, self.task)
         self.groups, self.costs = setup.selection.analyse(self.model, self.example)
         self.whole = PruningPlan.whole(self.groups)
@@ -90,13 +90,16 @@ class StudioSession:
 
     def calibration(self) -> Collection[Any]:
         """Return the calibration batches, the same each time."""
-        split = self.data.batches("train", self.setup.batch_size, seed=self.setup.seed, device=self.setup.device)
-        return take(split, self.setup.batches)
+        return take(self._batches("train", seed=self.setup.seed), self.setup.batches)
 
     def held_out_batches(self) -> Collection[Any]:
         """Return the held-out batches, the same each time: a random choice, for files may lie class by class."""
-        split = self.data.batches("val", self.setup.batch_size, shuffle=True, seed=0, device=self.setup.device)
+        split = self._batches("val", shuffle=True, seed=0)
         return take(split, min(self.held_out, len(split)))
+
+    def _batches(self, split: str, **order: Any) -> Batches:
+        setup = self.setup
+        return self.data.batches(split, setup.batch_size, device=setup.device, dtype=setup.dtype, **order)
 
     def scores(self, scoring: Scoring) -> Scores | None:
         """Return scores that were computed before."""
@@ -151,9 +154,11 @@ class StudioSession:
         most = min(reach.of("speedup")[1], MOST)
         plans = [self.whole]
         for speedup in np.geomspace(most ** (1 / POINTS), most, POINTS):
-            # Limits and choices by hand may not allow what the network does.
+            # Choices by hand may leave a group without channels.
             with suppress(ValueError):
                 plans.append(self.plan(replace(choices, target=Target(speedup=float(speedup)))))
+        # Limits and choices by hand may not allow what the network does: the nearest plan is that of many targets then.
+        plans = list(dict.fromkeys(plans))
         self._evaluate([(plan, False) for plan in plans], watch)
         self._frontiers[replace(choices, target=START)] = plans
 

@@ -6,11 +6,13 @@ A choice is a value, a plan a function of choices, scores and costs; `to_code` w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..data.data import Data
 from ..errors import UnknownNameError
@@ -54,14 +56,12 @@ class Choices:
         return removal_order(scores, self.limits, fixed=dict(self.locked))
 
     def plan(self, order: RemovalOrder, costs: CostModel) -> PruningPlan:
-        """Return the plan that these choices and a ranking by them lead to.
+        """Return the plan that these choices and a ranking by them lead to: where they miss the target, the nearest.
 
         Raises:
-            ValueError: a target that cannot be met, or a group that the choices by hand leave without channels.
+            ValueError: a group that the choices by hand leave without channels.
         """
-        order = order.by_hand(self.hands)
-        order.check(self.target, costs)
-        return order.plan(order.meet(self.target, costs))
+        return order.by_hand(self.hands).reach(self.target, costs)
 
     @property
     def hands(self) -> dict[LayerAxis, tuple[list[int], list[int]]]:
@@ -140,15 +140,17 @@ def toggle_channel(choices: Choices, plan: PruningPlan, root: LayerAxis, channel
     """Keep a channel that a plan of these choices removes, or remove one that it keeps.
 
     Raises:
-        ValueError: an unknown group or channel, a group that is kept whole, or the last channel of a group.
+        ValueError: an unknown group or channel, a group that is kept whole, or the last channel of a group that is not
+            removed by hand: for another one that goes, one of those that the target removes comes back.
     """
     group = next((group for group in plan.groups if group.root == root), None)
     if group is None:
         raise UnknownNameError("group", str(LayerAxis(*root)), [str(known.root) for known in plan.groups])
-    keep = channel not in plan.kept_of(root)
-    plan.choose(group, **{"keep" if keep else "remove": [channel]})
-    first = channel % (group.width // group.blocks)
+    keep, first = channel not in plan.kept_of(root), channel % (group.width // group.blocks)
     others = [entry for entry in choices.by_hand if entry[:2] != (group.root, first)]
+    gone = {channel for known, channel, stays in others if known == group.root and not stays}
+    chosen = {"keep": [channel], "remove": gone} if keep else {"remove": gone | {channel}}
+    PruningPlan.whole(plan.groups).choose(group, **chosen)
     return replace(choices, by_hand=tuple(sorted([*others, (group.root, first, keep)])))
 
 
@@ -186,6 +188,7 @@ class Setup:
         selection: which channels may go at all.
         batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
         device: where model and batches are.
+        dtype: of the inputs of a network in another precision than single; None: as the data is.
         task: name of what the network is for.
     """
 
@@ -196,6 +199,21 @@ class Setup:
     seed: int = 0
     device: str = "cpu"
     task: str = CLASSIFICATION.name
+    dtype: torch.dtype | None = None
+
+
+def place_of(model: nn.Module) -> tuple[str, torch.dtype | None]:
+    """Return a network's device, and the one precision of its parameters where that is another than single."""
+    parameters = list(model.parameters())
+    kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()} - {torch.float32}
+    single = any(parameter.dtype == torch.float32 for parameter in parameters)
+    return str(parameters[0].device) if parameters else "cpu", kinds.pop() if len(kinds) == 1 and not single else None
+
+
+def as_keywords(device: str, dtype: torch.dtype | None) -> str:
+    """Return where tensors are made as Python that follows other arguments: nothing where that is as usual."""
+    said = "" if device == "cpu" else f", device={device!r}"
+    return said if dtype is None else f"{said}, dtype={dtype}"
 
 
 def usual_batches(data: Data, size: int) -> int:
@@ -203,13 +221,13 @@ def usual_batches(data: Data, size: int) -> int:
     return min(10, len(data.batches("train", size)))
 
 
-def to_code(choices: Choices, setup: Setup) -> str:
+def to_code(choices: Choices, setup: Setup, *, nearest: bool = False) -> str:
     """Return Python that makes the plan of some choices out of ``model`` and ``data``, and the pruned network of it.
 
-    For a task that is no classification also out of ``task``.
+    For a task that is no classification also out of ``task``. ``nearest``: of choices that miss their target.
     """
     scoring, limits, (kind, value) = choices.scoring, choices.limits, choices.target.given
-    on = "" if setup.device == "cpu" else f", device={setup.device!r}"
+    on = as_keywords(setup.device, setup.dtype)
     data = ["batches"] if scoring.needs_data else []
     drawn = f'batches = obc.take(data.batches("train", {setup.batch_size}, seed={setup.seed}{on}), {setup.batches})'
     chosen, heads = _unusual(setup.selection, "ignore", "whole_heads", "only"), _unusual(setup.selection, "whole_heads")
@@ -223,11 +241,8 @@ def to_code(choices: Choices, setup: Setup) -> str:
     named = {"max_ratio_of": limits.max_ratio_of, "fixed": dict(choices.locked), "by_hand": choices.hands}
     for option, entries in named.items():
         limited += [f"{option}={ {tuple(root): entry for root, entry in entries.items()}!r}"] if entries else []
+    limited += ["nearest=True"] if nearest else []
     lines = [
-        "import torch",
-        "",
-        "import obc_tools as obc",
-        "",
         f"example = {f'task.example(next(iter({one})))' if by_task else zeros}",
         *_call("groups = obc.find_groups", ["model", "example", *chosen]),
         *[drawn for _ in data],
@@ -235,7 +250,18 @@ def to_code(choices: Choices, setup: Setup) -> str:
         *_call("costs = obc.cost_model", ["model", "example", *heads]),
         *_call("plan = obc.one_shot_plan", ["scores", "costs", f"{kind}={value!r}", *limited]),
     ]
-    return "\n".join([*lines, "pruned = obc.prune(model, plan)", ""])
+    return as_program("\n".join([*lines, "pruned = obc.prune(model, plan)"]))
+
+
+def as_program(calls: str) -> str:
+    """Return calls as a program that runs as it stands where the names are that it begins by saying."""
+    names = [name for name in ("model", "data", "task") if re.search(rf"\b{name}\b(?! ?=)", calls)]
+    said = f"# out of {', '.join(names)}\n" if names else ""
+    torch, plots = (line * (f"{name}." in calls) for name, line in IMPORTED.items())
+    return f"{said}{torch}import obc_tools as obc\n{plots}\n{calls}\n"
+
+
+IMPORTED = {"torch": "import torch\n\n", "plots": "from obc_tools import plots\n"}
 
 
 def _unusual(value: Selection | Scoring | Limits, *names: str) -> list[str]:

@@ -28,6 +28,7 @@ import traitlets
 from plotly.offline import get_plotlyjs
 from torch import nn
 
+from ..files import entries
 from ..plots.looks import DARK, theme
 from ..plots.stills import with_still
 
@@ -97,8 +98,10 @@ FITTING = {"width": "auto", "flex": "0 0 auto"}
 WRAPPING = {"flex_flow": "row wrap"}
 LABEL = {"description_width": "104px"}
 COLUMN = {"width": "350px", "flex": "0 0 auto"}
-"""Of controls, beside a figure that takes the rest."""
-REST = {"flex": "1 1 auto", "min_width": "0"}
+"""Of controls, beside a figure that takes the rest, and goes below them where that is little."""
+REST = {"flex": "1 1 440px", "min_width": "0"}
+SCROLLING = {"overflow": "auto"}
+"""Of tables: a narrow page scrolls them alone."""
 TWO_LINES = {"height": "44px", "flex": "1 1 auto", "min_width": "0", "overflow": "auto"}
 """Of words that come and go: what stands below does not move."""
 SHOWN = 6
@@ -169,6 +172,29 @@ def button(label: str, act: Callable[[], object], tooltip: str = "", icon: str =
     made = W.Button(description=label, tooltip=tooltip, icon=icon, layout=FITTING)
     made.on_click(lambda _: act())
     return made
+
+
+def typed(field: W.Text, ending: str = "", *, folder: bool = False) -> Path:
+    """Return the path that a field says, "~" for the user's home; raise ValueError, with the way out, if it is none.
+
+    That is where a file is in the way of a folder, a folder of a file, or a folder is in use.
+    """
+    said, other = field.value.strip(), f"type another name under '{field.description}'"
+    if not said.strip("/.") or said.endswith("/"):
+        raise ValueError(f"'{said}' names no file: {other}")
+    try:
+        path = Path(said.removesuffix(ending) + ending).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"'{said}': there is no such home: {other}") from error
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"'{above}' is a file, nothing is written below it: {other}")
+    if path.exists() and path.is_dir() != folder:
+        wrong = "a file: no model is written over it" if folder else "a folder: no file is written over it"
+        raise ValueError(f"'{path}' is {wrong}; {other}")
+    if folder and entries(path):
+        raise ValueError(f"'{path}' is in use: no model is written into it; {other}")
+    return path
 
 
 def code_area() -> W.Textarea:
@@ -278,7 +304,7 @@ class View(W.VBox):
     def beside(self, controls: Sequence[W.Widget]) -> W.HBox:
         """Return controls in a column, and beside it the figure above the line that says what is going on."""
         right = W.VBox([self.picture, W.HBox([self.progress, self.status])], layout=REST)
-        return W.HBox([W.VBox(controls, layout=COLUMN), right])
+        return W.HBox([W.VBox(controls, layout=COLUMN), right], layout=WRAPPING)
 
     def button(self, label: str, act: Callable[[], object], tooltip: str = "", icon: str = "") -> W.Button:
         """Return a button that does something, and shows what is wrong with it where that is its own fault."""

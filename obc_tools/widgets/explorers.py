@@ -33,8 +33,8 @@ from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
 from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
-from ..studio.state import usual_batches
-from .controls import Click, View, code_area, dropdown, integer, set_options, table, text
+from ..studio.state import as_keywords, as_program, place_of, usual_batches
+from .controls import SCROLLING, Click, View, code_area, dropdown, integer, set_options, table, text, typed
 
 T = TypeVar("T")
 
@@ -66,18 +66,20 @@ class Explorer(View):
         self.network = copy_of(without_weight_norms(model)).eval()
         self.copied_from(model)
         self._data, self._task = as_data(data), find_task(task)
+        self._made_data = "" if self._data is data else "data = obc.as_data(data)\n"
         batches = usual_batches(self._data, batch_size) if batches is None else batches
         self._draw_options = (batches, batch_size, seed)
         self._scored = {} if self._task is CLASSIFICATION else {"objective": self._task.losses}
         self._said = ", objective=task.losses" if self._scored else ""
-        self._device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+        self._place = place_of(model)
+        self._on = as_keywords(*self._place)
         scored = scored_layers(self.network)
         layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]
         if not layers:
             raise ValueError("this network has no convolution or linear layer whose channels could be looked at")
         self.layer = dropdown("layer", layers, layers[0])
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
-        self.table, self.code = W.HTML(), code_area()
+        self.table, self.code = W.HTML(layout=SCROLLING), code_area()
         self._begin()
 
     def _begin(self) -> None:
@@ -88,7 +90,8 @@ class Explorer(View):
     def batches(self) -> Collection[Any]:
         """The calibration batches, the same each time."""
         count, size, seed = self._draw_options
-        return take(self._data.batches("train", size, seed=seed, device=self._device), count)
+        device, dtype = self._place
+        return take(self._data.batches("train", size, seed=seed, device=device, dtype=dtype), count)
 
     def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
         """Do something with the batches beside the kernel; what was under way is cancelled."""
@@ -103,12 +106,11 @@ class Explorer(View):
         self.picture.show(figure)
 
     def _say_code(self, calls: str) -> None:
-        """Show the Python that makes what is shown out of ``model`` and ``data``."""
+        """Show the Python that makes what is shown out of ``model`` and ``data``, and of ``task`` where one is used."""
         count, size, seed = self._draw_options
-        on = "" if self._device == "cpu" else f", device={self._device!r}"
-        imports = "import torch\n\n" if "torch." in calls else ""
-        batches = f'batches = obc.take(data.batches("train", {size}, seed={seed}{on}), {count})'
-        self.code.value = f"{imports}import obc_tools as obc\n\n{batches}\n{calls}\n"
+        drawn = f'batches = obc.take(data.batches("train", {size}, seed={seed}{self._on}), {count})'
+        calls = f"{drawn}\n{calls}" if "batches" in calls else calls
+        self.code.value = as_program(f"{self._made_data}{calls}" if "data." in calls else calls)
 
     def _wordy(self, words: str) -> go.Figure:
         """Return a figure without anything but words."""
@@ -157,7 +159,7 @@ class JTJExplorer(Explorer):
     group: GroupJTJ | None = None
 
     def _begin(self) -> None:
-        self.groups = find_groups(self.network, example_inputs(self._task, self._data, self._device))
+        self.groups = find_groups(self.network, example_inputs(self._task, self._data, *self._place))
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
@@ -199,7 +201,6 @@ class JTJExplorer(Explorer):
         first = self.first.value
         channels = range(first, min(first + self.count.value, width))
         self.group = None
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r}{self._said})\njtj.plot()")
         self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
 
     def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
@@ -213,9 +214,6 @@ class JTJExplorer(Explorer):
 
     def _take(self, dense: DenseJTJ) -> None:
         self.dense = dense
-        pooled = (', pool="kernel"' if dense.pool else "") + self._said
-        channels = range(dense.channels[0], dense.channels[-1] + 1)
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {channels!r}{pooled})\njtj.plot()")
         self.table.value = table(dense.to_frame().map("{:.4g}".format))
         with self._filling():
             known = self.channel.value if self.channel.value in dense.channels else dense.channels[0]
@@ -230,33 +228,37 @@ class JTJExplorer(Explorer):
         if self.view.value == "group":
             self._show_group(dense.axis, channel, mode)
             return
-        weight = get_layer(self.network, dense.axis.layer).weight
+        layer, channels = dense.axis.layer, range(dense.channels[0], dense.channels[-1] + 1)
+        made = f"jtj = obc.dense_jtj(model, batches, {layer!r}, {channels!r}"
+        made += (", pool='kernel'" if dense.pool else "") + f"{self._said})\n"
+        weight = get_layer(self.network, layer).weight
+        own = f"plots.filter_image(model.get_submodule({layer!r}).weight, {layer!r}, {channel})"
         draw = {
-            "grid": lambda: jtj_grid(dense, mode=mode, look=self.look),
-            "one channel": lambda: jtj_heatmap(dense, channel, mode, look=self.look),
-            "filter": lambda: filter_image(weight, dense.axis.layer, channel, look=self.look),
-            "spectrum": lambda: spectrum(dense, look=self.look),
+            "grid": (lambda: jtj_grid(dense, mode=mode, look=self.look), f"{made}jtj.plot({mode!r})"),
+            "one channel": (
+                lambda: jtj_heatmap(dense, channel, mode, look=self.look),
+                f"{made}plots.jtj_heatmap(jtj, {channel}, {mode!r})",
+            ),
+            "filter": (lambda: filter_image(weight, layer, channel, look=self.look), own),
+            "spectrum": (lambda: spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
         }
-        self.show(draw[self.view.value]())
+        figure, code = draw[self.view.value]
+        self.show(figure())
+        self._say_code(code)
         self.tell(repr(dense))
 
     def _show_group(self, axis: LayerAxis, channel: int, mode: str) -> None:
         """Show the channel with all members of its group, computed when that is first asked for."""
-        group = next((group for group in self.groups if any(member.axis == axis for member in group.members)), None)
-        if group is None or channel >= group.width:
+        members = ((group, member) for group in self.groups for member in group.members if member.axis == axis)
+        places = (
+            (group, dict(zip(member.positions, member.channels, strict=True)).get(channel)) for group, member in members
+        )
+        group, channel = next((place for place in places if place[1] is not None), (None, channel))
+        if group is None:
             raise ValueError(f"no group has channel {channel} of {axis}")
         if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
             self._take_group(self.group)
             return
-        on = "" if self._device == "cpu" else f", device={self._device!r}"
-        example = f"torch.zeros({', '.join(map(str, (1, *self._data.image_shape)))}{on})"
-        if self._scored:
-            example = f'task.example(next(iter(data.batches("train", 1{on}))))'
-        self._say_code(
-            f"example = {example}\ngroups = obc.find_groups(model, example)\n"
-            f"group = next(group for group in groups if group.root == {tuple(group.root)!r})\n"
-            f"jtj = obc.group_jtj(model, batches, group, channel={channel}{self._said})\njtj.plot()"
-        )
         self.compute(
             "computing the group's JᵀJ",
             lambda batches: group_jtj(self.network, batches, group, channel, **self._scored),
@@ -266,10 +268,18 @@ class JTJExplorer(Explorer):
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
         self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
+        example = f"torch.zeros({', '.join(map(str, (1, *self._data.image_shape)))}{self._on})"
+        if self._scored:
+            example = f'task.example(next(iter(data.batches("train", 1{self._on}))))'
+        self._say_code(
+            f"example = {example}\ngroups = obc.find_groups(model, example)\n"
+            f"group = next(group for group in groups if group.root == {tuple(group.group.root)!r})\n"
+            f"jtj = obc.group_jtj(model, batches, group, {group.channel}{self._said})\njtj.plot({self.mode.value!r})"
+        )
         self.tell(repr(group))
 
     def _save(self) -> None:
-        self.tell(f"wrote '{self.save(self.path.value)}'")
+        self.tell(f"wrote '{self.save(typed(self.path, '.npz'))}'")
 
 
 ORDERS = ("cluster", "score", "channel")
@@ -318,7 +328,6 @@ class InteractionExplorer(Explorer):
         if self.interactions is None:
             raise ValueError("J·w is not computed yet: wait() for it first")
         layer = self.layer.value
-        self._say_code(f"jtj = obc.dense_jtj(model, batches, {layer!r}, [{i}, {j}]{self._said})\njtj.plot()")
         self.compute(
             f"computing JᵀJ of channels {i} and {j}",
             lambda batches: dense_jtj(self.network, batches, layer, [i, j], **self._scored),
@@ -363,6 +372,8 @@ class InteractionExplorer(Explorer):
         self.pair = dense
         self._shows_pairs = False
         self.show(jtj_pair(dense, look=self.look))
+        made = f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {list(dense.channels)}{self._said})"
+        self._say_code(f"{made}\nplots.jtj_pair(jtj)")
         scores = ", ".join(
             f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
         )

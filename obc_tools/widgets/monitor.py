@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ipywidgets as W
 import plotly.graph_objects as go
@@ -18,6 +18,7 @@ from ..plots.stills import with_still
 from ..runs.folder import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, headlines, look_at, watch_traces
+from ..studio.state import as_program
 from .controls import LiveFigure, button, close, code_area, dropdown, note
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class RunMonitor(W.VBox):
             raise ValueError("no run to watch: give a run, its folder, or {'name': run}")
         self.runs = {name: run if isinstance(run, Run) else Run.open(run) for name, run in given.items()}
         self.views: dict[str, RunView] = {name: look_at(run) for name, run in self.runs.items()}
-        self._look = look or LIGHT
+        self._look, self._troubled = look or LIGHT, False
         self.picture = LiveFigure(self._draw(), look=look)
         self.chosen = dropdown("run", self.runs, next(iter(self.runs)), "whose log is shown, and that is stopped")
         self.stop_button = button("stop", self.stop, "it keeps a checkpoint", "stop")
@@ -77,7 +78,14 @@ class RunMonitor(W.VBox):
             threading.Thread(target=self._watch, args=(every,), daemon=True).start()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.figure)
+        return with_still(super()._repr_mimebundle_(**kwargs), lambda: self.wait().figure)
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Wait until all runs have ended, each for so many seconds, and show them; return the monitor."""
+        for run in self.runs.values():
+            run.wait(timeout)
+        self.refresh()
+        return self
 
     @property
     def figure(self) -> go.Figure:
@@ -114,6 +122,10 @@ class RunMonitor(W.VBox):
             before = self.views
             there = {name: run for name, run in self.runs.items() if run.folder.is_dir()}
             self.views = before | {name: look_at(run, before[name]) for name, run in there.items()}
+            troubled = len(there) < len(self.runs)
+            if self._troubled and not troubled:
+                self.said.value = ""
+            self._troubled = troubled
             if self.views != before:
                 self.picture.show(self._draw())
             self.show()
@@ -135,7 +147,7 @@ class RunMonitor(W.VBox):
             act = "run.stop()" if status == "running" else "run.results" if status == "finished" else "run.resume()"
             here, folder = Path.cwd(), self.run.folder
             shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-            self.code.value = f"run = obc.Run.open({shown!r})\nrun.log({LOG_LINES})\n{act}\n"
+            self.code.value = as_program(f"run = obc.Run.open({shown!r})\nrun.log({LOG_LINES})\n{act}")
 
     def _described(self, name: str) -> str:
         folder = self.runs[name].folder
@@ -154,4 +166,4 @@ class RunMonitor(W.VBox):
             # A line that is being written, a folder that is gone: the next look tells, whatever it was.
             except Exception as error:
                 logger.debug("a look failed", exc_info=True)
-                self.said.value = note(str(error), bad=True)
+                self.said.value, self._troubled = note(str(error), bad=True), True

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.data import as_data
-from ..files import entries, write_text
+from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
 from ..plots.curves import accuracy_over_macs
@@ -40,6 +40,7 @@ from ..studio.state import (
     change,
     limit_of,
     lock,
+    place_of,
     plan_changes,
     redo,
     remember,
@@ -52,11 +53,14 @@ from ..studio.state import (
 )
 from .controls import (
     FITTING,
+    SCROLLING,
+    TWO_LINES,
     WRAPPING,
     Click,
     LiveFigure,
     Task,
     View,
+    close,
     code_area,
     dropdown,
     factor_slider,
@@ -69,6 +73,7 @@ from .controls import (
     stands_at,
     table,
     text,
+    typed,
 )
 
 NONE = "none"
@@ -160,7 +165,8 @@ class StudioControls:
         )
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML()
-        self.table, self.changes, self.code = W.HTML(), W.HTML(), code_area()
+        self.header = W.HTML(layout=TWO_LINES)
+        self.table, self.changes, self.code = W.HTML(layout=SCROLLING), W.HTML(layout=SCROLLING), code_area()
 
     @property
     def target(self) -> W.FloatSlider | W.FloatLogSlider:
@@ -283,17 +289,19 @@ class PruningStudio(View):
         look: str | None = None,
     ):
         check_module(model)
-        device = next((str(parameter.device) for parameter in model.parameters()), "cpu")
+        device, dtype = place_of(model)
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
         batches = usual_batches(data, batch_size) if batches is None else batches
-        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name)
+        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name, dtype)
         self.session = StudioSession(model, data, setup, held_out, task)
         self.state, self.plan = StudioState(), self.session.whole
+        self._planned = self.state.choices
         self._source, self._look, self._moved = source, look or LIGHT, 0.0
         self._before: PruningPlan | None = None
         self._scoring: Scoring | None = None
         self._controls = c = StudioControls(self.session, self.state.choices)
+        c.code.value = self.code
         super().__init__(self._drawn(), look)
         self.copied_from(model)
         self._connect()
@@ -303,13 +311,14 @@ class PruningStudio(View):
         self.sensitivity = LiveFigure(go.Figure(), self._clicked_group, look=look)
         self.folds = W.Accordion([c.changes, self.graph, *self._measured_folds()], titles=FOLDS)
         self.folds.observe(lambda _: self._try(self._show_fold), "selected_index")
-        self.children = (above, self.beside(c.column), c.table, self.folds, below, c.code)
+        self.children = (above, c.header, self.beside(c.column), c.table, self.folds, below, c.code)
         self._show()
 
     @property
     def code(self) -> str:
         """The Python that makes the present plan."""
-        return to_code(self.state.choices, self.session.setup)
+        reached = self.plan.reached
+        return to_code(self._planned, self.session.setup, nearest=reached is not None and not reached.met)
 
     def __repr__(self) -> str:
         return f"PruningStudio({self.plan!r})"
@@ -487,23 +496,25 @@ class PruningStudio(View):
                 self._step(lambda _: scored)
         self.say("cancelled")
 
-    def _export(self, write: Callable[[str], Path], ending: str) -> None:
-        path = self._controls.path.value + ending
-        self.say(f"wrote '{write(path)}'")
+    def _export(self, write: Callable[[Path], Path], ending: str) -> None:
+        self.say(f"wrote '{write(typed(self._controls.path, ending, folder=not ending))}'")
         self._look_there()
 
     def _look_there(self) -> None:
         """Say what writing would replace, and what it would refuse to."""
-        path = self._controls.path.value
-        said = [f"'{path}{ending}' will be replaced" for ending in (".json", ".py") if Path(path + ending).exists()]
-        if entries(Path(path)):
-            said.append(f"'{path}' is in use: no model is written into it")
-        self._controls.there.value = note("; ".join(said))
+        said = []
+        for ending in (".json", ".py", ""):
+            try:
+                path = typed(self._controls.path, ending, folder=not ending)
+                said += [f"'{path}' will be replaced"] if ending and path.exists() else []
+            except ValueError as error:
+                said.append(str(error))
+        self._controls.there.value = note("; ".join(dict.fromkeys(said)))
 
-    def _write_code(self, path: str) -> Path:
+    def _write_code(self, path: Path) -> Path:
         self._refuse_while_scoring()
-        write_text(Path(path), self.code)
-        return Path(path)
+        write_text(path, self.code)
+        return path
 
     def _failed(self, error: Exception) -> None:
         if not self._worker.busy:
@@ -516,7 +527,6 @@ class PruningStudio(View):
         with self._filling():
             self._controls.show(self.state.choices)
         self.undo_button.disabled, self.redo_button.disabled = not self.state.past, not self.state.future
-        self._controls.code.value = self.code
         if self.session.scores(choices.scoring) is not None:
             self._worker.cancel()
             self._scoring = None
@@ -540,11 +550,12 @@ class PruningStudio(View):
         except ValueError as error:
             self._failed(error)
             return
-        faster = self.session.costs.original.macs / self.session.costs.of(plan).macs
-        took = 1e3 * (time.perf_counter() - start)
-        self.say(f"{plan!r}: {faster:.2f}x fewer MACs, those of operations that run ({took:.0f} ms)")
-        if plan != self.plan:
-            self._before, self.plan = self.plan, plan
+        self.say(f"made the plan in {1e3 * (time.perf_counter() - start):.0f} ms")
+        self._before, self.plan = self._before if plan == self.plan else self.plan, plan
+        self._planned = self.state.choices
+        removed = f"{plan.channels_removed:,} of {counted(plan.channels, 'channel')} removed"
+        self._controls.header.value = close(note(f"{removed}; {plan.reached}", bad=not plan.reached.met))
+        self._controls.code.value = self.code
         self._show_outcome()
 
     def _score(self, root: LayerAxis) -> Tensor:

@@ -1,5 +1,7 @@
 """`as_data`: tensors, data sets and loaders as `Data`, their passes, and what is no data set."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import (
@@ -14,7 +16,16 @@ from torch.utils.data import (
 )
 from trainings import network
 
-from obc_tools import as_data, compare_criteria, fit, load_data, take
+from obc_tools import (
+    InteractionExplorer,
+    JTJExplorer,
+    PruningStudio,
+    as_data,
+    compare_criteria,
+    fit,
+    load_data,
+    take,
+)
 from obc_tools.data.batches import count_examples, cut_batch, first_examples, inputs_and_targets
 from obc_tools.training.recipe import Recipe
 
@@ -137,18 +148,50 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (Stream(), "a Stream holds no examples that could be drawn by number; pass a DataLoader or"),
-        ([images()] * 2, "a list holds no examples that could be drawn by number"),
+        (Stream(), "a Stream holds no examples that could be drawn by number; pass a DataLoader"),
+        (
+            [images()] * 2,
+            r"a list may hold batches or examples; pass .* tensors, \(images, labels\), whose",
+        ),
+        ("digits", "'digits' is a name or a path, load_data reads such; or pass a DataLoader"),
+        (Path("images"), "'images' is a name or a path, load_data reads such"),
+        (torch.nn.Sequential(torch.nn.ReLU()), "a Sequential holds no examples"),
+        (None, "there are neither train nor val examples"),
         (iter([1]), "a list_iterator holds no examples"),
         ((DataLoader([1]), DataLoader([1])), "a tuple holds no examples.*; two of them as as_data"),
         ((torch.zeros(3), torch.zeros(4)), r"tensors of \[3, 4\] examples; expected equally many, at least 1"),
         (torch.zeros(0, 4), r"tensors of \[0\] examples"),
     ],
-    ids=["stream", "batches", "iterator", "loaders", "unequal", "empty"],
+    ids=["stream", "batches", "name", "path", "model", "none", "iterator", "loaders", "unequal", "empty"],
 )
 def test_what_holds_no_examples_is_refused(given, message):
     with pytest.raises(ValueError, match=f"^as_data: {message}"):
         as_data(given)
+
+
+@pytest.mark.parametrize("wanted", [PruningStudio, JTJExplorer, InteractionExplorer, compare_criteria])
+def test_no_data_is_a_type_error_that_names_the_adapter(wanted):
+    options = {"criteria": ["l1"]} if wanted is compare_criteria else {}
+    for given in ("digits", [images()], 5, None, network()):
+        with pytest.raises(TypeError, match="^as_data: "):
+            wanted(network(), given, **options)
+
+
+def test_arrays_are_tensors():
+    everything, labels = images()
+    data = as_data((everything.numpy(), labels.numpy()), everything.float().numpy())
+    assert data.image_shape == (3, 6, 6) and data.classes == ("0", "1", "2")
+    (batch,) = data.batches("train", 20, shuffle=False)
+    assert torch.equal(batch[0], everything.float()) and torch.equal(batch[1], labels)
+    assert next(iter(data.batches("val", 20))).dtype == torch.float32
+
+
+def test_fewer_batches_than_usual_are_all_that_are_compared_on():
+    data, settings = as_data(images(), images(6, seed=1)), {"batch_size": 4, "steps": 1, "ratio": 0.5, "repeats": 1}
+    found = compare_criteria(network(), data, ["taylor"], progress=False, **settings)
+    assert found.settings["batches"] == 5
+    with pytest.raises(ValueError, match="a pass holds 5: ask for at most 5, or for smaller ones"):
+        compare_criteria(network(), data, ["taylor"], progress=False, batches=50, **settings)
 
 
 def test_what_is_missing_is_said():

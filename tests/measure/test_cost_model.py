@@ -431,3 +431,9 @@ def test_a_plan_of_another_model_is_refused():
     output = replace(groups[-1], kept_whole=None)
     with pytest.raises(CostModelError, match=r"the plan prunes group 13\.out, but reaches the model's output"):
         predicted.of(AnyPlan((output,), ((0, 1),)))
+
+
+def test_a_table_of_layers_says_that_it_needs_an_example():
+    model, images = network("small_vgg")
+    with pytest.raises(ValueError, match=r"pass what one takes as a third argument, layers_table\(model, plan, images"):
+        layers_table(model, PruningPlan.whole(find_groups(model, images)))

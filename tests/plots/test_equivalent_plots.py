@@ -49,6 +49,18 @@ def test_heatmaps_show_the_selection():
     assert len(mixing_heatmaps(start, "0").data) == 1
 
 
+def test_what_changed_is_drawn_on_its_own_scale():
+    start, trained, _ = build("small_vgg")
+    mixed = trained.mixed_layers["3"]
+    with torch.no_grad():
+        mixed.compressor[0, 1, 2] += 0.01
+        mixed.decompressor[0, 3, 1] -= 0.02
+    figure = mixing_heatmaps(trained, "3", since=start)
+    first, second = (np.array(heatmap.z) for heatmap in figure.data)
+    assert first[1, 2] == pytest.approx(0.01) and second[1, 3] == pytest.approx(-0.02)
+    assert np.count_nonzero(first) == np.count_nonzero(second) == 1 and "what changed" in figure.layout.title.text
+
+
 def test_blocks_and_wrong_names():
     start, trained, _ = build("grouped")
     name, mixed = next((n, m) for n, m in start.mixed_layers.items() if len(m.weight) > 1)

@@ -27,7 +27,8 @@ def boxes(figure):
             whole = not trace.fillcolor.startswith("rgba")
             for start in range(0, len(trace.x), 6):
                 row = round(sum(trace.y[start : start + 4]) / 4, 6)
-                found[whole][row] = (min(trace.x[start : start + 4]), max(trace.x[start : start + 4]), trace.line.color)
+                ends = min(trace.x[start : start + 4]), max(trace.x[start : start + 4])
+                found[whole][row] = (*ends, trace.line.color, trace.line.dash)
     return found[True], found[False]
 
 
@@ -35,12 +36,14 @@ def test_every_layer_is_a_box_in_running_order_filled_as_far_as_its_channels_go(
     plan, table = drawn
     figure = coupling_graph(plan, table)
     layers = [name for name in table["layer"] if "conv" in name or "downsample.0" in name or name == "fc"]
-    assert list(figure.layout.yaxis.ticktext) == layers and list(figure.layout.yaxis.tickvals) == list(range(22))
+    assert [text.split("  ")[0] for text in figure.layout.yaxis.ticktext] == layers and list(
+        figure.layout.yaxis.tickvals
+    ) == list(range(22))
     whole, gone = boxes(figure)
     assert sorted(whole) == list(range(22))
     for group, kept in zip(plan.groups, plan.kept, strict=True):
         rows = [layers.index(m.axis.layer) for m in group.members if m.role == "output"]
-        assert len({whole[row][2] for row in rows}) == len({whole[row][:2] for row in rows}) == 1
+        assert len({whole[row][2:] for row in rows}) == len({whole[row][:2] for row in rows}) == 1
         for row in rows:
             share = 1 - len(kept) / group.width
             width = 2 * HALF * share
@@ -49,10 +52,27 @@ def test_every_layer_is_a_box_in_running_order_filled_as_far_as_its_channels_go(
     assert len({box[2] for box in whole.values()}) > 6
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+def test_no_two_groups_look_alike(name):
+    """13 and 31 groups, 8 colours: line or dash differ, and the number behind the names of their layers."""
+    model, images = obc.load_model(name, 10, in_channels=1), torch.zeros(1, 1, 8, 8)
+    plan = PruningPlan.whole(obc.find_groups(model, images))
+    figure = coupling_graph(plan, obc.layers_table(model, plan, images))
+    whole, _ = boxes(figure)
+    layers, numbers = zip(*(text.split("  ") for text in figure.layout.yaxis.ticktext), strict=True)
+    looks = {}
+    for group in plan.groups:
+        rows = [layers.index(member.axis.layer) for member in group.members if member.role == "output"]
+        looks[group.root] = {(*whole[row][2:], numbers[row]) for row in rows}
+        assert len(looks[group.root]) == 1
+    drawn = [look.pop() for look in looks.values()]
+    assert len({number for *_, number in drawn}) == len({look[:2] for look in drawn}) == len(plan.groups)
+
+
 def test_lines_join_each_group_with_what_reads_it(drawn):
     plan, table = drawn
     figure = coupling_graph(plan, table)
-    layers, (whole, _) = list(figure.layout.yaxis.ticktext), boxes(figure)
+    layers, (whole, _) = [text.split("  ")[0] for text in figure.layout.yaxis.ticktext], boxes(figure)
     segments = set()
     for trace in figure.data:
         if trace.mode == "lines" and trace.fill is None:
@@ -62,7 +82,7 @@ def test_lines_join_each_group_with_what_reads_it(drawn):
         makes, reads = (
             sorted(layers.index(m.axis.layer) for m in group.members if m.role == role) for role in ("output", "input")
         )
-        left, right, color = whole[makes[0]]
+        left, right, color, _ = whole[makes[0]]
         lane = round((left + right) / 2)
         assert (color, lane, lane, makes[0], max(makes + reads)) in segments
         for row in reads:

@@ -203,3 +203,16 @@ def test_the_bar_ends_whole_where_the_target_is_met_before_the_last_step(steps, 
     prune_to(model, images, criterion="l2", speedup=1.3, steps=steps)
     done, total = closed[0]
     assert done == total < steps, "the target is met on the way"
+
+
+@pytest.mark.parametrize("counting", ["operations", "torch_pruning"])
+def test_a_plan_says_what_it_reaches_and_by_which_count(counting):
+    model, images = network("small_vgg")
+    plan = prune_to(model, images[:1], criterion="l2", speedup=2, counting=counting, progress=False)
+    whole, left = (cost(net, images[:1], counting=counting) for net in (model, prune(model, plan)))
+    said = f", {whole.macs / left.macs:.2f}x of 2.00x asked ("
+    count = {"operations": "operations that run)", "torch_pruning": "as torch_pruning counts)"}[counting]
+    for shown in (repr(plan), str(plan), plan._repr_html_(), plan.plot().layout.title.text):
+        assert said + count in shown and f"→ {left.params}" in shown
+    assert plan.choose(plan.groups[0], keep=range(plan.groups[0].width)).reached is None
+    assert PruningPlan.from_json(plan.to_json()) == plan

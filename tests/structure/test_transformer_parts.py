@@ -8,6 +8,7 @@ from torch import nn
 from obc_tools import (
     EquivalentModel,
     Forward,
+    LayerAxis,
     check_plan,
     cost,
     cost_model,
@@ -195,3 +196,29 @@ def test_all_dimensions_of_bare_parameters_are_scored():
         assert all(value.isfinite().all() and value.sum() > 0 for value in by_row.values())
     plan = prune_to(model, images, [batch], ratio=0.4, steps=1, progress=False)
     assert check_plan(model, plan, images).ok
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "num_layers": 2}, {"bias": False, "batch_first": True}], ids=str
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["lstm", "gru"])
+def test_what_a_recurrent_layer_reads_goes(kind, options):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.memory = nn.Linear(5, 8), kind(8, 6, **options)
+            self.last = nn.Linear(6 * (1 + self.memory.bidirectional), 3)
+
+        def forward(self, x):
+            return self.last(self.memory(self.front(x).relu())[0].mean(1))
+
+    torch.manual_seed(0)
+    model, x = Reads().eval(), torch.randn(4, 3, 5)  # in single precision, where an LSTM's kernel is fused
+    plan = prune_to(model, x, criterion="l1", ratio=0.5, progress=False)
+    kept = plan.shrunk[LayerAxis("front", "out")]
+    assert len(kept) == 4 and check_plan(model, plan, x).ok
+    pruned, gone = prune(model, plan), sorted({*range(8)} - {*kept})
+    assert pruned.memory.input_size == 4 and pruned.memory.weight_ih_l0.shape[1] == 4
+    with torch.no_grad():
+        model.front.weight[gone], model.front.bias[gone] = 0, 0
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-6)

@@ -112,11 +112,47 @@ def test_toggles_that_cannot_be_are_refused(made):
         toggle_channel(RATIOS[0], plan, LayerAxis("x", "out"), 0)
     with pytest.raises(PlanMismatchError, match="no channel 99 in a group of width 8"):
         toggle_channel(RATIOS[0], plan, CONV, 99)
-    last = plan.choose(CONV, remove=plan.kept_of(CONV)[1:])
+    all_but_one = replace(RATIOS[0], by_hand=tuple((CONV, channel, False) for channel in range(7)))
     with pytest.raises(PlanMismatchError, match="no channel is kept"):
-        toggle_channel(RATIOS[0], last, CONV, last.kept_of(CONV)[0])
+        toggle_channel(all_but_one, made(all_but_one), CONV, 7)
     with pytest.raises(PlanMismatchError, match="kept whole"):
         toggle_channel(RATIOS[0], plan, LayerAxis("13", "out"), 0)
+
+
+def test_the_last_channel_of_a_group_goes_by_hand_for_another(made):
+    """At the end of a target one is left: removed by hand, the best of the others comes back, and limits hold."""
+    for limits, left in ((Limits(), 1), (Limits(min_channels=3), 3), (Limits(round_to=4), 4)):
+        choices = Choices(target=Target(ratio=0.999), limits=limits)
+        kept = made(choices).kept_of(CONV)
+        assert len(kept) == left
+        choices = toggle_channel(choices, made(choices), CONV, kept[0])
+        assert kept[0] not in made(choices).kept_of(CONV) and len(made(choices).kept_of(CONV)) == left
+
+
+@pytest.mark.parametrize(
+    "target", [Target(ratio=0.9), Target(speedup=6), Target(macs=15e3), Target(params=200)], ids=str
+)
+def test_a_target_that_hands_keep_from_being_met_leads_to_the_nearest_plan(made, target):
+    """All goes that may, and the plan says how far that gets."""
+    costs = made.keywords["costs"]
+    assert made(Choices(target=target)).reached.met
+    choices = Choices(target=target, by_hand=tuple((CONV, channel, True) for channel in range(8)))
+    plan = made(choices)
+    least = made(replace(choices, target=Target(speedup=1e9)))
+    assert plan == least and plan.kept_of(CONV) == tuple(range(8)) and not plan.reached.met
+    speedup = costs.original.macs / costs.of(plan).macs
+    said = {
+        "speedup": f"{speedup:.2f}x of 6.00x asked",
+        "macs": f"{speedup:.2f}x fewer (operations that run), parameters ",
+        "params": "; 200 parameters asked",
+        "ratio": f"; {plan.channels_removed / plan.channels:.1%} of 90.0% of channels asked",
+    }
+    assert said[target.given[0]] in repr(plan)
+    scores, (kind, value) = made.keywords["scores"], target.given
+    hands = {"by_hand": {CONV: (range(8), ())}, kind: value}
+    assert obc.one_shot_plan(scores, costs, nearest=True, **hands) == plan
+    with pytest.raises(ValueError, match="cannot be met: the best that can be had is"):
+        obc.one_shot_plan(scores, costs, **hands)
 
 
 def test_toggles_go_with_all_blocks():
@@ -221,7 +257,12 @@ def test_the_code_makes_the_same_plan(name):
 
 def test_code_leaves_out_what_is_usual():
     code = to_code(Choices(Scoring("l2")), Setup((3, 32, 32)))
-    assert code.splitlines()[4:] == [
+    assert code.splitlines() == [
+        "# out of model",
+        "import torch",
+        "",
+        "import obc_tools as obc",
+        "",
         "example = torch.zeros(1, 3, 32, 32)",
         "groups = obc.find_groups(model, example)",
         "scores = obc.score_groups(model, groups, 'l2')",
@@ -231,6 +272,6 @@ def test_code_leaves_out_what_is_usual():
     ]
     heads = Setup((3, 32, 32), Selection(("conv1",), whole_heads=True, only="attention"))
     code = to_code(Choices(Scoring("l2")), heads).splitlines()
-    assert code[5] == "groups = obc.find_groups(model, example, ignore=['conv1'], whole_heads=True, only='attention')"
-    assert code[7] == "costs = obc.cost_model(model, example, whole_heads=True)"
+    assert code[6] == "groups = obc.find_groups(model, example, ignore=['conv1'], whole_heads=True, only='attention')"
+    assert code[8] == "costs = obc.cost_model(model, example, whole_heads=True)"
     assert "device='cuda:1'" in to_code(Choices(), Setup((3, 32, 32), device="cuda:1"))

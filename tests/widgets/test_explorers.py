@@ -1,17 +1,19 @@
 """The explorers without a browser: controls set, cells clicked, figures and tables read; the calls shown are run."""
 
+import copy
 import threading
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import obc_tools as obc
-from obc_tools.plots.jtj import filter_image, filter_tiles, jtj_pair
+from obc_tools.plots.jtj import MODES, filter_image, filter_tiles, jtj_pair
 from obc_tools.widgets import explorers
 from obc_tools.widgets.controls import Click
-from obc_tools.widgets.explorers import InteractionExplorer, JTJExplorer
+from obc_tools.widgets.explorers import VIEWS, InteractionExplorer, JTJExplorer
 
 OPTIONS = {"batches": 2, "batch_size": 16, "seed": 3}
 
@@ -33,6 +35,53 @@ def run_shown(explorer, made, name):
     namespace = {"model": model, "data": data}
     exec(explorer.code.value, namespace)
     return namespace[name]
+
+
+def test_the_code_makes_the_figure_that_is_shown(made):
+    """In every view and mode, whatever was looked at before; the channel of a group too."""
+    explorer = JTJExplorer(*made, **OPTIONS).wait(60)
+    explorer.layer.value = "layer2.0.conv1"
+    explorer.wait(60)
+    explorer.channel.value = 5
+    for view in ("group", *VIEWS):
+        for mode in MODES:
+            explorer.view.value, explorer.mode.value = view, mode
+            explorer.wait(60)
+            assert_shown(explorer, made)
+    together = InteractionExplorer(*made, **OPTIONS).wait(60)
+    together.mode.value, together.order.value = "signed", "channel"
+    assert_shown(together, made)
+    together.look_at(1, 4)
+    assert_shown(together.wait(60), made)
+    together.back_button.click()
+    assert_shown(together, made)
+
+
+def assert_shown(explorer, made):
+    """Run the Python that is shown out of the names that it says; its last line is the figure that is shown."""
+    lines = explorer.code.value.splitlines()
+    said = lines[0].removeprefix("# out of ").split(", ")
+    namespace = {name: dict(zip(("model", "data"), made, strict=True))[name] for name in said}
+    exec("\n".join(lines[:-1]), namespace)
+    assert eval(lines[-1], namespace).to_json() == explorer.figure.to_json()
+
+
+def test_a_data_loader_is_made_data_in_the_code(made):
+    loader = DataLoader(TensorDataset(torch.rand(40, 1, 8, 8), torch.arange(40) % 10), batch_size=8)
+    for view in (JTJExplorer, InteractionExplorer):
+        assert_shown(view(made[0], loader, **OPTIONS).wait(60), (made[0], loader))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_inputs_follow_the_precision_of_the_network(made, dtype):
+    model = copy.deepcopy(made[0]).to(dtype)
+    for view in (JTJExplorer, InteractionExplorer):
+        explorer = view(model, made[1], **OPTIONS).wait(60)
+        assert f"dtype={dtype}" in explorer.code.value and explorer.figure.data, explorer.status.value
+        assert_shown(explorer, (model, made[1]))
+    explorer = JTJExplorer(model, made[1], **OPTIONS).wait(60)
+    explorer.view.value = "group"
+    assert_shown(explorer.wait(60), (model, made[1]))
 
 
 def test_the_paper_s_grid_and_its_call(made, batches):

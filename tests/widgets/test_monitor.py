@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
@@ -170,10 +171,44 @@ def test_a_run_whose_folder_is_deleted_is_said_to_be_gone(tmp_path):
         act()
         assert "is gone: shown is the last that was seen of it" in monitor.lines.value
         assert monitor.stop_button.disabled and monitor.resume_button.disabled and monitor.figure == seen
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists() and monitor.said.value
     write(tmp_path / "a", done=2, epoch=3)
     monitor.refresh()
-    assert "epoch 3" in monitor.lines.value and not monitor.stop_button.disabled
+    assert "epoch 3" in monitor.lines.value and not monitor.stop_button.disabled and not monitor.said.value
+
+
+def test_an_error_of_a_look_is_gone_after_one_that_works(tmp_path, monkeypatch):
+    monitor, failing = RunMonitor(write(tmp_path), every=None), threading.Event()
+
+    def look(run, before):
+        if failing.is_set():
+            raise OSError("no such device")
+        return look_at(run, before)
+
+    monkeypatch.setattr("obc_tools.widgets.monitor.look_at", look)
+    failing.set()
+    threading.Thread(target=monitor._watch, args=(0.01,), daemon=True).start()
+    for said in (True, False):
+        end = time.monotonic() + 20
+        while ("no such device" in monitor.said.value) != said and time.monotonic() < end:
+            time.sleep(0.01)
+        assert ("no such device" in monitor.said.value) == said
+        failing.clear()
+    monitor.close()
+
+
+def test_who_waits_sees_the_end(tmp_path, monkeypatch):
+    monitor = RunMonitor(write(tmp_path), every=None)
+    with pytest.raises(TimeoutError, match="still runs"):
+        monitor.wait(0.01)
+    write(tmp_path, running=False, step=9)
+    assert monitor.wait(0.01) is monitor and "step 9" in monitor.lines.value
+
+
+def test_the_code_runs_as_it_stands(tmp_path):
+    monitor, namespace = RunMonitor(write(tmp_path, running=False), every=None), {}
+    exec("\n".join(monitor.code.value.splitlines()[:-1]), namespace)
+    assert namespace["run"].folder == tmp_path
 
 
 def test_wrong_runs_are_refused(tmp_path):

@@ -454,14 +454,45 @@ def test_measuring_tells_what_compensation_gives(studio, tmp_path):
     assert all(torch.equal(value, made.state_dict()[key]) for key, value in saved.state_dict().items())
 
 
-def test_an_unreachable_target_is_said_and_the_plan_stays(studio):
-    first = studio.plan
-    controls(studio).limit.value = 0.0
-    studio.choose(Choices(target=Target(speedup=1e5)))
-    assert "cannot be met" in studio.status.value
+def test_a_hand_choice_at_the_end_of_a_target_leads_to_the_nearest_plan(studio, made, tmp_path):
+    """The header says how far it gets; code and exports are those of the plan that is shown."""
+    c, costs = controls(studio), studio.session.costs
+    c.kind.value = "speedup"
+    c.target.value = c.target.base**c.target.max
+    met, asked = studio.plan, studio.state.choices.target.speedup
+    assert f"x of {asked:.2f}x asked (operations that run), parameters " in c.header.value
+    hands = tuple((group.root, n, True) for group in met.groups if group.prunable for n in range(group.width // 2))
+    studio.choose(replace(studio.state.choices, by_hand=hands))
+    reached = costs.original.macs / costs.of(studio.plan).macs
+    assert reached < asked and studio.plan != met
+    assert f"{reached:.2f}x of {asked:.2f}x asked" in c.header.value and "Error" not in studio.status.value
+    assert c.code.value == studio.code and "nearest=True" in studio.code
+    namespace = dict(zip(("model", "data"), made, strict=True))
+    exec(studio.code, namespace)
+    assert namespace["plan"] == studio.plan and repr(namespace["plan"]) == repr(studio.plan)
+    studio.plan_button.click()
+    assert PruningPlan.from_json((tmp_path / "out.json").read_text()) == studio.plan
     studio.undo_button.click()
-    studio.undo_button.click()
-    assert studio.plan == first
+    assert studio.plan == met and "nearest" not in studio.code
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_inputs_follow_the_precision_of_the_network(made, dtype):
+    model = copy.deepcopy(made[0]).to(dtype)
+    studio = PruningStudio(model, made[1], batches=2, batch_size=32, held_out=1).wait(60)
+    studio._controls.compensate.value = True
+    studio.measure()
+    assert "measured 2 plans" in studio.wait(60).status.value
+    namespace = {"model": model, "data": made[1]}
+    exec(studio.code, namespace)
+    assert namespace["plan"] == studio.plan and f"dtype={dtype}" in studio.code
+
+
+def test_choices_that_make_no_plan_leave_plan_and_code(studio):
+    plan, code, root = studio.plan, studio.code, controls(studio).group.value
+    studio.choose(Choices(by_hand=tuple((root, channel, False) for channel in range(8))))
+    assert "no channel is kept" in studio.status.value
+    assert studio.plan == plan and studio.code == code == controls(studio).code.value
 
 
 def test_a_failure_beside_the_kernel_is_shown(studio, monkeypatch):
@@ -557,7 +588,7 @@ def test_sliders_end_where_the_network_does(made):
     assert targets["macs"].min == pytest.approx(reach.least.macs / 1e6, rel=0.02)
     controls(studio).kind.value = "speedup"
     controls(studio).target.value = targets["speedup"].max
-    assert "fewer MACs, those of operations that run" in studio.status.value
+    assert "x asked (operations that run)" in controls(studio).header.value
 
 
 def test_what_an_export_will_do_is_said_before(studio, tmp_path):
@@ -569,6 +600,49 @@ def test_what_an_export_will_do_is_said_before(studio, tmp_path):
     assert "out&#x27; is in use: no model is written into it" in c.there.value
     c.path.value = str(tmp_path / "other")
     assert c.there.value == note("")
+
+
+@pytest.mark.parametrize(
+    ("typed", "model", "files"),
+    [
+        ("", "'' names no file", True),
+        ("there/", "'there/' names no file", True),
+        ("~nobody-of-this-name/x", "there is no such home", True),
+        ("file", "file' is a file: no model is written over it", False),
+        ("file/x", "file' is a file, nothing is written below it", True),
+        ("used", "used' is in use: no model is written into it", False),
+        ("taken", None, True),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_and_names_the_way_out(
+    studio, tmp_path, monkeypatch, typed, model, files
+):
+    """No file is written, and the words are those of the page's own controls."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    for ending in (".json", ".py"):
+        (tmp_path / f"taken{ending}").mkdir()
+    c, before = controls(studio), sorted(tmp_path.rglob("*"))
+    c.path.value = typed
+    refused = [studio.model_button] if model else []
+    for button in (*refused, *([studio.plan_button, studio.code_button] if files else [])):
+        button.click()
+        assert "type another name under &#x27;write to&#x27;" in studio.status.value
+        assert "overwrite" not in studio.status.value and "type another name" in c.there.value
+        assert sorted(tmp_path.rglob("*")) == before
+    if model:
+        assert note(model)[len("<span style='color:inherit'>") : -len("</span>")] in c.there.value
+
+
+def test_home_is_home(studio, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    controls(studio).path.value = "~/studio.json"
+    studio.plan_button.click()
+    assert (tmp_path / "home" / "studio.json").is_file() and not (tmp_path / "~").exists()
+    assert "studio.json&#x27; will be replaced" in controls(studio).there.value
 
 
 def test_the_plan_is_taken_away(studio, made, tmp_path):

@@ -46,7 +46,7 @@ def test_explorers_differentiate_the_task():
     losses = obc.TASKS["segmentation"].losses
     batches = list(obc.take(data.batches("train", 2, seed=0), 2))
     explorer = JTJExplorer(model, data, task="segmentation", batch_size=2)
-    wait_for(lambda: explorer.dense is not None)
+    explorer.wait(60)
     expected = obc.dense_jtj(model, batches, "first", range(6), objective=losses)
     torch.testing.assert_close(explorer.dense.values, expected.values)
     assert "objective=task.losses" in explorer.code.value
@@ -62,7 +62,7 @@ def test_loaders_will_do():
     loader = DataLoader(TensorDataset(images, torch.arange(40) % 3), 8)
     model = network().float()
     explorer = JTJExplorer(model, loader)
-    wait_for(lambda: explorer.dense is not None)
+    explorer.wait(60)
     other = InteractionExplorer(model, loader)
     wait_for(lambda: other.interactions is not None)
     with pytest.raises(ValueError, match=r"data was made without val examples: pass as_data\(train, val\)"):
