@@ -9,7 +9,8 @@ or after a random share of its time; then the same command is given again. `pair
 either of which is killed. `grids`: the process that works on a grid, or one of its workers, at a random moment.
 `flips`: one bit of one file of a stopped run is turned over; then it is resumed. `sizes`: no file may grow beyond so
 many bytes, as under a quota, or (as root) a disk has no more; then it is resumed without. `--soak`: a grid of twenty
-jobs, of which a worker or the grid itself is killed every few seconds for so many minutes, and nothing else is done.
+jobs, of which a worker or the grid itself is killed every 5 to 40 seconds for so many minutes, and nothing else is
+done; `--out` has a line a kill then.
 
 A trial is kept as "same" where the numbers in the end are those of an undisturbed one (times apart), as "refused" where
 it ends in an error that names what is wrong, and else as "lost" or "changed". Every row is written when it is known;
@@ -50,6 +51,7 @@ from obc_tools.runs.folder import PLAN, run_job, work_on
 from obc_tools.runs.grid import Grid, GridJob, launch_grid
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.folder import Stopped
+from obc_tools.training.processes import MEETING
 
 JOB = PruningJob(
     title="tiny",
@@ -70,6 +72,8 @@ FOR_TWO = replace(JOB, **FEW_STEPS)
 """On a busy machine every step of two processes waits for both to get their turn."""
 CHANGING = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 """Audit events of operations that change a folder, beside opening a file to write."""
+SLOW_DISK = "import os, time; sync = os.fsync; os.fsync = lambda file: (time.sleep(2), sync(file))[1]"
+"""Python's start-up file under which a file takes two seconds more to reach the disk."""
 SKIPPED = ("second", "latency", "time", "path")
 
 
@@ -133,7 +137,7 @@ def pair(folder: Path, other_lives: float | None = None) -> str:
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         port = door.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), MEETING: "1"}
     this = os.getpid()
     child = os.fork()
     os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if child else "1")
@@ -145,10 +149,6 @@ def pair(folder: Path, other_lives: float | None = None) -> str:
         os._exit(0)
     if other_lives is not None:
         threading.Timer(other_lives, os.kill, (child, signal.SIGKILL)).start()
-        # One that dies before both have met is waited for, until a launcher ends those that wait.
-        launcher = threading.Timer(other_lives + 60, os.kill, (this, signal.SIGKILL))
-        launcher.daemon = True
-        launcher.start()
     return run(folder, job=FOR_TWO)
 
 
@@ -188,11 +188,16 @@ def workers_of(grid: Grid) -> dict[str, int]:
     return found
 
 
-def complete(grid: Grid) -> None:
+def is_complete(grid: Grid) -> bool:
+    """Say whether all runs of a grid are finished."""
+    return set(grid.statuses.values()) == {"finished"}
+
+
+def complete(grid: Grid, limit: float = 600) -> None:
     """Go on with a grid until all its runs are finished, as somebody who gives the command again does."""
     for _ in range(10):
-        grid.wait(600)
-        if set(grid.statuses.values()) == {"finished"}:
+        grid.wait(limit)
+        if is_complete(grid):
             return
         grid.resume()
     raise ValueError(f"a grid did not end: {grid.statuses}")
@@ -413,29 +418,40 @@ def undisturbed_grid(jobs: list[GridJob]) -> tuple[str, float]:
 
 
 def soak(options: Options) -> None:
-    """Kill workers of a grid of twenty jobs, and the grid itself, for so many minutes; say what came of it."""
-    jobs, draw, killed = grid_jobs(20, 6), random.Random(options.seed), {"grid": 0, "worker": 0}
-    expected, seconds = undisturbed_grid(jobs)
-    print(f"undisturbed: {seconds:.0f} s", flush=True)
-    start, rounds = time.perf_counter(), []
-    while time.perf_counter() - start < 60 * options.soak:
-        with tempfile.TemporaryDirectory() as place:
-            grid = launch_grid(jobs, Path(place) / "grid", each=2)
-            while set(grid.statuses.values()) != {"finished"} and time.perf_counter() - start < 60 * options.soak:
-                time.sleep(draw.uniform(1, 20))
-                living = workers_of(grid)
-                workers = sorted(living.keys() - {"grid"})
-                name = "grid" if draw.random() < 0.3 or not workers else draw.choice(workers)
-                if name in living:
-                    os.kill(living[name], signal.SIGKILL)
-                    killed["grid" if name == "grid" else "worker"] += 1
+    """Kill workers of a grid of twenty jobs, and the grid itself, for so many minutes; say what came of it.
+
+    A grid that nobody disturbs comes first. The disk of the other one is slow, so that its jobs last, most of the time
+    with a file half written, whatever else the machine does. Every kill is written down before it is done: the minute,
+    of what, and how many runs are finished.
+    """
+    jobs, draw = grid_jobs(20, 20), random.Random(options.seed)
+    expected, _ = undisturbed_grid(jobs)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place, options.out.open("a", buffering=1) as kept:
+        (Path(place) / "sitecustomize.py").write_text(SLOW_DISK)
+        os.environ["PYTHONPATH"] = os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])])
+        grid = launch_grid(jobs, Path(place) / "grid", each=2)
+
+        def note(what: str) -> None:
+            finished = list(grid.statuses.values()).count("finished")
+            kept.write(f"{(time.perf_counter() - start) / 60:.1f},{what},{finished}\n")
+
+        while time.perf_counter() - start < 60 * options.soak and not is_complete(grid):
+            time.sleep(draw.uniform(5, 40))
+            living = workers_of(grid)
+            workers = sorted(living.keys() - {"grid"})
+            name = draw.choice(workers) if workers and draw.random() < 0.7 else "grid"
+            if workers and name in living:  # a grid that has begun nothing yet is left alone
+                note("grid" if name == "grid" else "worker")
+                os.kill(living[name], signal.SIGKILL)
                 if name == "grid":
-                    grid.wait(60)  # a process that was killed takes its time to go
-                if not grid.is_running:
-                    grid.resume()
-            complete(grid)
-            rounds.append("same" if grid_figures(grid) == expected else "changed")
-        print(f"{(time.perf_counter() - start) / 60:.1f} min: killed {killed}, grids of 20: {rounds}", flush=True)
+                    grid.wait(600)  # a process that was killed takes its time to go
+            if not grid.is_running:
+                grid.resume()
+        note("no more kills")
+        complete(grid, 7200)
+        note("complete")
+        note("same" if grid_figures(grid) == expected else "changed")
 
 
 def main() -> None:

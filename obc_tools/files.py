@@ -31,6 +31,11 @@ LOCK, HOLDER = ".lock", ".holder.json"
 """The lock of a folder that is worked on, and who holds it (`obc_tools.holding`)."""
 
 
+def cache_folder() -> Path:
+    """Return the folder of this user for what can be made again: $XDG_CACHE_HOME/obc_tools or ~/.cache/obc_tools."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "obc_tools")
+
+
 @contextmanager
 def logging_to(handler: logging.Handler) -> Iterator[None]:
     """Hand what the library logs, at level INFO and above, to a handler too, which is closed on the way out."""
@@ -123,7 +128,7 @@ def _is_written_for(found: Path, path: Path) -> bool:
 
 
 @contextmanager
-def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, synced: bool = True, begun: Path | None = None) -> Iterator[Path]:
     """Yield a name beside a path, under which to write a file or make a folder that then takes the path's place.
 
     It does so on success alone, and lies on the disk by then: the path holds the old content or the new, all of it,
@@ -133,6 +138,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     Args:
         path: Of the file or folder; folders to it are made.
         synced: Wait for the disk. Without it, only the process may die at any time, not the machine.
+        begun: The name to yield, such as `begun_beside` says; what is made under it stays there after Ctrl-C.
 
     Raises:
         OSError: as `told` says, where the disk is full or nobody may write there.
@@ -140,7 +146,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     put_back(path)
     mark = uuid.uuid4().hex
-    new, old = (path.with_name(f".{path.name}.{mark}.{kind}") for kind in ("new", "old"))
+    new, old = begun or path.with_name(f".{path.name}.{mark}.new"), path.with_name(f".{path.name}.{mark}.old")
     with told(path, "what was there before is as it was" if path.exists() else "nothing was there before"):
         try:
             yield new
@@ -149,9 +155,19 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
             _take_place(new, path, old)
             if synced:
                 _sync(path.parent)
-        finally:
+        except KeyboardInterrupt:
+            if begun is None:
+                _remove(new)
+            raise
+        except BaseException:
             _remove(new)
+            raise
     _remove(old)
+
+
+def begun_beside(path: Path) -> Path:
+    """Return the name under which a folder is made that is gone on with, a leftover to all but who knows it."""
+    return path.with_name(f".{path.name}.begun.new")
 
 
 def is_leftover(path: Path) -> bool:

@@ -6,12 +6,14 @@ import copy
 import os
 import sys
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,27 +66,140 @@ def check_module(model: Any) -> None:
         raise ValueError(f"model: expected a network (nn.Module), not {type(model).__name__}")
 
 
-_PROCESS, LENT_RANDOMNESS = threading.RLock(), threading.RLock()
-"""The second is for whoever seeds torch's generators and gives them their state back: they are the process's."""
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+class _Randomness:
+    """torch's generators of random numbers, which are the process's."""
 
 
-def alone(model: nn.Module) -> Restoring:
-    """Borrow a model as the one thread that does so: others, which would meet its state changed, wait for this one."""
-    check_module(model)
-    restoring, taken = Restoring(model), []
+RANDOMNESS = _Randomness()
+_PROCESS = threading.Condition()
+_HOLDERS: WeakKeyDictionary[Any, list[list[int]]] = WeakKeyDictionary()
+"""What is borrowed -> the turns of those that have it, each a list of its thread."""
+_AWAITED: dict[int, Sequence[Any]] = {}
+"""Thread -> what it waits for."""
+
+
+def alone(*borrowed: Any) -> Restoring:
+    """Borrow models, or `RANDOMNESS`, as the one thread that does so: others, which would meet them changed, wait.
+
+    It waits for all of them at once. A thread takes what it has already as often as it likes.
+
+    Raises:
+        ValueError: for what is no network, and where each thread of several has what the next one waits for.
+    """
+    for entry in borrowed:
+        if entry is not RANDOMNESS:
+            check_module(entry)
+    restoring, turn = Restoring(borrowed[0]), [threading.get_ident()]
+    restoring.undo.append(partial(_give_back, borrowed, turn))
     with _PROCESS:
-        lock = _LOCKS.setdefault(model, threading.RLock())
-    restoring.undo.append(lambda: taken and (taken.pop(), lock.release()))
-    taken.append(lock.acquire())
+        try:
+            _AWAITED[turn[0]] = borrowed
+            while _others(*turn):
+                if _wait_for_each_other(*turn):
+                    raise ValueError(
+                        "a thread uses what this one waits for (a model, or torch's random numbers), and waits for "
+                        "what this one uses: call one after the other"
+                    )
+                _PROCESS.wait()
+            for entry in borrowed:
+                _HOLDERS.setdefault(entry, []).append(turn)
+        finally:
+            _AWAITED.pop(turn[0], None)
     return restoring
 
 
-def evaluating(model: nn.Module) -> Restoring:
+def _others(thread: int) -> set[int]:
+    """Return the other threads that have something of what a thread waits for."""
+    return {turn[0] for entry in _AWAITED.get(thread, ()) for turn in _HOLDERS.get(entry, ())} - {thread}
+
+
+def _wait_for_each_other(thread: int) -> bool:
+    seen: set[int] = set()
+    while new := {other for known in (thread, *seen) for other in _others(known)} - seen:
+        seen |= new
+    return thread in seen
+
+
+def _give_back(borrowed: Sequence[Any], turn: list[int]) -> None:
+    with _PROCESS:
+        for entry in borrowed:
+            _HOLDERS[entry] = [other for other in _HOLDERS.get(entry, ()) if other is not turn]
+        _PROCESS.notify_all()
+
+
+def _begin_in_a_child() -> None:
+    """Forget, in a process that was forked, those threads that it does not have."""
+    _PROCESS.__init__()
+    _AWAITED.clear()
+    for entry, turns in list(_HOLDERS.items()):
+        _HOLDERS[entry] = [turn for turn in turns if turn[0] == threading.get_ident()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_a_child)
+
+
+class LentRandomness(Restoring):
+    """Borrows torch's generators of the CPU and of one device, `alone`, from a seed on or from a state of the CPU's."""
+
+    def __init__(self, begin: int | Tensor | None = None, device: torch.device | None = None):
+        super().__init__()
+        self._device = device = device or torch.device("cpu")
+        self._borrow()
+        if isinstance(begin, Tensor):
+            torch.set_rng_state(begin)
+        elif begin is not None:
+            torch.default_generator.manual_seed(begin)
+            if device.type != "cpu":
+                with torch.accelerator.device_index(device.index):
+                    torch.get_device_module(device).manual_seed(begin)
+
+    def _borrow(self) -> None:
+        turn = alone(RANDOMNESS)
+        self.undo += [turn.close, partial(set_random_state, random_state(self._device), self._device)]
+
+    @contextmanager
+    def given_back(self) -> Iterator[None]:
+        """Give the generators back while a block lasts; go on with the numbers that would have come."""
+        own = random_state(self._device)
+        self.close()
+        try:
+            yield
+        finally:
+            self._borrow()
+            set_random_state(own, self._device)
+
+    def let_others(self) -> None:
+        """Let other threads that wait for the generators have them for once."""
+        if RANDOMNESS in chain.from_iterable(_AWAITED.copy().values()):
+            with self.given_back():
+                time.sleep(SECONDS_FOR_OTHERS)
+
+
+SECONDS_FOR_OTHERS = 1e-4
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators of the CPU and of one device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Bring back what :func:`random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def evaluating(*models: nn.Module) -> Restoring:
     """Put every module into eval mode, `alone`; on the way out each gets its own mode back, also after an exception."""
-    restoring = alone(model)
-    restoring.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
-    model.eval()
+    restoring = alone(*models)
+    for model in models:
+        restoring.undo += [partial(setattr, module, "training", module.training) for module in model.modules()]
+        model.eval()
     return restoring
 
 

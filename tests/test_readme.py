@@ -93,8 +93,10 @@ def test_the_program_for_another_task_runs(tmp_path, monkeypatch):
 def test_every_command_is_one(command, tmp_path, monkeypatch):
     """Its options exist and nothing is wrong with them, where the files that it names are there."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for name in ("resnet56.pth", "data/cifar10", "data/cifar100", "runs/resnet56/merged/manifest.json"):
+    monkeypatch.setattr("obc_tools.cli.options.GPUS", ("null",))
+    (tmp_path / "val").mkdir()
+    files = ("resnet56.pth", "data/cifar10", "data/cifar100", "runs/a/job.json", "runs/resnet56/merged/manifest.json")
+    for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     command = command.replace("/data/imagenet", ".").replace("--out runs/resnet56", "--out runs/new")

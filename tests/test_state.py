@@ -1,5 +1,6 @@
 """Every function that touches a model gives it back as it was, also after an error in the objective."""
 
+import copy
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,25 +13,31 @@ from oracles import interrupted, state_of
 from torch import nn
 
 from obc_tools import (
+    TASKS,
     EquivalentModel,
     LayerAxis,
+    Recipe,
     check_plan,
     cost,
     cost_model,
     dense_jtj,
     evaluate,
     find_groups,
+    fit,
     group_jtj,
     jacobian_products,
     latency,
+    load_data,
     make_plan,
     prune,
     prune_to,
     score_groups,
 )
+from obc_tools.data.batches import Augmentation, augment_batches
 from obc_tools.interop import JacobianImportance
+from obc_tools.measure.latency import latencies
 from obc_tools.scoring.objectives import classification
-from obc_tools.state import shared
+from obc_tools.state import RANDOMNESS, LentRandomness, alone, evaluating, shared
 
 
 def group_of(model, images):
@@ -177,3 +184,108 @@ def test_threads_that_score_one_model_wait_for_each_other():
     assert not model[0].weight.requires_grad and model[1].weight.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(numbers, torch.get_rng_state())
+
+
+def ended_in_time(*functions):
+    """Call functions in a thread each, and return what they returned or raised; fail where one does not end."""
+    found = [None] * len(functions)
+
+    def call(number):
+        try:
+            found[number] = functions[number]()
+        except ValueError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "it waits for ever"
+    return found
+
+
+@pytest.mark.parametrize("way", ["together", "measured", "against each other"])
+def test_threads_that_borrow_two_models_in_opposite_orders_do_not_wait_for_ever(way):
+    one, other, images = nn.Linear(3, 2), nn.Linear(3, 2), torch.ones(4, 3)
+
+    def borrow(first, second):
+        for _ in range(200):
+            if way == "together":
+                evaluating(first, second).close()
+            elif way == "measured":
+                latencies({"first": first, "second": second}, images, repeats=1, warmup=0)
+            else:
+                evaluate(first, [(images, None)], task=TASKS["outputs"].against(second))
+
+    assert ended_in_time(lambda: borrow(one, other), lambda: borrow(other, one)) == [None, None]
+    assert one.training and other.training
+
+
+def test_of_threads_each_of_which_has_what_the_other_waits_for_one_is_refused():
+    one, other, both = nn.Linear(3, 2), nn.Linear(3, 2), threading.Barrier(2)
+
+    def borrow(first, second):
+        with alone(first):
+            both.wait(60)
+            with alone(second):
+                return "has both"
+
+    found = ended_in_time(lambda: borrow(one, other), lambda: borrow(other, RANDOMNESS), lambda: None)
+    assert found[:2] == ["has both"] * 2
+    found = ended_in_time(lambda: borrow(one, other), lambda: borrow(other, one))
+    assert sorted(map(str, found))[1] == "has both"
+    assert "a thread uses what this one waits for" in sorted(map(str, found))[0]
+    with alone(one, other):  # both are free again
+        pass
+
+
+def test_a_child_process_does_not_wait_for_threads_that_it_has_not():
+    taken, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        with alone(RANDOMNESS):
+            taken.set()
+            let_go.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(60)
+    context = torch.multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: LentRandomness(0).close())
+    child.start()
+    child.join(60)
+    let_go.set()
+    thread.join()
+    assert child.exitcode == 0
+
+
+def test_random_numbers_of_several_threads_are_those_of_one():
+    data = load_data("digits")
+    untrained = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 10))
+
+    def augmented(seed):
+        batches = augment_batches(data.batches("train", 64, seed=seed), Augmentation(erase=0.5, mixup=0.2), 10, seed)
+        return [images.double().sum().item() for images, _ in batches.at(0)]
+
+    def trained(seed):
+        model, recipe = copy.deepcopy(untrained), Recipe(epochs=1, batch_size=64, seed=seed)
+        fit(model, data.batches("train", 64, seed=seed), data.batches("val", 360), recipe)
+        return [parameter.double().sum().item() for parameter in model.parameters()]
+
+    work = [partial(function, seed) for seed in range(3) for function in (augmented, trained)]
+    numbers, expected = torch.get_rng_state(), [function() for function in work]
+    with ThreadPoolExecutor(4) as pool:
+        assert [found.result(60) for found in [pool.submit(function) for function in work * 3]] == expected * 3
+    assert torch.equal(numbers, torch.get_rng_state())
+
+
+def test_what_is_called_after_an_epoch_may_draw_numbers_without_changing_the_training():
+    data = load_data("digits")
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.5)) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    batches = data.batches("train", 360, seed=0), data.batches("val", 360)
+    fit(first, *batches, Recipe(epochs=2))
+    fit(second, *batches, Recipe(epochs=2), on_epoch=lambda _: torch.rand(3))
+    assert torch.equal(first[1].weight, second[1].weight)

@@ -20,12 +20,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 from tqdm import tqdm
 
-from ..files import logging_to
+from ..files import logging_to, read_json
 from .options import (
+    A_COMPARISON,
+    A_GRID,
+    A_RUN,
+    GRID,
+    JOB,
+    RESULTS,
     Choice,
     ExperimentOptions,
     Flag,
     Folder,
+    Makes,
     Name,
     Names,
     Number,
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
 
 CURVES = "curves.html"
 NOTHING_WRITTEN = "nothing was written"
+GOES_ON = "the same command goes on from the last finished step"
 DEMO_TITLE = "Demo: handwritten digits, a small ResNet, half the MACs"
 HEAVY_IMPORTS = ("numpy", "torch", "torchvision", "timm", "torch_pruning", "accelerate", "sklearn.datasets", "plotly")
 
@@ -64,7 +72,8 @@ class Demo:
     the same plan, recipe and seeds: naively and with Equivalent Pruning. Takes less than 2 minutes on 2 CPU cores.
     """
 
-    AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
+    AFTER_STOP: ClassVar[str] = GOES_ON
+    MAKES: ClassVar[Makes] = A_RUN
 
     out: Folder = Path("runs/demo")
     """Folder for the report, the models and all figures. A demo's own folder is replaced, no other."""
@@ -100,14 +109,13 @@ class Demo:
 
         # 8 x 8 pixels are too few to share out: on a busy machine a second thread made the demo ten times slower.
         torch.set_num_threads(1)
-        run_and_report(self.job(), self.out, self.may_overwrite())
+        run_and_report(self.job(), self.out, self.may_overwrite)
 
+    @property
     def may_overwrite(self) -> bool:
-        from ..runs.folder import RunFolderError, read_results
-
         try:
-            return self.overwrite or read_results(self.out)["job"]["title"] == DEMO_TITLE
-        except RunFolderError:
+            return self.overwrite or read_json(self.out / RESULTS)["job"]["title"] == DEMO_TITLE
+        except (OSError, ValueError, TypeError, KeyError):
             return False
 
 
@@ -121,9 +129,9 @@ class Prune(PruningOptions):
     --epochs 1 --equivalent --out runs/resnet56
     """
 
-    AFTER_STOP: ClassVar[str] = NOTHING_WRITTEN
+    AFTER_STOP: ClassVar[str] = GOES_ON
     TARGETS: ClassVar[tuple[int, int]] = (1, 1)
-    FRESH: ClassVar[bool] = True
+    MAKES: ClassVar[Makes] = A_RUN
 
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
@@ -176,7 +184,10 @@ class Compare(PruningOptions):
     --batches 10 --repeats 3 --out runs/criteria
     """
 
-    AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+    AFTER_STOP: ClassVar[str] = GOES_ON
+    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
+    SHARES: ClassVar[tuple[str, ...]] = ("macs",)
+    MAKES: ClassVar[Makes] = A_COMPARISON
 
     hold_out: Number = None
     """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
@@ -220,8 +231,9 @@ class Sweep(PruningOptions):
     --criteria jacobian l1 --out runs/frontier
     """
 
-    AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+    AFTER_STOP: ClassVar[str] = GOES_ON
     TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
+    MAKES: ClassVar[Makes] = A_COMPARISON
 
     hold_out: Number = None
     """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
@@ -319,7 +331,6 @@ class RunExperiment(OneExperiment):
 
     AFTER_STOP: ClassVar[str] = CAN_BE_RESUMED
     TARGETS: ClassVar[tuple[int, int]] = (0, 1)
-    FRESH: ClassVar[bool] = True
 
     speedup: Number = None
     """Target: how many times fewer MACs. Default: the paper's first target."""
@@ -362,6 +373,8 @@ class RunExperiment(OneExperiment):
         else:
             run = run_experiment(job, self.out)
         print(f"\n{Run.open(self.out)!r}")
+        if run.status == "failed":
+            raise ValueError(run.error)
         if run.status == "finished":
             print(f"\n{run.table().to_string(index=False)}")
 
@@ -385,8 +398,7 @@ class Runs:
     """Show so many last lines of the run's log."""
 
     def run(self) -> None:
-        from ..runs.folder import JOB
-        from ..runs.grid import GRID, Grid
+        from ..runs.grid import Grid
         from ..runs.run import Run
 
         if (self.folder / GRID).is_file():
@@ -425,6 +437,7 @@ class GridCommand(ExperimentOptions):
     """
 
     AFTER_STOP: ClassVar[str] = "the grid goes on; `obc runs FOLDER --stop` stops it"
+    MAKES: ClassVar[Makes] = A_GRID
 
     grid: Position
     """paper-cifar, paper-imagenet, or an experiment."""

@@ -8,19 +8,27 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
 from ..errors import UnknownNameError
-from ..files import entries
+from ..files import cache_folder, entries
 
 if TYPE_CHECKING:
     from ..runs.job import PruningJob
+
+RESULTS, JOB, MANIFEST, GRID = "results.json", "job.json", "manifest.json", "grid.json"
+SETTINGS = "comparison.json"
+Makes = tuple[str, tuple[str, ...]]
+"""What a command's folder holds in the end, and the files that tell."""
+A_RUN, A_GRID, A_COMPARISON = ("run", (RESULTS, JOB)), ("grid", (GRID,)), ("comparison", (SETTINGS,))
 
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Choice = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
@@ -116,6 +124,8 @@ def _rows(said: str) -> Any:
 class ExperimentOptions:
     """What an experiment of the paper may be run with."""
 
+    LEAST: ClassVar[dict[str, int]] = {"epochs": 1}
+
     root: Root = None
     """Where the data lies."""
     data: Choice = None
@@ -176,6 +186,8 @@ class ExperimentOptions:
 class OneExperiment(ExperimentOptions):
     """One experiment and the folder of its run."""
 
+    MAKES: ClassVar[Makes] = A_RUN
+
     experiment: Position
     """vgg19-cifar100, resnet56-cifar10, resnet50-imagenet, mobilenetv2-imagenet or vit-b16-imagenet."""
     out: Folder
@@ -222,6 +234,7 @@ KNOWN = {
     ),
     "experiment": EXPERIMENTS,
     "grid": (*EXPERIMENTS, "paper-cifar", "paper-imagenet"),
+    "amp": ("no", "bf16", "fp16"),
 }  # fmt: skip
 """Names that options take, as the library has them: its own tables come with torch, which takes seconds to load."""
 NAMED_WEIGHTS = ("pretrained", "published", "published-sparse", "scratch")
@@ -229,40 +242,71 @@ AT_LEAST_ONE = (
     "batches", "batch_size", "steps", "repeats", "held_out", "train_images", "val_images", "num_classes", "round_to",
     "min_channels", "processes", "each", "nodes", "gpus", "cpus",
 )  # fmt: skip
-LEAST = {"epochs": 0, "sparse_epochs": 0, "training": 0} | dict.fromkeys(AT_LEAST_ONE, 1)
+LEAST = dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), 0) | dict.fromkeys(AT_LEAST_ONE, 1)
 POSITIONAL = ("experiment", "grid")
 LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
+OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
+PUBLISHED = ("resnet56", "vgg19")
+NAMED = re.compile(
+    r"^@register_model(?:\((?:name=\"(\w+)\")?\))?\n(?:[@ )].*\n)*def (\w+)\(|^    '([a-z]\w+)':", re.MULTILINE
+)
+"""How torchvision and timm give names to networks."""
 DURATION = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
 """As SLURM writes them."""
 TARGETS = ("speedup", "macs", "params", "ratio")
-RESULTS, JOB, MANIFEST = "results.json", "job.json", "manifest.json"
+LIES_IN = {
+    "cifar10": ("cifar-10-batches-py", "train", "cifar10.npz"),
+    "cifar100": ("cifar-100-python", "train", "cifar100.npz"),
+    "imagenet": ("train", "val", "test"),
+    "folder": ("train", "val", "test"),
+}
+"""Data set -> what lies where it does, one of these at least."""
+GRIDS = {"paper-cifar": ("cifar100", "cifar10"), "paper-imagenet": ("imagenet",)}
+GPUS = ("nvidia*", "nvhost*", "nvgpu*", "kfd", "dxg")
+"""How Linux names the devices that a GPU is reached through."""
 
 
 def check(command: Any) -> None:
     """Raise ValueError for an option that cannot be meant, without loading anything."""
     for name, value in _given(command):
         for entry in value if isinstance(value, tuple) else (value,):
-            if name in KNOWN and ":" not in str(entry):
-                _check_name(name, str(entry))
-            if name in ("ratio", "hold_out") and not 0 < entry < 1:
-                raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 1")
-            if name == "speedup" and not entry > 1:
-                raise ValueError(f"{option(name)} {entry}: expected a number above 1")
-            if name in TARGETS and not 0 < entry < math.inf:
-                raise ValueError(f"{option(name)} {entry}: expected a positive number")
-        if name == "stop" and isinstance(value, float) and not 0 < value < 0.5:
-            raise ValueError(f"{option(name)} {value}: expected a share between 0 and 0.5")
-        if name == "rows" and not re.fullmatch(r"batch|sample|(expected:)?[1-9]\d*|expected", value):
-            raise ValueError(f"{option(name)} {value}: expected batch, sample, a number, expected or expected:32")
-        if name in LEAST and value < LEAST[name]:
-            raise ValueError(f"{option(name)} {value}: expected at least {LEAST[name]}")
-        if name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError(f"{option(name)} {value}: expected auto, cpu, cuda, cuda:1, ...")
-        if name == "time" and not DURATION.fullmatch(value):
-            raise ValueError(f"{option(name)} {value}: expected minutes, or 24:00:00, or 2-12:00 for days and hours")
+            _check_value(name, entry, command)
+        if name == "criteria" and (not value or len({*value}) < len(value)):
+            raise ValueError(" ".join(["--criteria", *value]) + ": name at least one, each once")
     _check_targets(command)
+    if getattr(command, "equivalent", False) and not command.epochs:
+        raise ValueError("--equivalent: Equivalent Pruning is a way of fine-tuning: give --epochs at least 1")
     _check_paths(command)
     _check_network(command)
+    if not getattr(command, "ELSEWHERE", False):
+        _check_data(command)
+        _check_gpus(command)
+
+
+def _check_value(name: str, entry: Any, command: Any) -> None:
+    least = (LEAST | getattr(command, "LEAST", {})).get(name)
+    if name in KNOWN and ":" not in str(entry):
+        _check_name(name, str(entry))
+    elif name in ("ratio", "hold_out", *getattr(command, "SHARES", ())) and not 0 < entry < 1:
+        raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 1")
+    elif name == "speedup" and not entry > 1:
+        raise ValueError(f"{option(name)} {entry}: expected a number above 1")
+    elif name in TARGETS and not 0 < entry < math.inf:
+        raise ValueError(f"{option(name)} {entry}: expected a positive number")
+    elif name == "max_ratio" and not 0 < entry <= 1:
+        raise ValueError(f"{option(name)} {entry}: expected a share above 0, at most 1")
+    elif name == "lr" and not 0 <= entry < math.inf:
+        raise ValueError(f"{option(name)} {entry}: expected a number of at least 0")
+    elif name == "stop" and isinstance(entry, float) and not 0 < entry < 0.5:
+        raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 0.5")
+    elif name == "rows" and not re.fullmatch(r"batch|sample|(expected:)?[1-9]\d*|expected", entry):
+        raise ValueError(f"{option(name)} {entry}: expected batch, sample, a number, expected or expected:32")
+    elif least is not None and entry < least:
+        raise ValueError(f"{option(name)} {entry}: expected at least {least}")
+    elif name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", entry):
+        raise ValueError(f"{option(name)} {entry}: expected auto, cpu, cuda, cuda:1, ...")
+    elif name == "time" and not DURATION.fullmatch(entry):
+        raise ValueError(f"{option(name)} {entry}: expected minutes, or 24:00:00, or 2-12:00 for days and hours")
 
 
 def _check_name(name: str, entry: str) -> None:
@@ -290,7 +334,7 @@ def _check_targets(command: Any) -> None:
 
 
 def _check_network(command: Any) -> None:
-    """Check that a network has weights, and that there are the modules of what is a user's own."""
+    """Check that a network is known and has weights, and that there are the modules of what is a user's own."""
     given = dict(_given(command))
     for name in ("data", "task", *(() if "weights" in given else ("model",))):
         module, _, function = str(given.get(name, "")).partition(":")
@@ -298,14 +342,45 @@ def _check_network(command: Any) -> None:
             raise ValueError(
                 f"'{given[name]}' is no function that could be called without arguments: there is no module '{module}'"
             )
-    model = given.get("model", "")
+    model, weights = given.get("model", ""), given.get("weights")
     own = ":" in model and model.partition(":")[0] not in LIBRARIES
-    if not model or own or "weights" in given or (Path(model) / MANIFEST).is_file():
+    if not model or own or (Path(model) / MANIFEST).is_file():
+        return
+    if weights is not None:
+        _check_network_name(model)
+        if weights == "pretrained" and ":" not in model:
+            raise ValueError(
+                f"--weights pretrained: there are none of {model}, only of torchvision's and timm's networks"
+            )
+        if weights.startswith("published") and weights in NAMED_WEIGHTS and model not in PUBLISHED:
+            raise ValueError(f"--weights {weights}: there are none of {model}, but of {' and '.join(PUBLISHED)}")
         return
     if not hasattr(command, "out"):
         raise ValueError(f"'{model}' holds no saved model; for a network by name, pass --weights too")
     ways = "a file, pretrained or published; a network of your own is package.module:function"
     raise ValueError(f"--weights: which weights of '{model}'? It begins with a trained network: {ways}")
+
+
+def _check_network_name(name: str) -> None:
+    source, colon, entry = name.partition(":")
+    if source in LIBRARIES[:2]:
+        known = _networks_of(source)
+        if entry.partition(".")[0] not in known:
+            raise UnknownNameError(f"network of {source}", entry, sorted(known))
+    elif not colon:
+        depth = re.fullmatch(r"resnet([1-9]\d*)", name)
+        own = depth is not None and int(depth[1]) >= 8 and int(depth[1]) % 6 == 2 and int(depth[1]) not in (50, 152)
+        if name not in OWN_NETWORKS and not own:
+            there = [f"{library}:{name}" for library in LIBRARIES[:2] if name in _networks_of(library)]
+            raise UnknownNameError("network", name, there or OWN_NETWORKS)
+
+
+def _networks_of(library: str) -> set[str]:
+    """Return the names that the files of a library give to the networks in them, earlier ones too."""
+    found = find_spec(library)
+    places = found.submodule_search_locations if found else []
+    texts = [path.read_text("utf-8") for place in places for path in Path(place, "models").rglob("*.py")]
+    return {name for text in texts for names in NAMED.findall(text) for name in names if name}
 
 
 def _is_found(module: str) -> bool:
@@ -315,30 +390,76 @@ def _is_found(module: str) -> bool:
         return True
 
 
+def _check_data(command: Any) -> None:
+    """Check that data lies where it is said to lie, as far as folders tell."""
+    given = dict(_given(command))
+    roots = given.get("roots") or {}
+    for name, place in roots.items():
+        if name not in KNOWN["data"]:
+            raise UnknownNameError("--roots", name, KNOWN["data"])
+        if not Path(place).expanduser().exists():
+            raise ValueError(f"--roots {name} {place}: there is no such folder")
+    asked = given.get("grid") or given.get("experiment", "")
+    for name in [given["data"]] if "data" in given else GRIDS.get(asked, (asked.partition("-")[2],)):
+        place = roots.get(name) if roots else given.get("root")
+        if place is None and name in ("cifar10", "cifar100"):
+            place = cache_folder() / name
+        if name not in LIES_IN or (place is not None and Path(place).expanduser().is_file()):
+            continue
+        if place is None:
+            raise ValueError(
+                f"{name}: no root was given; pass --root, a folder with class folders in 'train' and 'val'"
+            )
+        if not any((Path(place).expanduser() / entry).exists() for entry in LIES_IN[name]):
+            known = ", ".join(LIES_IN[name])
+            raise ValueError(f"no {name} in '{place}': pass as --root a folder that holds one of {known}")
+
+
+def _check_gpus(command: Any) -> None:
+    given = dict(_given(command))
+    there = sys.platform != "linux" or any(True for name in GPUS for _ in Path("/dev").glob(name))
+    for name in ("device", "devices"):
+        if not there and given.get(name) and given[name] not in ("auto", "cpu"):
+            said = given[name] if name == "device" else " ".join(map(str, given[name]))
+            raise ValueError(f"{option(name)} {said}: this machine has no GPU")
+
+
 def _check_paths(command: Any) -> None:
-    given = {} if getattr(command, "ELSEWHERE", False) else dict(_given(command))
-    for name in ("weights", "sparse_weights"):
-        if name in given and given[name] not in NAMED_WEIGHTS and not Path(given[name]).expanduser().exists():
-            raise ValueError(f"{option(name)} {given[name]}: there is no such file, nor weights of that name")
-    if "folder" in given and not given["folder"].exists():
-        raise ValueError(f"'{given['folder']}' holds 0 runs: there is no such folder")
-    if "root" in given and not Path(given["root"]).expanduser().exists():
-        raise ValueError(f"--root {given['root']}: there is no such folder")
-    out = given.get("out")
-    if out is None:
-        return
+    given = dict(_given(command))
+    if not getattr(command, "ELSEWHERE", False):
+        for name in ("weights", "sparse_weights"):
+            if name in given and given[name] not in NAMED_WEIGHTS and not Path(given[name]).expanduser().exists():
+                raise ValueError(f"{option(name)} {given[name]}: there is no such file, nor weights of that name")
+        if "root" in given and not Path(given["root"]).expanduser().exists():
+            raise ValueError(f"--root {given['root']}: there is no such folder")
+    if (folder := given.get("folder")) is not None:
+        if not folder.exists():
+            raise ValueError(f"'{folder}' holds 0 runs: there is no such folder")
+        if not any((folder / name).is_file() for name in (GRID, JOB)) and not any(folder.glob(f"*/{JOB}")):
+            raise ValueError(f"'{folder}' holds 0 runs")
+    if "out" in given:
+        _check_out(command, given["out"], given)
+
+
+def _check_out(command: Any, out: Path, given: dict[str, Any]) -> None:
+    """Check that a command may write to its folder: nothing lies in it, or what it goes on with or replaces."""
+    kind, marks = command.MAKES
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out}: '{there}' is {'not writable' if there.is_dir() else 'a file, not a folder'}")
-    found = entries(out) if getattr(command, "FRESH", False) else []
-    if found and not {RESULTS, JOB} & {*found}:
-        raise ValueError(f"--out '{out}' holds something else than a run ({found[0]}): choose another folder")
-    goes_on = given.get("resume") or given.get("overwrite") or not getattr(command, "FRESH", False)
-    if not goes_on and any((out / name).is_file() for name in (RESULTS, JOB)):
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: '{there}' is a file, not a folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        raise ValueError(f"--out {out}: nothing can be written to '{there}' ({error.strerror})") from error
+    found = entries(out)
+    if found and not {*marks} & {*found}:
+        raise ValueError(f"--out '{out}' holds something else than a {kind} ({found[0]}): choose another folder")
+    replaces = getattr(command, "may_overwrite", given.get("overwrite"))
+    if found and kind != "comparison" and not given.get("resume") and not replaces:
         way = "overwrite it (--overwrite)" if "overwrite" in given else "go on with it (--resume)"
-        raise ValueError(f"--out {out} already holds a run: choose another folder, or {way}")
+        raise ValueError(f"--out {out} already holds a {kind}: choose another folder, or {way}")
 
 
 def option(name: str) -> str:
@@ -351,6 +472,7 @@ def spelled(message: str, command: Any) -> str:
     for name in (entry.name for entry in fields(command)):
         message = re.sub(rf"\b{name}=(?=[\w'\"\[(.-])", f"{option(name)} ", message)
         message = re.sub(rf"\b{name}=", option(name), message)
+        message = re.sub(rf"\brecipe: {name} is\b", f"{option(name)} is", message)
         message = message.replace(f"unknown {name} '", f"unknown {option(name)} '")
         message = re.sub(rf"; leave {name}$", f"; leave out {option(name)}", message)
     return message

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.transforms import v2
 
 from ..errors import check_number, check_whole
-from ..state import check_iterable
+from ..state import LentRandomness, check_iterable
 
 Batch = Any
 Draw = Callable[..., Iterator[Batch]]
@@ -369,8 +369,7 @@ def augment_batches(batches: Batches, augmentation: Augmentation, classes: int, 
         images, labels = batch
         drawn = np.random.SeedSequence((seed, pass_number, number, part)).generate_state(1)
         # The transforms draw from torch's global generator: it is borrowed, and given back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(drawn[0]))
+        with LentRandomness(int(drawn[0])):
             if augmentation.erase:
                 images = torch.stack([erase(image) for image in images])
             return mix(images, labels) if mix else (images, labels)

@@ -20,7 +20,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm.auto import tqdm
 
-from ..files import replacing
+from ..files import cache_folder, replacing
 from .images import Images, find_images, held_out_folder, read_image, same_classes
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,6 @@ def read_arrays(path: Path) -> Arrays:
             return {key: file[key] for key in _ARRAYS}
     except _UNREADABLE as error:
         raise ValueError(f"'{path}' cannot be read as an .npz of images: {error}") from error
-
-
-def cache_folder() -> Path:
-    """Return the folder of this user for what can be made again: $XDG_CACHE_HOME/obc_tools or ~/.cache/obc_tools."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "obc_tools")
 
 
 def _split(arrays: Arrays, split: str, origin: Path) -> Images:

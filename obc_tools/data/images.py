@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from ..state import LentRandomness
 from .batches import Batch, Batches, Sampling, crop_and_flip
 
 
@@ -211,8 +212,7 @@ class _Decoded(Dataset):
         position, seed = request
         image = read_image(self.files.paths[position])
         # The transforms draw from torch's global generator: it is borrowed, and given back as it was.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with LentRandomness(seed):
             return self.transform(image), int(self.files.labels[position])
 
 

@@ -180,7 +180,8 @@ def latencies(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         used_threads = stack.enter_context(using_threads(threads))
-        timers = {name: timer(stack.enter_context(evaluating(m)), example_inputs, clock) for name, m in models.items()}
+        stack.enter_context(evaluating(*models.values()))
+        timers = {name: timer(model, example_inputs, clock) for name, model in models.items()}
         for number in range(warmup + repeats):
             for name, once in timers.items():
                 with running(models[name], example_inputs, lambda: "example inputs"):

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..files import LONGEST_JSON, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, check_is_plan, prune
-from ..state import check_module
+from ..state import LentRandomness, check_module
 from ..structure.layers import is_projection, layer_axes
 from .networks import kind_of, load_model, load_weights, read_weights
 
@@ -284,7 +284,7 @@ class Sized(TorchDispatchMode):
 
 
 def _build(source: Mapping[str, Any], plan: PruningPlan) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), Sized(psutil.virtual_memory().available):
+    with LentRandomness(), Sized(psutil.virtual_memory().available):
         try:
             model = load_model(**source)
         except ValueError as error:

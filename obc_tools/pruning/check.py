@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import check_number, check_whole
 from ..measure.costs import Cost, CostModel, cost, cost_model, example_count
 from ..state import (
-    LENT_RANDOMNESS,
+    RANDOMNESS,
+    alone,
     call_model,
     copy_of,
     hooks,
@@ -318,7 +319,7 @@ class _Outputs:
 
     def of(self, model: nn.Module, under: AbstractContextManager | None = None) -> list[Tensor]:
         inputs, model = own_inputs(self.inputs), model.eval()
-        lent = LENT_RANDOMNESS, torch.random.fork_rng()
+        lent = alone(RANDOMNESS), torch.random.fork_rng()
         with within(torch.no_grad(), *lent, no_fused_attention(), under or nullcontext()):
             torch.manual_seed(0)  # networks may add noise
             output = call_model(model, inputs)

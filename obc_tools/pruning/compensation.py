@@ -114,7 +114,7 @@ def compensate(
     if not plan.shrunk:
         return pruned
     data = _frozen(model, batches)
-    with evaluating(model), evaluating(pruned):
+    with evaluating(model, pruned):
         found = _ignoring(model, survey(model, partial(forward, model, 1, data[0])), ignore)
         for name, reason in found.plain.items():
             logger.info("layer %r stays as it was pruned: %s", name, reason)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ..files import (
+    begun_beside,
     entries,
     environment,
     logging_to_file,
@@ -89,6 +90,8 @@ def run_job(
 ) -> JobResult:
     """Do a job as :func:`work_on` does, in a folder that appears when all is done.
 
+    After Ctrl-C, or where the process was killed, another call for the same job goes on from what is kept beside it.
+
     Args:
         job: What to do.
         out: The folder to make. It is refused when it holds anything.
@@ -102,14 +105,25 @@ def run_job(
     folder = Path(out).resolve()
     check_run_folder(folder, overwrite=overwrite)
     with held(folder):
-        remove_leftovers(folder.parent, of=folder.name)
+        begun = begun_beside(folder)
+        if not _is_begun(begun, job):
+            remove_leftovers(folder.parent, of=folder.name)
         try:
-            with replacing(folder) as new:
+            with replacing(folder, begun=begun) as new:
                 result = work_on(job, new, progress=progress)
                 keep_hold(folder, new)
             return result
         except ProofError as error:
             raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
+
+
+def _is_begun(folder: Path, job: PruningJob) -> bool:
+    """Say whether a folder holds the beginning of a job."""
+    try:
+        check_same_job(folder, job)
+    except RunFolderError:
+        return False
+    return True
 
 
 def work_on(

@@ -37,7 +37,7 @@ from ..pruning.plan import PruningPlan, prune
 from ..pruning.prune import Stage, Way, prune_in_steps
 from ..scoring.jtj import DenseJTJ, dense_jtj
 from ..scoring.tasks import CLASSIFICATION, Task, checked_example, evaluate
-from ..state import evaluating
+from ..state import LentRandomness, evaluating
 from ..structure.layers import kernel_dims, layer_axes
 from ..training.fit import fit
 from ..training.folder import History
@@ -93,8 +93,7 @@ def prepare(job: PruningJob) -> JobInputs:
     if ":" not in job.model:
         options.setdefault("in_channels", data.image_shape[0])
     classes = len(data.classes) if job.weights is None else None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(job.seed)
+    with LentRandomness(job.seed):
         model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
     source = None if is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))

@@ -22,6 +22,7 @@ from torch.func import vmap
 
 from ..errors import check_whole
 from ..state import (
+    LentRandomness,
     Restoring,
     differentiable,
     evaluating,
@@ -298,8 +299,7 @@ class ProductRows(_Rows):
 
     def _try_folds(self, plain: Mapping[LayerAxis, Tensor], batch: Any, number: int, random: Tensor) -> None:
         """Score a batch again with folded norms; keep to the folds if it gives the same."""
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(random)
+        with LentRandomness(random):
             self.trying = True
             try:
                 again = super().__call__(batch, number)

@@ -75,6 +75,7 @@ class Task:
         logits: (outputs, batch) -> (rows, classes), what distillation compares; None: there is nothing to distil.
         training: What `fit` minimises, likewise (model, batch) -> losses; None: ``losses``.
         against: The unpruned network -> this task measured against it; None: the task needs no such network.
+        beside: Other networks that its functions run, such as that one: whoever borrows a model borrows them with it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Task:
     logits: Callable[[Any, Any], Tensor] | None = field(default=None, kw_only=True)
     training: Objective | None = field(default=None, kw_only=True)
     against: Callable[[nn.Module], Task] | None = field(default=None, kw_only=True)
+    beside: tuple[nn.Module, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self):
         for name in ("losses", "metrics", "forward"):
@@ -315,6 +317,7 @@ def outputs_task(
         directions={"cosine": "higher", "relative_error": "lower"},
         training=partial(imitation_losses, forward, original) if known else None,
         against=None if known else lambda network: outputs_task(forward, seed=seed, original=network),
+        beside=(original,) if known else (),
     )
 
 
@@ -378,7 +381,7 @@ def evaluate(
             held[:] = [batch]
             yield to_device(batch, device)
 
-    with evaluating(model), torch.no_grad():
+    with evaluating(model, *task.beside), torch.no_grad():
         if task is CLASSIFICATION:
             with running(model, held, lambda: f"batch {seen[0]}"):
                 return task.metrics(model, moved())
@@ -458,7 +461,7 @@ def check_task(
     Returns:
         What was measured on the batch of ``val``, NaN where it says nothing yet.
     """
-    with evaluating(model), torch.no_grad():
+    with evaluating(model, *task.beside), torch.no_grad():
         with fitting(task, model, lambda: "train, batch 1"):
             losses = (task.training or task.losses)(model, train)
             if distils and task.logits is None:

@@ -20,17 +20,14 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Batches, count_examples, to_device
 from ..measure.metrics import Metrics, TaskMetrics
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, count_outputs, evaluate, find_task
-from ..state import check_module, evaluating, running
+from ..state import LentRandomness, check_module, evaluating, random_state, running, set_random_state
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
 from .processes import (
     Processes,
     agreed,
     failing_together,
-    lent_random_state,
     processes,
-    random_state,
-    set_random_state,
 )
 from .recipe import Recipe, learning_rate_factor
 from .stepper import DivergenceError, Stepper, Where, frozen, parameter_groups
@@ -123,11 +120,10 @@ def fit(
             stack.enter_context(frozen(model, recipe))
             parameter_groups(model, recipe)
             check_precision(recipe, device)
-            stack.enter_context(evaluating(model))
-            if teacher is not None:
-                stack.enter_context(evaluating(teacher))
-            stack.enter_context(lent_random_state(device, recipe.seed + own.rank))
-            with lent_random_state(device):
+            stack.enter_context(evaluating(model, *task.beside, *filter(None, [teacher])))
+            stack.enter_context(torch.accelerator.device_index(device.index))
+            stack.enter_context(randomness := LentRandomness(recipe.seed + own.rank, device))
+            with LentRandomness(device=device):
                 classes = _check_fit(model, _pass(train, 0), _pass(val, 0), task, recipe, device)
             stack.enter_context(folder.held() if folder else nullcontext())
             checkpoint = folder.read(recipe, resume=resume) if folder else None
@@ -137,7 +133,7 @@ def fit(
         bar = stack.enter_context(tqdm(total=recipe.epochs * len(train), disable=not progress, unit="step"))
         stack.callback(model.zero_grad, set_to_none=True)
         stepper = Stepper(model, recipe, len(train), teacher, regularize, task)
-        training = _Training(stepper, recipe, len(train), task, classes, device, bar, folder, stop)
+        training = _Training(stepper, recipe, len(train), task, classes, device, randomness, bar, folder, stop)
         return training.run(train, val, checkpoint, on_epoch)
 
 
@@ -163,6 +159,7 @@ class _Training:
     task: Task
     classes: int | None
     device: torch.device
+    randomness: LentRandomness
     bar: tqdm
     folder: TrainingFolder | None
     stop: Callable[[], bool]
@@ -187,7 +184,8 @@ class _Training:
             epoch = _Epoch(epoch.number + 1)
             self._save(epoch)
             if on_epoch is not None:
-                on_epoch(History(tuple(self.epochs)))
+                with self.randomness.given_back():
+                    on_epoch(History(tuple(self.epochs)))
         self.stepper.finish()
         return History(tuple(self.epochs))
 
@@ -205,6 +203,7 @@ class _Training:
                 epoch.totals = epoch.totals + self.stepper.step(batch, where)
             epoch.images, epoch.taken = epoch.images + count_examples(batch), epoch.taken + 1
             self._show(where, epoch, start)
+            self.randomness.let_others()
         self.stepper.settle()
         if epoch.taken < self.steps:
             number, taken = epoch.number, epoch.taken

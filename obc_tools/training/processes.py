@@ -1,4 +1,4 @@
-"""The processes of a training, one a device, and the random state that each lends it."""
+"""The processes of a training, one a device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,8 @@ from torch.distributed import TCPStore
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one that works alone, such as on a plan."""
+MEETING, MINUTES_TO_MEET = "OBC_TOOLS_MINUTES_TO_MEET", 10.0
+"""The environment variable that says how long processes wait, in the beginning, until all have come; and without it."""
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_FAIL = 1.0, 5.0
 """How often processes look whether another has failed, and how long they then have to fail by themselves: of a loss
 that is not finite, all do."""
@@ -60,15 +63,15 @@ def agreed(device: torch.device) -> Iterator[None]:
 
     Raises:
         ValueError: for what another process raised (says which), or for a device not of the kind that was launched for.
+        TimeoutError: not all processes came within `MEETING` minutes.
     """
-    error = None
+    own, error = processes(), None
+    state = _met(own, device) if own.count > 1 else None
     try:
         yield
     except Exception as found:
         error = found
-    own = processes()
-    if own.count > 1:
-        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    if state is not None:
         if error is None and state.device.type != device.type:
             error = ValueError(f"the model is on {device}, but Accelerate is set to {state.device}: move the model")
         others = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
@@ -79,6 +82,32 @@ def agreed(device: torch.device) -> Iterator[None]:
             raise ValueError(f"{failed}; all end")
     if error is not None:
         raise error
+
+
+def _met(own: Processes, device: torch.device) -> PartialState:
+    """Join the other processes of a training, once all have come."""
+    if torch.distributed.is_initialized():
+        return PartialState(cpu=device.type == "cpu")
+    said = os.environ.get(MEETING, MINUTES_TO_MEET)
+    try:
+        limit = timedelta(minutes=float(said))
+        if not timedelta() < limit <= PATIENCE:
+            raise OverflowError
+    except (ValueError, OverflowError):
+        raise ValueError(f"{MEETING}={said}: expected minutes, above 0 and at most 360") from None
+    begun = time.monotonic()
+    try:
+        state = PartialState(cpu=device.type == "cpu", timeout=limit)
+    except RuntimeError as error:
+        if time.monotonic() - begun < limit.total_seconds() / 2:
+            raise
+        raise TimeoutError(
+            f"process {own.rank} of {own.count} waited {float(said):g} minutes for the others to begin, not all came: "
+            f"see why in what they wrote, then start all again; {MEETING}, in the environment, sets how long they wait"
+        ) from error
+    lengthen = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout
+    lengthen(PATIENCE)
+    return state
 
 
 @contextmanager
@@ -149,33 +178,3 @@ def _word_of_another(store: TCPStore, words: Sequence[str]) -> str | None:
         if store.check([word]):
             return f"process {rank} of {len(words)} raised {store.get(word).decode()}; all end"
     return None
-
-
-@contextmanager
-def lent_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Give torch's generators of the CPU and of one device their state back on the way out; begin with a seed."""
-    devices = [] if device.type == "cpu" else [device]
-    with (
-        torch.random.fork_rng(devices=devices, device_type=device.type),
-        torch.accelerator.device_index(device.index),
-    ):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for each in devices:
-                torch.get_device_module(each).manual_seed(seed)
-        yield
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's generators of the CPU and of one device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Bring back what :func:`random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"], device)

@@ -5,18 +5,24 @@ import subprocess
 import sys
 
 import pytest
+import timm
+import torchvision
 from terminal import assert_one_line, run
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import obc_tools as obc
 from obc_tools import cli
 from obc_tools.cli import options as checks
 from obc_tools.cli.commands import main, parse
+from obc_tools.comparing import comparison
 from obc_tools.data.data import DATA_SETS
+from obc_tools.data.embedded import EMBEDDED
+from obc_tools.errors import UnknownNameError
 from obc_tools.measure.costs import COUNTINGS
-from obc_tools.models import store
-from obc_tools.models.networks import PUBLISHED_KINDS
+from obc_tools.models import networks, store
+from obc_tools.models.networks import OWN_NETWORKS, PUBLISHED_FILES, PUBLISHED_KINDS
 from obc_tools.pruning.choices import PER, SCOPES, TARGETS, Scoring
-from obc_tools.runs import folder, job
+from obc_tools.runs import folder, grid, job
 from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
@@ -25,6 +31,9 @@ from obc_tools.structure.groups import PARTS
 PRUNE = ["prune", "--model", "resnet20", "--data", "digits"]
 RUN = ["run", "resnet56-cifar10"]
 OUT = ["--out", "new"]
+COMPARE = ["compare", "--model", "resnet20", "--data", "digits", *OUT]
+NETWORK, PRETRAINED = ["prune", "--model"], ["--weights", "pretrained"]
+REST = ["--data", "digits", *OUT, "--ratio", "0.5", *PRETRAINED]
 FOUND_AT_ONCE = [
     ([*PRUNE, *OUT, "--speedup", "0.5"], "--speedup 0.5: expected a number above 1"),
     ([*PRUNE, *OUT, "--speedup", "2", "--macs", "5e6"], "got --speedup 2, --macs 5e+06"),
@@ -33,6 +42,48 @@ FOUND_AT_ONCE = [
     ([*PRUNE, *OUT, "--ratio", "0"], "--ratio 0.0: expected a share between 0 and 1"),
     ([*PRUNE, *OUT], "give one target: --speedup, --macs, --params or --ratio; got none"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--max-ratio", "2"], "--max-ratio 2.0: expected a share above 0, at most 1"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--lr", "-1"], "--lr -1.0: expected a number of at least 0"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--lr", "nan"], "--lr nan: expected a number of at least 0"),
+    ([*PRUNE, *OUT, "--ratio", "0.5", "--seed", "-1"], "--seed -1: expected at least 0"),
+    (
+        [*PRUNE, *OUT, "--ratio", "0.5", "--equivalent"],
+        "--equivalent: Equivalent Pruning is a way of fine-tuning: give",
+    ),
+    ([*PRUNE, *OUT, "--ratio", "0.5", *PRETRAINED], "--weights pretrained: there are none of resnet20, only of"),
+    (
+        [*PRUNE, *OUT, "--ratio", "0.5", "--weights", "published"],
+        "there are none of resnet20, but of resnet56 and vgg19",
+    ),
+    ([*NETWORK, "torchvision:resnet51", *REST], "unknown network of torchvision 'resnet51'; closest: resnet"),
+    ([*NETWORK, "timm:vit_tiny", *REST], "unknown network of timm 'vit_tiny'; closest: "),
+    ([*NETWORK, "resnet57", *REST], "unknown network 'resnet57'; closest: resnet56"),
+    ([*NETWORK, "resnet50", *REST], "unknown network 'resnet50'; closest: timm:resnet50, torchvision:resnet50"),
+    (["evaluate", "timm:nope", "--data", "digits", *PRETRAINED], "unknown network of timm 'nope'"),
+    ([*COMPARE, "--criteria"], "--criteria: name at least one, each once"),
+    ([*COMPARE, "--criteria", "l1", "l1"], "--criteria l1 l1: name at least one, each once"),
+    ([*COMPARE, "--macs", "2"], "--macs 2.0: expected a share between 0 and 1"),
+    (["compare", *PRUNE[1:], "--out", "full"], "--out 'full' holds something else than a comparison (notes.txt)"),
+    (["demo", "--out", "full"], "--out 'full' holds something else than a run (notes.txt): choose another folder"),
+    (["demo", "--out", "run"], "--out run already holds a run: choose another folder, or overwrite it (--overwrite)"),
+    (["demo", "--out", "/proc/x"], "--out /proc/x: nothing can be written to '/proc'"),
+    (["slurm", RUN[1], "--out", "full"], "--out 'full' holds something else than a run (notes.txt)"),
+    (["grid", RUN[1], "--out", "full"], "--out 'full' holds something else than a grid (notes.txt)"),
+    (["grid", RUN[1], "--out", "grid"], "--out grid already holds a grid: choose another folder, or go on with it"),
+    (
+        ["grid", RUN[1], *OUT],
+        "/obc_tools/cifar10': pass as --root a folder that holds one of cifar-10-batches-py, train",
+    ),
+    (["grid", RUN[1], *OUT, "--root", "full"], "no cifar10 in 'full': pass as --root a folder that holds one of"),
+    (
+        ["grid", "paper-cifar", *OUT, "--roots", "cifar10", "nowhere"],
+        "--roots cifar10 nowhere: there is no such folder",
+    ),
+    (["grid", "paper-cifar", *OUT, "--roots", "cifar11", "full"], "unknown --roots 'cifar11'; closest: cifar10"),
+    (["grid", "paper-imagenet", *OUT], "imagenet: no root was given; pass --root, a folder with class folders"),
+    ([*RUN, *OUT, "--amp", "fp8"], "unknown --amp 'fp8'; closest: fp16"),
+    ([*RUN, *OUT, "--epochs", "0"], "--epochs 0: expected at least 1"),
+    (["runs", "full"], "'full' holds 0 runs"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--stop", "0.5"], "--stop 0.5: expected a share between 0 and 0.5"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--rows", "expected:0"], "--rows expected:0: expected batch, sample, a number"),
     ([*PRUNE, *OUT, "--ratio", "0.5", "--weights", "no.pth"], "--weights no.pth: there is no such file"),
@@ -67,10 +118,13 @@ def test_it_is_said_before_anything_is_loaded(arguments, message, tmp_path, monk
     (tmp_path / "run" / "results.json").write_text("{}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "grid.json").write_text("{}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("obc_tools.cli.commands.run", lambda _: pytest.fail("something was loaded"))
     assert run(*arguments) == 2
     assert_one_line(capsys.readouterr().err, message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "grid", "run"]
 
 
 def test_no_library_is_loaded_to_find_it():
@@ -90,7 +144,8 @@ def test_what_is_meant_passes(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").touch()
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "job.json").touch()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "manifest.json").touch()
     ways = (
@@ -98,14 +153,15 @@ def test_what_is_meant_passes(monkeypatch, tmp_path):
         "--ratio 0.5 --criterion magnitude",
         "--macs 5e6 --task own:task",
         "--ratio 0.5 --rows expected:32 --stop 0.1",
-        "--params 1 --device cuda:1",
+        "--params 1 --device cpu",
     )
     for way in ways:
-        main([*PRUNE, *OUT, "--weights", "published", *way.split()])
+        main(["prune", "--model", "resnet56", *PRUNE[3:], *OUT, "--weights", "published", *way.split()])
     main(["prune", "--model", "own:net", "--data", "own:data", *OUT, "--ratio", "0.5"])
     main(["slurm", RUN[1], *OUT, "--time", "2-12:00"])
-    for arguments in (["demo"], RUN + OUT, ["evaluate", "a", "--data", "own:data"], ["runs"], ["slurm", RUN[1], *OUT]):
+    for arguments in (["demo"], [*RUN, *OUT, "--data", "digits"], ["evaluate", "a", "--data", "own:data"], ["runs"]):
         main(arguments)
+    main(["slurm", RUN[1], *OUT])
     assert len(passed) == len(ways) + 7 and passed[1].criterion == "magnitude"
 
 
@@ -122,6 +178,44 @@ def test_the_names_are_the_librarys():
     assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
     assert (checks.LIBRARIES, checks.MANIFEST) == (job.LIBRARIES, store.MANIFEST)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
+    assert (checks.OWN_NETWORKS, set(checks.PUBLISHED)) == (OWN_NETWORKS, {name for _, name in PUBLISHED_FILES})
+    assert (checks.GRID, checks.SETTINGS) == (grid.GRID, comparison.SETTINGS)
+    for name, kinds in grid.GRIDS.items():
+        assert set(checks.GRIDS[name]) == {obc.EXPERIMENTS[kind].base.data for kind in kinds}
+    assert all(name.endswith(f"-{experiment.base.data}") for name, experiment in obc.EXPERIMENTS.items())
+    assert {*checks.LIES_IN} == set(DATA_SETS) - {"digits", *EMBEDDED}
+    for data, reader in {"cifar10": CIFAR10, "cifar100": CIFAR100}.items():
+        assert reader.base_folder in checks.LIES_IN[data]
+
+
+def test_every_network_of_a_library_is_known():
+    for library, names in {
+        "torchvision": torchvision.models.list_models(),
+        "timm": [*timm.list_models(), "resnet50.a1_in1k", "vit_base_patch16_224_in21k"],
+    }.items():
+        assert {name.partition(".")[0] for name in names} <= checks._networks_of(library)
+    for depth in range(1, 200):
+        for name in (f"resnet{depth}", f"vgg{depth}"):
+            try:
+                checks._check_network_name(name)
+            except UnknownNameError:
+                with pytest.raises(ValueError, match="unknown network"):
+                    networks._check_name(name)
+            else:
+                networks._check_name(name)
+
+
+def test_a_gpu_that_the_machine_has_not_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(checks, "GPUS", ("no such device",))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for command, said in (
+        (parse([*PRUNE, *OUT, "--ratio", "0.5", "--device", "cuda:1"]), "--device cuda:1: this machine has no GPU"),
+        (parse(["grid", RUN[1], *OUT, "--devices", "0", "5"]), "--devices 0 5: this machine has no GPU"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            checks._check_gpus(command)
+    monkeypatch.setattr(checks, "GPUS", ("null",))
+    checks._check_gpus(command)
 
 
 def test_the_librarys_own_words_are_spelled_as_options():

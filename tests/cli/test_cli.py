@@ -128,10 +128,13 @@ def test_ctrl_c_ends_cleanly(tiny, tmp_path, monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("obc_tools.runs.pipeline.fit", interrupt)
-    assert run("demo", "--out", tmp_path / "demo") == 130
-    assert capsys.readouterr().err.endswith("obc: stopped; nothing was written\n")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("obc_tools.runs.pipeline.fit", interrupt)
+        assert run("demo", "--out", tmp_path / "demo") == 130
+    assert capsys.readouterr().err.endswith("obc: stopped; the same command goes on from the last finished step\n")
+    assert not (tmp_path / "demo").exists()
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_prune_without_epochs_only_prunes(weights, tmp_path, capsys):
@@ -173,14 +176,14 @@ BAD = {
     "NaN in weights": ({"weights": "nan.safetensors"}, "'bn1.weight' holds NaN"),
     "other class count": ({"weights": "seven.safetensors"}, "model has 7 outputs, data has 10 classes"),
     "class count asked for": ({"num-classes": 12}, "file has 10 classes, model asked for 12"),
-    "unknown model": ({"model": "resnet57"}, "unknown network 'resnet57'; known are resnet20"),
+    "unknown model": ({"model": "resnet57"}, "unknown network 'resnet57'; closest: resnet56"),
     "unknown data": ({"data": "cifar"}, "unknown --data 'cifar'; closest: cifar10"),
     "unknown criterion": ({"criterion": "jacobain"}, "unknown --criterion 'jacobain'; closest: jacobian"),
     "unknown reduction": ({"group-reduction": "median"}, "unknown --group-reduction 'median'"),
     "unknown part": ({"only": "heads"}, "unknown --only 'heads'"),
     "unknown normalizer": ({"normalizer": "l7"}, "unknown --normalizer 'l7'"),
     "unknown scope": ({"scope": "layer"}, "unknown --scope 'layer'"),
-    "unknown normalisation": ({"data": "cifar10", "normalize": "x"}, "unknown normalisation 'x' of cifar10; known are"),
+    "unknown normalisation": ({"normalize": "x"}, "unknown normalisation 'x' of digits; known are"),
     "unknown device": ({"device": "gpu"}, "--device gpu: expected auto, cpu, cuda, cuda:1"),
     "empty data folder": ({"data": "cifar10", "root": "empty"}, "no cifar10 in"),
     "missing data folder": ({"data": "folder", "root": "nosuch"}, "there is no such folder"),
@@ -195,7 +198,7 @@ BAD = {
     "two targets": ({"ratio": 0.5}, "ratio; got --speedup 1.5, --ratio 0.5"),
     "no target": ({"speedup": None}, "give one target: --speedup, --macs, --params or --ratio; got none"),
     "negative epochs": ({"epochs": -1}, "--epochs -1: expected at least 0"),
-    "EP without epochs": ({"epochs": 0, "equivalent": True}, "give it at least 1 epoch"),
+    "EP without epochs": ({"epochs": 0, "equivalent": True}, "give --epochs at least 1"),
     "too many batches": ({"batches": 1000}, "1000 batches were asked for"),
     "diverging training": ({"epochs": 1, "lr": 1e12, "batches": 1, "steps": 1}, "The step was not taken"),
     "a folder of something else": ({"out": "empty/.."}, "holds something else than a run"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
-from obc_tools.files import entries, read_json
+from obc_tools.files import entries, read_json, write_json
 from obc_tools.holding import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
@@ -323,6 +323,37 @@ def test_a_folder_that_is_worked_on_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="cannot be met"):
         run_job(replace(TINY, target=Target(speedup=1e6)), folder, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == [f".other.{'0' * 32}.new"]
+
+
+def test_a_job_that_was_interrupted_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Its plan is not sought again, and the figures are those of one that went through; another job begins anew."""
+    folder, job = tmp_path / "run", replace(TINY, equivalent=False)
+    begun, plain = tmp_path / ".run.begun.new", pipeline.fit
+
+    def interrupted(*arguments, **options):
+        if "naive" in str(options["run"]):
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("obc_tools.runs.pipeline.fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, folder, progress=False)
+    assert not folder.exists() and read_json(begun / "plan.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.Stages, "_plan", lambda self, model, path: pipeline._read_plan(path))
+        result = run_job(job, folder, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    whole = run_job(job, tmp_path / "whole", progress=False)
+    assert result.plan == whole.plan
+    for key, measured in whole.measured.items():
+        assert result.measured[key].metrics == measured.metrics
+
+    begun.mkdir()
+    write_json(begun / "job.json", replace(job, seed=5).to_dict(), checked=True)
+    (begun / "plan.json").write_text("of another job")
+    assert run_job(job, folder, progress=False, overwrite=True).plan == whole.plan
+    assert not begun.exists()
 
 
 def test_weights_of_a_sparse_training_are_read_before_the_original_trains(tmp_path, monkeypatch):

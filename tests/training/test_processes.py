@@ -1,5 +1,6 @@
 """Two processes that train together, against one with twice the batch."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from two_trainings import train_both
 
 from obc_tools.training import stepper
 from obc_tools.training.folder import CHECKPOINT, LOG, read_history
-from obc_tools.training.processes import Processes, processes
+from obc_tools.training.processes import MEETING, Processes, agreed, processes
 
 
 def free_port() -> int:
@@ -65,6 +66,26 @@ def test_one_of_two_processes_writes(trained):
     for name in ("plain", "norms"):
         assert len(read_history(folder / name)) == 2
         assert len(torch.load(folder / name / CHECKPOINT, weights_only=True)["random"]) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_waited_for_no_longer_than_said(rank, tmp_path):
+    command = [sys.executable, "-m", "tests.two_trainings", str(tmp_path), str(rank), str(free_port())]
+    alone = subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, timeout=300, env=os.environ | {MEETING: "0.05"}, check=False
+    )
+    assert alone.returncode == 1
+    said = alone.stderr.strip().splitlines()[-1]
+    assert f"TimeoutError: process {rank} of 2 waited 0.05 minutes for the others to begin, not all came" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("minutes", ["soon", "0", "nan", "inf", "-1", "361"])
+def test_how_long_processes_wait_for_each_other_is_checked(minutes, monkeypatch):
+    monkeypatch.setenv(MEETING, minutes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{MEETING}={minutes}: expected minutes, above 0 and at most 360"):
+        agreed(torch.device("cpu")).__enter__()
 
 
 def test_reads_what_a_launcher_says(monkeypatch):
