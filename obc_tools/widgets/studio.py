@@ -289,9 +289,9 @@ class PruningStudio(View):
         look: str | None = None,
     ):
         check_module(model)
-        device, dtype = place_of(model)
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
+        device, dtype = place_of(model, data)
         batches = usual_batches(data, batch_size) if batches is None else batches
         setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name, dtype)
         self.session = StudioSession(model, data, setup, held_out, task)
