@@ -164,7 +164,7 @@ class StudioControls:
             layout=FITTING,
         )
         self.path = text("write to", "runs/studio", "without the ending")
-        self.there = W.HTML()
+        self.there = W.HTML(layout=TWO_LINES | {"flex": "1 1 320px"})
         self.header = W.HTML(layout=TWO_LINES)
         self.table, self.changes, self.code = W.HTML(layout=SCROLLING), W.HTML(layout=SCROLLING), code_area()
 
@@ -509,7 +509,7 @@ class PruningStudio(View):
                 said += [f"'{path}' will be replaced"] if ending and path.exists() else []
             except ValueError as error:
                 said.append(str(error))
-        self._controls.there.value = note("; ".join(dict.fromkeys(said)))
+        self._controls.there.value = close(note("; ".join(dict.fromkeys(said))))
 
     def _write_code(self, path: Path) -> Path:
         self._refuse_while_scoring()
