@@ -93,8 +93,8 @@ class RemovalOrder:
         """
         self.check_prunable()
         plan, best = self.plan(self.meet(target, costs)), self._reached(self.least, target, costs)
-        share, met = self.share_gone(plan), target.met(*best)
-        return replace(plan, reached=Reached(costs.of(plan), costs.original, costs.counting, target, share, met))
+        reached = replace(Reached.of(plan, costs, target), removed=self.share_gone(plan), met=target.met(*best))
+        return replace(plan, reached=reached)
 
     def meet(self, target: Target, costs: CostModel, most: int | None = None) -> int:
         """Return the fewest units, in order and at most `most`, whose removal meets a target.
