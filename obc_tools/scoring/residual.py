@@ -144,7 +144,9 @@ class Removal:
         covariance = _by_channel(reader.covariance().cpu().masked_fill(apart, 0), member, width)
         covariance /= len(member.positions) / len(set(member.channels))
         level = (reader.ridge * covariance.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny)
-        precision = torch.linalg.inv(covariance + level * torch.eye(width, dtype=torch.float64))
+        # Symmetric, and positive also where rounding is not: else what is left when mixtures are gone drowns in it.
+        values, vectors = torch.linalg.eigh(covariance)
+        precision = (vectors / (values.clamp(min=0) + level)) @ vectors.T
         return cls(precision, _by_channel(reader.weights().cpu().masked_fill(apart, 0), member, width))
 
     def losses(self) -> Tensor:

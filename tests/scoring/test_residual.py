@@ -97,6 +97,23 @@ def test_mixtures_of_others_lose_nothing_until_the_others_go():
     assert score[order[2]] > 1e-3 * scale
 
 
+@pytest.mark.parametrize("mean", [0, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(4))
+def test_as_many_channels_lose_nothing_as_are_mixtures_of_others(seed, dtype, mean):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[0].weight[1::2] = torch.randn(4, 4).double() @ model[0].weight[::2]
+        model[0].bias += mean
+        model[1].bias -= mean * model[1].weight.sum(1)
+    inputs = torch.randn(200, 10).to(dtype)
+    model = model.to(dtype)
+    groups = find_groups(model, inputs)
+    score = score_groups(model, groups, "residual", [(inputs, torch.randint(3, (200,)))])[groups[0]].sort().values
+    assert score[3] < 0.1 * score[4] and score[4] > 1e-2 * score.max()
+
+
 class Branching(nn.Module):
     """Six channels that two layers read, one of them behind an activation."""
 
