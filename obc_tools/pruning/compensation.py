@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ..errors import check_number, check_whole
 from ..scoring.tasks import Task, find_task
-from ..state import call_model, copy_of, evaluating, hooks, numbered, running, without_weight_norms
+from ..state import call_model, copy_of, evaluating, hooks, numbered, own_inputs, running, without_weight_norms
 from ..structure.groups import ignored_layers
 from ..structure.layers import LayerAxis, is_batch_norm, kernel_dims
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
@@ -42,18 +42,18 @@ PER_INPUT = 20
 """Positions for each input of a layer; the excess error of least squares is about one over their number."""
 
 
-def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], None]:
-    """Return how a batch, with its number, is put through a model.
+def _forward_of(task: str | Task | None) -> Callable[[nn.Module, int, Any], Any]:
+    """Return how a copy of a batch, with its number, is put through a model, and what comes out.
 
     Without a task it is a tensor, (inputs, labels), a dict of keyword arguments, or a `Forward`.
     """
 
-    def run(model: nn.Module, number: int, batch: Any) -> None:
+    def run(model: nn.Module, number: int, batch: Any) -> Any:
+        batch = own_inputs(batch)
         with running(model, batch, lambda: f"batch {number}"):
             if task is None:
-                call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
-            else:
-                find_task(task).forward(model, batch)
+                return call_model(model, batch[0] if isinstance(batch, tuple | list) else batch)
+            return find_task(task).forward(model, batch)
 
     return run
 
@@ -87,7 +87,7 @@ def compensate(
 
     Args:
         model: the unpruned model; run in eval mode and left unchanged.
-        batches: calibration data. Some hundred images suffice for a small network.
+        batches: calibration data, left unchanged. Some hundred images suffice for a small network.
         task: what the network is for, a `Task` or the name of one of `TASKS`, which says how a batch is put through it.
             None: batches are tensors, pairs (inputs, labels), dicts of keyword arguments or `Forward`s.
         ridge: λ over the mean variance of a layer's inputs; 0 is plain least squares.
@@ -109,6 +109,8 @@ def compensate(
     check_number("ridge", ridge, "a number of 0 or more", lambda number: 0 <= number < math.inf)
     if positions is not None:
         check_whole("positions", positions, 1, ", or None for all")
+    check_whole("seed", seed, 0)
+    check_whole("max_bytes", max_bytes, 1)
     pruned, forward = prune(model, plan), _forward_of(task)
     model = without_weight_norms(model)
     if not plan.shrunk:
@@ -128,7 +130,8 @@ def compensate(
 @torch.no_grad()
 def left_plain(model: nn.Module, plan: PruningPlan, batch: Any, *, task: str | Task | None = None) -> dict[str, str]:
     """Return the layers that `compensate` leaves as they are pruned although they lose inputs, with the reasons."""
-    lose, model = {axis.layer for axis in plan.shrunk}, without_weight_norms(model)
+    lose = {axis.layer.partition(".parametrizations.")[0] for axis in plan.shrunk}
+    model = without_weight_norms(model)
     with evaluating(model):
         found = survey(model, partial(_forward_of(task), model, 1, _frozen(model, [batch])[0]))
     return {name: reason for name, reason in found.plain.items() if name in lose}

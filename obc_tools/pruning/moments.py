@@ -210,6 +210,8 @@ def _picked(values: Tensor, at: Tensor | None) -> Tensor:
 
 def _linear_chunks(inputs: Tensor, outputs: Tensor, draw: Draw | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (1, channels, positions) of inputs and (channels, positions) of outputs with their channels last."""
+    if inputs.dim() == 1:  # an example without a batch
+        inputs, outputs = inputs[None], outputs[None]
     if draw is not None and inputs.dim() > 2:
         at = draw(len(inputs), math.prod(inputs.shape[1:-1]))
         if at is not None:

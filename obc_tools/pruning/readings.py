@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..state import hooks, no_fused_attention
 from ..structure.layers import (
     UnknownLayerError,
+    activation_dim,
     has_role,
     is_norm,
     is_projection,
@@ -123,15 +124,17 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
         seen.append(stop.reading)
         uses.made[stop.outputs] = stop.reading.layer
 
-    def visit_norm(name: str, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        normed.append((name, uses.made.get(inputs[0])))
+    def visit_norm(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        source = uses.made.get(inputs[0])
+        alike = source is not None and _same_channels(model.get_submodule(source), norm, inputs[0])
+        normed.append((name, source if alike else None))
 
     # Those that take off a running mean in eval mode, channel by channel.
     norms = {name: layer for name, layer in model.named_modules() if is_norm(layer, "examples", "positions")}
     norms = {name: layer for name, layer in norms.items() if layer.running_mean is not None}
     handles = [layer.register_forward_pre_hook(partial(visit_norm, name)) for name, layer in norms.items()]
     with hooks(handles), stopping(model, names, visit, after=True), uses:
-        run()
+        uses.add(run())
     times = Counter(seen)
     plain |= {reading.layer: f"runs {n} times a pass" for reading, n in times.items() if n > 1}
     plain |= {name: "never runs as a module" for name in names if name not in {reading.layer for reading in seen}}
@@ -141,8 +144,14 @@ def survey(model: nn.Module, run: Callable[[], Any]) -> Survey:
     return Survey(readings, following, plain)
 
 
+def _same_channels(layer: nn.Module, norm: nn.Module, between: Tensor) -> bool:
+    """Say whether a norm's channels are those of the layer that made what it reads, not a linear layer's tokens."""
+    layer = layer.out_proj if has_role(layer, "attention") else layer
+    return activation_dim(layer, between) == activation_dim(norm, between)
+
+
 class _Uses(TorchDispatchMode):
-    """Count the operations that take the outputs of layers: ``made`` maps tensor to layer, ``count`` layer to uses."""
+    """Count what takes the outputs of layers: ``made`` maps tensor to layer, ``count`` layer to uses."""
 
     def __init__(self):
         super().__init__()
@@ -150,9 +159,13 @@ class _Uses(TorchDispatchMode):
         self.count: Counter[str | None] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        taken = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor) and leaf in self.made]
-        self.count.update(self.made[tensor] for tensor in taken)
+        self.add((args, kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+    def add(self, taken: Any) -> None:
+        """Count one use of every output of a layer in what an operation, or whoever called the model, takes."""
+        tensors = [leaf for leaf in tree_leaves(taken) if isinstance(leaf, Tensor) and leaf in self.made]
+        self.count.update(self.made[tensor] for tensor in tensors)
 
 
 @contextmanager
@@ -186,10 +199,12 @@ def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Itera
         yield register(seen, with_kwargs=True)
 
 
+_PATCHING = threading.RLock()
+
+
 @contextmanager
 def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visit, after: bool) -> Iterator[None]:
     """Let torch's functional attention visit the linear maps whose weights lie at these places in memory."""
-    linear = F.linear
 
     def seen(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name, attention = places.get(_memory(weight), (None, None))
@@ -200,12 +215,15 @@ def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visi
         visit(Stop(reading, inputs, outputs))
         return linear(inputs, weight, bias) if outputs is None else outputs
 
-    if places:
-        F.linear = seen
-    try:
+    if not places:
         yield
-    finally:
-        F.linear = linear
+        return
+    with _PATCHING:  # other threads wait: they would put back what is patched here
+        linear, F.linear = F.linear, seen
+        try:
+            yield
+        finally:
+            F.linear = linear
 
 
 def _parts(attention: nn.MultiheadAttention, weight: Tensor) -> tuple[int, ...]:

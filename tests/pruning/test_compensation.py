@@ -1,6 +1,7 @@
 import copy
 import logging
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from networks import NETWORKS, Attention, Tied, network, random_plan
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from obc_tools import (
     EquivalentModel,
@@ -155,6 +158,77 @@ def test_a_norm_that_is_not_alone_takes_no_intercept():
     np.testing.assert_allclose(made.second.weight.detach().numpy()[:, :, 0, 0], solution.T, rtol=0, atol=1e-10)
 
 
+class Returning(ReadTwice):
+    """A convolution without bias that a norm reads, and whoever called the network."""
+
+    def forward(self, x):
+        made = self.second(torch.tanh(self.first(x)))
+        return {"head": self.head(self.norm(made).relu()), "features": made}
+
+
+def test_a_norm_takes_no_intercept_of_what_the_network_returns():
+    torch.manual_seed(0)
+    model, inputs = Returning().double().eval(), torch.randn(16, 3, 5, 5).double()
+    with torch.no_grad():
+        model.first.bias += 1
+    plan = half_of(model, inputs, "first")
+    made, naive = compensate(model, plan, [inputs]), prune(model, plan)
+    assert torch.equal(made.norm.running_mean, model.norm.running_mean)
+    away = [(network(inputs)["features"] - model(inputs)["features"]).square().mean() for network in (made, naive)]
+    assert away[0] < 0.5 * away[1]
+
+
+class OverTokens(nn.Module):
+    """A linear layer without bias and a norm whose channels are the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 6, bias=False)
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.second(torch.tanh(self.first(x)))).relu())
+
+
+def test_a_norm_of_other_channels_takes_no_intercept():
+    torch.manual_seed(0)
+    model, tokens = OverTokens().double().eval(), torch.randn(64, 4, 5).double()
+    plan = half_of(model, tokens, "first")
+    made = compensate(model, plan, [tokens])
+    assert torch.equal(made.norm.running_mean, model.norm.running_mean)
+    assert error(model, made, tokens) < error(model, prune(model, plan), tokens)
+
+
+def test_examples_of_a_linear_layer_come_without_a_batch_too():
+    model, inputs = chain("Linear", nn.Tanh())
+    inputs = inputs.flatten(0, 1)
+    plan = half_of(model, inputs, "2")
+    alone, together = (compensate(model, plan, data) for data in (list(inputs), [inputs]))
+    torch.testing.assert_close(alone(inputs), together(inputs), rtol=0, atol=1e-10)
+
+
+class Writing(nn.Module):
+    """A network that writes into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x.sub_(1))))
+
+
+def test_batches_stay_what_they_are():
+    torch.manual_seed(0)
+    model, inputs = Writing().double(), torch.randn(40, 5).double()
+    whole, plan = inputs.clone(), half_of(model, inputs.clone(), "first")
+    made = compensate(model, plan, [inputs], ridge=0)
+    assert torch.equal(inputs, whole)
+    x, y = torch.tanh(made.first(inputs - 1)), model(inputs.clone())
+    oracle = np.linalg.lstsq(np.c_[x.detach().numpy(), np.ones(40)], y.detach().numpy(), rcond=None)[0]
+    np.testing.assert_allclose(made.second.weight.detach().numpy(), oracle[:-1].T, rtol=0, atol=1e-10)
+
+
 def taken_and_given(network, name, inputs):
     """Return what a layer of a network takes and gives."""
     seen = []
@@ -292,6 +366,28 @@ def test_attention_projections_have_least_squares_too(cross):
     torch.testing.assert_close((y - given).T @ given, torch.zeros(8, 8).double(), rtol=0, atol=1e-8)
 
 
+def test_threads_compensate_networks_of_their_own():
+    torch.manual_seed(0)
+    tokens, linear = torch.randn(6, 8, 5).double(), F.linear
+    models = [Attending().double() for _ in range(2)]
+    plans = [half_of(model, tokens, "stem") for model in models]
+    wanted = [compensate(*pair, [tokens]) for pair in zip(models, plans, strict=True)]
+    found = [[], []]
+
+    def run(number):
+        for _ in range(4 + number):
+            found[number].append(compensate(models[number], plans[number], [tokens]))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert F.linear is linear and [len(made) for made in found] == [4, 5]
+    for made, one in zip(found, wanted, strict=True):
+        assert all(torch.equal(again(tokens), one(tokens)) for again in made)
+
+
 class Fused(Attention):
     """Attention from fused q, k, v with an example of tokens behind a linear layer."""
 
@@ -331,6 +427,12 @@ def test_layers_left_plain_are_named_with_the_reason(caplog):
     made = compensate(tied, plan, [x])
     assert made.second.weight is made.third.weight
     assert error(tied, made, x) < error(tied, prune(tied, plan), x)
+
+
+def test_a_layer_whose_weights_are_computed_is_named():
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), spectral_norm(nn.Linear(8, 4))), torch.randn(20, 5)
+    reasons = left_plain(model, half_of(model, x, "0"), x)
+    assert list(reasons) == ["2"] and "has a parametrization" in reasons["2"]
 
 
 def test_ignored_layers_stay_plain():
@@ -380,6 +482,10 @@ def test_bad_input_is_refused():
         compensate(model, plan, [])
     with pytest.raises(ValueError, match="ridge=-1: expected a number of 0 or more"):
         compensate(model, plan, [images], ridge=-1)
+    with pytest.raises(ValueError, match="seed=a: expected at least 0"):
+        compensate(model, plan, [images], seed="a")
+    with pytest.raises(ValueError, match="max_bytes=a: expected at least 1"):
+        compensate(model, plan, [images], max_bytes="a")
     with pytest.raises(
         ValueError, match=r"layer 'conv1': .* 45 inputs take [\d,]+ bytes, over max_bytes=20,000: .*ignore="
     ):
