@@ -54,9 +54,10 @@ def test_no_parametrised_member_is_skipped(name):
                 )
 
 
-def test_scores_that_are_all_zero_are_said_to_be(caplog):
+@pytest.mark.parametrize("certainty", [1e4, 30.0])
+def test_scores_that_are_all_zero_or_nearly_so_are_said_to_be(certainty, caplog):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    nn.init.constant_(model[2].bias, 0.0).data[1] = 1e4  # sure of class 1, and right, whatever it is shown
+    nn.init.constant_(model[2].bias, 0.0).data[1] = certainty  # sure of class 1, and right, whatever it is shown
     inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     groups = find_groups(model, inputs)
     for labels, said in ((torch.ones(6, dtype=torch.long), True), (torch.arange(6) % 3, False)):
