@@ -136,9 +136,9 @@ def test_a_file_system_without_locks_is_refused_and_left_as_it_was(number, tmp_p
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "a.txt").touch()
     for name in ("new", "there"):
-        with pytest.raises(
-            FolderInUseError, match=f"{name}' cannot be locked .*choose a folder on another file system"
+        with (
+            pytest.raises(FolderInUseError, match=f"{name}' cannot be locked .*choose a folder on another file system"),
+            held(tmp_path / name),
         ):
-            with held(tmp_path / name):
-                pytest.fail("it was let in")
+            pytest.fail("it was let in")
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and entries(tmp_path / "there") == ["a.txt"]
