@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import math
 from collections import defaultdict
@@ -238,7 +239,7 @@ class Scores(Mapping[ChannelGroup, Tensor]):
 
     def _repr_html_(self) -> str:
         summary = self.to_frame().groupby("group", sort=False)["score"].describe()[["count", "min", "50%", "max"]]
-        return f"<b>{self!r}</b>{summary.to_html(float_format='{:.3g}'.format)}"
+        return f"<b>{html.escape(repr(self))}</b>{summary.to_html(float_format='{:.3g}'.format)}"
 
 
 Decided = Callable[[Scores], bool]
