@@ -146,7 +146,7 @@ model = other.load_model("resnet8", 10, in_channels=1)
 few = {"batches": 1, "batch_size": 8}"""
 
 VIEWS = {
-    "PruningStudio": ("studio = obc.PruningStudio(model, data, **few)\nstudio", "PruningPlan(", studio_reactions),
+    "PruningStudio": ("studio = obc.PruningStudio(model, data, **few)\nstudio", "removed; MACs", studio_reactions),
     "JTJExplorer": ("explorer = obc.JTJExplorer(model, data, **few)\nexplorer", "DenseJTJ(", explorer_reactions),
     "InteractionExplorer": (
         "together = obc.InteractionExplorer(model, data, **few)\ntogether",

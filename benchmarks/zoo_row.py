@@ -13,8 +13,8 @@ import torch
 from flops import counted_by_torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from zoo_models import Case, build, example, randomize
-from zoo_tasks import DETECTORS
+from zoo_models import OTHER_TASKS, Case, build, example, randomize
+from zoo_tasks import DETECTORS, real_loss
 
 from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
 from obc_tools.models.export import export_onnx
@@ -33,7 +33,7 @@ ONNX_BOUND = 1e-3
 """Bound on the difference of an exported network: random weights amplify rounding (in double from 1e-16 to 1e-12)."""
 
 COLUMNS = (
-    "source", "model", "params", "input", "reduced", "groups", "prunable", "pruned 0.3", "speed-up", "by torch",
+    "source", "model", "params", "input", "reduced", "groups", "prunable", "pruned 0.3", "loss", "speed-up", "by torch",
     "MACs = FLOPs/2", "masked = pruned", "EP = naive", "merge = EP", "save/load", "ONNX", "seconds", "ok", "reason",
 )  # fmt: skip
 
@@ -92,7 +92,12 @@ class Row:
             self._export(pruned, inputs)
 
     def _prune_to_speed(self, model: nn.Module, inputs: Any) -> None:
-        plan = prune_to(model, inputs, criterion="l1", speedup=SPEEDUP, scope="local", steps=1, progress=False)
+        how = {"criterion": "l1"}
+        if (self.case.source, self.case.name) in OTHER_TASKS:
+            objective, batch = real_loss(self.case.source, self.case.name, model, inputs)
+            how = {"criterion": "jacobian", "batches": [batch], "objective": objective}
+            self.values["loss"] = getattr(objective, "func", objective).__name__.strip("_").replace("_", " ")
+        plan = prune_to(model, inputs, speedup=SPEEDUP, scope="local", steps=1, progress=False, **how)
         pruned = prune(model, plan)
         ours, torchs = ([count(net, _one(inputs)) for net in (model, pruned)] for count in (_macs, counted_by_torch))
         reached = ours[0] / ours[1]

@@ -12,6 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from obc_tools import task_of
+
 TOKENS, LENGTH, SIDE = 61, 12, 32
 
 _TEXT = {
@@ -197,6 +199,66 @@ def _yolo(name: str) -> nn.Module:
     from ultralytics import YOLO
 
     return YOLO(f"{name}.yaml").model
+
+
+def _boxes(side: int) -> list[dict[str, Tensor]]:
+    """Return a box of a class for either image, with its mask."""
+    found = []
+    for number in (1, 2):
+        mask = torch.zeros(1, side, side, dtype=torch.uint8)
+        mask[:, 8 : 8 + 16 * number, 8:40] = 1
+        box = torch.tensor([[8.0, 8.0, 40.0, 8.0 + 16 * number]])
+        found.append({"boxes": box, "labels": torch.tensor([number]), "masks": mask})
+    return found
+
+
+def _labelled(kind: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the inputs of a network of transformers with labels, where its task has any."""
+    classes = torch.tensor([0, 1])
+    boxes = [{"class_labels": classes[:1], "boxes": torch.tensor([[0.4, 0.4, 0.5, share]])} for share in (0.3, 0.6)]
+    pixels = torch.arange(2 * SIDE * SIDE).view(2, SIDE, SIDE) % 2
+    labels = {
+        "MaskedLM": lambda: torch.where(_tokens() % 3 == 0, _tokens(), -100), "Classification": lambda: classes,
+        "SemanticSegmentation": lambda: pixels, "ObjectDetection": lambda: boxes, "CTC": lambda: _tokens()[:, :4],
+        "ConditionalGeneration": lambda: _tokens()[:, 1:9].clone(),
+    }  # fmt: skip
+    made = next((make() for end, make in labels.items() if kind.endswith(end)), None)
+    return inputs if made is None else inputs | {"labels": made}
+
+
+def _own_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return the loss that a network of transformers computes itself."""
+    return model(**batch).loss
+
+
+def _noise_missed(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Return how far a network of diffusers is from the noise that it shall find, or the image that it shall give."""
+    wanted = _noise(*batch["sample"].shape[1:]).to(batch["sample"])
+    return nn.functional.mse_loss(model(**batch).sample, wanted)
+
+
+def real_loss(source: str, name: str, model: nn.Module, inputs: Any) -> tuple[Callable[[nn.Module, Any], Tensor], Any]:
+    """Return the loss that a network of another task is trained by, and a batch of it."""
+    if source == "diffusers":
+        return _noise_missed, inputs
+    if source == "transformers":
+        batch = _labelled(CONFIGS[name][0], inputs)
+        try:
+            return task_of(model).losses, batch
+        except ValueError:  # no task of the library's: its own loss
+            return _own_loss, batch | ({"return_loss": True} if name == "siglip" else {})
+    losses = task_of(model).losses
+    if source == "open_clip":
+        return losses, inputs
+    if name in DETECTORS:
+        return losses, (inputs[0], _boxes(96))
+    if source != "ultralytics":
+        return losses, (inputs, (inputs.sum(1) > 0).long())
+    rows = torch.tensor([0, 1])
+    shares = {"bboxes": torch.tensor([[0.4, 0.4, 0.5, 0.3], [0.4, 0.4, 0.5, 0.6]]), "cls": rows[:, None].float()}
+    masks = (torch.arange(256).view(1, 16, 16) % 16 < 8).float().repeat(2, 1, 1)
+    batch = {"img": inputs, "batch_idx": rows.float(), "masks": masks, **shares}
+    return losses, batch | ({"cls": rows} if name.endswith("-cls") else {})
 
 
 Made = tuple[str, str, Callable[[], nn.Module], Callable[[], Any]]

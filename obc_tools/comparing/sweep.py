@@ -25,6 +25,7 @@ from ..pruning.choices import (
     OPERATIONS,
     TARGETS,
     Limits,
+    Reached,
     Scoring,
     Selection,
     Steps,
@@ -156,7 +157,7 @@ def sweep(
                 store.write(curves[index])
         rows = [row for curve in curves for row in marked(curve.rows, False)]
         found = Comparison(as_frame(rows, about), about, environment(bench.device))
-        return Sweep(store.finish(found), {curve.contender.label: curve.plans for curve in curves})
+        return Sweep(store.finish(found), {curve.contender.label: bench.told(curve.plans) for curve in curves})
 
 
 def _is_one(criteria: Any) -> bool:
@@ -211,6 +212,11 @@ class _Bench:
             "repeats": self.repeats,
             "seed": self.way.seed,
         }
+
+    def told(self, plans: Mapping[str, PruningPlan]) -> dict[str, PruningPlan]:
+        """Return plans that say what they reach."""
+        asked = {str(target): target for target in self.targets}
+        return {name: replace(plan, reached=Reached.of(plan, self.costs, asked[name])) for name, plan in plans.items()}
 
     def continued(self, curve: Curve) -> Iterator[Curve]:
         """Go on with a curve; yield it after every step of pruning, once what it met is measured."""

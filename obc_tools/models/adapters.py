@@ -129,6 +129,21 @@ def _masked_language(model: nn.Module) -> Task:
     return language_task(logits, shift=False, name="masked_language_model")
 
 
+def _sequence_to_sequence(model: nn.Module) -> Task:
+    """T5, BART and their kin: the decoder reads the labels shifted right by the network, or what it is given."""
+    if not model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} writes sequences without a decoder of its own: pass task=")
+
+    def logits(network: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            raise ValueError(f"batches need 'labels', the tokens to be written, and {IGNORED} where there are none")
+        inputs = _with_tokens(model.config, batch)
+        labels = {} if "decoder_input_ids" in inputs else {"labels": batch["labels"].contiguous()}  # T5 views them flat
+        return network(**inputs, **labels, use_cache=False).logits
+
+    return language_task(logits, shift=False, name="sequence_to_sequence")
+
+
 def _classifier(name: str, model: nn.Module) -> Task:
     def forward(network: nn.Module, batch: Any) -> Tensor:
         inputs = _with_tokens(model.config, batch) if name == "input_ids" else _named(batch, name)
@@ -184,6 +199,7 @@ def _box_transformer(model: nn.Module) -> Task:
 
 HEADS: Mapping[str, Callable[[nn.Module], Task]] = MappingProxyType(
     {
+        "SEQ_TO_SEQ_CAUSAL_LM": _sequence_to_sequence,
         "CAUSAL_LM": _causal_language,
         "MASKED_LM": _masked_language,
         "SEQUENCE_CLASSIFICATION": partial(_classifier, "input_ids"),

@@ -252,6 +252,12 @@ class Reached:
     removed: float = 0.0
     met: bool = True
 
+    @classmethod
+    def of(cls, plan: Any, costs: CostModel | ModuleCosts, target: Target | None = None) -> Reached:
+        """Return what a plan, which meets a target, reaches."""
+        removed = plan.channels_removed / max(plan.channels, 1)
+        return cls(costs.of(plan), costs.original, costs.counting, target, removed)
+
     def __str__(self) -> str:
         kind, value = (None, 0.0) if self.target is None else self.target.given
         before, after = ((scaled(cost.macs), scaled(cost.params).rstrip()) for cost in (self.original, self.cost))

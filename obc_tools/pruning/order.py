@@ -41,7 +41,8 @@ class RemovalOrder:
     is gone once units 0 to i are removed; it never falls. ``counts[i]``: the number of channels in units 0 to i.
     ``after``: the plan of earlier steps, for the same groups, whose kept channels are the present ones. ``fixed``: the
     kept channels of groups that are decided already, by root. ``hands``: the channels of groups, by their index, that
-    are kept and that are removed whatever their place.
+    are kept and that are removed whatever their place. ``best``: the positions that a group's limits keep, lowest score
+    first, by its index.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -53,6 +54,7 @@ class RemovalOrder:
     after: PruningPlan
     fixed: Mapping[LayerAxis, tuple[int, ...]]
     hands: Mapping[int, tuple[set[int], set[int]]] = field(default_factory=dict)
+    best: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.owners)
@@ -72,7 +74,17 @@ class RemovalOrder:
             if both := keep & remove:
                 raise PlanMismatchError(f"group {root}: channel {min(both)} is to be kept and to be removed")
             found[index] = (keep, remove)
-        return replace(self, hands=found)
+        return replace(self._with_all(found), hands=found)
+
+    def _with_all(self, indices: Iterable[int]) -> RemovalOrder:
+        """Return the order in which what some groups would have kept whatever their scores goes last."""
+        rest = [(np.full_like(self.best[index], index), self.best[index]) for index in indices if index in self.best]
+        if not rest:
+            return self
+        owners, positions = (np.concatenate(parts) for parts in zip(*rest, strict=True))
+        counts = np.concatenate([[0], self.counts])[-1] + np.cumsum([self.groups[n].blocks for n in owners], dtype=int)
+        every = {"owners": owners, "positions": positions, "fractions": np.ones(len(owners)), "counts": counts}
+        return replace(self, **{name: np.concatenate([getattr(self, name), more]) for name, more in every.items()})
 
     def up_to(self, fraction: float) -> int:
         """Return how many units go before more than `fraction` of the pool is gone."""
@@ -93,8 +105,8 @@ class RemovalOrder:
         """
         self.check_prunable()
         plan, best = self.plan(self.meet(target, costs)), self._reached(self.least, target, costs)
-        share, met = self.share_gone(plan), target.met(*best)
-        return replace(plan, reached=Reached(costs.of(plan), costs.original, costs.counting, target, share, met))
+        reached = replace(Reached.of(plan, costs, target), removed=self.share_gone(plan), met=target.met(*best))
+        return replace(plan, reached=reached)
 
     def meet(self, target: Target, costs: CostModel, most: int | None = None) -> int:
         """Return the fewest units, in order and at most `most`, whose removal meets a target.
@@ -230,12 +242,12 @@ def removal_order(
     after = _with_reasons(after, groups)
     start = {group.root: group.width for group in after.groups}
     pools: dict[object, list[int]] = defaultdict(list)
-    sizes = np.array([group.blocks for group in groups])
+    sizes, best = np.array([group.blocks for group in groups]), {}
     found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for index, group in enumerate(groups):
         if group.prunable and group.root not in held:
             pools[_pool(group, limits)].append(index)
-            positions, means = _removable(group, scores[group], limits, start[group.root])
+            positions, means, best[index] = _removable(group, scores[group], limits, start[group.root])
             found.append((np.full(len(positions), index), positions, means))
     owners, positions, means = map(np.concatenate, zip(*found, strict=True))
     fractions = np.zeros(len(owners))
@@ -250,7 +262,8 @@ def removal_order(
     all_placed = np.concatenate(placed)
     order = all_placed[np.argsort(fractions[all_placed], kind="stable")]
     owners, positions = owners[order], positions[order]
-    return RemovalOrder(groups, owners, positions, fractions[order], sizes[owners].cumsum(), limits, after, held)
+    counts = sizes[owners].cumsum()
+    return RemovalOrder(groups, owners, positions, fractions[order], counts, limits, after, held, best=best)
 
 
 def _with_reasons(after: PruningPlan, scored: Sequence[ChannelGroup]) -> PruningPlan:
@@ -263,8 +276,10 @@ def _with_reasons(after: PruningPlan, scored: Sequence[ChannelGroup]) -> Pruning
     return replace(after, groups=tuple(found)) if tuple(found) != after.groups else after
 
 
-def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of a group that may go, lowest score first, and the scores; the best that must stay are out.
+def _removable(
+    group: ChannelGroup, score: Tensor, limits: Limits, initial: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the positions of a group that may go, lowest score first, their scores, and the best, which must stay.
 
     A score is the mean over the group's blocks.
     """
@@ -280,7 +295,7 @@ def _removable(group: ChannelGroup, score: Tensor, limits: Limits, initial: int)
     size = blocks.shape[1]
     stay = min(size, math.ceil(limits.fewest(group.root, initial) / group.blocks))
     stay = max(stay, min(size, group.least))
-    return order[: size - stay].numpy(), means[: size - stay].numpy()
+    return order[: size - stay].numpy(), means[: size - stay].numpy(), order[size - stay :].numpy()
 
 
 def make_plan(

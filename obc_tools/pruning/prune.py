@@ -188,9 +188,9 @@ def prune_in_steps(
     for stage in () if begun.met else pruning_steps(model, begun, of_step, (target,), costs, way):
         keep(stage)
         plan = stage.plan
-    found, gone = costs.of(plan), plan.channels_removed / plan.channels
-    way.prove(model, plan, example_inputs, found, target.counting)
-    return replace(plan, reached=Reached(found, costs.original, target.counting, target, gone))
+    reached = Reached.of(plan, costs, target)
+    way.prove(model, plan, example_inputs, reached.cost, target.counting)
+    return replace(plan, reached=reached)
 
 
 def prune_to_latency(
@@ -225,9 +225,9 @@ def prune_to_latency(
 
     measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
     plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
-    found = costs.of(plan)
-    way.prove(model, plan, example_inputs, found, OPERATIONS)
-    return replace(plan, reached=Reached(found, costs.original, OPERATIONS))
+    reached = Reached.of(plan, costs)
+    way.prove(model, plan, example_inputs, reached.cost, OPERATIONS)
+    return replace(plan, reached=reached)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..data.batches import inputs_and_targets
 from ..data.data import Data
 from ..errors import UnknownNameError
 from ..measure.costs import CostModel
@@ -188,7 +190,7 @@ class Setup:
         selection: which channels may go at all.
         batches, batch_size: calibration batches of the split ``train``, those of the first pass by ``seed``.
         device: where model and batches are.
-        dtype: of the inputs of a network in another precision than single; None: as the data is.
+        dtype: of the network, where the data's inputs are in another; None: as the data is.
         task: name of what the network is for.
     """
 
@@ -202,12 +204,14 @@ class Setup:
     dtype: torch.dtype | None = None
 
 
-def place_of(model: nn.Module) -> tuple[str, torch.dtype | None]:
-    """Return a network's device, and the one precision of its parameters where that is another than single."""
-    parameters = list(model.parameters())
-    kinds = {parameter.dtype for parameter in parameters if parameter.is_floating_point()} - {torch.float32}
-    single = any(parameter.dtype == torch.float32 for parameter in parameters)
-    return str(parameters[0].device) if parameters else "cpu", kinds.pop() if len(kinds) == 1 and not single else None
+def place_of(model: nn.Module, data: Data) -> tuple[str, torch.dtype | None]:
+    """Return a network's device, and the one precision of its parameters where the data's inputs have another."""
+    parameters, one = list(model.parameters()), data.batches("val" if data.train is None else "train", 1)
+    own, given = (
+        {tensor.dtype for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()}
+        for tensors in (parameters, tree_leaves(inputs_and_targets(next(iter(one.at(0))))[0]))
+    )
+    return str(parameters[0].device) if parameters else "cpu", own.pop() if len(own) == 1 and given - own else None
 
 
 def as_keywords(device: str, dtype: torch.dtype | None) -> str:

@@ -71,7 +71,7 @@ class Explorer(View):
         self._draw_options = (batches, batch_size, seed)
         self._scored = {} if self._task is CLASSIFICATION else {"objective": self._task.losses}
         self._said = ", objective=task.losses" if self._scored else ""
-        self._place = place_of(model)
+        self._place = place_of(model, self._data)
         self._on = as_keywords(*self._place)
         scored = scored_layers(self.network)
         layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]

@@ -164,7 +164,7 @@ class StudioControls:
             layout=FITTING,
         )
         self.path = text("write to", "runs/studio", "without the ending")
-        self.there = W.HTML()
+        self.there = W.HTML(layout=TWO_LINES | {"flex": "1 1 320px"})
         self.header = W.HTML(layout=TWO_LINES)
         self.table, self.changes, self.code = W.HTML(layout=SCROLLING), W.HTML(layout=SCROLLING), code_area()
 
@@ -289,9 +289,9 @@ class PruningStudio(View):
         look: str | None = None,
     ):
         check_module(model)
-        device, dtype = place_of(model)
         selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
+        device, dtype = place_of(model, data)
         batches = usual_batches(data, batch_size) if batches is None else batches
         setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name, dtype)
         self.session = StudioSession(model, data, setup, held_out, task)
@@ -509,7 +509,7 @@ class PruningStudio(View):
                 said += [f"'{path}' will be replaced"] if ending and path.exists() else []
             except ValueError as error:
                 said.append(str(error))
-        self._controls.there.value = note("; ".join(dict.fromkeys(said)))
+        self._controls.there.value = close(note("; ".join(dict.fromkeys(said))))
 
     def _write_code(self, path: Path) -> Path:
         self._refuse_while_scoring()

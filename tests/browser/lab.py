@@ -47,8 +47,11 @@ SECONDS = 120
 RUN_SECONDS = 600
 """How long a notebook may run there."""
 
-OF_OTHERS = ("favicon", "/api/contents/", "/lsp/")
-"""Addresses whose failed requests the console reports, and with which this library has nothing to do."""
+OF_OTHERS = ("favicon", "/api/contents/", "/lsp/", "attachment:")
+"""Addresses whose failed requests the console reports, and with which this library has nothing to do.
+
+JupyterLab asks for a cell's attachment by its name before it puts the picture there.
+"""
 SLOW = "[anywidget] Failed to initialize model"
 """What anywidget says of a busy page, and live figures do not mind."""
 

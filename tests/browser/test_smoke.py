@@ -17,4 +17,5 @@ def test_the_notebook_of_the_widgets(lab, browser):
         studio.until(lambda: studio.kept() == before, "the plan before")
         assert notebook.view("obc.JTJExplorer(").title.startswith("|JᵀJ| of conv1.out, channel 0")
         assert notebook.view("obc.InteractionExplorer(").title.startswith("Correlation of K of conv1.out")
+        assert notebook.page.locator("img[alt='Open in Colab']").evaluate("picture => picture.naturalWidth") == 118
         check_clean(lab, notebook)

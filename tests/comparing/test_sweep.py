@@ -52,6 +52,7 @@ def test_every_plan_is_that_of_prune_to(given, last_step):
     for speedup in SPEEDUPS:
         alone = prune_to(model, example, batches, speedup=speedup, last_step=last_step, **STEPS)
         assert found.plan(f"speedup={speedup}").kept == alone.kept
+        assert str(found.plan(f"speedup={speedup}").reached) == str(alone.reached)
 
 
 def test_the_last_ratio_is_that_of_prune_to_and_the_others_end_where_they_say(given):

@@ -33,6 +33,24 @@ def bert(head):
     return getattr(transformers, f"BertFor{head}")(config), batch
 
 
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    batch = {"input_ids": TOKENS, "labels": TOKENS.where(TOKENS % 5 != 0, -100)[:, 2:9]}
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, **sizes)), batch
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    options = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=50, d_model=32, max_position_embeddings=16, **sides, **options)
+    return BartForConditionalGeneration(config), {"input_ids": TOKENS, "labels": TOKENS.flip(1)}
+
+
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -85,6 +103,8 @@ NETWORKS = {
     "llama": (llama, "language_model", {}),
     "bert, masked": (lambda: bert("MaskedLM"), "masked_language_model", {}),
     "bert, sequences": (lambda: bert("SequenceClassification"), "classification", {}),
+    "t5": (t5, "sequence_to_sequence", {}),
+    "bart": (bart, "sequence_to_sequence", {}),
     "vit": (vit, "classification", {}),
     "clip": (clip, "image_text", {}),
     "open_clip": (open_clip, "image_text", {}),
@@ -141,6 +161,18 @@ def test_tokens_and_lengths_that_the_model_does_not_take():
     masked, batch, _, _ = made("bert, masked")
     with pytest.raises(ValueError, match="batches need 'labels', the tokens that were masked, and -100 for all others"):
         evaluate(masked, [{"input_ids": batch["input_ids"]}], task=task_of(masked))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_network_that_writes_sequences_has_its_own_loss(name):
+    model, batch, _, _ = made(name)
+    task, counts = task_of(model), (batch["labels"] != -100).sum(1)
+    with torch.no_grad():
+        mean = (task.losses(model, batch) * counts).sum() / counts.sum()
+        own = model(input_ids=batch["input_ids"], labels=batch["labels"].contiguous()).loss
+    torch.testing.assert_close(mean, own)
+    with pytest.raises(ValueError, match="batches need 'labels', the tokens to be written"):
+        evaluate(model, [{"input_ids": TOKENS}], task=task)
 
 
 @pytest.mark.parametrize("name", ["clip", "open_clip"])

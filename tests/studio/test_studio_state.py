@@ -155,6 +155,21 @@ def test_a_target_that_hands_keep_from_being_met_leads_to_the_nearest_plan(made,
         obc.one_shot_plan(scores, costs, **hands)
 
 
+def test_what_is_kept_by_hand_takes_the_place_of_the_best(made):
+    """No more stays than the limits ask for: the nearest plan is the smallest, and what it reaches can be asked for."""
+    costs = made.keywords["costs"]
+    scores = next(score for group, score in made.keywords["scores"].items() if group.root == CONV)
+    for fewest, pinned in ((1, 1), (1, 3), (2, 1), (4, 2)):
+        weakest = scores.argsort()[:pinned].tolist()
+        hands = tuple(sorted((CONV, channel, True) for channel in weakest))
+        choices = Choices(target=Target(speedup=1e6), limits=Limits(min_channels=fewest), by_hand=hands)
+        plan = made(choices)
+        best = scores.argsort(descending=True)[: max(0, fewest - pinned)].tolist()
+        assert plan.kept_of(CONV) == tuple(sorted({*weakest, *best})) and not plan.reached.met
+        speedup = costs.original.macs / costs.of(plan).macs
+        assert made(replace(choices, target=Target(speedup=speedup))).kept == plan.kept
+
+
 def test_toggles_go_with_all_blocks():
     model, images = network("grouped")
     groups = obc.find_groups(model, images[:1])

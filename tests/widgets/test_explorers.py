@@ -84,6 +84,13 @@ def test_inputs_follow_the_precision_of_the_network(made, dtype):
     assert_shown(explorer.wait(60), (model, made[1]))
 
 
+def test_images_in_double_follow_a_network_in_single(made):
+    data = obc.as_data((torch.rand(40, 1, 8, 8, dtype=torch.float64), torch.arange(40) % 10))
+    explorer = InteractionExplorer(made[0], data, **OPTIONS).wait(60)
+    assert "dtype=torch.float32" in explorer.code.value
+    assert_shown(explorer, (made[0], data))
+
+
 def test_the_paper_s_grid_and_its_call(made, batches):
     explorer = JTJExplorer(*made, **OPTIONS).wait(60)
     expected = obc.dense_jtj(made[0], batches, "conv1", range(8))

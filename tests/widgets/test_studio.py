@@ -21,7 +21,7 @@ from obc_tools.pruning.plan import PruningPlan
 from obc_tools.studio.session import MOST, POINTS, RATIOS, with_interval
 from obc_tools.studio.state import Choices
 from obc_tools.widgets import studio as studio_module
-from obc_tools.widgets.controls import Click, note
+from obc_tools.widgets.controls import Click, close, note
 from obc_tools.widgets.explorers import InteractionExplorer, JTJExplorer
 from obc_tools.widgets.studio import CHANGED, FOLDS, FRONTIER, SENSITIVITY, PruningStudio
 
@@ -593,13 +593,13 @@ def test_sliders_end_where_the_network_does(made):
 
 def test_what_an_export_will_do_is_said_before(studio, tmp_path):
     c = controls(studio)
-    assert c.there.value == note("")
+    assert c.there.value == close(note(""))
     studio.plan_button.click()
     assert "out.json&#x27; will be replaced" in c.there.value and "in use" not in c.there.value
     studio.model_button.click()
     assert "out&#x27; is in use: no model is written into it" in c.there.value
     c.path.value = str(tmp_path / "other")
-    assert c.there.value == note("")
+    assert c.there.value == close(note(""))
 
 
 @pytest.mark.parametrize(
