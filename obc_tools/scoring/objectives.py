@@ -50,6 +50,7 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
         )
     if not labels.is_floating_point():
         check_range(labels, outputs.shape[-1], "label")
+        labels = labels.long()
     return F.cross_entropy(outputs, labels, reduction="none")
 
 

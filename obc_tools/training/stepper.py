@@ -229,8 +229,7 @@ def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, teacher_logits
         teacher_logits: Like ``logits``; needed where ``recipe.distill_weight`` is above 0.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.is_floating_point():
-        labels = labels.to(logits.dtype)
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
     loss = recipe.label_weight * F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     return loss + distillation(logits, teacher_logits, recipe) if recipe.distill_weight else loss
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from obc_tools.scoring.objectives import classification
 from obc_tools.training.recipe import Recipe
 from obc_tools.training.stepper import count_correct, training_loss
 
@@ -36,3 +39,14 @@ def test_counts_the_class_with_the_largest_share():
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
     assert count_correct(logits, torch.tensor([0, 1, 1])) == 2
     assert count_correct(logits, torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_whole_labels_of_any_type_are_class_numbers(dtype):
+    torch.manual_seed(0)
+    model, images, labels = nn.Linear(5, 3), torch.randn(4, 5), torch.tensor([0, 2, 1, 2])
+    torch.testing.assert_close(
+        training_loss(model(images), labels.to(dtype), Recipe(epochs=1)), F.cross_entropy(model(images), labels)
+    )
+    losses = classification(model, (images, labels.to(dtype)))
+    torch.testing.assert_close(losses, F.cross_entropy(model(images), labels, reduction="none"))
