@@ -420,9 +420,9 @@ def undisturbed_grid(jobs: list[GridJob]) -> tuple[str, float]:
 def soak(options: Options) -> None:
     """Kill workers of a grid of twenty jobs, and the grid itself, for so many minutes; say what came of it.
 
-    A grid that nobody disturbs comes first. The disk of the other one is slow, so that its jobs last, most of the time
-    with a file half written, whatever else the machine does. Every kill is written down before it is done: the minute,
-    of what, and how many runs are finished.
+    A grid that nobody disturbs comes first. While there are kills, the disk of the other one is slow, so that its jobs
+    last, most of the time with a file half written, whatever else the machine does. Every kill is written down before
+    it is done: the minute, of what, and how many runs are finished.
     """
     jobs, draw = grid_jobs(20, 20), random.Random(options.seed)
     expected, _ = undisturbed_grid(jobs)
@@ -449,6 +449,7 @@ def soak(options: Options) -> None:
             if not grid.is_running:
                 grid.resume()
         note("no more kills")
+        (Path(place) / "sitecustomize.py").write_text("")
         complete(grid, 7200)
         note("complete")
         note("same" if grid_figures(grid) == expected else "changed")

@@ -252,10 +252,13 @@ def write_json(path: Path, content: Any, *, synced: bool = True, checked: bool =
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise ValueError as `parse_json` does, and where its digest is another's."""
+    """Return what a JSON file holds; raise ValueError, which names it, for what is none or has another's digest."""
     if (size := path.stat().st_size) > LONGEST_JSON:
         raise ValueError(f"'{path}' has {size:,} bytes; JSON of at most {LONGEST_JSON:,} is read")
-    content = parse_json(path.read_text(encoding="utf-8"))
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' cannot be read: {error}") from error
     if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, _digest(content)):
         raise ValueError(f"'{path}' was changed after it was written")
     return content

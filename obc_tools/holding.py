@@ -39,12 +39,14 @@ def held(folder: Path) -> Iterator[None]:
     put_back(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise FolderInUseError(f"'{folder}' is being worked on{_by_whom(folder)}: wait for it, or stop it") from None
     except (OSError, NotImplementedError) as error:
+        if made and not entries(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         raise FolderInUseError(
             f"'{folder}' cannot be locked ({error}): nothing would keep a second process out; choose a folder on "
             "another file system"

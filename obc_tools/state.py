@@ -380,7 +380,8 @@ def shapes(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return ", ".join(f"{key}: {shapes(value)}" for key, value in batch.items())
     if isinstance(batch, tuple | list):
-        return ", ".join(map(shapes, batch)) or "nothing"
+        rest = [f"{len(batch) - 4} more"] if len(batch) > 5 else []
+        return ", ".join([*map(shapes, batch[: 4 if rest else None]), *rest]) or "nothing"
     return type(batch).__name__
 
 

@@ -313,7 +313,7 @@ DATA_ROWS = (
     ),
     (
         lambda w: {"batches": [(w.images[:0], w.labels[:0])]},
-        "batch 1: the objective returned (0,) torch.float64; expected a",
+        "batch 1: the objective returned no loss of any example; expected a",
     ),
     (
         lambda w: {"batches": [(w.images * NAN, w.labels)]},

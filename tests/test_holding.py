@@ -1,6 +1,7 @@
 """A folder is held by one at a time, and by nobody once its holder has ended, however that was."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -123,3 +124,21 @@ def test_a_holder_that_was_never_all_there_is_nobody(tmp_path):
     assert worker_of(tmp_path) is None and not is_worked_on(tmp_path)
     with held(tmp_path):
         assert is_worked_on(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of another kind")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO])
+def test_a_file_system_without_locks_is_refused_and_left_as_it_was(number, tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").touch()
+    for name in ("new", "there"):
+        with (
+            pytest.raises(FolderInUseError, match=f"{name}' cannot be locked .*choose a folder on another file system"),
+            held(tmp_path / name),
+        ):
+            pytest.fail("it was let in")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and entries(tmp_path / "there") == ["a.txt"]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..files import entries, write_text
+from ..files import entries, read_json, write_text
 from ..pruning.choices import TORCH_PRUNING
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import Criterion, resolve_criterion
@@ -180,7 +180,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """Return the settings of the comparison in a folder, {} without one, with what held before they were all said."""
     path = Path(folder) / SETTINGS
     before = {"counting": TORCH_PRUNING, "compensate": False}
-    return before | json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return before | read_json(path) if path.exists() else {}
 
 
 def metric_directions(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -195,7 +195,7 @@ def _read_unfinished(folder: Path) -> Comparison:
         settings = read_settings(folder)
         if not settings:
             raise ComparisonError(f"there is no {SETTINGS}")
-        curves = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("curve_*.json"))]
+        curves = [read_json(path) for path in sorted(folder.glob("curve_*.json"))]
         order = list(settings["criteria"])
         rows = [row for curve in curves for row in marked(curve["rows"], curve["at_chance"])]
         rows.sort(key=lambda row: order.index(row["criterion"]))
@@ -320,7 +320,7 @@ class CurveFolder:
         path = self._path(contender, repeat)
         if path is None or not path.exists():
             return Curve(contender, repeat, (), whole)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         plan, *plans = (PruningPlan.from_json(json.dumps(p)) for p in (data["plan"], *data.get("plans", {}).values()))
         named = dict(zip(data.get("plans", ()), plans, strict=True))
         return Curve(contender, repeat, tuple(data["rows"]), plan, data["at_chance"], data.get("step", 0), named)

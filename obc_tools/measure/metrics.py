@@ -7,6 +7,7 @@ torchmetrics': they stay on the device and, in several processes, are added up.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Metrics:
         return pd.DataFrame([vars(self)])
 
     def _repr_html_(self) -> str:
-        return f"<b>{self!r}</b>"
+        return f"<b>{html.escape(repr(self))}</b>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +102,7 @@ class TaskMetrics:
         return pd.DataFrame([dict(self.values)])
 
     def _repr_html_(self) -> str:
-        return f"<b>{self!r}</b>"
+        return f"<b>{html.escape(repr(self))}</b>"
 
 
 def classification_metrics(model: nn.Module, batches: Iterable[Any]) -> Metrics:

@@ -314,7 +314,7 @@ def keep_refused(error: ProofError, path: Path) -> ProofError:
 
 def _read_plan(path: Path) -> PruningPlan:
     """Read the plan of a run; raise ValueError unless it is what the last step left (which older runs do not say)."""
-    text, last = path.read_text(encoding="utf-8"), path.with_name(PRUNING)
+    text, last = path.read_text("utf-8", "replace"), path.with_name(PRUNING)
     if last.is_file() and read_json(last)["plan"] != text:
         raise ValueError(f"'{path}' was changed after it was written: without it and '{last}', the run prunes anew")
     return PruningPlan.from_json(text)

@@ -112,7 +112,7 @@ class Run:
     def log(self, lines: int = 20) -> str:
         """Return the last lines of the log."""
         path = self.folder / RUN_LOG
-        return "\n".join(path.read_text(encoding="utf-8").splitlines()[-lines:]) if path.is_file() else ""
+        return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:]) if path.is_file() else ""
 
     def table(self, select: str = "last") -> pd.DataFrame:
         """Return one row a model of a finished run: its metrics, the headline first, its cost.

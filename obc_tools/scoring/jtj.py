@@ -7,6 +7,7 @@ wᵀ(JᵀJ)w is the channel's score (Chen et al. 2025, arXiv 2508.05521).
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ class _Matrices:
         return torch.linalg.eigvalsh(self.values.double().cpu()).flip(-1).clamp_min(0)
 
     def _repr_html_(self) -> str:
-        return f"<b>{self!r}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
+        return f"<b>{html.escape(repr(self))}</b>{self.to_frame().to_html(index=False, float_format='{:.3g}'.format)}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -517,7 +518,7 @@ class FilterInteractions:
 
     def _repr_html_(self) -> str:
         pairs = self.to_frame().head(10).to_html(index=False, float_format="{:.3g}".format)
-        return f"<b>{self!r}</b>, the strongest pairs{pairs}"
+        return f"<b>{html.escape(repr(self))}</b>, the strongest pairs{pairs}"
 
 
 def filter_interactions(products: JacobianProducts, layer: str, axis: str = "out") -> FilterInteractions:

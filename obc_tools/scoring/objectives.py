@@ -95,6 +95,7 @@ def check_losses(losses: Any, where: str) -> None:
     """Raise ValueError unless losses are a finite scalar or one finite number an example."""
     if not isinstance(losses, Tensor) or losses.dim() > 1 or losses.numel() == 0 or not losses.is_floating_point():
         got = f"{tuple(losses.shape)} {losses.dtype}" if isinstance(losses, Tensor) else type(losses).__name__
+        got = "no loss of any example" if isinstance(losses, Tensor) and losses.numel() == 0 else got
         raise ValueError(f"{where}: the objective returned {got}; expected a scalar or one loss an example")
     if not torch.isfinite(losses).all():
         wrong = losses.detach()[~torch.isfinite(losses)].flatten()[0].item()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,6 +38,8 @@ from .rows import (
 
 logger = logging.getLogger(__name__)
 
+NEARLY_ZERO = 1e-12
+"""Scores up to this, of a loss that is all but zero, are rounding: J·w of 1e-6, squared."""
 Products = Mapping[LayerAxis, Tensor]
 """J·w of the channels of layer axes for some rows: LayerAxis -> (rows, channels)."""
 
@@ -235,7 +239,7 @@ class Scores(Mapping[ChannelGroup, Tensor]):
 
     def _repr_html_(self) -> str:
         summary = self.to_frame().groupby("group", sort=False)["score"].describe()[["count", "min", "50%", "max"]]
-        return f"<b>{self!r}</b>{summary.to_html(float_format='{:.3g}'.format)}"
+        return f"<b>{html.escape(repr(self))}</b>{summary.to_html(float_format='{:.3g}'.format)}"
 
 
 Decided = Callable[[Scores], bool]
@@ -382,11 +386,13 @@ class _Scorer:
 
     def scores(self, scored: Mapping[ChannelGroup, Tensor]) -> Scores:
         """Return the scores of all groups, zeros for those that are kept whole or that no loss depends on."""
-        if self.criterion.needs != "weights" and scored and not any(score.any() for score in scored.values()):
+        largest = max((score.abs().max().item() for score in scored.values()), default=math.inf)
+        if self.criterion.needs != "weights" and largest <= NEARLY_ZERO:
             logger.warning(
-                "criterion %r: all scores are zero, so that they say nothing: look at the calibration data (few "
-                "batches, sorted by class?) and at the loss (already zero?)",
+                "criterion %r: all scores are zero or nearly so (at most %.2g), so that they say nothing: look at the "
+                "calibration data (few batches, sorted by class?) and at the loss (already zero?)",
                 self.criterion.name,
+                largest,
             )
         zeros = {group: torch.zeros(group.width, dtype=torch.float64) for group in self.groups if group not in scored}
         aside = {group: replace(group, kept_whole=UNREACHED) for group in zeros if group.prunable}

@@ -7,6 +7,7 @@ and bias, each consumer's input channel, and the attributes of modules that hold
 from __future__ import annotations
 
 import fnmatch
+import html
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +114,8 @@ class ChannelGroup:
         return pd.DataFrame(rows, columns=["layer", "axis", "type", "positions", "axis width"])
 
     def _repr_html_(self) -> str:
-        title = f"<b>{self.root}</b>, {self.width} channels" + (f", {self.kept_whole}" if self.kept_whole else "")
+        title = f"<b>{html.escape(str(self.root))}</b>, {self.width} channels"
+        title += f", {html.escape(self.kept_whole)}" if self.kept_whole else ""
         return title + self.to_frame().to_html(index=False)
 
 

@@ -321,7 +321,7 @@ def read_history(folder: str | os.PathLike[str]) -> History | None:
     """
     path = Path(folder) / METRICS
     epochs: list[Epoch] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
             epochs.append(Epoch(**json.loads(line)))
         except (ValueError, TypeError):

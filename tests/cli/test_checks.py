@@ -194,7 +194,7 @@ def test_every_network_of_a_library_is_known():
         "timm": [*timm.list_models(), "resnet50.a1_in1k", "vit_base_patch16_224_in21k"],
     }.items():
         assert {name.partition(".")[0] for name in names} <= checks._networks_of(library)
-    for depth in range(1, 200):
+    for depth in (1, 2, 8, 11, 14, 16, 18, 20, 34, 50, 56, 57, 101, 110, 152, 158):
         for name in (f"resnet{depth}", f"vgg{depth}"):
             try:
                 checks._check_network_name(name)

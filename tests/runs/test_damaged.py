@@ -19,8 +19,15 @@ DAMAGES = {
     "a newer version": (newer, "a job has no phase"),
     "half a progress": (lambda folder: (folder / "process.json").write_text('{"pid": 1'), "cannot be read"),
     "nested": (lambda folder: (folder / "job.json").write_text("[" * 100_000), "nested too deeply"),
+    "no text": (lambda folder: (folder / "job.json").write_bytes(b"\x80{"), "job.json' cannot be read: 'utf-8' codec"),
     "a list": (lambda folder: (folder / "job.json").write_text("[1, 2]"), "holds no job"),
 }
+
+
+def test_a_line_that_is_no_text_is_left_out(tmp_path):
+    metrics = write(tmp_path / "a", done=2, running=False) / "training_naive" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"epoch": 3, "\x80')
+    assert len(Run.open(tmp_path / "a").histories["naive"]) == 2
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)

@@ -1,4 +1,6 @@
 import logging
+import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -6,7 +8,19 @@ from cases import CASES
 from networks import NETWORKS, network
 from torch import nn
 
-from obc_tools import find_groups, prune_to, score_groups
+from obc_tools import (
+    check_plan,
+    dense_jtj,
+    explain,
+    filter_interactions,
+    find_groups,
+    group_jtj,
+    jacobian_products,
+    make_plan,
+    prune_to,
+    score_groups,
+)
+from obc_tools.measure.metrics import TaskMetrics
 from obc_tools.scoring.rows import parameter_slots
 from obc_tools.structure.layers import find_axis, get_layer, own_parameters
 
@@ -54,9 +68,10 @@ def test_no_parametrised_member_is_skipped(name):
                 )
 
 
-def test_scores_that_are_all_zero_are_said_to_be(caplog):
+@pytest.mark.parametrize("certainty", [1e4, 30.0])
+def test_scores_that_are_all_zero_or_nearly_so_are_said_to_be(certainty, caplog):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
-    nn.init.constant_(model[2].bias, 0.0).data[1] = 1e4  # sure of class 1, and right, whatever it is shown
+    nn.init.constant_(model[2].bias, 0.0).data[1] = certainty  # sure of class 1, and right, whatever it is shown
     inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     groups = find_groups(model, inputs)
     for labels, said in ((torch.ones(6, dtype=torch.long), True), (torch.arange(6) % 3, False)):
@@ -96,3 +111,19 @@ def test_precisions_that_are_not_known_are_refused():
         score_groups(model, find_groups(model, images), "jacobian", [(images, torch.zeros(4).long())], amp="fp16")
     with pytest.raises(ValueError, match="amp.*half.*bf16"):
         prune_to(model, images, speedup=1.2, amp="half")
+
+
+def test_names_are_text_in_every_view():
+    """Also where they look like HTML, and those of criteria and metrics."""
+    name, images = "<img src=x onerror=alert(1)>", torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(OrderedDict([(name, nn.Linear(4, 5)), ("relu", nn.ReLU()), ("last", nn.Linear(5, 3))]))
+    batches = [(images, torch.arange(6) % 3)]
+    groups = find_groups(model, images)
+    scores = score_groups(model, groups, lambda weight: weight.abs().sum(1))
+    plan = make_plan(scores, ratio=0.2)
+    group = next(group for group in groups if group.prunable)
+    views = [group, group_jtj(model, batches, group, 0), dense_jtj(model, batches, name), plan, explain(groups)]
+    views += [filter_interactions(jacobian_products(model, batches), name), check_plan(model, plan, images)]
+    assert all("&lt;img src=x" in view._repr_html_() for view in views[:-1])
+    views += [scores, TaskMetrics("<b>", {"<img": 1.0}, {"<img": "higher"})]
+    assert not any(re.search("<img|<lambda", view._repr_html_()) for view in views)
