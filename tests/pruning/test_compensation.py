@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from obc_tools import (
     EquivalentModel,
+    Forward,
     PruningPlan,
     compensate,
     find_groups,
@@ -552,6 +553,14 @@ def test_recalibration_is_a_plain_loop_of_means():
         recalibrate(network("mlp_layernorm")[0], [images])
     with pytest.raises(ValueError, match=r"norm 'stem.1': its new statistics are not finite"):
         recalibrate(pruned, [images * float("nan")])
+
+
+def test_recalibration_leaves_norms_that_no_batch_reaches():
+    model, x = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)}), torch.randn(8, 3)
+    model["unused"].running_mean.fill_(5)
+    made = recalibrate(model, [Forward(lambda model, x: model["used"](x), x)])
+    assert torch.equal(made["unused"].running_mean, model["unused"].running_mean)
+    torch.testing.assert_close(made["used"].running_mean, x.mean(0))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
