@@ -210,7 +210,7 @@ class EquivalentModel(nn.Module):
             if mixed is not None:
                 if start is not None:
                     mixed.begin_at(*mixed.of_start(self.skeleton.get_submodule(name)._parameters))
-                self.mixed[name.replace(".", "/") or "/"] = mixed
+                self.mixed[name.replace("/", "%2F").replace(".", "/") or "/"] = mixed
         self._tied = _share_tied(model, self.mixed_layers)
         for layer, leaf in self._places():
             # Where they were: merged parameters come in the order of the pruned model's.
@@ -223,7 +223,7 @@ class EquivalentModel(nn.Module):
     @property
     def mixed_layers(self) -> dict[str, MixedLayer]:
         """The layers that have a compressor or a decompressor, by name."""
-        return {key.strip("/").replace("/", "."): mixed for key, mixed in self.mixed.items()}
+        return {key.strip("/").replace("/", ".").replace("%2F", "/"): mixed for key, mixed in self.mixed.items()}
 
     def effective_parameters(self) -> dict[str, Tensor]:
         """Return the effective weights and biases by their names in the pruned model; differentiable in W, C and D.

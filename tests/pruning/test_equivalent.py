@@ -8,7 +8,7 @@ from oracles_pruning import Inserted, inserted
 from own_layers import Blur, Turned, registered
 from torch import nn
 
-from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune
+from obc_tools import EquivalentModel, PruningPlan, find_groups, make_plan, prune, prune_to
 from obc_tools.pruning.equivalent import Mixing
 
 
@@ -283,6 +283,18 @@ def test_mixing_form_round_trip(layer):
     )
     assert torch.equal(mixing.join(mixed), layer.weight)
     assert mixing.join(mixed).is_contiguous()
+
+
+def test_names_of_layers_may_hold_slashes():
+    torch.manual_seed(0)
+    inner = nn.Sequential()
+    inner.add_module("<b>one</b>", nn.Linear(4, 6))
+    model = nn.Sequential(inner, nn.ReLU(), nn.Linear(6, 3))
+    plan = prune_to(model, torch.zeros(1, 4), criterion="l1", ratio=0.3, progress=False)
+    equivalent, x = EquivalentModel(model, plan), torch.randn(2, 4)
+    assert set(equivalent.mixed_layers) == {"0.<b>one</b>", "2"}
+    torch.testing.assert_close(equivalent(x), prune(model, plan)(x))
+    torch.testing.assert_close(equivalent.merge()(x), equivalent(x))
 
 
 def test_its_state_survives_saving():
