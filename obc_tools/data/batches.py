@@ -242,8 +242,10 @@ def with_inputs_of(batch: Any, dtype: torch.dtype) -> Any:
 
     if isinstance(batch, Mapping):
         return {key: part if key == TARGETS else tree_map(cast, part) for key, part in batch.items()}
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    return type(batch)((tree_map(cast, batch[0]), batch[1])) if pair else tree_map(cast, batch)
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = tree_map(cast, batch[0]), batch[1]
+        return type(batch)(inputs, targets) if hasattr(batch, "_fields") else type(batch)((inputs, targets))
+    return tree_map(cast, batch)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

@@ -260,7 +260,9 @@ def load_data(
 def check_classes(outputs: int, data: Data) -> None:
     """Raise ValueError unless a model with so many outputs can tell the classes of a data set apart."""
     if data.classes and outputs != len(data.classes):
-        raise ValueError(f"model has {outputs} outputs, data has {len(data.classes)} classes")
+        more = outputs > len(data.classes) and isinstance(data.val, Examples)
+        way = "; as_data(train, val, classes=names) tells of classes without examples" if more else ""
+        raise ValueError(f"model has {outputs} outputs, data has {len(data.classes)} classes{way}")
 
 
 def _check_normalization(name: str, normalize: object) -> None:
@@ -397,15 +399,19 @@ def _split(given: Any, collate: Callable[[list[Any]], Any] | None, refused: tupl
     leaves, arrays = tree_leaves(given), Tensor | np.ndarray
     if isinstance(given, arrays | tuple | Mapping) and leaves and all(isinstance(leaf, arrays) for leaf in leaves):
         return Examples(Tensors(tree_map(_as_tensor, given)), as_is)
-    whole = hasattr(given, "__getitem__") and hasattr(given, "__len__")
-    if isinstance(given, (*refused, str, bytes, tuple, Mapping, IterableDataset, nn.Module)) or not whole:
+    drawn = hasattr(given, "__getitem__") and hasattr(given, "__len__")
+    drawn = drawn and not hasattr(given, "iloc")  # pandas gives columns
+    if isinstance(given, (*refused, str, bytes, type, tuple, Mapping, IterableDataset, nn.Module)) or not drawn:
         raise NoDataError(f"as_data: {_no_data(given)}; two of them as as_data(train, val)")
     return Examples(given, collate or default_collate)
 
 
 def _as_tensor(leaf: Tensor | np.ndarray) -> Tensor:
     single = isinstance(leaf, np.ndarray) and leaf.dtype == np.float64
-    return torch.as_tensor(leaf, dtype=torch.get_default_dtype() if single else None)
+    try:
+        return torch.as_tensor(leaf, dtype=torch.get_default_dtype() if single else None)
+    except TypeError as error:
+        raise NoDataError(f"as_data: an array of {leaf.dtype} is no tensor; pass numbers") from error
 
 
 def _no_data(given: Any) -> str:
@@ -413,6 +419,8 @@ def _no_data(given: Any) -> str:
     kind, ways = type(given).__name__, "pass a DataLoader, a data set with __getitem__ and __len__, or tensors"
     if isinstance(given, str | os.PathLike):
         return f"{str(given)!r} is a name or a path, load_data reads such; or {ways} whose first axes are examples"
+    if isinstance(given, type):
+        return f"{given.__name__} is a class, not an instance of it; {ways} whose first axes are examples"
     if isinstance(given, list):
         return f"a list may hold batches or examples; {ways}, (images, labels), whose first axes are examples"
     return f"a {kind} holds no examples that could be drawn by number; {ways} whose first axes are examples"

@@ -360,13 +360,16 @@ def layers_table(model: nn.Module, plan: Plan, example_inputs: Any = None) -> pd
         (channels; missing where a layer has no such axis), parameters, parameters after, MACs, MACs after.
 
     Raises:
-        ValueError: no example inputs, a plan that does not fit the model, or a model that `find_groups` cannot trace.
+        ValueError: no example inputs, no plan, one that does not fit the model, or a model that `find_groups` cannot
+            trace.
     """
     if example_inputs is None:
         raise ValueError(
             "layers_table: MACs and the order of layers are those of a forward pass: pass what one takes as a third "
             "argument, layers_table(model, plan, images[:1])"
         )
+    if not hasattr(plan, "kept"):
+        raise ValueError(f"layers_table: the second argument is a {type(plan).__name__}; expected a PruningPlan")
     return cost_model(model, example_inputs, whole_heads=loses_heads(plan.groups)).layers(plan)
 
 

@@ -10,6 +10,7 @@ import html
 import json
 import logging
 import math
+import os
 import threading
 import time
 import weakref
@@ -174,10 +175,14 @@ def button(label: str, act: Callable[[], object], tooltip: str = "", icon: str =
     return made
 
 
+LONGEST = 200
+"""Bytes of a file's name: systems take 255, and what is being written has a longer name for a while."""
+
+
 def typed(field: W.Text, ending: str = "", *, folder: bool = False) -> Path:
     """Return the path that a field says, "~" for the user's home; raise ValueError, with the way out, if it is none.
 
-    That is where a file is in the way of a folder, a folder of a file, or a folder is in use.
+    That is where a file is in the way of a folder, a folder of a file, a folder is in use, or no system takes the name.
     """
     said, other = field.value.strip(), f"type another name under '{field.description}'"
     if not said.strip("/.") or said.endswith("/"):
@@ -186,6 +191,8 @@ def typed(field: W.Text, ending: str = "", *, folder: bool = False) -> Path:
         path = Path(said.removesuffix(ending) + ending).expanduser()
     except RuntimeError as error:
         raise ValueError(f"'{said}': there is no such home: {other}") from error
+    if "\0" in said or max(map(len, map(os.fsencode, path.parts))) > LONGEST:
+        raise ValueError(f"{said[:30]!r} is no name: it is too long, or a NUL is in it: {other}")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"'{above}' is a file, nothing is written below it: {other}")

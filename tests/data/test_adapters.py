@@ -1,7 +1,10 @@
 """`as_data`: tensors, data sets and loaders as `Data`, their passes, and what is no data set."""
 
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import (
@@ -26,7 +29,7 @@ from obc_tools import (
     load_data,
     take,
 )
-from obc_tools.data.batches import count_examples, cut_batch, first_examples, inputs_and_targets
+from obc_tools.data.batches import count_examples, cut_batch, first_examples, inputs_and_targets, with_inputs_of
 from obc_tools.training.recipe import Recipe
 
 
@@ -156,13 +159,19 @@ class Stream(IterableDataset):
         ("digits", "'digits' is a name or a path, load_data reads such; or pass a DataLoader"),
         (Path("images"), "'images' is a name or a path, load_data reads such"),
         (torch.nn.Sequential(torch.nn.ReLU()), "a Sequential holds no examples"),
+        (torch.utils.data.TensorDataset, "TensorDataset is a class, not an instance of it; pass a DataLoader"),
+        (pd.DataFrame({"pixel": [1.0]}), "a DataFrame holds no examples"),
+        (np.array(["a", "b"]), "an array of <U1 is no tensor; pass numbers"),
         (None, "there are neither train nor val examples"),
         (iter([1]), "a list_iterator holds no examples"),
         ((DataLoader([1]), DataLoader([1])), "a tuple holds no examples.*; two of them as as_data"),
         ((torch.zeros(3), torch.zeros(4)), r"tensors of \[3, 4\] examples; expected equally many, at least 1"),
         (torch.zeros(0, 4), r"tensors of \[0\] examples"),
     ],
-    ids=["stream", "batches", "name", "path", "model", "none", "iterator", "loaders", "unequal", "empty"],
+    ids=[
+        *("stream", "batches", "name", "path", "model", "class", "frame", "words"),
+        *("none", "iterator", "loaders", "unequal", "empty"),
+    ],
 )
 def test_what_holds_no_examples_is_refused(given, message):
     with pytest.raises(ValueError, match=f"^as_data: {message}"):
@@ -172,7 +181,7 @@ def test_what_holds_no_examples_is_refused(given, message):
 @pytest.mark.parametrize("wanted", [PruningStudio, JTJExplorer, InteractionExplorer, compare_criteria])
 def test_no_data_is_a_type_error_that_names_the_adapter(wanted):
     options = {"criteria": ["l1"]} if wanted is compare_criteria else {}
-    for given in ("digits", [images()], 5, None, network()):
+    for given in ("digits", [images()], 5, None, network(), DataLoader, np.array([None])):
         with pytest.raises(TypeError, match="^as_data: "):
             wanted(network(), given, **options)
 
@@ -194,6 +203,15 @@ def test_fewer_batches_than_usual_are_all_that_are_compared_on():
         compare_criteria(network(), data, ["taylor"], progress=False, batches=50, **settings)
 
 
+def test_classes_without_examples_can_be_told():
+    pixels, labels = images()
+    few, settings = (pixels, labels % 2), {"ratio": 0.5, "steps": 1, "batch_size": 4, "progress": False}
+    with pytest.raises(ValueError, match=r"3 outputs, data has 2 classes; as_data\(train, val, classes=names\) tells"):
+        compare_criteria(network(), as_data(few, few), ["l1"], **settings)
+    told = as_data(few, few, classes=["a", "b", "c"])
+    assert len(compare_criteria(network(), told, ["l1"], **settings).frame) == 2
+
+
 def test_what_is_missing_is_said():
     with pytest.raises(ValueError, match=r"data was made without val examples: pass as_data\(train, val\)"):
         compare_criteria(network(), DataLoader(TensorDataset(*images()), 4), ["l1"])
@@ -211,6 +229,18 @@ def test_batches_are_cut_in_every_structure():
     assert torch.equal(first_examples(torch.arange(5), 2), torch.arange(2))
     with pytest.raises(ValueError, match="a batch of 5 examples holds 3 of something: it cannot be cut in pieces"):
         cut_batch((torch.zeros(5), torch.zeros(3)), 2)
+
+
+class Pair(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+@pytest.mark.parametrize("make", [tuple, list, Pair._make])
+def test_inputs_in_another_precision_keep_their_structure(make):
+    batch = make((torch.zeros(2, 3), torch.ones(2)))
+    found = with_inputs_of(batch, torch.float64)
+    assert type(found) is type(batch) and found[0].dtype == torch.float64 and found[1] is batch[1]
 
 
 def test_inputs_and_targets_of_every_structure():

@@ -437,3 +437,5 @@ def test_a_table_of_layers_says_that_it_needs_an_example():
     model, images = network("small_vgg")
     with pytest.raises(ValueError, match=r"pass what one takes as a third argument, layers_table\(model, plan, images"):
         layers_table(model, PruningPlan.whole(find_groups(model, images)))
+    with pytest.raises(ValueError, match="the second argument is a Sequential; expected a PruningPlan"):
+        layers_table(model, torch.nn.Sequential(), images)

@@ -606,6 +606,8 @@ def test_what_an_export_will_do_is_said_before(studio, tmp_path):
     ("typed", "model", "files"),
     [
         ("", "'' names no file", True),
+        ("n" * 250, "is no name: it is too long", True),
+        ("a\0b", "is no name: it is too long, or a NUL", True),
         ("there/", "'there/' names no file", True),
         ("~nobody-of-this-name/x", "there is no such home", True),
         ("file", "file' is a file: no model is written over it", False),
