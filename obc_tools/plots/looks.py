@@ -100,8 +100,10 @@ def finished(
     Raises:
         ValueError: an unknown look.
     """
-    figure.update_xaxes(x or {})
-    figure.update_yaxes(y or {})
+    if x:
+        figure.update_xaxes(x)
+    if y:
+        figure.update_yaxes(y)
     return figure.update_layout(template=theme(look), height=height, **layout)
 
 
