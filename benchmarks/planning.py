@@ -116,6 +116,7 @@ def prunable_axes(model: nn.Module, batch: Any) -> list[LayerAxis]:
 
 
 def time_scoring(name: str, options: Options) -> None:
+    torch.set_flush_denormal(True)  # random weights of deep networks make many, and plain passes slow
     model, batch, objective = case(name)
     axes = prunable_axes(model, batch)
 
