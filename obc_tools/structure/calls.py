@@ -129,10 +129,11 @@ class _Range(metaclass=_RangeType):
 
 
 def _noting(function: Callable) -> Callable:
+    name = "root" if function is math.sqrt else function.__name__
+
     @functools.wraps(function)
     def note(*args: Any) -> Any:
-        use_as_numbers(args, function.__name__)
-        return function(*args)
+        return function(*(plain(arg, name) for arg in args))
 
     return note
 
@@ -175,7 +176,7 @@ def _with_floats(function: types.FunctionType) -> types.FunctionType:
 
 _RANGE = range
 _SEEN = [(builtins, "range", _RANGE, _Range)]
-_SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.log, math.log2, math.log10, math.isqrt, math.gcd)]
+_SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.sqrt, math.log, math.log2, math.log10, math.isqrt, math.gcd)]
 
 
 def seen_by_python() -> Restoring:

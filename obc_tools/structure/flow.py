@@ -120,16 +120,19 @@ class Size(int):
         return 0 - self
 
     def __pow__(self, power: Any, *modulus: Any) -> Any:
-        return int.__pow__(self.as_number("root" if isinstance(power, float) else "pow"), plain(power, "pow"), *modulus)
+        root = isinstance(power, float) and abs(power) == 0.5
+        return int.__pow__(self.as_number("root" if root else "pow"), plain(power, "pow"), *modulus)
 
     def as_number(self, operation: str) -> int:
         """Return the plain number, for an operation that shapes no tensor: it would change with the width."""
-        for source in dict.fromkeys(leaves(self)):
+        source = next(leaves(self), None)
+        if source is not None:
             source.rooted(self, operation)
         return operator.index(self)
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(function, method)(*(plain(arg, "root") for arg in args), **kwargs)
+        name = "root" if function.__name__ == "sqrt" else function.__name__
+        return getattr(function, method)(*(plain(arg, name) for arg in args), **kwargs)
 
     def __reduce__(self) -> tuple:
         return int, (operator.index(self),)
