@@ -35,7 +35,7 @@ from ..state import (
     without_weight_norms,
 )
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers, watch_floats
+from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import (
     EQUAL,
@@ -64,6 +64,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
+from .plain_numbers import seen_by_python, watch_numbers
 from .unseen import Levels, Unread, named_in
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -521,7 +522,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     if attributes:
         tracer.flow.rooted = tracer.note_root
         track_attributes(tracer.model, tracer.note_root)
-        watch_floats(tracer.model)
+        watch_numbers(tracer.model)
         tracer.unread.watch()
     tracer.run(example_inputs)
     idle = [name for name in tracer.kinds if name not in tracer.ran]
