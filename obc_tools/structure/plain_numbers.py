@@ -11,9 +11,10 @@ import builtins
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from contextlib import suppress
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from ..state import Restoring, shared
 from .flow import plain
 
-FOREIGN = ("torch", "numpy", "obc_tools")
+FOREIGN = {"torch", "numpy", "obc_tools"} | sys.stdlib_module_names - {"__main__"}
 """Packages whose functions are left as they are."""
 
 
@@ -111,6 +112,20 @@ class _Globals(dict):
         return found
 
 
+class _Module(ModuleType):
+    """A module that watches what is asked of it; functions of `math` give watched numbers."""
+
+    def __init__(self, original: ModuleType, watch: Callable[[Any], Any]):
+        super().__init__(original.__name__)
+        vars(self).update(original=original, watch=watch)
+
+    def __getattr__(self, name: str) -> Any:
+        held = getattr(self.original, name)
+        if self.original is math and callable(held):
+            return lambda *args: self.watch(held(*args))
+        return self.watch(held)
+
+
 class Watch:
     """Makes functions anew whose numbers note the widths that they meet; each once."""
 
@@ -126,13 +141,18 @@ class Watch:
             return _Float(held)
         if kind in _TABLES and held and _is_numbers(held):
             return _TABLES[kind](held)
+        if kind is ModuleType and (held is math or not _is_foreign(held.__name__)):
+            return _Module(held, self.value)
+        if kind is functools.partial:
+            named = {name: self.value(each) for name, each in held.keywords.items()}
+            return functools.partial(self.value(held.func), *map(self.value, held.args), **named)
         return self.function(held) if kind is FunctionType else held
 
     def function(self, function: FunctionType) -> FunctionType:
         """Return a function that computes the same, or itself where it holds and finds nothing to watch."""
         if function in self.functions:
             return self.functions[function]
-        if (function.__module__ or "").partition(".")[0] in FOREIGN:
+        if _is_foreign(function.__module__ or ""):
             return function
         if id(function.__globals__) not in self.globals:
             self.globals[id(function.__globals__)] = _Globals(function.__globals__, self.value)
@@ -155,6 +175,10 @@ class Watch:
         return code.replace(co_consts=tuple(map(self.value, constants)))
 
 
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] in FOREIGN
+
+
 def _is_numbers(held: list | tuple | dict | frozenset | set) -> bool:
     """Say whether a table holds plain numbers alone, by whole numbers if they are looked up by keys.
 
@@ -175,14 +199,18 @@ def watch_numbers(model: nn.Module) -> None:
             continue
         held = vars(module)
         held.update({key: watch.value(value) for key, value in held.items() if not key.startswith("_")})
-        for name, method in _methods(module):
-            held[name] = MethodType(watch.function(method), module)
+        held.update(_methods(module, watch))
 
 
-def _methods(module: nn.Module) -> Iterator[tuple[str, FunctionType]]:
-    """Yield the methods of a module's class and its ancestors below torch's, but those that it keeps others for."""
+def _methods(module: nn.Module, watch: Watch) -> dict[str, Callable]:
+    """Return the methods of a module's class and its ancestors below torch's, but those that it keeps others for."""
     names = {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}
-    for name in names - vars(module).keys():
-        found = inspect.getattr_static(module, name)
-        if isinstance(found, FunctionType) and not name.startswith("__"):
-            yield name, found
+    found = {name: inspect.getattr_static(module, name) for name in names - vars(module).keys() if name[:2] != "__"}
+    methods: dict[str, Callable] = {}
+    for name, method in found.items():
+        if isinstance(method, staticmethod | classmethod) and isinstance(method.__func__, FunctionType):
+            function = watch.function(method.__func__)
+            methods[name] = function if isinstance(method, staticmethod) else MethodType(function, type(module))
+        elif isinstance(method, FunctionType):
+            methods[name] = MethodType(watch.function(method), module)
+    return methods

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import own_layers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,32 @@ class Spelled(Between):
         return self.o(self.b(x))
 
 
+class Methods(Between):
+    """Numbers in methods that take no module, and in another of the user's modules."""
+
+    def __init__(self, way: str):
+        super().__init__(lambda x: x)
+        self.way = way
+
+    @staticmethod
+    def alone(width: int) -> float:
+        return 1.0 / width
+
+    @classmethod
+    def of_class(cls, width: int) -> float:
+        return 1.0 / width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        share = own_layers.share_of(x.shape[1]) if self.way == "module" else getattr(self, self.way)(x.shape[1])
+        return self.o(self.b(x * share))
+
+
+@pytest.mark.parametrize("way", ["alone", "of_class", "module"])
+def test_a_width_in_other_functions_than_methods_stays(way):
+    assert "number in truediv" in find_groups(Methods(way), torch.randn(4, 5))[0].kept_whole
+
+
 @pytest.mark.parametrize("way", range(5))
 def test_a_width_on_the_right_of_a_float_or_compared_stays(way):
     found = find_groups(Spelled(way), torch.randn(4, 5))[0]
@@ -171,6 +198,9 @@ FREE = {
     "lookup in a dict or not": lambda x: x * KNOWN.get(x.shape[1], 1.0),
     "lookup among keys": lambda x: 2 * x if x.shape[1] in KNOWN else x,
     "lookup in a set": lambda x: 2 * x if x.shape[1] in {12, 16} else x,
+    "mul of pi": lambda x: x * (math.pi * x.shape[1]),
+    "truediv of math": lambda x: x * (math.exp(0.5) / x.shape[1]),
+    "mul of a partial function": lambda x: x * functools.partial(lambda share, width: share * width, 0.5)(x.shape[1]),
     "numerator": lambda x: x * float(Fraction(1, x.shape[1])),
 }
 
