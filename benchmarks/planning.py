@@ -49,7 +49,7 @@ class Options:
     Attributes:
         pairs: of a plain pass and a scored batch; of whole plans by either code.
         batches: of 128 images at most in a step.
-        fixed: a number of batches in every step, to hold against stopping.
+        fixed: numbers of batches in every step, to hold against stopping.
         whole: the number of batches in every step that stand for all of them.
         before: a checkout to run at that number too, in turns.
         note: whether the machine was quiet.
@@ -62,7 +62,7 @@ class Options:
     data: Path | None = None
     weights: Path | None = None
     batches: int = 50
-    fixed: int = 4
+    fixed: tuple[int, ...] = (4,)
     stops: tuple[float, ...] = (0.1,)
     whole: int = 50
     before: Path | None = None
@@ -116,6 +116,7 @@ def prunable_axes(model: nn.Module, batch: Any) -> list[LayerAxis]:
 
 
 def time_scoring(name: str, options: Options) -> None:
+    torch.set_flush_denormal(True)  # random weights of deep networks make many, and plain passes slow
     model, batch, objective = case(name)
     axes = prunable_axes(model, batch)
 
@@ -207,7 +208,7 @@ def in_process(options: Options, stop: float | None, most: int, code: Path) -> d
 def time_plans(options: Options) -> None:
     here, whole = Path(__file__).parents[1], None
     runs = [(stop, options.batches, here, "here") for stop in options.stops]
-    runs += [(None, options.fixed, here, "here")]
+    runs += [(None, fixed, here, "here") for fixed in options.fixed]
     for _ in range(options.pairs):
         runs += [(None, options.whole, options.before, "before")] if options.before else []
         runs += [(None, options.whole, here, "here")]

@@ -13,7 +13,8 @@ class UnknownNameError(ValueError):
 
     def __init__(self, what: str, name: str, known: Sequence[str]):
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(sorted(known)[:20])}"
+        names = f"known: {', '.join(sorted(known)[:20])}" if any(known) else "there is none that has a name"
+        hint = f"closest: {', '.join(close)}" if close else names
         super().__init__(f"unknown {what} {name!r}; {hint}")
 
 

@@ -6,9 +6,12 @@ yellow on dark; blue to orange where there are signs) and fixed by name: EP has 
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import make_colorscale
 
@@ -97,12 +100,42 @@ def finished(
 ) -> go.Figure:
     """Return a figure after giving it its look, its height, what all its axes have in common, and more of the layout.
 
+    Names that would be read as tags are shown as they are written, see `escaped`.
+
     Raises:
         ValueError: an unknown look.
     """
-    figure.update_xaxes(x or {})
-    figure.update_yaxes(y or {})
-    return figure.update_layout(template=theme(look), height=height, **layout)
+    if x:
+        figure.update_xaxes(x)
+    if y:
+        figure.update_yaxes(y)
+    figure.update_layout(height=height, **layout)
+    drawn = figure.to_plotly_json()
+    shown = escaped(drawn)
+    return (figure if shown is drawn else go.Figure(shown)).update_layout(template=theme(look))
+
+
+_OTHER_TAGS = re.compile(r"<(?!br>|/?sub>|/?extra>)")
+"""Where a tag begins that is none of ours."""
+
+
+def escaped(drawn: Any) -> Any:
+    """Return text, properties or figures without tags but those that figures here write: `br`, `sub`, `extra`.
+
+    Names of layers, classes, runs and files are whatever their owners call them, and plotly reads tags, also links,
+    wherever it writes text. What holds none is returned as it is.
+    """
+    if isinstance(drawn, str):
+        return _OTHER_TAGS.sub("&lt;", drawn) if "<" in drawn else drawn
+    if isinstance(drawn, np.ndarray):
+        return drawn if drawn.dtype.kind not in "OU" or (told := escaped(said := drawn.tolist())) is said else told
+    if isinstance(drawn, dict):
+        values = escaped(list(drawn.values()))
+        return dict(zip(drawn, values, strict=True)) if any(map(operator.is_not, values, drawn.values())) else drawn
+    if isinstance(drawn, list | tuple):
+        values = [escaped(part) for part in drawn]
+        return type(drawn)(values) if any(map(operator.is_not, values, drawn)) else drawn
+    return drawn
 
 
 def color_axis(unit: str, **scale: Any) -> dict[str, Any]:

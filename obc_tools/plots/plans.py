@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import check_name
-from .looks import COLORS, PALETTE, PAPER, color_axis, counted, finished
+from .looks import COLORS, PALETTE, PAPER, color_axis, counted, escaped, finished
 
 TOLD = "%{customdata}<extra></extra>"
 GROUPS = {"type": "category", "tickangle": -90, "tickfont_size": 9}
@@ -105,7 +105,7 @@ def studio_figure(shown: Any, kept: Sequence[int], root: str, score: Tensor, *, 
 def studio_axes(root: str, score: Tensor) -> dict[str, Any]:
     """Return what the layout of `studio_figure` says of the group that is shown."""
     title = f"channels of {root} by score; click one to keep or remove it"
-    return {"xaxis2": {"title": {"text": title}}, "yaxis2": {"type": "log" if _is_wide(score) else "linear"}}
+    return {"xaxis2": {"title": {"text": escaped(title)}}, "yaxis2": {"type": "log" if _is_wide(score) else "linear"}}
 
 
 def _is_wide(score: Tensor) -> bool:
@@ -125,7 +125,7 @@ def studio_traces(shown: Any, kept: Sequence[int], score: Tensor) -> list[dict[s
     marker = {"symbol": "diamond-open", "size": 8, "color": PALETTE[1], "line_width": 2}
     marked = {"x": shown.names if len(marks) else [], "y": marks, "name": "kept by the compared plan"}
     marked |= SILENT | {"mode": "markers", "marker": marker, "showlegend": bool(len(marks))}
-    return [*traces, marked, *_score_bars(kept, score)]
+    return [*escaped([*traces, marked]), *_score_bars(kept, score)]
 
 
 def _score_bars(kept: Sequence[int], score: Tensor) -> list[dict[str, Any]]:
@@ -462,7 +462,7 @@ def _widths(layer: pd.Series) -> str:
 def _told(layer: pd.Series, group: Any, plan: Any) -> str:
     count = {role: sum(member.role == role for member in group.members) for role in ("output", "input", "scale")}
     lines = [
-        f"<b>{layer.name}</b> ({layer['type']}): {_widths(layer)}",
+        f"{layer.name} ({layer['type']}): {_widths(layer)}",
         f"group {group.root}: {len(plan.kept_of(group))} of {counted(group.width, 'channel')} kept",
         f"{counted(count['output'], 'layer')} make them, {count['input']} read them, {counted(count['scale'], 'norm')}",
         *([] if group.prunable else [f"kept whole: {group.kept_whole}"]),

@@ -7,6 +7,7 @@ depth: several forward passes go on side by side, one of them at a time.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -200,6 +201,20 @@ def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Itera
 
 
 _PATCHING = threading.RLock()
+_BEFORE: list[Callable] = []
+"""What stood where something is patched now."""
+
+
+def _begin_in_a_child() -> None:
+    """Undo, in a process that was forked, what threads have patched that it does not have."""
+    global _PATCHING
+    _PATCHING = threading.RLock()
+    if _BEFORE:
+        F.linear = _BEFORE[0]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_a_child)
 
 
 @contextmanager
@@ -219,11 +234,14 @@ def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visi
         yield
         return
     with _PATCHING:  # other threads wait: they would put back what is patched here
-        linear, F.linear = F.linear, seen
+        linear = F.linear
+        _BEFORE.append(linear)
         try:
+            F.linear = seen
             yield
         finally:
             F.linear = linear
+            _BEFORE.remove(linear)
 
 
 def _parts(attention: nn.MultiheadAttention, weight: Tensor) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from ..files import write_text
 from ..measure.costs import CostModel
 from ..models.store import save_pruned
 from ..plots.curves import accuracy_over_macs
-from ..plots.looks import LIGHT, counted
+from ..plots.looks import LIGHT, counted, escaped
 from ..plots.plans import SCORES, UPPER, coupling_graph, studio_axes, studio_figure, studio_traces
 from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.order import Reach, reach_of
@@ -627,14 +627,19 @@ class PruningStudio(View):
 
     def _clicked_group(self, click: Click) -> None:
         """Show the group whose row of the heat map was clicked."""
-        self._controls.group.value = dict(self._controls.group.options).get(click.y, self._controls.group.value)
+        self._choose(click.y)
 
     def _clicked_layer(self, click: Click) -> None:
         """Show the group of the layer whose box was clicked."""
         drawn = self.graph.figure.data
         if click.trace == len(drawn) - 1:
             _, root = drawn[-1].customdata[click.place[0]]
-            self._controls.group.value = dict(self._controls.group.options).get(root, self._controls.group.value)
+            self._choose(root)
+
+    def _choose(self, drawn: object) -> None:
+        """Show the group that a figure names so."""
+        chosen = self._controls.group
+        chosen.value = {escaped(name): root for name, root in chosen.options}.get(drawn, chosen.value)
 
     def _compared(self) -> PruningPlan | None:
         """Return the remembered plan to compare with, if its scores are there."""

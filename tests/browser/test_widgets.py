@@ -219,6 +219,50 @@ def test_the_monitor_follows_and_stops_a_run(show, folder):
     view.until(lambda: view.button("resume").is_enabled() and view.button("stop").is_disabled(), "it can be resumed")
 
 
+MARKED = """import dataclasses, torch, obc_tools as obc
+from collections import OrderedDict
+from torch import nn
+torch.set_num_threads(1)
+data = obc.load_data("digits")
+data = dataclasses.replace(data, classes=tuple(f"<b id=q>{i}</b>" for i in range(10)))
+names = "<b id=q>x</b>0", "<img id=q alt=q>1", "<a id=q href='#'>2</a>", "<i id=q onclick='q()'>3"
+parts = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 10)
+model = nn.Sequential(OrderedDict(zip([*names, "last"], parts)))
+history = obc.fit(model, data.batches("train", 512), data.batches("val", 512), obc.Recipe(epochs=1), progress=False)
+history"""
+MARKED_VIEWS = (
+    "explorer = obc.JTJExplorer(model, data, batches=1)\nexplorer",
+    "together = obc.InteractionExplorer(model, data, batches=1)\ntogether",
+    "studio = obc.PruningStudio(model, data, batches=1, held_out=1)\nstudio",
+    "studio.wait().folds.selected_index = 1\nhistory.plot('<b id=q>x</b>')",
+    "obc.RunMonitor({'<b id=q>x</b>': '<b id=q>y'}, every=None)",
+    "obc.find_groups(model, torch.zeros(1, 1, 8, 8))[0]",
+    "obc.explain(obc.find_groups(model, torch.zeros(1, 1, 8, 8)))",
+    "obc.Run.open('<b id=q>y')",
+)
+MADE = "img[alt=q]", "a[href='#']", "[id=q]", "text a", "text tspan[style*=bold]"
+"""What a page made of the names of somebody's layers, classes and runs."""
+
+
+def test_names_are_words_in_every_view(show, folder):
+    """Layers, classes and runs that are called like tags: shown as they are called, and nothing is made of them."""
+    write(folder / "<b id=q>y")
+    notebook = show(MARKED, *MARKED_VIEWS)
+    studio, pairs = notebook.view("obc.PruningStudio("), notebook.view("obc.InteractionExplorer(")
+    studio.until(lambda: studio.figure("g.calcdata?.length > 0"), "the first plan")
+    pairs.until(lambda: "duplicate most" in pairs.words, "pairs")
+    notebook.view("obc.JTJExplorer(").choose("view", "group")
+    studio.enter("name", "<b id=q>plan</b>")
+    studio.press("remember")
+    studio.choose("compare with", "<b id=q>plan</b>")
+    studio.until(lambda: "<b id=q>plan</b>" in studio.words, "a plan of such a name in the table")
+    graph = "[...view.querySelectorAll('.ytick text')].map(e => e.textContent).join()"
+    drawn = studio.cell.locator(".js-plotly-plot:visible")
+    studio.until(lambda: "<a id=q href='#'>2</a>" in drawn.nth(1).evaluate(f"view => {graph}"), "the graph's layers")
+    for kind in MADE:
+        assert notebook.page.locator(f".jp-OutputArea {kind}").count() == 0, kind
+
+
 def test_everything_is_there_again_after_a_reload(show, folder):
     write(folder / "run")
     notebook = show(NETWORK, EXPLORER, PAIRS, STUDIO, MONITOR)

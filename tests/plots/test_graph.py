@@ -97,7 +97,7 @@ def test_boxes_show_widths_and_tell_the_rest(drawn):
     assert left < 16 and labels.text[:3] == ("1 → 16", f"16 → {left}/16", f"{left}/16 → 16")
     row = table.set_index("layer").loc["layer1.0.conv1"]
     assert labels.customdata[1][0] == (
-        f"<b>layer1.0.conv1</b> (Conv2d): 16 → {left}/16<br>group layer1.0.conv1.out: {left} of 16 channels kept<br>"
+        f"layer1.0.conv1 (Conv2d): 16 → {left}/16<br>group layer1.0.conv1.out: {left} of 16 channels kept<br>"
         f"1 layer make them, 1 read them, 1 norm<br>"
         f"parameters: {row['parameters after']:,} of 2,304<br>MACs: {row['MACs after']:,.0f} of {row['MACs']:,.0f}"
     )

@@ -1,6 +1,7 @@
 import copy
 import logging
 import re
+import sys
 import threading
 
 import numpy as np
@@ -27,6 +28,7 @@ from obc_tools import (
 from obc_tools.pruning.compensation import left_plain
 from obc_tools.pruning.equivalent import MixedLayer
 from obc_tools.pruning.moments import Moments
+from obc_tools.pruning.readings import _linear_seen
 
 
 def images_like(images, count, seed=3):
@@ -387,6 +389,30 @@ def test_threads_compensate_networks_of_their_own():
     assert F.linear is linear and [len(made) for made in found] == [4, 5]
     for made, one in zip(found, wanted, strict=True):
         assert all(torch.equal(again(tokens), one(tokens)) for again in made)
+
+
+def test_a_process_that_is_forked_beside_a_thread_compensates():
+    torch.manual_seed(0)
+    tokens, linear, begun, end = torch.randn(6, 8, 5).double(), F.linear, threading.Event(), threading.Event()
+    model = Attending().double()
+    plan, weight = half_of(model, tokens, "stem"), nn.Parameter(torch.ones(1, 1))
+
+    def patch():
+        with _linear_seen({weight.data_ptr(): ("it", None)}, visit=id, after=True):
+            begun.set()
+            end.wait()
+
+    thread = threading.Thread(target=patch)
+    thread.start()
+    begun.wait()
+    context = torch.multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: sys.exit(F.linear is not linear or not compensate(model, plan, [tokens])))
+    child.start()
+    child.join(60)
+    child.kill()
+    end.set()
+    thread.join()
+    assert child.exitcode == 0 and F.linear is linear
 
 
 class Fused(Attention):

@@ -4,6 +4,7 @@ from networks import NETWORKS, Concat, network
 from torch import nn
 
 from obc_tools import ChannelGroup, LayerAxis, Member, find_groups
+from obc_tools.structure.layers import get_layer
 
 
 def test_a_group_holds_everything_that_goes_with_a_channel():
@@ -79,6 +80,8 @@ def test_bad_ignore_is_refused():
         find_groups(model, images, ignore=["conv9"])
     with pytest.raises(ValueError, match="a Linear that is not part of the model"):
         find_groups(model, images, ignore=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"unknown layer '0'; there is none that has a name$"):
+        get_layer(nn.Linear(2, 2), "0")
 
 
 class OfMatrices(nn.Module):
