@@ -90,3 +90,8 @@ def registered():
         for kind, described in OWN.items():
             stack.enter_context(register_layer(kind, described))
         yield
+
+
+def share_of(width: int) -> float:
+    """Return one part in as many as a width."""
+    return 1.0 / width

@@ -311,7 +311,7 @@ class ProductRows(_Rows):
         largest = max(rows.abs().max() for rows in plain.values())
         for axis, rows in plain.items():
             eps = torch.finfo(rows.dtype).eps
-            if not (again[axis] - rows).abs().max() <= eps**0.5 * rows.abs().max() + 100 * eps * largest:
+            if not (again[axis] - rows).abs().max() <= eps ** (1 / 3) * rows.abs().max() + 100 * eps * largest:
                 logger.info("batch norms are scored unfolded: %s differs", axis)
                 self.proof.folds = {}
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .flow import name_of, tensors_in
+from .operations import ATTENTIONS
 
 REARRANGING = ("view", "_unsafe_view", "_reshape_alias", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze",
                "select", "unbind", "slice", "split", "split_with_sizes", "chunk", "expand", "clone", "contiguous",
@@ -28,6 +29,7 @@ PRODUCTS = {"mm": 1, "bmm": 1, "addmm": 2, "baddbmm": 2, "convolution": 1}
 NORMS = {"native_batch_norm": 1, "_native_batch_norm_legit_no_training": 1, "cudnn_batch_norm": 1,
          "native_group_norm": 1, "native_layer_norm": 2, "_fused_rms_norm": 2}  # fmt: skip
 """Norms, with the place of the weight, before the bias, among their arguments."""
+MATRICES = ("mm", "bmm")
 SUMS = ("add", "sub")
 FACTORS = ("mul", "div", "neg", "_to_copy")
 
@@ -42,10 +44,14 @@ class Shadow:
 
 @dataclass
 class Shadows:
-    """The shadows of the tensors of a forward pass."""
+    """The shadows of the tensors of a forward pass.
+
+    ``lost`` are the labels that made what went into other things than a sum of products over them.
+    """
 
     known: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     moving: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    lost: list[np.ndarray] = field(default_factory=list)
 
     def register(self, parameter: Tensor, dim: int, labels: np.ndarray) -> None:
         """Shadow a parameter by the labels of its outputs."""
@@ -86,6 +92,25 @@ class Shadows:
             self._set(results[0], self._norm(name, results[0], args))
         else:
             self._set(results[0], self._elementwise(name, results[0], args))
+        if not name.endswith("_like") and not name.startswith("new_"):
+            self._lose(name, results, tensors_in((*args, *kwargs.values())))
+
+    def spent(self, labels: np.ndarray) -> bool:
+        """Say whether what any of these labels made went into other things than a sum of products over them."""
+        return any(np.isin(labels, lost).any() for lost in self.lost)
+
+    def _lose(self, name: str, results: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
+        """Note which labels go into an operation whose result is no more theirs."""
+        if name in (*REARRANGING, *SUMS, *FACTORS) and results[0] in self.known:
+            return
+        shadows = [self.known.get(tensor) for tensor in taken]
+        summed = {0: -1, 1: -2} if name in MATRICES else {0: -1, 1: -1} if name in ATTENTIONS else {}
+        if any(shadow is not None and shadow.bare for shadow in shadows):
+            summed = {}
+        for place, shadow in enumerate(shadows):
+            for summand in () if shadow is None or shadow.bare else shadow.summands:
+                if place not in summed or not _varies(summand, summed[place]):
+                    self.lost.append(_once(summand).reshape(-1).numpy())
 
     def _set(self, result: Tensor, shadow: Shadow | None) -> None:
         if shadow is not None:
@@ -162,6 +187,11 @@ def _apply(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 def _once(summand: Tensor) -> Tensor:
     """Return a tensor without the copies of its values along dimensions that it was only expanded to."""
     return summand[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in summand.stride())]
+
+
+def _varies(summand: Tensor, dim: int) -> bool:
+    """Say whether different labels lie along a dimension."""
+    return summand.shape[dim] > 1 and bool((summand.select(dim, 0) != summand.select(dim, 1)).all())
 
 
 def _spread(labels: Tensor, result: Tensor, dim: int) -> Tensor:

@@ -6,12 +6,9 @@ other tensors. `FUNCTIONS` maps the name of a function to what stands in for it 
 
 from __future__ import annotations
 
-import builtins
-import functools
 import inspect
 import math
 import operator
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..state import Restoring, shared
-from .flow import HELD, Dimension, Flow, Size, into, plain, tensors_in
+from .flow import HELD, Dimension, Flow, Size, into, tensors_in
 
 
 class Tracing(Protocol):
@@ -115,77 +111,6 @@ def _attended(tracer: Tracing, options: Mapping[str, Any]) -> Tensor:
     mixed = _attention(tracer, nn.functional.scaled_dot_product_attention, tuple(parts), {})
     mixed = mixed.permute(2, 0, 1, 3).flatten(2)
     return nn.functional.linear(mixed, options["out_proj_weight"], options["out_proj_bias"])
-
-
-class _RangeType(type):
-    def __instancecheck__(cls, value: Any) -> bool:
-        return isinstance(value, _RANGE)
-
-
-class _Range(metaclass=_RangeType):
-    def __new__(cls, *ends: Any) -> range:
-        use_as_numbers(ends, "range")
-        return _RANGE(*ends)
-
-
-def _noting(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def note(*args: Any) -> Any:
-        use_as_numbers(args, function.__name__)
-        return function(*args)
-
-    return note
-
-
-class _Float(float):
-    """A number that notes the widths on its right: a float asks no whole number how it becomes plain."""
-
-
-def _noting_right(method: str) -> Callable:
-    return lambda self, other: getattr(float, method)(self, plain(other, method.strip("_")))
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "gt", "ge"):
-    setattr(_Float, f"__{_name}__", _noting_right(f"__{_name}__"))
-
-
-def watch_floats(model: nn.Module) -> None:
-    """Let the floats that modules keep, and those that their methods spell out, note widths; in place."""
-    for module in model.modules():
-        if type(module).__module__.startswith("torch.nn"):
-            continue
-        held = vars(module)
-        held.update({key: _Float(value) for key, value in held.items() if type(value) is float})
-        names = {name for kind in type(module).__mro__ if kind is not nn.Module for name in vars(kind)}
-        for name in names - held.keys():
-            function = inspect.getattr_static(module, name)
-            if isinstance(function, types.FunctionType) and float in map(type, function.__code__.co_consts):
-                held[name] = types.MethodType(_with_floats(function), module)
-
-
-def _with_floats(function: types.FunctionType) -> types.FunctionType:
-    constants = (_Float(each) if type(each) is float else each for each in function.__code__.co_consts)
-    code = function.__code__.replace(co_consts=tuple(constants))
-    made = types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(made, function)
-
-
-_RANGE = range
-_SEEN = [(builtins, "range", _RANGE, _Range)]
-_SEEN += [(math, f.__name__, f, _noting(f)) for f in (math.log, math.log2, math.log10, math.isqrt, math.gcd)]
-
-
-def seen_by_python() -> Restoring:
-    """Let `range` and functions of `math` note the widths that they take: these ask no number how it becomes plain."""
-
-    def place(noting: bool) -> None:
-        for module, name, *functions in _SEEN:
-            setattr(module, name, functions[noting])
-
-    return shared("range and math", functools.partial(place, True), functools.partial(place, False))
 
 
 @stand_in(*TAKES_LAYERS)

@@ -72,9 +72,9 @@ EQUAL = "equal"
 class Size(int):
     """A whole number with its source; arithmetic on it keeps the sources.
 
-    What makes a plain number of it notes that (`as_number`). Python asks nobody where it takes a number as an index
-    (`calls.seen_by_python` stands in for its best-known functions), looks one up in a dict, or divides a float by it
-    (`calls.watch_floats`: but those of methods and attributes): a width so used is found by the proof alone.
+    What makes a plain number of it notes that (`as_number`). Python asks nobody where it takes a number as an index,
+    looks one up in a table, or divides a float by it: there the other side notes it, as far as `plain_numbers` reaches,
+    and beyond, such as in a table that a function makes, the proof alone finds a width so used.
     """
 
     source: Attribute | Dimension | Combined
@@ -120,16 +120,20 @@ class Size(int):
         return 0 - self
 
     def __pow__(self, power: Any, *modulus: Any) -> Any:
-        return int.__pow__(self.as_number("root" if isinstance(power, float) else "pow"), plain(power, "pow"), *modulus)
+        if isinstance(power, float):
+            return self.as_number("root" if abs(power) == 0.5 else "pow") ** float(power)
+        return int.__pow__(self.as_number("pow"), plain(power, "pow"), *modulus)
 
     def as_number(self, operation: str) -> int:
         """Return the plain number, for an operation that shapes no tensor: it would change with the width."""
-        for source in dict.fromkeys(leaves(self)):
+        source = next(leaves(self), None)
+        if source is not None:
             source.rooted(self, operation)
         return operator.index(self)
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(function, method)(*(plain(arg, "root") for arg in args), **kwargs)
+        name = "root" if function.__name__ == "sqrt" else function.__name__
+        return getattr(function, method)(*(plain(arg, name) for arg in args), **kwargs)
 
     def __reduce__(self) -> tuple:
         return int, (operator.index(self),)
@@ -174,6 +178,8 @@ for _name in ("truediv", "divmod", "lshift", "rshift", "and", "or", "xor"):
         setattr(Size, _method, _numeric(_method))
 for _method in ("__rpow__", "__invert__", "__abs__", "bit_length"):
     setattr(Size, _method, _numeric(_method))
+for _name in ("numerator", "real"):
+    setattr(Size, _name, property(lambda self, name=_name: self.as_number(name)))
 for _method in ("__round__", "__floor__", "__ceil__", "__trunc__", "__pos__"):
     setattr(Size, _method, lambda self, *digits: self)
 

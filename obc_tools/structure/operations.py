@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .flow import (
@@ -70,6 +71,25 @@ def _index_add(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
         else:
             dims[place] = _both(flow, into.dims[place], added.dims[place], (into, added))
     flow.put(out, dims)
+
+
+@operation("index_put", "_index_put_impl", "_unsafe_index_put")
+def _index_put(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
+    """Follow rows that are written into others, picked by number or by a mask of the leading dimensions."""
+    into, given = flow.of(args[0]), flow.of(args[2])
+    picked = sum(index.dim() if index.dtype == torch.bool else 1 for index in args[1] if index is not None)
+    leading = all(index is not None for index in args[1])
+    dims = list(into.dims)
+    for place in range(-len(dims), 0):
+        if place >= picked - len(dims) and leading:
+            same = -place <= args[2].dim() and args[2].shape[place] == args[0].shape[place]
+            if same and args[2].shape[place] > 1:
+                dims[place] = _both(flow, dims[place], given.dims[place], (into, given))
+        else:
+            flow.freeze(dims[place], "its channels are looked up by their numbers")
+    for labels in given.dims[: max(len(given.dims) - len(dims) + picked, 0)] if leading else given.dims:
+        flow.freeze(labels, "its channels are looked up by their numbers")
+    flow.put(out, dims, into.origin)
 
 
 def contract(flow: Flow, one: Labels, other: Labels, left: Tensor, right: Tensor) -> None:
@@ -185,7 +205,7 @@ def _group_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     _like_first(flow, out, source)
 
 
-@operation("max", "min", "prod", "any", "all", "logsumexp", "argmax", "argmin", "norm", "median")
+@operation("max", "min", "prod", "any", "all", "logsumexp", "argmax", "argmin", "median")
 def _reduce(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
     for labels in reduce_dims(flow, out, args, kwargs):
         flow.freeze(labels, SUMMED)
@@ -206,12 +226,15 @@ def _vary(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
         flow.keep_two(labels)  # one value has no variance
 
 
-@operation("linalg_vector_norm")
+@operation("linalg_vector_norm", "norm")
 def _vector_norm(flow: Flow, out: Any, args: tuple, kwargs: dict) -> None:
-    # A channel that is masked adds nothing to a length, so it may go.
+    # A channel that is masked adds nothing to a length, so it may go; the smallest of numbers is no length.
     dims = args[2] if len(args) > 2 else kwargs.get("dim")
     keep = args[3] if len(args) > 3 else kwargs.get("keepdim", False)
-    reduce_dims(flow, out, (args[0], dims, keep), {})
+    power = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    for labels in reduce_dims(flow, out, (args[0], dims, keep), {}):
+        if power is not None and power < 0:
+            flow.freeze(labels, SUMMED)
 
 
 def reduce_dims(flow: Flow, out: Any, args: tuple, kwargs: dict) -> list[np.ndarray]:
@@ -539,7 +562,7 @@ def _pad(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     _keep(flow, out, dims, source)
 
 
-@operation("index", "index_select", "gather", "index_put", "_unsafe_index")
+@operation("index", "index_select", "gather", "_unsafe_index")
 def _index(flow: Flow, out: Tensor, args: tuple, kwargs: dict) -> None:
     """Follow a lookup along dimensions without channels; channels that are looked up by number stay."""
     tensor, source = args[0], flow.of(args[0])

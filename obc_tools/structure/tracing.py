@@ -36,7 +36,7 @@ from ..state import (
     without_weight_norms,
 )
 from .attention import Contraction, Shadows
-from .calls import FUNCTIONS, attended_tensors, seen_by_python, sized_shape, use_as_numbers, watch_floats
+from .calls import FUNCTIONS, attended_tensors, sized_shape, use_as_numbers
 from .counting import Factor, Ledger, Product, attention_factors
 from .flow import (
     EQUAL,
@@ -65,6 +65,7 @@ from .layers import (
     scalable_slots,
 )
 from .operations import keep_tokens
+from .plain_numbers import seen_by_python, watch_numbers
 from .unseen import Levels, Unread, named_in
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -76,8 +77,8 @@ WAY_OUT = "pass Forward(run, inputs) as example inputs, which says what of its o
 RESHAPING = ("squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_", "t_")
 """Operations that change the shape of their argument in place."""
 
-ROOTS = ("root", "float")
-"""Operations on a width that may give an attention's temperature."""
+ROOT = "root"
+"""The operation on a width that may give an attention's temperature."""
 
 
 @dataclass
@@ -163,6 +164,7 @@ class Tracer:
     shadows: Shadows = field(default_factory=Shadows)
     contractions: list[Contraction] = field(default_factory=list)
     rooted: list[tuple[str, Size, str]] = field(default_factory=list)
+    tempered: set[int] = field(default_factory=set)
     default_scale: bool = False
     paused: int = 0
 
@@ -343,14 +345,11 @@ class Tracer:
 
         A layer whose type a user registered may compute with its own width: `check_layer` proves it.
         """
-        kept = [(found.module, found.labels.size) for found in self.contractions]
-        for module, size, operation in self.rooted:
-            if layer_type(self.model.get_submodule(module)).declared:
+        for number, (module, size, operation) in enumerate(self.rooted):
+            if number in self.tempered or layer_type(self.model.get_submodule(module)).declared:
                 continue
             if operation == EQUAL:
                 self.flow.require(size, None)
-                continue
-            if operation in ROOTS and any(module == name and operator.index(size) % width == 0 for name, width in kept):
                 continue
             for source in leaves(size):
                 self.flow.freeze(
@@ -370,22 +369,41 @@ class Tracer:
             self.flow.attended += [found for found in labels if found is not None]
 
     def keep_temperatures(self) -> None:
-        """Let attentions whose scale follows the number of their channels make up for it in their queries' weights."""
+        """Let attentions whose scale follows the number of their channels make up for it in their queries' weights.
+
+        Where a root of that number is taken, it has to be once for each of the attention's products: what is scaled by
+        it otherwise is not known.
+        """
+        of_label = self.flow.components()[1]
         for contraction in self.contractions:
             labels, rows = contraction.labels, contraction.rows
-            taken = [size for module, size, how in self.rooted if how in ROOTS and module == contraction.module]
-            taken = [size for size in taken if any(self.flow.labels_of(source) is not None for source in leaves(size))]
-            multiples = any(operator.index(size) % labels.size == 0 for size in taken)
-            if labels.size == 1 or not (contraction.follows or multiples):
+            roots = self._roots_of(contraction, of_label)
+            if labels.size == 1 or not (contraction.follows or roots):
                 continue
+            self.tempered.update(roots)
+            alike = [each for each in self.contractions if each.module == contraction.module]
+            products = sum(np.array_equal(*_classes(of_label, each.labels, labels)) for each in alike)
             if rows is None or not self._can_scale(rows):
                 self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
-                continue
-            if contraction.follows and self._multiplied_elsewhere(contraction):
+            elif len(roots) != (0 if contraction.follows else products):
+                self.flow.freeze(labels, "is a head of an attention that is not scaled once")
+            elif self.shadows.spent(rows) or (contraction.follows and self._multiplied_elsewhere(contraction)):
                 self.flow.freeze(labels, "is a head of an attention whose queries meet more than its keys")
-                continue
-            self.flow.temperatures.append((labels, rows))
-            self._note_scales(contraction.module, labels)
+            else:
+                self.flow.temperatures.append((labels, rows))
+                self._note_scales(contraction.module, labels)
+
+    def _roots_of(self, contraction: Contraction, of_label: np.ndarray) -> list[int]:
+        """Return which numbers are roots, taken in its module, of the number of a product's channels or a multiple."""
+        found = []
+        for number, (module, size, operation) in enumerate(self.rooted):
+            if operation == ROOT and module == contraction.module:
+                known = [self.flow.labels_of(source) for source in leaves(size)]
+                known = [labels for labels in known if labels is not None]
+                same = [np.array_equal(*_classes(of_label, labels, contraction.labels)) for labels in known]
+                if same and all(same) and operator.index(size) % contraction.labels.size == 0:
+                    found.append(number)
+        return found
 
     def _multiplied_elsewhere(self, contraction: Contraction) -> bool:
         """Say whether the queries are also multiplied with something that torch's scale does not scale."""
@@ -409,11 +427,17 @@ class Tracer:
         return axis_of
 
     def _note_scales(self, name: str, labels: np.ndarray) -> None:
-        """Find numbers beside an attention that hold its head dimension to the power of −1/2."""
-        for key, value in vars(self.model.get_submodule(name)).items():
-            if isinstance(value, float) and math.isclose(value, labels.size**-0.5):
+        """Find numbers beside an attention, not read, that hold its head dimension to the power of −1/2."""
+        watched = self.unread.watched.get(name)
+        held, read = (vars(self.model.get_submodule(name)), ()) if watched is None else (watched.hidden, watched.read)
+        for key, value in held.items():
+            if isinstance(value, float) and key not in read and math.isclose(value, labels.size**-0.5):
                 known = self.flow.scales.setdefault((name, key), labels)
                 self.flow.join(known, labels)
+
+
+def _classes(of_label: np.ndarray, *found: np.ndarray) -> list[np.ndarray]:
+    return [np.unique(of_label[labels]) for labels in found]
 
 
 def _declared_widths(
@@ -501,7 +525,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     if attributes:
         tracer.flow.rooted = tracer.note_root
         track_attributes(tracer.model, tracer.note_root)
-        watch_floats(tracer.model)
+        watch_numbers(tracer.model)
         tracer.unread.watch()
     tracer.run(example_inputs)
     idle = [name for name in tracer.kinds if name not in tracer.ran]

@@ -166,7 +166,8 @@ class Unread:
             named = named_forward(type(module)) if own else frozenset()
             if not named.isdisjoint(("__dict__", "vars")):
                 continue
-            hidden = {key: own[key] for key in own if key not in named and not hasattr(type(module), key)}
+            hidden = {key: own[key] for key in own if key not in named or isinstance(own[key], float)}
+            hidden = {key: held for key, held in hidden.items() if not hasattr(type(module), key)}
             if hidden:
                 for key in hidden:
                     del module.__dict__[key]
@@ -175,7 +176,8 @@ class Unread:
     def attributes(self, levels: Levels) -> Iterator[tuple[Attribute, np.ndarray]]:
         """Yield the attributes that were not read, with the labels of the width that each of them holds."""
         for name, watched in self.watched.items():
-            for key in (key for key in watched.hidden if key not in watched.read):
+            widths = (key for key, held in watched.hidden.items() if not isinstance(held, float))
+            for key in (key for key in widths if key not in watched.read):
                 for path, labels in self._labels_of(name, key, watched.hidden[key], levels):
                     if labels is not None:
                         yield Attribute(name, path), labels
@@ -214,6 +216,9 @@ class Unread:
 
 
 def _is_width(key: str, held: Any) -> bool:
+    """Say whether an attribute may be a width, or the scale of an attention that follows one."""
+    if isinstance(held, float):
+        return 0 < held < 1 and math.isclose(round(held**-2) ** -0.5, held)
     if key == FEATURES:
         return isinstance(held, list) and all(isinstance(entry, dict) for entry in held)
     named = key == GROUPS or any(pattern.fullmatch(key) for pattern in (TAKEN, MADE, PASSING))

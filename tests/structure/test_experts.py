@@ -1,5 +1,6 @@
 """Experts whose results are added up by the numbers of their rows."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,3 +69,50 @@ def test_experts_of_one_kernel_stay_whole_and_the_reason_says_what_to_do():
     assert not any(group.prunable for group in groups)
     reasons = {str(group.root): group.kept_whole for group in groups}
     assert "needs widths of whole 16 bytes" in reasons["stem.out"] and "eager" in reasons["stem.out"]
+
+
+def by_mask(model, hidden, pick):
+    total = torch.zeros_like(hidden)
+    for number, expert in enumerate(model.experts):
+        total[pick == number] = expert(hidden[pick == number])
+    return total
+
+
+def by_order(model, hidden, pick):
+    order, counts = pick.argsort(), torch.bincount(pick, minlength=4).tolist()
+    total = torch.empty_like(hidden)
+    total[order] = torch.cat(
+        [each(rows) for each, rows in zip(model.experts, hidden[order].split(counts), strict=True)]
+    )
+    return total
+
+
+def by_positions(model, hidden, pick):
+    total = torch.zeros_like(hidden).view(8, 8, -1)
+    for number, expert in enumerate(model.experts):
+        places = torch.where(pick.view(8, 8) == number)
+        total[places] = expert(hidden.view(8, 8, -1)[places])
+    return total.flatten(0, 1)
+
+
+def by_columns(model, hidden, pick):
+    total = torch.zeros(hidden.shape[1], len(hidden), dtype=hidden.dtype)
+    for number, expert in enumerate(model.experts):
+        total[:, pick == number] = expert(hidden[pick == number]).T
+    return total.T
+
+
+@pytest.mark.parametrize("write", [by_mask, by_order, by_positions, by_columns])
+def test_experts_whose_results_are_written_into_rows(write):
+    class Writing(Experts):
+        def forward(self, x):
+            hidden = self.stem(x).relu()
+            return self.out(write(self, hidden, self.gate(x).argmax(-1)) + hidden)
+
+    torch.manual_seed(0)
+    model, x = Writing().double().eval(), torch.randn(64, 5, dtype=torch.float64)
+    groups = find_groups(model, x)
+    assert {group.root.layer for group in groups if group.prunable} >= {f"experts.{number}.0" for number in range(4)}
+    assert next(group for group in groups if group.root.layer == "stem").prunable == (write is not by_columns)
+    plan = make_plan(score_groups(model, groups, "random"), ratio=0.4, scope="local")
+    assert check_plan(model, plan, x).ok

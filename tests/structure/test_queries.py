@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from networks import Attention
@@ -156,3 +157,78 @@ def test_queries_behind_a_nonlinearity_stay_whole():
             return F.scaled_dot_product_attention(q.tanh(), k.tanh(), v)
 
     assert not any(group.prunable for group in made(Rectified)[2].groups)
+
+
+def soft(products, v):
+    return products.softmax(-1) @ v
+
+
+SCALED_OTHERWISE = {
+    "twice": lambda q, k, v: F.scaled_dot_product_attention(q * q.shape[-1] ** -0.5, k, v),
+    "queries and keys": lambda q, k, v: soft(q * q.shape[-1] ** -0.5 @ (k * k.shape[-1] ** -0.5).mT, v),
+    "another power": lambda q, k, v: soft(q @ k.mT * q.shape[-1] ** -0.25, v),
+    "no root": lambda q, k, v: soft(q @ k.mT / float(q.shape[-1]), v),
+    "numpy": lambda q, k, v: soft(q @ k.mT / float(np.cbrt(q.shape[-1])), v),
+    "one of two products": lambda q, k, v: soft(q @ k.mT / math.sqrt(k.shape[-1]) + q @ k[:, :, :1].mT, v),
+}
+MEETING_MORE = {
+    "added": lambda q, k, v: q + F.scaled_dot_product_attention(q, k, v),
+    "set transformer": lambda q, k, v: q + soft(q @ k.mT / math.sqrt(k.shape[-1]), v),
+    "pooled": lambda q, k, v: F.scaled_dot_product_attention(q, k, v) + q.mean(2, keepdim=True),
+    "gates": lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * q.sigmoid(),
+    "values": lambda q, k, v: F.scaled_dot_product_attention(q, k, v + q),
+}
+
+
+@pytest.mark.parametrize("name", [*SCALED_OTHERWISE, *MEETING_MORE])
+def test_queries_that_are_scaled_otherwise_or_meet_more_than_keys_stay(name):
+    attend = (SCALED_OTHERWISE | MEETING_MORE)[name]
+    model, tokens, plan = made(type("Otherwise", (Attention,), {"attend": lambda self, q, k, v: attend(q, k, v)}))
+    assert not plan.scaled and check_plan(model, plan, tokens).ok
+    reasons = {group.kept_whole for group in plan.groups}
+    expected = ("number in", "not scaled once") if name in SCALED_OTHERWISE else ("meet more than its keys",)
+    assert any(part in str(reason) for reason in reasons for part in expected)
+
+
+class Streamed(Attention):
+    """An attention whose scale is computed from the width of the stream."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.stem, self.width_scale = nn.Linear(7, 24), scale
+        self.qkv = nn.Linear(24, 72)
+
+    def forward(self, x):
+        x = self.stem(x)
+        self.now = self.width_scale(self, x)
+        return super().forward(x)
+
+    def attend(self, q, k, v):
+        return soft(q @ k.mT * self.now, v)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda model, x: x.shape[-1] ** -0.5,
+        lambda model, x: 1 / math.sqrt(x.shape[-1] // model.num_heads),
+        lambda model, x: model.qkv.in_features**-0.5,
+    ],
+)
+def test_a_scale_by_another_width_keeps_that_width(scale):
+    model, tokens, plan = made(lambda: Streamed(scale))
+    stream = next(group for group in plan.groups if group.root == ("stem", "out"))
+    assert "number in root" in stream.kept_whole and plan.channels_removed and not plan.scaled
+    assert check_plan(model, plan, tokens).ok
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_scale_that_is_used_beside_torchs_own_stays(where):
+    class Twice(Attention):
+        def attend(self, q, k, v):
+            if where == "before":
+                return F.scaled_dot_product_attention(q * self.scale, k, v)
+            return self.scale * F.scaled_dot_product_attention(q, k, v)
+
+    model, tokens, plan = made(Twice)
+    assert plan.scaled and prune(model, plan).scale == 8**-0.5 and check_plan(model, plan, tokens).ok

@@ -1,5 +1,7 @@
 """Norms written by hand: statistics over channels that are given back to the same channels, and those that are not."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -223,3 +225,19 @@ def test_frozen_batch_norms_follow(kind):
     expected = F.linear(hidden, model[4].weight.view(4, 8, 16)[:, kept].flatten(1), model[4].bias)
     torch.testing.assert_close(pruned(inputs), expected, rtol=0, atol=1e-10)
     check_plan(model, plan, inputs).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"),
+    [
+        (lambda x: torch.norm(x, 2, dim=-1, keepdim=True), None),
+        (lambda x: x.norm(p=1, dim=-1, keepdim=True), None),
+        (lambda x: F.pairwise_distance(x, x.flip(0)).unsqueeze(-1), None),
+        (lambda x: torch.linalg.vector_norm(x, -math.inf, -1, keepdim=True), SUMMED),
+    ],
+)
+def test_lengths_over_channels(length, kept):
+    model, inputs = made(lambda x: torch.cat([x, length(x).expand(-1, -1, 2)], -1))
+    model.gain, model.after = nn.Parameter(torch.rand(1, dtype=torch.float64)), nn.Linear(12, 4).double()
+    plan = planned(model, inputs)
+    assert plan.groups[0].kept_whole == kept and check_plan(model, plan, inputs).ok

@@ -3,8 +3,10 @@
 import functools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
+import own_layers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,11 +123,125 @@ class Spelled(Between):
         return self.o(self.b(x))
 
 
+class Methods(Between):
+    """Numbers in methods that take no module, and in another of the user's modules."""
+
+    def __init__(self, way: str):
+        super().__init__(lambda x: x)
+        self.way = way
+
+    @staticmethod
+    def alone(width: int) -> float:
+        return 1.0 / width
+
+    @classmethod
+    def of_class(cls, width: int) -> float:
+        return 1.0 / width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        share = own_layers.share_of(x.shape[1]) if self.way == "module" else getattr(self, self.way)(x.shape[1])
+        return self.o(self.b(x * share))
+
+
+@pytest.mark.parametrize("way", ["alone", "of_class", "module"])
+def test_a_width_in_other_functions_than_methods_stays(way):
+    assert "number in truediv" in find_groups(Methods(way), torch.randn(4, 5))[0].kept_whole
+
+
 @pytest.mark.parametrize("way", range(5))
 def test_a_width_on_the_right_of_a_float_or_compared_stays(way):
     found = find_groups(Spelled(way), torch.randn(4, 5))[0]
     expected = {0: "number in truediv", 1: "number in truediv", 2: "number in comparison", 3: "number in comparison"}
     assert found.prunable if way == 4 else expected[way] in found.kept_whole
+
+
+HALF = 0.5
+TENTHS = [0.1 * number for number in range(20)]
+KNOWN = {12: 1.5, 6: 2.0}
+
+
+def halved(x: Tensor) -> Tensor:
+    return x * (0.5 * x.shape[1])
+
+
+def by_global(x: Tensor, width: int) -> Tensor:
+    return x * (HALF / width)
+
+
+def by_default(x: Tensor, *, gain: float = 0.25) -> Tensor:
+    return x * (gain * x.shape[1])
+
+
+def decorated(function):
+    """Return a function around another one, which computes with a float that it closes over."""
+    share = 0.25
+
+    @functools.wraps(function)
+    def call(x: Tensor) -> Tensor:
+        return function(x) * (share * x.shape[1])
+
+    return call
+
+
+FREE = {
+    "mul": lambda x: halved(x),
+    "truediv": lambda x: by_global(x, x.shape[-1]),
+    "mul by a default": lambda x: by_default(x),
+    "mul of an inner function": lambda x: (lambda width: x * (0.3 * width))(x.shape[1]),
+    "mul of a closure": lambda x: decorated(torch.relu)(x),
+    "mul of a sum": lambda x: x * ((HALF + 0.1) * x.shape[1]),
+    "sub": lambda x: x * (-HALF - x.shape[1]),
+    "lookup in a list": lambda x: x * TENTHS[x.shape[1]],
+    "lookup in a tuple": lambda x: x * (0.1, 0.2, 0.3, 0.4)[x.shape[1] // 4],
+    "lookup in a dict": lambda x: x * KNOWN[x.shape[1]],
+    "lookup in a dict or not": lambda x: x * KNOWN.get(x.shape[1], 1.0),
+    "lookup among keys": lambda x: 2 * x if x.shape[1] in KNOWN else x,
+    "lookup in a set": lambda x: 2 * x if x.shape[1] in {12, 16} else x,
+    "mul of pi": lambda x: x * (math.pi * x.shape[1]),
+    "truediv of math": lambda x: x * (math.exp(0.5) / x.shape[1]),
+    "mul of a partial function": lambda x: x * functools.partial(lambda share, width: share * width, 0.5)(x.shape[1]),
+    "numerator": lambda x: x * float(Fraction(1, x.shape[1])),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_width_that_meets_numbers_of_functions_and_tables_stays(name):
+    assert f"number in {name.split()[0]}" in reason(FREE[name])
+    assert KNOWN == {12: 1.5, 6: 2.0} and type(HALF) is float and type(TENTHS) is list
+    assert torch.equal(halved(torch.ones(2, 4)), torch.full((2, 4), 2.0)) and halved.__globals__ is globals()
+
+
+def test_functions_that_are_made_anew_keep_what_they_share():
+    """Closures that several functions write into, functions that call themselves, and what they write globally."""
+    counts = []
+
+    def counter():
+        count = 0
+
+        def add() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        def read() -> int:
+            return count
+
+        return add, read
+
+    add, read = counter()
+
+    def deep(x: Tensor, left: int) -> Tensor:
+        add()
+        return deep(x * 1.5, left - 1) if left else x
+
+    def call(x: Tensor) -> Tensor:
+        x = deep(x, 3)
+        counts.append(read())
+        return x
+
+    assert reason(call) is None
+    assert counts == [4] and read() == 0
 
 
 @pytest.mark.parametrize("other", [12, 8])
