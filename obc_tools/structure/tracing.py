@@ -258,11 +258,12 @@ class Tracer:
         self.flow.freeze_all([self.flow.of(leaf) for leaf in found], "reaches the model's output")
         self.met = self.met or self.history.walk_back(found)
 
-    def keep_unreached(self) -> None:
+    def keep_unreached(self, example_inputs: Any) -> None:
         """Let what could meet layers that never ran stay as wide as they expect it."""
         idle = [name for name in self.kinds if name not in self.ran and own_tensors(get_layer(self.model, name))]
         unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer in idle}
-        self.levels.keep_for(unreached, named_in(self.model) if unreached else set())
+        run = getattr(example_inputs, "run", None)
+        self.levels.keep_for(unreached, named_in(self.model, run) if unreached else set())
 
     def protect(self, tensors: Sequence[Tensor]) -> None:
         """Give memory of their own to tensors that an operation may write into."""
@@ -528,7 +529,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
         _run_training(tracer, example_inputs)
-    tracer.keep_unreached()
+    tracer.keep_unreached(example_inputs)
     tracer.flow.follow_products()
     tracer.keep_temperatures()
     tracer.keep_numbers()
