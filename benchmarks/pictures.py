@@ -23,7 +23,7 @@ from lab import THEMES, Notebook, View, chromium, jupyterlab, opened
 
 PICTURES = Path(__file__).parents[1] / "results" / "pictures"
 MOST_BYTES = 300_000
-WIDTH, HEIGHT, SCALE = 1240, 2400, 1.25
+HEIGHT = 2400
 NETWORK = """import torch, obc_tools as obc
 torch.manual_seed(0)
 data = obc.load_data("digits")
@@ -117,15 +117,21 @@ def take(notebook: Notebook, look: str, folder: Path, names: tuple[str, ...]) ->
         view.until(lambda: view.button("stop").is_disabled(), "the run's end", seconds=600)
 
 
-def main(out: Path = PICTURES, names: tuple[str, ...] = tuple(CELLS), looks: tuple[str, ...] = tuple(THEMES)) -> None:
-    """Take the pictures, once in each look."""
+def main(
+    out: Path = PICTURES,
+    names: tuple[str, ...] = tuple(CELLS),
+    looks: tuple[str, ...] = tuple(THEMES),
+    width: int = 1240,
+    scale: float = 1.25,
+) -> None:
+    """Take the pictures, once in each look, in a page of so many pixels; `scale` makes them larger."""
     out.mkdir(parents=True, exist_ok=True)
     for look in looks:
         with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder), look) as lab, chromium() as browser:
             runs = [RUNS] if "monitor" in names else []
             cells = [NETWORK, *runs, f"LOOK = {look!r}", *(CELLS[name] for name in names)]
             name = lab.write(lab.folder / "pictures.ipynb", *cells)
-            with opened(browser, lab, name, width=WIDTH, height=HEIGHT, scale=SCALE) as notebook:
+            with opened(browser, lab, name, width=width, height=HEIGHT, scale=scale) as notebook:
                 notebook.page.evaluate(ALONE)
                 notebook.run_all()
                 take(notebook, look, out, names)

@@ -47,7 +47,7 @@ class Options:
     """What to measure.
 
     Attributes:
-        pairs: of a plain pass and a scored batch; of whole plans by either code.
+        pairs: of a plain pass and a scored batch; of whole plans by either code, 0 for none.
         batches: of 128 images at most in a step.
         fixed: numbers of batches in every step, to hold against stopping.
         whole: the number of batches in every step that stand for all of them.
@@ -217,11 +217,12 @@ def time_plans(options: Options) -> None:
         result = in_process(options, stop, most, code)
         found.append((stop, most, name, result))
         print(stop, most, name, {key: value for key, value in result.items() if key != "gone"}, file=sys.stderr)
-    whole = set(map(tuple, found[-1][-1]["gone"]))
+    whole = set(map(tuple, found[-1][-1]["gone"])) if options.pairs else set()
     for stop, most, name, result in found:
         gone = set(map(tuple, result.pop("gone")))
         row = {"what": f"plan {name}", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "given": most}
-        row |= {**result, "overlap": round(len(gone & whole) / max(len(gone), len(whole)), 3), "seed": options.seed}
+        overlap = round(len(gone & whole) / max(len(gone), len(whole)), 3) if whole else ""
+        row |= {**result, "overlap": overlap, "seed": options.seed}
         write(row, options.note)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 LOGGER = "obc_tools"
-LONGEST_JSON = 2**28
-"""Bytes of the longest JSON file that is read."""
+LONGEST_JSON, DEEPEST_JSON = 2**28, 100
+"""Bytes of the longest JSON file that is read, and lists and mappings within each other."""
 DIGEST = "digest"
 """Key of the SHA-256 of all else that a JSON file holds."""
 LOCK, HOLDER = ".lock", ".holder.json"
@@ -251,10 +252,15 @@ def write_json(path: Path, content: Any, *, synced: bool = True, checked: bool =
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", synced=synced)
 
 
+def check_length(path: Path, most: int) -> None:
+    """Raise ValueError for a file that is longer than what is read into memory."""
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"'{path}' has {size:,} bytes; at most {most:,} are read")
+
+
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds; raise ValueError, which names it, for what is none or has another's digest."""
-    if (size := path.stat().st_size) > LONGEST_JSON:
-        raise ValueError(f"'{path}' has {size:,} bytes; JSON of at most {LONGEST_JSON:,} is read")
+    check_length(path, LONGEST_JSON)
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -272,6 +278,13 @@ def _digest(content: Any) -> str:
 def parse_json(text: str) -> Any:
     """Return what JSON text holds; raise ValueError for text that is none or is nested too deeply."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
+    level, depth = [content], 0
+    while level:
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level, depth = list(itertools.chain.from_iterable(inner)), depth + 1
+        if depth > DEEPEST_JSON:
+            raise ValueError("JSON that is nested too deeply")
+    return content

@@ -340,11 +340,15 @@ def running(model: nn.Module, inputs: Any, where: Callable[[], str]) -> Iterator
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, ValueError) and not raised_in.startswith(os.path.dirname(torch.__file__)):
+        if isinstance(error, ValueError) and not is_torchs(error):
             raise
         name, said = type(model).__name__, misfit(model, inputs, error)
         raise ValueError(f"{where()}: {name} cannot work on {shapes(inputs)}: {said}") from error
+
+
+def is_torchs(error: Exception) -> bool:
+    """Say whether torch raised an error."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(os.path.dirname(torch.__file__))
 
 
 def misfit(model: nn.Module, inputs: Any, error: Exception) -> str:
@@ -363,7 +367,8 @@ def misfit(model: nn.Module, inputs: Any, error: Exception) -> str:
     if not leaves:
         return "there is no tensor among them"
     if leaves[0].dim() > 3 and not leaves[0].is_floating_point():
-        return "images of whole numbers; make them floating point numbers and normalise them"
+        kind = "complex" if leaves[0].is_complex() else "whole"
+        return f"images of {kind} numbers; make them floating point numbers and normalise them"
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 

@@ -585,6 +585,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nobc: stopped; {command.AFTER_STOP}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
+        sys.stdout.flush()  # raises where it was printing that failed
         print(f"obc: error: {spelled(' '.join(str(error).split()), command)}", file=sys.stderr)
         sys.exit(2)
 

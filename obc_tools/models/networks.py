@@ -392,11 +392,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
 
     Raises:
         ValueError: For missing, unexpected or differently shaped entries, another number of classes, another kind of
-            numbers, negative variances, NaN or infinity.
+            numbers, numbers of 8 bits, packed or sparse ones, negative variances, NaN or infinity.
     """
     own = model.state_dict()
     _check_fit(own, state, origin)
     for key, tensor in state.items():
+        if not _is_usual(tensor):
+            raise ValueError(f"{origin}: '{key}' is no plain tensor of usual numbers ({tensor.dtype}, {tensor.layout})")
         if key in own and kind_of(tensor) != kind_of(own[key]):
             raise ValueError(f"{origin}: '{key}' holds {tensor.dtype}, the network's is {own[key].dtype}")
         if key.endswith("running_var") and (tensor < 0).any():
@@ -408,6 +410,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
     # The network's own state dict adds missing counters and the version marks that some modules insist on.
     own.update(state)
     model.load_state_dict(own)
+
+
+def _is_usual(tensor: Tensor) -> bool:
+    """Say whether numbers lie in memory one by one, with at least 16 bits if they are real."""
+    packed = tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided
+    return not packed and not (tensor.is_floating_point() and tensor.itemsize < 2)
 
 
 def kind_of(tensor: Tensor) -> tuple[bool, bool]:

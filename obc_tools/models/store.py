@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..files import LONGEST_JSON, entries, parse_json, replacing
+from ..files import LONGEST_JSON, check_length, entries, parse_json, replacing
 from ..pruning.equivalent import EquivalentModel
 from ..pruning.plan import PruningPlan, check_is_plan, prune
 from ..state import LentRandomness, check_module
@@ -38,7 +38,7 @@ LIBRARIES = ("obc_tools", "torch", "torchvision", "timm", "safetensors")
 _WEIGHT_OPTIONS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "weights_backbone"}
 
 
-LARGEST_NUMBER, MOST_TENSORS = 10**8, 10**5
+LARGEST_NUMBER, MOST_TENSORS, LONGEST_MANIFEST = 10**8, 10**5, 2**24
 """Of a source's options, and of the network that they describe: objects take memory beside their numbers."""
 
 
@@ -155,8 +155,8 @@ def load_pruned(folder: str | os.PathLike[str], *, model: nn.Module | None = Non
     for name, digest in manifest.sha256.items():
         if not (folder / name).is_file():
             raise StoreError(f"'{folder}' holds no {name}: it is no complete saved model")
-        if name != TENSORS and (folder / name).stat().st_size > LONGEST_JSON:
-            raise StoreError(f"'{folder / name}' is longer than the {LONGEST_JSON:,} bytes that are read")
+        if name != TENSORS:
+            check_length(folder / name, LONGEST_JSON)
         if _digest(folder / name) != digest:
             raise StoreError(f"'{folder / name}' is truncated or was changed: its SHA-256 is not that of {MANIFEST}")
     plan = PruningPlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
@@ -315,6 +315,7 @@ def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'is no folder'}")
+    check_length(path, LONGEST_MANIFEST)
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:

@@ -6,6 +6,7 @@ Each is checked when built, made once where a user's keywords come in, and hande
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -210,7 +211,9 @@ class Target:
             check_number(name, value, "a share of channels in (0, 1)", lambda share: 0 < share < 1)
         if name == "speedup":
             check_number(name, value, "a number above 1", lambda times: times > 1)
-        check_number(name, value, "a positive number, not an infinite one", lambda number: 0 < number < math.inf)
+        check_number(
+            name, value, "a positive number, not an infinite one", lambda number: 0 < number <= sys.float_info.max
+        )
 
     @property
     def given(self) -> tuple[str, float]:

@@ -223,7 +223,7 @@ def prune_to_latency(
             plans.update((met.latency, plan) for met, plan in next(stages).met)
         return plans[rung]
 
-    measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target)
+    measure = measure or partial(measure_apart, example_inputs=example_inputs, timing=target, progress=way.progress)
     plan = climb(target, fast, rungs, plan_of, lambda plan: measure(model, prune(model, plan)))
     reached = Reached.of(plan, costs)
     way.prove(model, plan, example_inputs, reached.cost, OPERATIONS)

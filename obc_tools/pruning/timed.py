@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..errors import check_name, check_number, check_whole
 from ..files import told
@@ -266,8 +267,10 @@ def random_plans(groups: Sequence[ChannelGroup], limits: Limits, count: int, see
     return plans
 
 
-def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, timing: Timing) -> Measured:
-    """Measure two networks in turns, in several new processes one after the other."""
+def measure_apart(
+    original: nn.Module, pruned: nn.Module, example_inputs: Any, timing: Timing, progress: bool = False
+) -> Measured:
+    """Measure two networks in turns, in several new processes one after the other, each some seconds to start."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "networks.pt"
         try:
@@ -279,7 +282,8 @@ def measure_apart(original: nn.Module, pruned: nn.Module, example_inputs: Any, t
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", "obc_tools.models.speeds", str(path)]
-        found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in range(timing.processes)]
+        turns = tqdm(range(timing.processes), "measuring in new processes", disable=not progress, leave=False)
+        found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in turns]
     for process in found:
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]

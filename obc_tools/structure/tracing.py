@@ -27,6 +27,7 @@ from ..state import (
     call_model,
     copy_borrowing,
     hooks,
+    is_torchs,
     misfit,
     no_fused_attention,
     own_inputs,
@@ -502,11 +503,13 @@ def trace_model(model: nn.Module, example_inputs: Any, *, whole_heads: bool = Fa
     refuse_wrapped(model)
     try:
         tracer = _traced(model, example_inputs, whole_heads, attributes=True)
-    except (TypeError, RuntimeError, LookupError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
+        if isinstance(error, ValueError) and not is_torchs(error):
+            raise
         # Scripted functions and the like refuse numbers that are not plain ones.
         try:
             tracer = _traced(model, example_inputs, whole_heads, attributes=False)
-        except (TypeError, RuntimeError, ArithmeticError, AttributeError, LookupError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError, NotImplementedError):
             said = misfit(model, example_inputs, error)
             raise ValueError(f"cannot trace this {type(model).__name__}: {said}") from error
     order = {name: index for index, name in enumerate(tracer.ran)}

@@ -1,6 +1,7 @@
 """The command line: help, the demo at a tiny size, and one clear line for everything a user may get wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -82,6 +83,21 @@ def test_the_package_runs_as_the_command_without_being_on_the_path():
     command = [sys.executable, "-m", "obc_tools", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": ""}).stdout
     assert text.startswith("usage: obc ") and "compare" in text
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_cannot_be_printed(full):
+    """`obc --help | head -1` ends in silence, a full disk in a sentence."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    if full:
+        os.close(writes)
+        writes = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-m", "obc_tools", "prune", "--help"]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    said = "obc: error: nothing can be printed (No space left on device)\n" if full else ""
+    assert (ended.returncode, ended.stderr) == (2, said)
 
 
 @pytest.mark.parametrize("command", ["prune", "compare", "sweep"])

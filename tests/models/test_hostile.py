@@ -11,6 +11,7 @@ from torch import nn
 
 from obc_tools import PruningPlan, find_groups, load_model, load_pruned, make_plan, prune, save_pruned, score_groups
 from obc_tools.models import store
+from obc_tools.models.networks import load_weights
 
 SOURCE = {"name": "resnet8", "num_classes": 3, "width": 4}
 
@@ -82,8 +83,15 @@ def test_text_that_is_no_plan(saved, text):
 
 
 def test_long_files_are_not_read(saved, monkeypatch):
-    monkeypatch.setattr(store, "LONGEST_JSON", 10)
-    with pytest.raises(ValueError, match=r"is longer than the 10 bytes that are read"):
+    for name, file in (("LONGEST_JSON", "plan"), ("LONGEST_MANIFEST", "manifest")):
+        monkeypatch.setattr(store, name, 10)
+        with pytest.raises(ValueError, match=rf"{file}.json' has [\d,]+ bytes; at most 10 are read"):
+            load_pruned(saved)
+
+
+def test_lists_within_lists_are_not_followed_for_ever(saved):
+    forge(saved, source=SOURCE | {"width": json.loads("[" * 600 + "]" * 600)})
+    with pytest.raises(ValueError, match="is no manifest of a saved model: JSON that is nested too deeply"):
         load_pruned(saved)
 
 
@@ -120,11 +128,30 @@ def test_tensors_of_another_kind(saved):
     for tensor, message in (
         (bias.to(torch.complex64), "'fc.bias' holds torch.complex64, the network's is"),
         (bias.to(torch.int64), "'fc.bias' holds torch.int64, the network's is"),
+        (bias.to(torch.float8_e4m3fn), "half converted"),
         (bias.half(), r"layer 'fc' is half converted: its parameters are torch.float16 and torch.float32"),
     ):
         forge(saved, tensors={"fc.bias": tensor})
         with pytest.raises(ValueError, match=message):
             load_pruned(saved)
+
+
+def test_tensors_that_no_network_runs_with(saved):
+    narrow = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(saved / "model.safetensors").items()}
+    forge(saved, tensors={key: tensor for key, tensor in narrow.items() if "num_batches" not in key})
+    with pytest.raises(ValueError, match=r"'.*' is no plain tensor of usual numbers \(torch.float8_e4m3fn"):
+        load_pruned(saved)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_mkldnn", "meta"])
+def test_packed_tensors_are_no_weights(kind):
+    model = load_model(**SOURCE)
+    state = model.state_dict()
+    weight = state["fc.weight"]
+    packed = weight.to("meta") if kind == "meta" else getattr(weight, kind)()
+    with pytest.raises(ValueError, match=r"here: 'fc.weight' is no plain tensor of usual numbers"):
+        load_weights(model, state | {"fc.weight": packed}, origin="here")
 
 
 def test_negative_variances(saved):
