@@ -52,6 +52,7 @@ class Options:
         fixed: numbers of batches in every step, to hold against stopping.
         whole: the number of batches in every step that stand for all of them.
         before: a checkout to run at that number too, in turns.
+        way: of scoring for plans: rows of the Jacobian Criterion ("batch", "sample", "expected"), or another criterion.
         note: whether the machine was quiet.
     """
 
@@ -66,6 +67,7 @@ class Options:
     stops: tuple[float, ...] = (0.1,)
     whole: int = 50
     before: Path | None = None
+    way: str = "batch"
     steps: int = 10
     seed: int = 0
     note: str = "not quiet"
@@ -186,6 +188,8 @@ def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
     given = Counted(list(obc.take(data.batches("train", 128, seed=options.seed), most)), most)
     test = list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4))
     extra = {} if stop is None else {"stop": stop}
+    if options.way != "batch":  # what older checkouts do
+        extra |= {"rows" if options.way in ("sample", "expected") else "criterion": options.way}
     wall, work = time.perf_counter(), time.process_time()
     plan = obc.prune_to(
         model, torch.zeros(1, 3, 32, 32), given, speedup=2.11, steps=options.steps, progress=False, **extra
@@ -199,7 +203,7 @@ def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
 def in_process(options: Options, stop: float | None, most: int, code: Path) -> dict[str, object]:
     """Find a plan by some checkout's code, in a process of its own."""
     words = ["--data", options.data, "--weights", options.weights, "--steps", options.steps, "--seed", options.seed]
-    words += ["--batches", most, "--stops", *([] if stop is None else [stop])]
+    words += ["--way", options.way, "--batches", most, "--stops", *([] if stop is None else [stop])]
     command = [sys.executable, __file__, "plan", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(code)}
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
@@ -220,7 +224,7 @@ def time_plans(options: Options) -> None:
     whole = set(map(tuple, found[-1][-1]["gone"])) if options.pairs else set()
     for stop, most, name, result in found:
         gone = set(map(tuple, result.pop("gone")))
-        row = {"what": f"plan {name}", "network": "resnet56", "rows": "batch", "n": 1, "stop": stop, "given": most}
+        row = {"what": f"plan {name}", "network": "resnet56", "rows": options.way, "n": 1, "stop": stop, "given": most}
         overlap = round(len(gone & whole) / max(len(gone), len(whole)), 3) if whole else ""
         row |= {**result, "overlap": overlap, "seed": options.seed}
         write(row, options.note)

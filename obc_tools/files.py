@@ -246,10 +246,12 @@ def write_text(path: Path, text: str, *, synced: bool = True) -> None:
         new.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any, *, synced: bool = True, checked: bool = False) -> None:
+def write_json(
+    path: Path, content: Any, *, synced: bool = True, checked: bool = False, allow_nan: bool = False
+) -> None:
     """Write a JSON file, whole or not at all; ``checked``: with a digest, which `read_json` checks and takes out."""
     content = content | {DIGEST: _digest(content)} if checked else content
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n", synced=synced)
+    write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n", synced=synced)
 
 
 def check_length(path: Path, most: int) -> None:

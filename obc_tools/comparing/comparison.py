@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..files import entries, read_json, write_text
+from ..files import entries, read_json, write_json, write_text
 from ..pruning.choices import TORCH_PRUNING
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import Criterion, resolve_criterion
@@ -179,8 +179,11 @@ def read_comparison(path: str | Path) -> Comparison:
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """Return the settings of the comparison in a folder, {} without one, with what held before they were all said."""
     path = Path(folder) / SETTINGS
-    before = {"counting": TORCH_PRUNING, "compensate": False}
-    return before | read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    if not isinstance(settings := read_json(path), dict):
+        raise ComparisonError(f"'{path}' holds no settings of a comparison")
+    return {"counting": TORCH_PRUNING, "compensate": False} | settings
 
 
 def metric_directions(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -200,7 +203,7 @@ def _read_unfinished(folder: Path) -> Comparison:
         rows = [row for curve in curves for row in marked(curve["rows"], curve["at_chance"])]
         rows.sort(key=lambda row: order.index(row["criterion"]))
         return Comparison(as_frame(rows, settings), settings, {})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"'{folder}' holds no comparison: {error}") from error
 
 
@@ -252,12 +255,12 @@ class Curve:
     step: int = 0
     plans: Mapping[str, PruningPlan] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """Return the curve as JSON text."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the curve as JSON holds it."""
         plans = {target: json.loads(plan.to_json()) for target, plan in self.plans.items()}
         of_sweep = {"step": self.step, "plans": plans} if self.step else {}
         plan = json.loads(self.plan.to_json())
-        return json.dumps({"rows": self.rows, "at_chance": self.at_chance, "plan": plan} | of_sweep)
+        return {"rows": self.rows, "at_chance": self.at_chance, "plan": plan} | of_sweep
 
 
 def resolve_contenders(criteria: Iterable[Any] | Mapping[str, Any]) -> tuple[Contender, ...]:
@@ -302,7 +305,7 @@ class CurveFolder:
         if not path.exists():
             if store.folder.is_file() or entries(store.folder):
                 raise ComparisonError(f"'{folder}' holds something else than a comparison: choose another folder")
-            write_text(path, json.dumps(about, indent=1))
+            write_json(path, dict(about), checked=True)
             return store
         before = read_settings(store.folder)
         other = sorted(key for key in {*before, *about} - {"criteria"} if before.get(key) != about.get(key))
@@ -312,7 +315,7 @@ class CurveFolder:
             raise ComparisonError(
                 f"'{folder}' holds a comparison with another {', '.join(other)}: choose another folder"
             )
-        write_text(path, json.dumps(about | {"criteria": known | about["criteria"]}, indent=1))
+        write_json(path, about | {"criteria": known | about["criteria"]}, checked=True)
         return store
 
     def read(self, contender: Contender, repeat: int, whole: PruningPlan) -> Curve:
@@ -321,14 +324,17 @@ class CurveFolder:
         if path is None or not path.exists():
             return Curve(contender, repeat, (), whole)
         data = read_json(path)
-        plan, *plans = (PruningPlan.from_json(json.dumps(p)) for p in (data["plan"], *data.get("plans", {}).values()))
-        named = dict(zip(data.get("plans", ()), plans, strict=True))
-        return Curve(contender, repeat, tuple(data["rows"]), plan, data["at_chance"], data.get("step", 0), named)
+        try:
+            named = {target: PruningPlan.from_json(json.dumps(p)) for target, p in data.get("plans", {}).items()}
+            plan, rows = PruningPlan.from_json(json.dumps(data["plan"])), tuple(data["rows"])
+            return Curve(contender, repeat, rows, plan, data["at_chance"], data.get("step", 0), named)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ComparisonError(f"'{path}' holds no curve of a comparison: {error}") from error
 
     def write(self, curve: Curve) -> None:
         """Keep a curve's finished steps."""
         if path := self._path(curve.contender, curve.repeat):
-            write_text(path, curve.to_json())
+            write_json(path, curve.to_dict(), checked=True, allow_nan=True)
 
     def finish(self, comparison: Comparison) -> Comparison:
         """Keep the whole table."""

@@ -316,14 +316,17 @@ def _tensorboard(folder: Path) -> Iterator[Any]:
 def read_history(folder: str | os.PathLike[str]) -> History | None:
     """Return the history of a training from its folder, running or ended; None before its first epoch has ended.
 
-    A line that was only half written, by a process that was killed or a disk that was full, is left out with whatever
-    follows it, and the log names the file.
+    A line that was only half written, by a process that was killed or a disk that was full, or that is of another epoch
+    is left out with whatever follows it, and the log names the file.
     """
     path = Path(folder) / METRICS
     epochs: list[Epoch] = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
         try:
-            epochs.append(Epoch(**json.loads(line)))
+            epoch = Epoch(**json.loads(line))
+            if epoch.epoch != len(epochs) + 1:
+                raise ValueError
+            epochs.append(epoch)
         except (ValueError, TypeError):
             _say_once(f"'{path}': line {len(epochs) + 1} is no whole epoch and is left out")
             break

@@ -1,5 +1,6 @@
 import json
 import math
+import random
 
 import numpy as np
 import pandas as pd
@@ -202,6 +203,30 @@ def test_a_folder_takes_more_criteria_but_no_other_comparison(data, tmp_path):
     with pytest.raises(ComparisonError, match=r"holds something else than a comparison"):
         compare_criteria(network, data, ["l1"], folder=stranger, **SMALL)
     assert (stranger / "thesis.tex").read_text() == "mine"
+
+
+def test_a_damaged_folder_gives_no_other_numbers(data, tmp_path):
+    """Of any bit that is turned over, and of files of another kind: refused by name, or the numbers stay."""
+    asked, draw = SMALL | {"repeats": 1}, random.Random(0)
+    whole = compare_criteria(network, data, ["l1"], folder=tmp_path, **asked)
+    for name in ("curve_l1_0.json", "comparison.json"):
+        good = (tmp_path / name).read_bytes()
+        for place in draw.sample(range(len(good)), 25):
+            flipped = good[place] ^ 1 << draw.randrange(8)
+            (tmp_path / name).write_bytes(good[:place] + bytes([flipped]) + good[place + 1 :])
+            try:
+                again = compare_criteria(network, data, ["l1"], folder=tmp_path, **asked)
+            except ValueError as error:
+                assert str(tmp_path) in str(error)
+            else:
+                pd.testing.assert_frame_equal(without_seconds(again), without_seconds(whole))
+        for other in ("{}", "null", "[]", "1"):
+            (tmp_path / name).write_text(other)
+            with pytest.raises(ComparisonError, match="holds (no curve|no settings|a comparison with another)"):
+                compare_criteria(network, data, ["l1"], folder=tmp_path, **asked)
+            with pytest.raises(ComparisonError, match="holds no comparison"):
+                read_comparison(tmp_path)
+        (tmp_path / name).write_bytes(good)
 
 
 def test_steps_may_stop_where_criteria_have_rows(data, tmp_path):

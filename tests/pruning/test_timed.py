@@ -186,7 +186,9 @@ def test_bad_input(given, asked, said):
 
 def test_keywords_reach_the_machine(given, monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(pruning, "measure_apart", lambda one, other, *, example_inputs, timing, progress: machine(one, other))
+    monkeypatch.setattr(
+        pruning, "measure_apart", lambda one, other, *, example_inputs, timing, progress: machine(one, other)
+    )
     monkeypatch.setattr("obc_tools.pruning.timed.time_layers", lambda network, *_, **how: layer_seconds(network))
     options = {"criterion": "l2", "steps": 6, "progress": False, "timing": {"tolerance": 0.02}}
     plan = prune_to(*given, latency_speedup=1.2, **options)

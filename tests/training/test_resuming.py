@@ -29,6 +29,7 @@ from obc_tools.training.folder import (
     ENVIRONMENT,
     LOG,
     METRICS,
+    History,
     Stopped,
     TrainingFolder,
     TrainingFolderError,
@@ -141,6 +142,10 @@ def test_a_half_written_line_is_left_out_and_its_file_named(tmp_path, caplog):
     assert read_history(tmp_path) == read_history(tmp_path) == history
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == [f"'{tmp_path / METRICS}': line 3 is no whole epoch and is left out"]
+    first, second, _ = (tmp_path / METRICS).read_text().splitlines()
+    for other in (second.replace('"epoch": 2', '"epoch": 5'), first, "null"):
+        (tmp_path / METRICS).write_text(f"{first}\n{other}\n")
+        assert read_history(tmp_path) == History(history.epochs[:1])
     (tmp_path / METRICS).write_text('{"epoch": 1}\n')
     assert read_history(tmp_path) is None
 
