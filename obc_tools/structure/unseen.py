@@ -12,6 +12,7 @@ methods that it calls does not name, follows.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import math
@@ -188,7 +189,8 @@ class Unread:
             named = named_forward(type(module)) if own else frozenset()
             if not named.isdisjoint(("__dict__", "vars")):
                 continue
-            hidden = {key: own[key] for key in own if key not in named or isinstance(own[key], float)}
+            fixed = {key for key, held in own.items() if isinstance(held, float) and key not in stored(type(module))}
+            hidden = {key: own[key] for key in own if key in fixed or key not in named}
             hidden = {key: held for key, held in hidden.items() if not hasattr(type(module), key)}
             if hidden:
                 for key in hidden:
@@ -257,6 +259,13 @@ def _first(passing: Iterable[Channels], width: int) -> np.ndarray | None:
 def named_forward(kind: type) -> frozenset[str]:
     """Return what the forward function of a module's type names, and what the methods name that it may call."""
     return frozenset().union(*map(names_in, forward_codes(kind)))
+
+
+@functools.cache
+def stored(kind: type) -> frozenset[str]:
+    """Return the attributes that the forward function of a module's type sets, or the methods that it may call."""
+    steps = (step for function in _forward_functions(kind) for step in dis.get_instructions(function))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def forward_codes(kind: type) -> list[CodeType]:
