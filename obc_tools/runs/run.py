@@ -102,7 +102,7 @@ class Run:
     def error(self) -> str | None:
         """What a failed run failed of."""
         path = self.folder / ERROR
-        return read_json(path)["error"] if path.is_file() else None
+        return read_json(path, "error")["error"] if path.is_file() else None
 
     @property
     def results(self) -> dict[str, Any]:
