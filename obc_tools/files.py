@@ -260,8 +260,12 @@ def check_length(path: Path, most: int) -> None:
         raise ValueError(f"'{path}' has {size:,} bytes; at most {most:,} are read")
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raise ValueError, which names it, for what is none or has another's digest."""
+def read_json(path: Path, *needed: str) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: it is none, has another's digest, or is no mapping that has all that is needed; the file is named.
+    """
     check_length(path, LONGEST_JSON)
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -269,6 +273,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"'{path}' cannot be read: {error}") from error
     if isinstance(content, dict) and content.pop(DIGEST, None) not in (None, _digest(content)):
         raise ValueError(f"'{path}' was changed after it was written")
+    if missing := [key for key in needed if not isinstance(content, dict) or key not in content]:
+        raise ValueError(f"'{path}' holds no {', '.join(missing)}")
     return content
 
 

@@ -285,6 +285,7 @@ TYPE_ROWS = (
 )
 EMPTY_ROWS = (
     ({"batches": [[]]}, "batch 1 holds no example: leave it out"),
+    (lambda w: {"batches": [(w.images.to("meta"), w.labels)]}, "batch 1: the device meta holds no numbers"),
     (lambda w: {"batches": [*w.batches, w.images[:0]]}, "batch 3 holds no example: leave it out"),
 )
 BATCH_ROWS = (
@@ -705,6 +706,7 @@ BAD_CALLS: Mapping[str, tuple[tuple[Change, str], ...]] = {
     "fit": (
         *MODEL_ROWS,
         *TRAIN_ROWS,
+        (lambda w: {"train": [(w.images.to("meta"), w.labels)]}, ": the device meta holds no numbers"),
         ({"resume": True}, "resume=True goes on from a checkpoint: pass run=, the folder that"),
         (lambda w: {"run": w.path("file")}, "[Errno 17] File exists:"),
         (lambda w: {"run": w.path("file", "run")}, "[Errno 20] Not a directory:"),

@@ -59,7 +59,9 @@ def test_a_file_is_replaced_only_on_success(tmp_path):
     assert [found.name for found in path.parent.iterdir()] == ["file"]
     assert path.read_bytes() == "ü".encode()
     write_json(path, {"a": 1})
-    assert read_json(path) == {"a": 1} == json.loads(path.read_text())
+    assert read_json(path) == read_json(path, "a") == {"a": 1} == json.loads(path.read_text())
+    with pytest.raises(ValueError, match="holds no b, c$"):
+        read_json(path, "a", "b", "c")
 
 
 def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):

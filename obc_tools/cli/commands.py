@@ -114,7 +114,7 @@ class Demo:
     @property
     def may_overwrite(self) -> bool:
         try:
-            return self.overwrite or read_json(self.out / RESULTS)["job"]["title"] == DEMO_TITLE
+            return self.overwrite or read_json(self.out / RESULTS, "job")["job"]["title"] == DEMO_TITLE
         except (OSError, ValueError, TypeError, KeyError):
             return False
 

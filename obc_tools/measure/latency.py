@@ -431,7 +431,8 @@ def kept_latency(
         logger.warning("'%s' was measured on another %s (%s): measured anew", path, ", ".join(other), told)
     found = learn()
     if path is not None:
-        write_json(Path(path), {"conditions": dict(here), "coefficients": dict(found.coefficients)})
+        kept = {"conditions": dict(here), "coefficients": dict(found.coefficients)}
+        write_json(Path(path), kept, checked=True)
     return found
 
 

@@ -145,6 +145,8 @@ def _frozen(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
         tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
         if (isinstance(batch, tuple | list) and not batch) or (tensors and not tensors[0].numel()):
             raise ValueError(f"batch {number} holds no example: leave it out")
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(f"batch {number}: the device meta holds no numbers")
         found.append(tree_map_only(Tensor, lambda tensor: tensor.to(device), batch))
     return found
 

@@ -200,7 +200,7 @@ def check_same_job(folder: Path, job: PruningJob) -> None:
 
 def as_begun(folder: Path, job: PruningJob) -> PruningJob:
     """Return a job as the run in a folder goes on with it: in torch_pruning's count, where it was begun in none."""
-    begun = read_json(folder / JOB)["target"]
+    begun = read_json(folder / JOB, "target")["target"]
     return job if "counting" in begun else replace(job, target=replace(job.target, counting=TORCH_PRUNING))
 
 

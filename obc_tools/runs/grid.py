@@ -169,7 +169,7 @@ class Grid:
         free = [device for device in settings["devices"] for _ in range(settings["each"])]
         for name, status in self.statuses.items():
             if status == "running":
-                taken = read_json(self.folder / name / PROCESS)["devices"]
+                taken = read_json(self.folder / name / PROCESS, "devices")["devices"]
                 for device in ["cpu"] if taken == "cpu" else taken:
                     if device in free:
                         free.remove(device)
@@ -179,7 +179,7 @@ class Grid:
         return Run(self.folder / name).status if (self.folder / name / JOB).is_file() else "waiting"
 
     def _read(self) -> dict[str, Any]:
-        return read_json(self.folder / GRID)
+        return read_json(self.folder / GRID, "jobs", "devices", "each")
 
 
 def launch_grid(

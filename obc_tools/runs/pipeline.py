@@ -315,7 +315,7 @@ def keep_refused(error: ProofError, path: Path) -> ProofError:
 def _read_plan(path: Path) -> PruningPlan:
     """Read the plan of a run; raise ValueError unless it is what the last step left (which older runs do not say)."""
     text, last = path.read_text("utf-8", "replace"), path.with_name(PRUNING)
-    if last.is_file() and read_json(last)["plan"] != text:
+    if last.is_file() and read_json(last, "plan")["plan"] != text:
         raise ValueError(f"'{path}' was changed after it was written: without it and '{last}', the run prunes anew")
     return PruningPlan.from_json(text)
 
@@ -329,7 +329,7 @@ def _kept_stage(path: Path | None, target: Target) -> Stage | None:
     """Return the last stage of a pruning that was interrupted; None for one that begins."""
     if path is None or not path.is_file():
         return None
-    kept = read_json(path)
+    kept = read_json(path, "plan", "step", "met")
     plan = PruningPlan.from_json(kept["plan"])
     logger.info("pruning goes on after step %d", kept["step"])
     return Stage(plan, kept["step"], ((target, plan),) if kept["met"] else ())

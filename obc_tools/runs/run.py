@@ -102,7 +102,7 @@ class Run:
     def error(self) -> str | None:
         """What a failed run failed of."""
         path = self.folder / ERROR
-        return read_json(path)["error"] if path.is_file() else None
+        return read_json(path, "error")["error"] if path.is_file() else None
 
     @property
     def results(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Run:
         images_per_second and gpu_memory (the most bytes on a GPU), null where there are none.
         """
         notes = {key: self.folder / f"{TRAINING}{key}" / PROGRESS for key in TRAINED}
-        there = {key: read_json(path) for key, path in notes.items() if path.is_file()}
+        there = {key: read_json(path, "time") for key, path in notes.items() if path.is_file()}
         return max(there.items(), key=lambda entry: entry[1]["time"], default=None)
 
     def __repr__(self) -> str:

@@ -29,7 +29,9 @@ PRODUCTS = {"mm": 1, "bmm": 1, "addmm": 2, "baddbmm": 2, "convolution": 1}
 NORMS = {"native_batch_norm": 1, "_native_batch_norm_legit_no_training": 1, "cudnn_batch_norm": 1,
          "native_group_norm": 1, "native_layer_norm": 2, "_fused_rms_norm": 2}  # fmt: skip
 """Norms, with the place of the weight, before the bias, among their arguments."""
-MATRICES = ("mm", "bmm")
+MATRICES = {"mm": {0: -1, 1: -2}, "bmm": {0: -1, 1: -2}, "baddbmm": {1: -1, 2: -2}}
+MATRICES |= {name: {0: -1, 1: -1} for name in ATTENTIONS}
+"""Operations that sum over products, with the dimension that each of their arguments is summed over."""
 SUMS = ("add", "sub")
 FACTORS = ("mul", "div", "neg", "_to_copy")
 
@@ -104,9 +106,8 @@ class Shadows:
         if name in (*REARRANGING, *SUMS, *FACTORS) and results[0] in self.known:
             return
         shadows = [self.known.get(tensor) for tensor in taken]
-        summed = {0: -1, 1: -2} if name in MATRICES else {0: -1, 1: -1} if name in ATTENTIONS else {}
-        if any(shadow is not None and shadow.bare for shadow in shadows):
-            summed = {}
+        weighted = any(shadow is not None and shadow.bare for shadow in shadows)
+        summed = {} if weighted else MATRICES.get(name, {})
         for place, shadow in enumerate(shadows):
             for summand in () if shadow is None or shadow.bare else shadow.summands:
                 if place not in summed or not _varies(summand, summed[place]):

@@ -141,7 +141,7 @@ class Watch:
             return _Float(held)
         if kind in _TABLES and held and _is_numbers(held):
             return _TABLES[kind](held)
-        if kind is ModuleType and (held is math or not _is_foreign(held.__name__)):
+        if kind is ModuleType and (held is math or not is_foreign(held.__name__)):
             return _Module(held, self.value)
         if kind is functools.partial:
             named = {name: self.value(each) for name, each in held.keywords.items()}
@@ -152,7 +152,7 @@ class Watch:
         """Return a function that computes the same, or itself where it holds and finds nothing to watch."""
         if function in self.functions:
             return self.functions[function]
-        if _is_foreign(function.__module__ or ""):
+        if is_foreign(function.__module__ or ""):
             return function
         if id(function.__globals__) not in self.globals:
             self.globals[id(function.__globals__)] = _Globals(function.__globals__, self.value)
@@ -175,7 +175,8 @@ class Watch:
         return code.replace(co_consts=tuple(map(self.value, constants)))
 
 
-def _is_foreign(module: str) -> bool:
+def is_foreign(module: str) -> bool:
+    """Say whether a module is not the user's, nor of a library of networks."""
     return module.partition(".")[0] in FOREIGN
 
 

@@ -66,7 +66,7 @@ from .layers import (
 )
 from .operations import keep_tokens
 from .plain_numbers import seen_by_python, watch_numbers
-from .unseen import Levels, Unread, named_in
+from .unseen import Levels, Unread, named_in, stored
 
 WITHOUT_GRADIENT = ("detach", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Operations through whose arguments no gradient goes back."""
@@ -259,11 +259,12 @@ class Tracer:
         self.flow.freeze_all([self.flow.of(leaf) for leaf in found], "reaches the model's output")
         self.met = self.met or self.history.walk_back(found)
 
-    def keep_unreached(self) -> None:
+    def keep_unreached(self, example_inputs: Any) -> None:
         """Let what could meet layers that never ran stay as wide as they expect it."""
         idle = [name for name in self.kinds if name not in self.ran and own_tensors(get_layer(self.model, name))]
         unreached = {axis: labels for axis, labels in self.axes.items() if axis.layer in idle}
-        self.levels.keep_for(unreached, named_in(self.model) if unreached else set())
+        run = getattr(example_inputs, "run", None)
+        self.levels.keep_for(unreached, named_in(self.model, run) if unreached else set())
 
     def protect(self, tensors: Sequence[Tensor]) -> None:
         """Give memory of their own to tensors that an operation may write into."""
@@ -371,8 +372,8 @@ class Tracer:
     def keep_temperatures(self) -> None:
         """Let attentions whose scale follows the number of their channels make up for it in their queries' weights.
 
-        Where a root of that number is taken, it has to be once for each of the attention's products: what is scaled by
-        it otherwise is not known.
+        Where a root of that number is taken, it has to be once for each of the attention's products, or once for those
+        of different queries: what is scaled by it otherwise is not known.
         """
         of_label = self.flow.components()[1]
         for contraction in self.contractions:
@@ -381,17 +382,23 @@ class Tracer:
             if labels.size == 1 or not (contraction.follows or roots):
                 continue
             self.tempered.update(roots)
-            alike = [each for each in self.contractions if each.module == contraction.module]
-            products = sum(np.array_equal(*_classes(of_label, each.labels, labels)) for each in alike)
             if rows is None or not self._can_scale(rows):
                 self.flow.freeze(labels, "is a head of an attention whose queries cannot be told from keys and values")
-            elif len(roots) != (0 if contraction.follows else products):
+            elif roots and (contraction.follows or not self._scaled_once(contraction, len(roots), of_label)):
                 self.flow.freeze(labels, "is a head of an attention that is not scaled once")
             elif self.shadows.spent(rows) or (contraction.follows and self._multiplied_elsewhere(contraction)):
                 self.flow.freeze(labels, "is a head of an attention whose queries meet more than its keys")
             else:
                 self.flow.temperatures.append((labels, rows))
                 self._note_scales(contraction.module, labels)
+
+    def _scaled_once(self, contraction: Contraction, roots: int, of_label: np.ndarray) -> bool:
+        """Say whether its module takes a root for each product like this one, or one for those of different queries."""
+        near = [each for each in self.contractions if each.module == contraction.module]
+        alike = [each for each in near if np.array_equal(*_classes(of_label, each.labels, contraction.labels))]
+        rows = [each.rows for each in alike if each.rows is not None]
+        apart = len(rows) == len(alike) and np.unique(np.concatenate(rows)).size == sum(map(len, rows))
+        return roots == len(alike) or (roots == 1 and apart)
 
     def _roots_of(self, contraction: Contraction, of_label: np.ndarray) -> list[int]:
         """Return which numbers are roots, taken in its module, of the number of a product's channels or a multiple."""
@@ -429,7 +436,8 @@ class Tracer:
     def _note_scales(self, name: str, labels: np.ndarray) -> None:
         """Find numbers beside an attention, not read, that hold its head dimension to the power of −1/2."""
         watched = self.unread.watched.get(name)
-        held, read = (vars(self.model.get_submodule(name)), ()) if watched is None else (watched.hidden, watched.read)
+        module = self.model.get_submodule(name)
+        held, read = (vars(module), stored(type(module))) if watched is None else (watched.hidden, watched.read)
         for key, value in held.items():
             if isinstance(value, float) and key not in read and math.isclose(value, labels.size**-0.5):
                 known = self.flow.scales.setdefault((name, key), labels)
@@ -531,7 +539,7 @@ def _traced(model: nn.Module, example_inputs: Any, whole_heads: bool, attributes
     idle = [name for name in tracer.kinds if name not in tracer.ran]
     if idle:
         _run_training(tracer, example_inputs)
-    tracer.keep_unreached()
+    tracer.keep_unreached(example_inputs)
     tracer.flow.follow_products()
     tracer.keep_temperatures()
     tracer.keep_numbers()

@@ -12,6 +12,7 @@ methods that it calls does not name, follows.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import math
@@ -19,8 +20,9 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from .flow import Attribute, Channels, Flow
 from .layers import LayerAxis, is_known, layer_axes
+from .plain_numbers import is_foreign
 
 FOLDS = (1, 2, 3, 4, 6)
 """How many times a width may be read or made at once: concatenated, or cut into as many parts."""
@@ -103,12 +106,32 @@ class Levels:
         return found
 
 
-def named_in(model: nn.Module) -> set[str]:
+def named_in(model: nn.Module, run: Any = None) -> set[str]:
     """Return the names that the functions of a model's modules use, but for their constructors and torch's own modules.
 
-    A part that none of them names does not run, whatever the input.
+    So do functions that its modules keep, hooks, ``run``, and those that any of them finds among its globals. A part
+    that none of them names does not run, whatever the input.
     """
-    return set().union(*(_named_by(kind) for kind in {type(module) for module in model.modules()}))
+    kinds = {type(module) for module in model.modules()}
+    held = [run, *(function for kind in kinds for function in _forward_functions(kind))]
+    for module in model.modules():
+        held += [*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return set().union(*map(_named_by, kinds), *map(names_in, _reached_from(held)))
+
+
+def _reached_from(held: Iterable[Any]) -> set[FunctionType]:
+    """Return the functions among some values, and those of the user that they close over or find as globals."""
+    waiting, reached = list(held), set()
+    while waiting:
+        value = waiting.pop()
+        function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+        if isinstance(function, FunctionType) and function not in reached and not is_foreign(function.__module__ or ""):
+            reached.add(function)
+            for cell in function.__closure__ or ():
+                with suppress(ValueError):  # it is empty yet
+                    waiting.append(cell.cell_contents)
+            waiting += [function.__globals__.get(name) for name in names_in(function)]
+    return reached
 
 
 def _named_by(kind: type) -> set[str]:
@@ -166,7 +189,8 @@ class Unread:
             named = named_forward(type(module)) if own else frozenset()
             if not named.isdisjoint(("__dict__", "vars")):
                 continue
-            hidden = {key: own[key] for key in own if key not in named or isinstance(own[key], float)}
+            fixed = {key for key, held in own.items() if isinstance(held, float) and key not in stored(type(module))}
+            hidden = {key: own[key] for key in own if key in fixed or key not in named}
             hidden = {key: held for key, held in hidden.items() if not hasattr(type(module), key)}
             if hidden:
                 for key in hidden:
@@ -237,15 +261,26 @@ def named_forward(kind: type) -> frozenset[str]:
     return frozenset().union(*map(names_in, forward_codes(kind)))
 
 
+@functools.cache
+def stored(kind: type) -> frozenset[str]:
+    """Return the attributes that the forward function of a module's type sets, or the methods that it may call."""
+    steps = (step for function in _forward_functions(kind) for step in dis.get_instructions(function))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
+
+
 def forward_codes(kind: type) -> list[CodeType]:
     """Return the code of the forward function of a module's type, and of the methods that it may call."""
-    waiting, named, codes = ["forward"], set(), []
+    return [function.__code__ for function in _forward_functions(kind)]
+
+
+def _forward_functions(kind: type) -> list[FunctionType]:
+    waiting, named, functions = ["forward"], set(), []
     while waiting:
         name = waiting.pop()
         for function in (vars(base).get(name) for base in kind.__mro__ if base is not nn.Module):
-            code = getattr(inspect.unwrap(getattr(function, "fget", function)), "__code__", None)
-            codes += [code] if code is not None else []
-            fresh = names_in(code) - named if code is not None else set()
+            function = inspect.unwrap(getattr(function, "fget", function))
+            fresh = names_in(function) - named if isinstance(function, FunctionType) else set()
+            functions += [function] if isinstance(function, FunctionType) else []
             named |= fresh
             waiting += fresh
-    return codes
+    return functions

@@ -462,6 +462,8 @@ def unpack(batch: object, where: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{where}: {len(images)} images need as many whole class numbers as labels, not {given}")
     if len(labels) == 0:
         raise ValueError(f"{where}: batches that yield no data (0 images)")
+    if images.is_meta or labels.is_meta:
+        raise ValueError(f"{where}: the device meta holds no numbers")
     return images, labels
 
 

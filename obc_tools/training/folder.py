@@ -213,7 +213,7 @@ class TrainingFolder:
         if (self.path / CONFIG).is_file():
             if not resume:
                 raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
-            there, here = read_json(self.path / CONFIG).get("recipe", {}), recipe.to_dict()
+            there, here = read_json(self.path / CONFIG, "recipe")["recipe"], recipe.to_dict()
             changed = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
             if changed:
                 words = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed)

@@ -157,11 +157,15 @@ def test_what_was_learnt_is_kept_for_the_same_conditions_alone(given, tmp_path, 
     kept = json.loads(file.read_text())
     assert kept["conditions"] == conditions(*given)
     assert {"device", "threads", "torch", "batch_size", "platform"} <= kept["conditions"].keys()
-    file.write_text(json.dumps(kept | {"conditions": kept["conditions"] | {"device": "abacus", "torch": "0.1"}}))
+    elsewhere = {"conditions": kept["conditions"] | {"device": "abacus", "torch": "0.1"}}
+    file.write_text(json.dumps({"coefficients": kept["coefficients"]} | elsewhere))
     with caplog.at_level(logging.WARNING, "obc_tools"):
         assert prune_once() == first and len(calls) == 11
     assert "was measured on another device, torch (device abacus, here " in caplog.text
     assert "measured anew" in caplog.text and json.loads(file.read_text()) == kept
+    file.write_text(json.dumps(kept | elsewhere))
+    with pytest.raises(ValueError, match=r"latency.json' was changed after it was written"):
+        prune_once()
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"latency.json' holds no latencies: name another file"):
         prune_once()

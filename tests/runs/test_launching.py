@@ -218,6 +218,10 @@ def test_what_cannot_be_launched(tmp_path):
         launch_grid([GridJob("a", JOB), GridJob("a", JOB)], tmp_path / "grid")
     with pytest.raises(ValueError, match="holds no grid"):
         Grid.open(tmp_path)
+    for text in ("{}", "null", "[]", "1"):
+        (tmp_path / "grid.json").write_text(text)
+        with pytest.raises(ValueError, match=r"grid.json' holds no jobs, devices, each"):
+            print(Grid.open(tmp_path).statuses)
 
 
 def test_processes_are_told_apart(tmp_path):

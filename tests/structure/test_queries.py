@@ -232,3 +232,41 @@ def test_a_scale_that_is_used_beside_torchs_own_stays(where):
 
     model, tokens, plan = made(Twice)
     assert plan.scaled and prune(model, plan).scale == 8**-0.5 and check_plan(model, plan, tokens).ok
+
+
+class HeadByHead(Attention):
+    """One root for the products of all heads, each with queries of its own."""
+
+    def attend(self, q, k, v):
+        scale = q.shape[-1] ** -0.5
+        return torch.stack([soft(q[:, h] @ k[:, h].mT * scale, v[:, h]) for h in range(self.num_heads)], 1)
+
+
+class Chunked(Attention):
+    def attend(self, q, k, v):
+        return torch.cat([soft(part @ k.mT / math.sqrt(part.shape[-1]), v) for part in q.split(4, 2)], 2)
+
+
+class Together(Attention):
+    """Heads as rows of a batch, multiplied by an operation that scales as well."""
+
+    def attend(self, q, k, v):
+        rows, zeros = [each.flatten(0, 1) for each in (q, k, v)], q.new_zeros(1, 1, 1)
+        products = torch.baddbmm(zeros, rows[0], rows[1].mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
+        return soft(products, rows[2]).unflatten(0, q.shape[:2])
+
+
+class Setting(Attention):
+    """Sets its scale anew in every pass."""
+
+    def attend(self, q, k, v):
+        self.scale = 1 / math.sqrt(q.shape[-1])
+        return soft(q @ k.mT * self.scale, v)
+
+
+@pytest.mark.parametrize("kind", [HeadByHead, Chunked, Together, Setting])
+def test_one_root_for_each_product_is_the_temperature(kind):
+    model, tokens, plan = made(kind)
+    assert set(plan.scaled.values()) == {plan.scaled["qkv"]} and plan.channels_removed
+    assert plan.scaled["qkv"][1] == math.sqrt(0.5) and check_plan(model, plan, tokens).ok
+    assert not any(axis.axis.startswith(".scale") for axis in plan.shrunk) or kind is not Setting

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from obc_tools import check_plan, find_groups, make_plan, prune, score_groups
+from obc_tools import Forward, check_plan, find_groups, make_plan, prune, score_groups
 
 
 class Experts(nn.Module):
@@ -105,6 +105,39 @@ def test_other_inputs_run_through_the_pruned_network(name):
     plan = make_plan(score_groups(model, groups, "l1"), ratio=0.3, scope="local")
     assert not prunable or check_plan(model, plan, example(model, x)).ok
     assert other(prune(model, plan), x).shape == other(model, x).shape
+
+
+def two_ways(model, x):
+    """Run a network whose own functions name none of its parts."""
+    h = model.stem(x).relu()
+    return model.out(model.plain(h) if x.mean() < 1 else model.rare(h))
+
+
+class Bare(nn.Module):
+    def __init__(self, function=None):
+        super().__init__()
+        self.stem, self.plain, self.rare = nn.Linear(5, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out, self.function = nn.Linear(8, 3), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Calling(Bare):
+    def forward(self, x):
+        return two_ways(self, x)
+
+
+@pytest.mark.parametrize("way", ["kept", "called", "closed over", "Forward"])
+def test_parts_that_free_functions_name_may_run(way):
+    torch.manual_seed(0)
+    kept = (lambda inner: lambda model, x: inner(model, x))(two_ways) if way == "closed over" else two_ways
+    model, x = Calling() if way == "called" else Bare(kept), torch.zeros(4, 5)
+    if way == "Forward":
+        model.function = None
+    groups = find_groups(model, Forward(two_ways, x) if way == "Forward" else x)
+    whole = {str(group.root) for group in groups if "may meet layer 'rare" in (group.kept_whole or "")}
+    assert whole == {"stem.out", "plain.out"}
 
 
 def test_a_head_that_reads_flattened_features_keeps_them():
