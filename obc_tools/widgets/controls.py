@@ -205,9 +205,12 @@ def typed(field: W.Text, ending: str = "", *, folder: bool = False) -> Path:
 
 
 def code_area() -> W.Textarea:
-    """Return the field in which a view shows the call that it makes; its text is selected and copied there."""
+    """Return the field in which a view shows the call that it makes; its text is selected and copied there.
+
+    It grows with the call and does not shrink, so that nothing jumps where calls are of different lengths.
+    """
     made = W.Textarea(description="Python", disabled=True, layout={"width": "98%"}, style={"description_width": "60px"})
-    made.observe(lambda change: setattr(made, "rows", change["new"].count("\n") + 1), "value")
+    made.observe(lambda change: setattr(made, "rows", max(made.rows or 0, change["new"].count("\n") + 1)), "value")
     return made
 
 

@@ -243,9 +243,9 @@ class JTJExplorer(Explorer):
             "spectrum": (lambda: spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
         }
         figure, code = draw[self.view.value]
+        self.show(figure())
         self._say_code(code)
         self.tell(repr(dense))
-        self.show(figure())
 
     def _show_group(self, axis: LayerAxis, channel: int, mode: str) -> None:
         """Show the channel with all members of its group, computed when that is first asked for."""
