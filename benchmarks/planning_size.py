@@ -36,7 +36,7 @@ TIMES = (1, 2, 4, 8)
 class Size:
     """A network of so many blocks a stage, each so wide, and the batches of a step."""
 
-    blocks: int = 2
+    blocks: int = 3
     width: int = 16
     batches: int = 2
 
