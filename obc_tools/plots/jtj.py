@@ -285,9 +285,21 @@ def _coloraxis(mode: str, unit: str = UNIT) -> dict:
     return color_axis("correlation" if mode == "correlation" else unit, **limits, colorbar_exponentformat="power")
 
 
+LONGEST_TICK = 40
+"""Characters of a name at a tick; of a longer one the end is shown."""
+
+
 def _square(heatmap: go.Heatmap, axis: Mapping, look: str, height: int = 620, **layout: Any) -> go.Figure:
-    """Return the figure of a square heatmap, its first row on top."""
+    """Return the figure of a square heatmap, its first row on top.
+
+    The room for named ticks is told from their length: plotly's own way to find it draws the axes again and again.
+    """
     both = {"type": "category", "showgrid": False, "constrain": "domain", **axis}
+    if names := axis.get("ticktext", axis.get("tickvals")):
+        names = [name if len(name) <= LONGEST_TICK else f"…{name[1 - LONGEST_TICK :]}" for name in names]
+        room = 32 + 6 * max(map(len, names))
+        both |= {"ticktext": names, "automargin": False}
+        layout = {"margin_l": room, "margin_b": room, **layout}
     x, y = both | {"tickangle": -90}, both | {"autorange": "reversed", "scaleanchor": "x"}
     return finished(go.Figure(heatmap), look, height, x=x, y=y, **layout)
 

@@ -68,6 +68,9 @@ LEAST_EFFECT = 1e-3
 DOUBLE_BYTES = 2**32
 """The largest copy of a network in double precision that `prove` makes; a larger one is proven in single precision."""
 
+FEW = 8
+"""Examples of a batch on which `prove` compares networks; whether work depends on data it asks of all."""
+
 
 RIGHT, WRONG, CANNOT_TELL = "right", "wrong", "cannot tell"
 """Verdicts."""
@@ -448,14 +451,26 @@ def _prove_equal(model: nn.Module, plan: PruningPlan, outputs: _Outputs) -> tupl
 
 
 def _in_precision(model: nn.Module, inputs: Any, *, single: bool) -> tuple[nn.Module, _Outputs]:
-    """Return a copy of a network and what runs it: in double precision, else in single, else in its own."""
+    """Return a copy of a network and what runs it: in double precision, else in single, else in its own.
+
+    Of a batch it takes the first examples, or all where the network does not run on these alone.
+    """
     for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32, SINGLE_TOLERANCE))[single:]:
         original = copy_of(model).to(dtype)
-        outputs = _Outputs(tree_map(lambda leaf, dtype=dtype: _cast(leaf, dtype), inputs), tolerance)
-        with suppress(Exception):
-            outputs.of(original)
-            return original, outputs
+        for taken in _first_examples(inputs), inputs:
+            outputs = _Outputs(tree_map(lambda leaf, dtype=dtype: _cast(leaf, dtype), taken), tolerance)
+            with suppress(Exception):
+                outputs.of(original)
+                return original, outputs
     return copy_of(model), _Outputs(inputs, SINGLE_TOLERANCE)
+
+
+def _first_examples(inputs: Any) -> Any:
+    """Return the first `FEW` along the leading axis, if all tensors have as many there, and more."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if len({len(leaf) if leaf.dim() else 0 for leaf in tensors}) != 1 or len(tensors[0]) <= FEW:
+        return inputs
+    return tree_map(lambda leaf: leaf[:FEW] if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 @torch.no_grad()

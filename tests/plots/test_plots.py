@@ -166,6 +166,16 @@ def test_group_borders_lie_between_the_members():
     assert figure.layout.xaxis.tickvals[0] == jtj.labels[14]
 
 
+def test_ticks_have_room_for_their_names_and_long_ones_show_their_ends(monkeypatch):
+    figure = plots.group_jtj_heatmap(group())
+    longest = max(figure.layout.xaxis.ticktext, key=len)
+    assert figure.layout.margin.l == figure.layout.margin.b == 32 + 6 * len(longest)
+    assert figure.layout.xaxis.automargin is figure.layout.yaxis.automargin is False
+    monkeypatch.setattr("obc_tools.plots.jtj.LONGEST_TICK", 4)
+    short = plots.group_jtj_heatmap(group()).layout.xaxis.ticktext
+    assert short == ("…out", "…out", "3.in")
+
+
 def test_group_is_pooled_member_by_member(monkeypatch):
     monkeypatch.setattr("obc_tools.plots.jtj.LARGE_CELLS", 10)
     figure, jtj = plots.group_jtj_heatmap(group()), group()

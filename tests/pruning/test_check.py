@@ -501,3 +501,24 @@ def test_single_precision_takes_no_double(monkeypatch):
     axis = LayerAxis("conv3", "in")
     with pytest.raises(ProofError, match="pruned = masked: .*, must be at most 0.001; first differs layer 'conv3'"):
         prove(model, mutated(plan, axis, lambda p: p[::-1]), images, cost_model(model, images).of(plan))
+
+
+class OfSixteen(nn.Module):
+    """Runs on sixteen examples only, where it is told to."""
+
+    def __init__(self, fixed: bool):
+        super().__init__()
+        self.first, self.last, self.fixed = nn.Linear(6, 8), nn.Linear(8, 4), fixed
+
+    def forward(self, x):
+        return self.last(self.first(x.view(16, 6) if self.fixed else x).relu())
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_of_a_batch_as_example_the_first_few_are_compared_where_they_run_alone(fixed):
+    model, inputs, seen = OfSixteen(fixed), torch.randn(16, 6), set()
+    plan = prune_to(model, inputs, criterion="l1", ratio=0.5, steps=1, progress=False, verify=False)
+    model.register_forward_hook(lambda module, args, output: seen.add((len(output), output.dtype)))
+    prove(model, plan, inputs, cost_model(model, inputs).of(plan))
+    assert (8, torch.float64) not in seen if fixed else (16, torch.float64) not in seen
+    assert (16 if fixed else 8, torch.float64) in seen
