@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from ..structure.layers import (
     find_axis,
     folded,
     get_layer,
+    kernel_dims,
     layer_axes,
     own_parameters,
     scored_layers,
@@ -50,6 +52,9 @@ from .capture import NONE, Capture, Consume, never_ran
 from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
+
+LONG = 0.25
+"""Seconds of a batch from which on the order of its channels in memory is chosen by measuring."""
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
@@ -110,6 +115,7 @@ class Proof:
     ``proven``: the layers that were looked at; of these ``by_weights`` do not suit the capture, and ``absent`` did not
     run then. ``reached``: the layers that a loss has depended on so far. ``copied``: those whose output the model
     changes in place. ``folds``: the layers that do the work of a BatchNorm, each with its name; None: not tried yet.
+    ``channels_last``: whether kernels of images are laid so; None: not tried yet.
     """
 
     proven: set[str] = field(default_factory=set)
@@ -118,6 +124,7 @@ class Proof:
     reached: set[str] = field(default_factory=set)
     copied: set[str] = field(default_factory=set)
     folds: Mapping[str, str] | None = None
+    channels_last: bool | None = None
 
 
 class _Rows(ABC):
@@ -277,17 +284,20 @@ class ProductRows(_Rows):
         self.trying = False
 
     def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
+        before, start = torch.get_rng_state(), time.perf_counter()
         if not (self.by_hooks and self.checked and self.proof.folds is None):
             found = super().__call__(batch, number)
             late = self.proof.absent & self.proof.reached
-            if not late:
-                return found
-            # What runs for the first time is not proven: look again, at the layers themselves.
-            self.proof.absent -= late
-            self.proof.proven -= late
-            self.proof.folds = None
-            return super().__call__(batch, number)
-        before, self.foldable = torch.get_rng_state(), {}
+            if late:
+                # What runs for the first time is not proven: look again, at the layers themselves.
+                self.proof.absent -= late
+                self.proof.proven -= late
+                self.proof.folds = None
+                return super().__call__(batch, number)
+            if self.by_hooks and self.proof.folds is not None and self.proof.channels_last is None:
+                self._try_channels_last(found, batch, number, before, _seconds_since(start, found))
+            return found
+        self.foldable = {}
         plain = super().__call__(batch, number)
         if self.proof.absent & self.proof.reached:
             self.proof.folds = NONE
@@ -299,32 +309,64 @@ class ProductRows(_Rows):
 
     def _try_folds(self, plain: Mapping[LayerAxis, Tensor], batch: Any, number: int, random: Tensor) -> None:
         """Score a batch again with folded norms; keep to the folds if it gives the same."""
+        self.trying = True
+        try:
+            other = _differing(plain, self._again(batch, number, random))
+        except BaseException:
+            self.proof.folds = {}
+            raise
+        finally:
+            self.trying = False
+        if other is not None:
+            logger.info("batch norms are scored unfolded: %s differs", other)
+            self.proof.folds = {}
+
+    def _try_channels_last(
+        self, plain: Mapping[LayerAxis, Tensor], batch: Any, number: int, random: Tensor, seconds: float
+    ) -> None:
+        """Score a batch that took long again with channels last; keep to it if that is faster and gives the same."""
+        self.proof.channels_last = False
+        if seconds < LONG or torch.are_deterministic_algorithms_enabled() or not self._kernels:
+            return
+        start, faster = time.perf_counter(), False
+        self.proof.channels_last = True
+        try:
+            again = self._again(batch, number, random)
+            took = _seconds_since(start, again)
+            faster = took < seconds and _differing(plain, again) is None
+            logger.info("a batch takes %.2f s with channels last, %.2f s without: %s", took, seconds, faster)
+        except Exception as error:  # such as a view that is possible in one order alone
+            logger.info("channels are not laid last: %s", error)
+        finally:
+            self.proof.channels_last = faster
+
+    def _again(self, batch: Any, number: int, random: Tensor) -> dict[LayerAxis, Tensor]:
         with LentRandomness(random):
-            self.trying = True
-            try:
-                again = super().__call__(batch, number)
-            except BaseException:
-                self.proof.folds = {}
-                raise
-            finally:
-                self.trying = False
-        largest = max(rows.abs().max() for rows in plain.values())
-        for axis, rows in plain.items():
-            eps = torch.finfo(rows.dtype).eps
-            if not (again[axis] - rows).abs().max() <= eps ** (1 / 3) * rows.abs().max() + 100 * eps * largest:
-                logger.info("batch norms are scored unfolded: %s differs", axis)
-                self.proof.folds = {}
+            return super().__call__(batch, number)
 
     def _borrowed(self, model: nn.Module, wanted: Sequence[nn.Parameter]) -> Restoring:
         parts = [super()._borrowed(model, wanted), *([flushing_denormals()] if self.by_hooks else [])]
         for (layer, norm), tensors in self._folded.items() if self.proof.folds else ():
             parts += [stand_in(layer, tensors), passing(norm)]
+        parts += [stand_in(*pair) for pair in self._kernels.items()] if self.proof.channels_last else []
         return within(*parts)
 
     @cached_property
     def _folded(self) -> dict[tuple[nn.Module, nn.Module], dict[str, Tensor]]:
         pairs = [(self.layers[layer], self.layers[norm]) for layer, norm in self.proof.folds.items()]
         return {pair: folded(*pair) for pair in pairs}
+
+    @cached_property
+    def _kernels(self) -> dict[nn.Module, dict[str, Tensor]]:
+        """The kernels of images, folded ones too, with their channels last; not those whose gradients are asked for."""
+        given = {layer: tensors["weight"] for (layer, _), tensors in (self._folded if self.proof.folds else {}).items()}
+        slow = {self.layers[name] for name in self.proof.by_weights & self.layers.keys()}
+        layers = [layer for layer in self.model.modules() if kernel_dims(layer) == 2 and layer not in slow]
+        return {
+            layer: {"weight": weight.detach().contiguous(memory_format=torch.channels_last)}
+            for layer in layers
+            if (weight := given.get(layer, layer._parameters.get("weight"))) is not None
+        }
 
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
         uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])
@@ -425,6 +467,24 @@ class GradientRows(_Rows):
         numbers = torch.arange(parameter.numel(), dtype=torch.float64, device=parameter.device)
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return ((numbers * GOLDEN) % 1 - 0.5).to(dtype).view(parameter.shape)
+
+
+def _differing(rows: Mapping[LayerAxis, Tensor], others: Mapping[LayerAxis, Tensor]) -> LayerAxis | None:
+    """Return the first axis whose rows are not the same but for rounding."""
+    largest = max(products.abs().max() for products in rows.values())
+    for axis, products in rows.items():
+        eps = torch.finfo(products.dtype).eps
+        bound = eps ** (1 / 3) * products.abs().max() + 100 * eps * largest
+        if not (others[axis] - products).abs().max() <= bound:
+            return axis
+    return None
+
+
+def _seconds_since(start: float, found: Mapping[LayerAxis, Tensor]) -> float:
+    """Return the seconds until products were there, for which a GPU is waited."""
+    for products in list(found.values())[-1:]:
+        products.sum().item()
+    return time.perf_counter() - start
 
 
 def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:

@@ -108,6 +108,10 @@ GRADIENTS: Mapping[type, RowsOf] = {
 """Layer type -> the gradient of its parameters from (x, δ); all others are differentiated once a row."""
 
 
+FEW_PLACES = 4
+"""Places of a small image: summed channel by channel, it takes longer than to lay its channels last."""
+
+
 def channel_sums(
     gradient: Tensor, value: Tensor, dim: int, *, mean: Tensor | None = None, whole: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -117,8 +121,12 @@ def channel_sums(
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     gradient, value = gradient.to(dtype), value.to(dtype)
-    if dim == 1 and gradient.dim() > 2 and gradient.is_contiguous():
-        first, zeroth = _image_sums(gradient, value.contiguous(), mean, whole)
+    few = gradient.dim() > 2 and gradient.shape[2:].numel() <= FEW_PLACES
+    last = whole and gradient.dim() == 4 and (few or gradient.is_contiguous(memory_format=torch.channels_last))
+    if dim == 1 and gradient.dim() > 2 and (last or (gradient.is_contiguous() and not few)):
+        layout = torch.channels_last if last else torch.contiguous_format
+        pair = (tensor.contiguous(memory_format=layout) for tensor in (gradient, value))
+        first, zeroth = _image_sums(*pair, mean, whole)
         return first, None if mean is None else zeroth
     gradient, value = gradient.movedim(dim, -1), value.movedim(dim, -1)
     value = value if mean is None else value - mean
@@ -139,7 +147,8 @@ def _image_sums(gradient: Tensor, value: Tensor, mean: Tensor | None, whole: boo
     flat = (examples, channels, -1) if whole else (1, examples * channels, -1)
     mean = gradient.new_zeros(channels) if mean is None else mean.to(gradient.dtype)
     mean = mean.repeat(shape[0])
-    pair, ones = (gradient.view(flat), value.view(flat)), torch.ones_like(mean)
+    last = whole and gradient.dim() == 4 and gradient.is_contiguous(memory_format=torch.channels_last)
+    pair, ones = (gradient, value) if last else (gradient.view(flat), value.view(flat)), torch.ones_like(mean)
     _, first, zeroth = torch.ops.aten.native_batch_norm_backward(
         *pair, None, mean, ones, None, None, False, 0.0, (False, True, True)
     )

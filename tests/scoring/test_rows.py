@@ -7,9 +7,11 @@ from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
 
-from obc_tools.scoring.jacobian import jacobian_products
+from obc_tools.scoring import rows as module
+from obc_tools.scoring.jacobian import jacobian_products, model_axes
 from obc_tools.scoring.jtj import dense_jtj
-from obc_tools.scoring.rows import GradientRows, _eagerly, stream_gradients
+from obc_tools.scoring.objectives import classification
+from obc_tools.scoring.rows import GradientRows, ProductRows, _eagerly, stream_gradients
 from obc_tools.scoring.scores import sum_square_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
@@ -327,3 +329,76 @@ def test_scorings_that_overlap_leave_the_compiler_as_it_was():
     assert torch._dynamo.eval_frame._stance.stance == "force_eager"
     second.__exit__(None, None, None)
     assert torch._dynamo.eval_frame._stance == before
+
+
+class Images(nn.Module):
+    """Convolutions of all kinds with norms that fold and one that does not; keeps how each kernel lay when it ran."""
+
+    def __init__(self, views: bool = False):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.other = nn.GroupNorm(2, 8)
+        self.last, self.head, self.views = nn.Conv2d(8, 6, 3), nn.Linear(6 * 16, 3), views
+        self.laid = []
+
+    def forward(self, x):
+        self.laid.append(self.last.weight.is_contiguous(memory_format=torch.channels_last))
+        x = self.norm(self.first(x)).relu()
+        x = self.last(self.other(self.depthwise(x)).relu())
+        return self.head(x.view(len(x), -1) if self.views else x.flatten(1))
+
+
+def read_in_turn(monkeypatch, model, seconds, per_row=None, count=5, long=0.0):
+    """Return the products of some batches, for which it is said how long the third took in either order."""
+    told = iter(seconds)
+    monkeypatch.setattr(module, "LONG", long)
+    monkeypatch.setattr(module, "_seconds_since", lambda start, found: next(told))
+    read = ProductRows(model.double().eval(), model_axes(model), classification, per_row)
+    torch.manual_seed(1)
+    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(0, 3, (4,))) for _ in range(count)]
+    return [read(batch, number) for number, batch in enumerate(batches)], read, batches
+
+
+@pytest.mark.parametrize("per_row", [None, 1])
+@pytest.mark.parametrize("faster", [True, False])
+def test_channels_lie_last_where_a_long_batch_is_faster_so(monkeypatch, faster, per_row):
+    torch.manual_seed(0)
+    model = Images()
+    found, read, batches = read_in_turn(monkeypatch, model, [2.0, 1.0 if faster else 3.0], per_row)
+    assert read.proof.channels_last is faster and read.proof.folds == {"first": "norm"}
+    assert model.laid == [False, False, False, False, True, faster, faster]  # proof, norms unfolded and folded, both
+    assert model.last.weight.is_contiguous() and not model.last.weight.is_contiguous(memory_format=torch.channels_last)
+    rows = "batch" if per_row is None else "sample"
+    for batch, products in zip(batches, found, strict=True):
+        for axis, expected in jacobian_products(model, [batch], rows=rows).items():
+            torch.testing.assert_close(products[axis], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_order_of_channels_is_left_where_it_cannot_change_or_nobody_is_to_choose(monkeypatch):
+    torch.manual_seed(0)
+    viewing = Images(views=True)
+    _, read, _ = read_in_turn(monkeypatch, viewing, [2.0, 1.0])
+    assert read.proof.channels_last is False and viewing.laid.count(True) == 1
+    short = Images()
+    _, read, _ = read_in_turn(monkeypatch, short, [2.0], long=3.0)
+    assert read.proof.channels_last is False and not any(short.laid)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    same = Images()
+    _, read, _ = read_in_turn(monkeypatch, same, [2.0])
+    assert read.proof.channels_last is False and not any(same.laid)
+
+
+def test_norms_that_fold_wrongly_are_scored_unfolded(monkeypatch):
+    torch.manual_seed(0)
+    model, right = Images(), module.folded
+
+    def wrong(layer, norm):
+        tensors = right(layer, norm)
+        return tensors | {"weight": tensors["weight"] * 1.5}
+
+    monkeypatch.setattr(module, "folded", wrong)
+    found, read, batches = read_in_turn(monkeypatch, model, [1.0, 2.0])
+    assert read.proof.folds == {}
+    for axis, expected in jacobian_products(model, batches[4:]).items():
+        torch.testing.assert_close(found[4][axis], expected, rtol=1e-10, atol=1e-12)

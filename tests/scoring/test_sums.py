@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from obc_tools.scoring.sums import layer_row_gradients
+from obc_tools.scoring.sums import channel_sums, layer_row_gradients
 from obc_tools.structure.layers import own_parameters
 
 
@@ -49,3 +49,20 @@ def test_rows_are_those_of_autograd(name, size):
         wanted = torch.autograd.grad(outputs[row], list(parameters.values()), deltas[row], retain_graph=True)
         for key, gradient in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(found[key][row], gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_sums_over_places_are_those_of_the_definition(side, layout, centred, whole):
+    torch.manual_seed(0)
+    gradient, value = (torch.randn(3, 4, side, side).double() for _ in range(2))
+    mean = torch.randn(4).double() if centred else None
+    over = (0, 2, 3) if whole else (2, 3)
+    first = (gradient * (value - (mean[:, None, None] if centred else 0))).sum(over).view(-1, 4)
+    pair = (gradient.contiguous(memory_format=layout), value)  # the two need not lie alike
+    found = channel_sums(*pair, 1, mean=mean, whole=whole)
+    torch.testing.assert_close(found[0], first, rtol=1e-12, atol=1e-12)
+    if centred:
+        torch.testing.assert_close(found[1], gradient.sum(over).view(-1, 4), rtol=1e-12, atol=1e-12)
