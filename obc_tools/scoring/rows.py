@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -282,6 +282,7 @@ class ProductRows(_Rows):
         super().__init__(model, axes, *given, **options)
         self.uses = {axis: tied_axes(axis, self.families[axis.layer]) for axis in axes if self.families}
         self.trying = False
+        self.kept: tuple[Any, dict] = (None, {})
 
     def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
         before, start = torch.get_rng_state(), time.perf_counter()
@@ -326,7 +327,7 @@ class ProductRows(_Rows):
     ) -> None:
         """Score a batch that took long again with channels last; keep to it if that is faster and gives the same."""
         self.proof.channels_last = False
-        if seconds < LONG or torch.are_deterministic_algorithms_enabled() or not self._kernels:
+        if seconds < LONG or torch.are_deterministic_algorithms_enabled() or not self._kernels():
             return
         start, faster = time.perf_counter(), False
         self.proof.channels_last = True
@@ -346,27 +347,26 @@ class ProductRows(_Rows):
 
     def _borrowed(self, model: nn.Module, wanted: Sequence[nn.Parameter]) -> Restoring:
         parts = [super()._borrowed(model, wanted), *([flushing_denormals()] if self.by_hooks else [])]
-        for (layer, norm), tensors in self._folded.items() if self.proof.folds else ():
-            parts += [stand_in(layer, tensors), passing(norm)]
-        parts += [stand_in(*pair) for pair in self._kernels.items()] if self.proof.channels_last else []
-        return within(*parts)
+        parts += [passing(self.layers[norm]) for norm in (self.proof.folds or {}).values()]
+        return within(*parts, *(stand_in(*pair) for pair in self._instead().items()))
 
-    @cached_property
-    def _folded(self) -> dict[tuple[nn.Module, nn.Module], dict[str, Tensor]]:
-        pairs = [(self.layers[layer], self.layers[norm]) for layer, norm in self.proof.folds.items()]
-        return {pair: folded(*pair) for pair in pairs}
+    def _instead(self) -> dict[nn.Module, dict[str, Tensor]]:
+        """Return what layers use in the place of their parameters, folded or with channels last; one such set is kept."""
+        folds, last = self.proof.folds or {}, bool(self.proof.channels_last)
+        key = (last, tuple(folds.items()))
+        if self.kept[0] != key:
+            found = {self.layers[layer]: folded(self.layers[layer], self.layers[norm]) for layer, norm in folds.items()}
+            for layer in self._kernels() if last else ():
+                weight = found.get(layer, layer._parameters)["weight"].detach()
+                found.setdefault(layer, {})["weight"] = weight.contiguous(memory_format=torch.channels_last)
+            self.kept = key, found
+        return self.kept[1]
 
-    @cached_property
-    def _kernels(self) -> dict[nn.Module, dict[str, Tensor]]:
-        """The kernels of images, folded ones too, with their channels last; not those whose gradients are asked for."""
-        given = {layer: tensors["weight"] for (layer, _), tensors in (self._folded if self.proof.folds else {}).items()}
+    def _kernels(self) -> list[nn.Module]:
+        """Return the layers whose kernels are of images, but those whose gradients are asked for."""
         slow = {self.layers[name] for name in self.proof.by_weights & self.layers.keys()}
-        layers = [layer for layer in self.model.modules() if kernel_dims(layer) == 2 and layer not in slow]
-        return {
-            layer: {"weight": weight.detach().contiguous(memory_format=torch.channels_last)}
-            for layer in layers
-            if (weight := given.get(layer, layer._parameters.get("weight"))) is not None
-        }
+        layers = (layer for layer in self.model.modules() if kernel_dims(layer) == 2 and layer not in slow)
+        return [layer for layer in layers if layer._parameters.get("weight") is not None]
 
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
         uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])
