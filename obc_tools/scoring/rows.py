@@ -351,7 +351,7 @@ class ProductRows(_Rows):
         return within(*parts, *(stand_in(*pair) for pair in self._instead().items()))
 
     def _instead(self) -> dict[nn.Module, dict[str, Tensor]]:
-        """Return what layers use in the place of their parameters, folded or with channels last; one such set is kept."""
+        """Return what layers use in place of their parameters, folded or with channels last; one such set is kept."""
         folds, last = self.proof.folds or {}, bool(self.proof.channels_last)
         key = (last, tuple(folds.items()))
         if self.kept[0] != key:
