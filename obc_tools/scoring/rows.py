@@ -54,7 +54,7 @@ from .objectives import Objective, checked_losses, classification
 logger = logging.getLogger(__name__)
 
 LONG = 0.25
-"""Seconds of a batch from which on the order of its channels in memory is chosen by measuring."""
+"""Seconds of a batch, the processor's, from which on the order of its channels in memory is chosen by measuring."""
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
@@ -285,7 +285,7 @@ class ProductRows(_Rows):
         self.kept: tuple[Any, dict] = (None, {})
 
     def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
-        before, start = torch.get_rng_state(), time.perf_counter()
+        before, start = torch.get_rng_state(), _seconds()
         if not (self.by_hooks and self.checked and self.proof.folds is None):
             found = super().__call__(batch, number)
             late = self.proof.absent & self.proof.reached
@@ -329,7 +329,7 @@ class ProductRows(_Rows):
         self.proof.channels_last = False
         if seconds < LONG or torch.are_deterministic_algorithms_enabled() or not self._kernels():
             return
-        start, faster = time.perf_counter(), False
+        start, faster = _seconds(), False
         self.proof.channels_last = True
         try:
             again = self._again(batch, number, random)
@@ -480,11 +480,15 @@ def _differing(rows: Mapping[LayerAxis, Tensor], others: Mapping[LayerAxis, Tens
     return None
 
 
-def _seconds_since(start: float, found: Mapping[LayerAxis, Tensor]) -> float:
-    """Return the seconds until products were there, for which a GPU is waited."""
-    for products in list(found.values())[-1:]:
-        products.sum().item()
-    return time.perf_counter() - start
+def _seconds() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
+
+
+def _seconds_since(start: tuple[float, float], found: Mapping[LayerAxis, Tensor]) -> float:
+    """Return the seconds until products were there: the processor's, which other work leaves alone, or a GPU's."""
+    products = list(found.values())[-1]
+    products.sum().item()  # waits for a GPU
+    return _seconds()[products.device.type != "cpu"] - start[products.device.type != "cpu"]
 
 
 def _agree(sums: Tensor, unscaled: Tensor, expected: Tensor, terms: Tensor, coarse: bool) -> bool:

@@ -267,9 +267,9 @@ def score_groups(
     that are tied, such as an embedding's and an output layer's, are one member of their group, by the first of their
     names; its gradient and J·w are the sums over all uses under all names, before anything is squared.
 
-    Where products of a batch take over 0.25 s, the third batch is scored twice, also with the channels of images last
-    in memory, and the faster way is kept: scores differ by rounding then, as they do between machines.
-    `torch.use_deterministic_algorithms(True)` leaves the order as it is.
+    Where products of a batch take over 0.25 s of the processor (or of a GPU), the third batch is scored twice, also
+    with the channels of images last in memory, and the faster way is kept: scores differ by rounding then, as they do
+    between machines. `torch.use_deterministic_algorithms(True)` leaves the order as it is.
 
     Args:
         criterion: a name of `CRITERIA`, (name, options), a `Criterion`, or a function of weights (channels, d).
