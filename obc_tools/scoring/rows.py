@@ -352,7 +352,7 @@ class ProductRows(_Rows):
 
     def _instead(self) -> dict[nn.Module, dict[str, Tensor]]:
         """Return what layers use in place of their parameters, folded or with channels last; one such set is kept."""
-        folds, last = self.proof.folds or {}, bool(self.proof.channels_last)
+        folds, last = self.proof.folds or {}, bool(self.proof.channels_last) and self.checked
         key = (last, tuple(folds.items()))
         if self.kept[0] != key:
             found = {self.layers[layer]: folded(self.layers[layer], self.layers[norm]) for layer, norm in folds.items()}
@@ -363,10 +363,12 @@ class ProductRows(_Rows):
         return self.kept[1]
 
     def _kernels(self) -> list[nn.Module]:
-        """Return the layers whose kernels are of images, but those whose gradients are asked for."""
-        slow = {self.layers[name] for name in self.proof.by_weights & self.layers.keys()}
-        layers = (layer for layer in self.model.modules() if kernel_dims(layer) == 2 and layer not in slow)
-        return [layer for layer in layers if layer._parameters.get("weight") is not None]
+        """Return the layers whose kernels are of images, but those whose kernel's gradient is asked for."""
+        asked = set(map(id, self._parameters(self._apart()[1])))
+        kernels = (
+            (layer, layer._parameters.get("weight")) for layer in self.model.modules() if kernel_dims(layer) == 2
+        )
+        return [layer for layer, kernel in kernels if kernel is not None and id(kernel) not in asked]
 
     def _capture(self, axes: Sequence[LayerAxis]) -> Capture:
         uses = dict.fromkeys(use for axis in axes for use in self.uses[axis])

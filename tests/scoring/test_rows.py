@@ -389,6 +389,33 @@ def test_the_order_of_channels_is_left_where_it_cannot_change_or_nobody_is_to_ch
     assert read.proof.channels_last is False and not any(same.laid)
 
 
+class Shared(nn.Module):
+    """A kernel used by two layers, and once more by itself: its products come from its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.second.weight = self.first.weight
+        self.other, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.second(self.first(x).tanh()).tanh() + F.conv2d(x, self.first.weight, padding=1)
+        return self.head(self.other(x).tanh().mean((2, 3)))
+
+
+def test_kernels_whose_gradients_are_asked_for_stay_where_they_are():
+    torch.manual_seed(0)
+    model = Shared().double()
+    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(0, 3, (4,))) for _ in range(3)]
+    for layers in (["first"], ["first", "other"]):
+        read = ProductRows(model, model_axes(model, layers), classification, None)
+        assert read(batches[0], 0).keys() == read(batches[1], 1).keys() and read.proof.by_weights == {"first"}
+        read.proof.channels_last = True
+        found = read(batches[2], 2)
+        for axis, expected in jacobian_products(model, batches[2:], layers=layers).items():
+            torch.testing.assert_close(found[axis], expected, rtol=1e-10, atol=1e-14)
+
+
 def test_norms_that_fold_wrongly_are_scored_unfolded(monkeypatch):
     torch.manual_seed(0)
     model, right = Images(), module.folded
