@@ -52,6 +52,7 @@ class Options:
         fixed: numbers of batches in every step, to hold against stopping.
         whole: the number of batches in every step that stand for all of them.
         before: a checkout to run at that number too, in turns.
+        network: of plans; half of the photos score EfficientNet-Lite0, the others test it.
         way: of scoring for plans: rows of the Jacobian Criterion ("batch", "sample", "expected"), or another criterion.
         note: whether the machine was quiet.
     """
@@ -67,6 +68,7 @@ class Options:
     stops: tuple[float, ...] = (0.1,)
     whole: int = 50
     before: Path | None = None
+    network: Literal["resnet56", "efficientnet_lite0"] = "resnet56"
     way: str = "batch"
     steps: int = 10
     seed: int = 0
@@ -187,19 +189,32 @@ def accuracy(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         return sum((model(x).argmax(1) == t).sum().item() for x, t in batches) / sum(len(t) for _, t in batches)
 
 
-def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
-    """Find one plan in this process; return what it took and the channels that are gone."""
+def published(options: Options) -> tuple[nn.Module, list, list, float]:
+    """Return the published ResNet-56, batches to score by a seed, 2,000 images to test, and the speed-up."""
     data = obc.load_data("cifar10", root=str(options.data))
     model = obc.load_model("resnet56", num_classes=10, weights=str(options.weights)).eval()
-    given = Counted(list(obc.take(data.batches("train", 128, seed=options.seed), most)), most)
-    test = list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4))
+    given = list(obc.take(data.batches("train", 128, seed=options.seed), max(options.batches, 1)))
+    return model, given, list(obc.take(data.batches("val", 500, seed=0, shuffle=True), 4)), 2.11
+
+
+def photos(options: Options) -> tuple[nn.Module, list, list, float]:
+    """Return EfficientNet-Lite0, 15 batches of 32 photos to score, the others to test, and the speed-up."""
+    data = obc.load_data("imagenet", str(options.data), normalize="inception", image_size=224)
+    model = obc.load_model("timm:tf_efficientnet_lite0", weights=str(options.weights)).eval()
+    drawn = list(data.batches("val", 32, seed=options.seed, shuffle=True, workers=0))
+    return model, drawn[:15], drawn[15:], 1.25
+
+
+def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
+    """Find one plan in this process; return what it took and the channels that are gone."""
+    model, given, test, speedup = published(options) if options.network == "resnet56" else photos(options)
+    given = Counted(given, most)
     extra = {} if stop is None else {"stop": stop}
     if options.way != "batch":  # what older checkouts do
         extra |= {"rows" if options.way in ("sample", "expected") else "criterion": options.way}
     wall, work = time.perf_counter(), time.process_time()
-    plan = obc.prune_to(
-        model, torch.zeros(1, 3, 32, 32), given, speedup=2.11, steps=options.steps, progress=False, **extra
-    )
+    example = torch.zeros(1, *test[0][0].shape[1:])
+    plan = obc.prune_to(model, example, given, speedup=speedup, steps=options.steps, progress=False, **extra)
     found = {"seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(time.process_time() - work, 1)}
     gone = [[str(g.root), c] for g, k in zip(plan.groups, plan.kept, strict=True) for c in set(range(g.width)) - set(k)]
     found |= {"batches": given.count[0], "accuracy": accuracy(obc.prune(model, plan).eval(), test), "gone": gone}
@@ -209,7 +224,16 @@ def find(options: Options, stop: float | None, most: int) -> dict[str, object]:
 def in_process(options: Options, stop: float | None, most: int, code: Path) -> dict[str, object]:
     """Find a plan by some checkout's code, in a process of its own."""
     words = ["--data", options.data, "--weights", options.weights, "--steps", options.steps, "--seed", options.seed]
-    words += ["--way", options.way, "--batches", most, "--stops", *([] if stop is None else [stop])]
+    words += [
+        "--network",
+        options.network,
+        "--way",
+        options.way,
+        "--batches",
+        most,
+        "--stops",
+        *([] if stop is None else [stop]),
+    ]
     command = [sys.executable, __file__, "plan", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(code)}
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
@@ -230,7 +254,14 @@ def time_plans(options: Options) -> None:
     whole = set(map(tuple, found[-1][-1]["gone"])) if options.pairs else set()
     for stop, most, name, result in found:
         gone = set(map(tuple, result.pop("gone")))
-        row = {"what": f"plan {name}", "network": "resnet56", "rows": options.way, "n": 1, "stop": stop, "given": most}
+        row = {
+            "what": f"plan {name}",
+            "network": options.network,
+            "rows": options.way,
+            "n": 1,
+            "stop": stop,
+            "given": most,
+        }
         overlap = round(len(gone & whole) / max(len(gone), len(whole)), 3) if whole else ""
         row |= {**result, "overlap": overlap, "seed": options.seed}
         write(row, options.note)
