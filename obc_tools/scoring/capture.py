@@ -43,6 +43,7 @@ from ..structure.layers import (
     affine,
     find_axis,
     fixed_outputs,
+    has_norm_within,
     has_role,
     is_batch_norm,
     is_foldable,
@@ -217,7 +218,8 @@ class Capture:
         wanted = {axis.layer for axis in self.axes if axis.axis == "out"} | self.families.keys()
         bare = {id(self.layers[name]): name for name in wanted if isinstance(self.layers[name], Tensor)}
         attention = _attention_weights(self.layers, model)
-        functions = _Functions(self, bare, attention) if bare or attention else nullcontext()
+        norms = {id(layer.weight): name for name, layer in self.layers.items() if self._is_within(name)}
+        functions = _Functions(self, bare, attention, norms) if bare or attention or norms else nullcontext()
         with within(hooks(self._hooks()), functions):
             yield
 
@@ -286,8 +288,15 @@ class Capture:
             if LayerAxis(name, "in") in self.axes:
                 yield layer.register_forward_pre_hook(partial(self._input, name), with_kwargs=True)
             folded = name in self.folds.values()
-            if not folded and (LayerAxis(name, "out") in self.axes or name in self.families or name in self.folds):
+            own = LayerAxis(name, "out") in self.axes and not self._is_within(name)
+            if not folded and (own or name in self.families or name in self.folds):
                 yield layer.register_forward_hook(partial(self._output, name), with_kwargs=True, prepend=True)
+
+    def _is_within(self, name: str) -> bool:
+        """Say whether a layer is a batch norm inside a call that does more, such as an activation behind it."""
+        layer = self.layers[name]
+        asked = LayerAxis(name, "out") in self.axes and name not in self.families
+        return asked and has_norm_within(layer) and not layer.training and layer.running_mean is not None
 
     def _input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -482,20 +491,26 @@ def _attention_weights(names: Mapping[str, Any], model: nn.Module) -> dict[int, 
 
 
 class _Functions(TorchFunctionMode):
-    """Capture what is not called as a module: projections inside attentions, and bare parameters.
+    """Capture what is not called as a module: projections inside attentions, norms inside layers, bare parameters.
 
     While it is there, torch takes none of its fused kernels for whole attention layers: these have no backward.
     """
 
-    def __init__(self, capture: Capture, bare: Mapping[int, str], attention: Mapping[int, str]):
+    def __init__(
+        self, capture: Capture, bare: Mapping[int, str], attention: Mapping[int, str], norms: Mapping[int, str]
+    ):
         super().__init__()
-        self.capture, self.bare, self.weights = capture, bare, attention
+        self.capture, self.bare, self.weights, self.norms = capture, bare, attention, norms
         self.attention = _attention_with(self._linear)
         self.examples = 0
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
             function = self.attention
+        elif function is F.batch_norm and id(kwargs.get("weight")) in self.norms:  # torch names it on the way here
+            name, output = self.norms[id(kwargs["weight"])], function(*args, **kwargs)
+            return self.capture.put(LayerAxis(name, "out"), output, 1, part=args[0], norm=self.capture.layers[name])
         elif function is Tensor.expand and id(args[0]) in self.bare:
             sizes = args[1:] if isinstance(args[1], int) else args[1]
             args = (self._copied(args[0], len(sizes), sizes[0]), *args[1:])
@@ -505,7 +520,7 @@ class _Functions(TorchFunctionMode):
                 args = (self._copied(first, second.dim(), len(second)), second)
             elif id(second) in self.bare and first.dim():
                 args = (first, self._copied(second, first.dim(), len(first)))
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
     def _copied(self, parameter: Tensor, dims: int, examples: int) -> Tensor:
         """Return the parameter with one copy an example along a leading dimension; it broadcasts as the original."""

@@ -248,6 +248,12 @@ def is_batch_norm(layer: nn.Module | Tensor) -> bool:
     return is_norm(layer, "examples")
 
 
+def has_norm_within(layer: nn.Module | Tensor) -> bool:
+    """Say whether a layer is a batch norm of a type with a forward of its own, as timm's with an activation."""
+    known = isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.weight is not None
+    return known and type(layer).forward is not nn.modules.batchnorm._BatchNorm.forward
+
+
 def is_standardised(layer: nn.Module | Tensor) -> bool:
     """Say whether a layer standardises its weights, each output's over its inputs, before it uses them."""
     return layer_type(layer).statistics == "weights"

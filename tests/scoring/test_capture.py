@@ -7,11 +7,13 @@ import pytest
 import torch
 from cases import CASES, EXAMPLES, Case
 from oracles import products, row_gradients, score, state_of
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 
 from obc_tools.scoring.jacobian import jacobian_products, model_axes
-from obc_tools.scoring.rows import stream_gradients
+from obc_tools.scoring.objectives import classification
+from obc_tools.scoring.rows import ProductRows, Proof, stream_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
 ROWS = ("batch", "sample", 1, 2, 3, EXAMPLES)
@@ -154,3 +156,41 @@ def test_an_input_that_changes_in_place_only_later():
         list(stream_gradients(model, batches, ["first"], lambda *args: None, rows="sample"))
     with pytest.raises(RuntimeError, match="layer 'first': unlike in the first batch, its activations were changed"):
         jacobian_products(model, batches, rows="sample", layers=["first"])
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """A batch norm with an activation behind it, in place, as timm's."""
+
+    def forward(self, x):
+        training = self.training
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, self.eps)
+        return F.hardtanh(x, -0.3, 0.4, inplace=True)
+
+
+class NormByHand(nn.BatchNorm2d):
+    """Another that does not call torch's."""
+
+    def forward(self, x):
+        mean, deviation = self.running_mean[:, None, None], (self.running_var + self.eps).sqrt()[:, None, None]
+        return ((x - mean) / deviation * self.weight[:, None, None] + self.bias[:, None, None]).tanh()
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("kind", [NormAndActivation, NormByHand, BatchNormAct2d])
+def test_norms_inside_layers_that_do_more(kind, rows):
+    torch.manual_seed(0)
+    norm = kind(6) if kind is not BatchNormAct2d else kind(6, act_layer=nn.SiLU)
+    body = [nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double().eval()
+    for layer in (model[1], model[3]):
+        layer.running_mean.uniform_(-0.3, 0.3), layer.running_var.uniform_(0.5, 2)
+        layer.weight.data.uniform_(0.5, 1.5), layer.bias.data.uniform_(-0.3, 0.3)
+    batches = [(torch.randn(4, 3, 8, 8).double(), torch.randint(0, 3, (4,))) for _ in range(3)]
+    axes = model_axes(model)
+    read = ProductRows(model, axes, classification, None if rows == "batch" else 1)
+    found = [read(batch, number) for number, batch in enumerate(batches)][-1]
+    assert read.proof.by_weights == ({"1"} if kind is NormByHand else set()) and read.proof.folds == {"2": "3"}
+    slow = Proof(proven=set(read.layers), by_weights=set(read.layers), folds={})
+    exact = ProductRows(model, axes, classification, read.per_row, slow)(batches[-1], 0)
+    for axis in axes:
+        torch.testing.assert_close(found[axis], exact[axis], rtol=1e-10, atol=1e-13)
