@@ -17,8 +17,8 @@ where the graph shows that nothing else reads the tensors between:
 - where such a norm is folded into that layer (see `rows`), y is the layer's own output: Σ δy (y − shift) and Σ δy;
 - ReLU and max pooling satisfy Σ ε x = Σ δ y for x = relu(y): the input's product is that of the output before it.
 
-Attention's projections and bare parameters are not called as modules. A `TorchFunctionMode`, which is the thread's own,
-sees them.
+Attention's projections and bare parameters are not called as modules, and some batch norms are called inside a layer
+that does more. A `TorchFunctionMode`, which is the thread's own, sees them.
 """
 
 from __future__ import annotations
