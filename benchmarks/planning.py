@@ -87,7 +87,7 @@ def write(row: dict[str, object], note: str) -> None:
     print(row, flush=True)
     fresh = not OUT.exists()
     with OUT.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="")
+        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if fresh:
             table.writeheader()
         table.writerow(row)
