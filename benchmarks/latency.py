@@ -139,8 +139,10 @@ def trained(name: str, options: Options) -> tuple[nn.Module, Data, int]:
     if name == "resnet56":
         model = load_model("resnet56", num_classes=10, weights=options.weights)
         return model.eval(), load_data("cifar10", options.root), 32
-    data = hold_out(load_data("imagenet", options.root, normalize="inception"), "val", share=0.5, seed=0)
-    return load_model("timm:tf_efficientnet_lite0", num_classes=1000, weights=options.weights).eval(), data, 1
+    if name == "efficientnet_lite0":
+        data = hold_out(load_data("imagenet", options.root, normalize="inception"), "val", share=0.5, seed=0)
+        return load_model("timm:tf_efficientnet_lite0", num_classes=1000, weights=options.weights).eval(), data, 1
+    raise SystemExit(f"accuracy of {name!r}: there are trained weights for resnet56 and efficientnet_lite0 alone")
 
 
 def compared(name: str, options: Options) -> Iterable[dict[str, Any]]:
@@ -155,9 +157,8 @@ def compared(name: str, options: Options) -> Iterable[dict[str, Any]]:
         timing = {"clock": options.clock, "file": file, "repeats": options.repeats, "most_processes": 15}
         batches, said = list(take(data.batches("train", 64, seed=seed), options.batches)), "met"
         try:
-            plan = prune_to(
-                *(model, example, batches), latency_speedup=speedup, timing=timing, per=WAYS[way], steps=5, seed=seed
-            )
+            how = {"timing": timing, "per": WAYS[way], "steps": 5, "seed": seed}
+            plan = prune_to(model, example, batches, latency_speedup=speedup, **how)
         except LatencyError as error:
             plan, said = error.plan, str(error)
         again = Timing(speedup=speedup, clock=options.clock, repeats=options.repeats)

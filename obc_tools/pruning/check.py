@@ -405,9 +405,10 @@ def prove(
 ) -> None:
     """Prove on example inputs that a plan's network runs, equals the masked one (`masking`) and costs what it should.
 
-    Forward passes in eval mode: one that counts and three in double precision, with probe weights too where the
-    network's own hide what goes. Work that depends on data, such as a detector's boxes, need not cost what was
-    predicted. Where nothing can be told the log says why, and nothing is refused.
+    Forward passes in eval mode: one that counts and three in double precision, of a batch the first `FEW` examples
+    where the network runs on these, with probe weights too where the network's own hide what goes. Work that depends
+    on data, such as a detector's boxes, need not cost what was predicted. Where nothing can be told the log says why,
+    and nothing is refused.
 
     Args:
         model: the unpruned network; left unchanged.
