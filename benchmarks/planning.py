@@ -48,6 +48,7 @@ class Options:
     """What to measure.
 
     Attributes:
+        images: in a batch of `scoring`, written behind the network's name; None: as in `SIZES`.
         pairs: of a plain pass and a scored batch; of whole plans by either code, 0 for none.
         batches: of 128 images at most in a step.
         fixed: numbers of batches in every step, to hold against stopping.
@@ -61,6 +62,7 @@ class Options:
     what: tyro.conf.Positional[Literal["scoring", "exact", "plans", "plan"]]
     models: tuple[str, ...] = (*SIZES, GPT2)
     rows: tuple[str, ...] = ("batch", "sample")
+    images: int | None = None
     pairs: int = 5
     data: Path | None = None
     weights: Path | None = None
@@ -124,7 +126,7 @@ def prunable_axes(model: nn.Module, batch: Any) -> list[LayerAxis]:
 
 def time_scoring(name: str, options: Options) -> None:
     torch.set_flush_denormal(True)  # random weights of deep networks make many, and plain passes slow
-    model, batch, objective = case(name)
+    model, batch, objective = case(name, options.images)
     axes = prunable_axes(model, batch)
 
     def plain() -> None:
@@ -140,7 +142,8 @@ def time_scoring(name: str, options: Options) -> None:
         pairs = [(spent(partial(read, batch, 0)), spent(plain)) for _ in range(options.pairs)]
         wall, work = ([scored[kind] / passed[kind] for scored, passed in pairs] for kind in (0, 1))
         row = {"ratio": round(statistics.median(wall), 3), "least": round(min(wall), 3)}
-        row |= {"what": "scoring", "network": name, "rows": rows, "n": len(wall), "most": round(max(wall), 3)}
+        label = name if options.images is None else f"{name} x {options.images}"
+        row |= {"what": "scoring", "network": label, "rows": rows, "n": len(wall), "most": round(max(wall), 3)}
         row |= {"cpu_ratio": round(statistics.median(work), 3)}
         row |= {"first_call": round(first[1] / statistics.median(passed[1] for _, passed in pairs), 3)}
         write(row, options.note)

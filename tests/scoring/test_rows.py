@@ -11,7 +11,7 @@ from obc_tools.scoring import rows as module
 from obc_tools.scoring.jacobian import jacobian_products, model_axes
 from obc_tools.scoring.jtj import dense_jtj
 from obc_tools.scoring.objectives import classification
-from obc_tools.scoring.rows import GradientRows, ProductRows, _eagerly, stream_gradients
+from obc_tools.scoring.rows import GradientRows, ProductRows, Proof, _eagerly, stream_gradients
 from obc_tools.scoring.scores import sum_square_gradients
 from obc_tools.structure.layers import get_layer, own_parameters
 
@@ -429,3 +429,84 @@ def test_norms_that_fold_wrongly_are_scored_unfolded(monkeypatch):
     assert read.proof.folds == {}
     for axis, expected in jacobian_products(model, batches[4:]).items():
         torch.testing.assert_close(found[4][axis], expected, rtol=1e-10, atol=1e-12)
+
+
+class Routed(nn.Module):
+    """Examples whose first number is positive take another linear layer, called as a module or not."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 3)
+        self.functional = functional
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        chosen = x[:, 0] > 0
+        if not chosen.any():
+            return self.head(self.one(x).relu())
+        other = F.linear(x, self.other.weight, self.other.bias) if self.functional else self.other(x)
+        return self.head(torch.where(chosen[:, None], other, self.one(x)).relu())
+
+
+class ByParts(nn.Module):
+    """At most ten examples a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.body(part) for part in x.mean((2, 3)).split(10)]))
+
+
+def of_whole_batches(model, batch):
+    if len(batch[0]) != 24:
+        raise ValueError("24 examples, please")
+    return classification(model, batch)
+
+
+def contrastive(model, batch):
+    return F.cross_entropy(model(batch[0]) @ model(batch[0]).T, torch.arange(len(batch[0])), reduction="none")
+
+
+FEW_CASES = {
+    "a layer that later examples reach": (lambda: Routed(False), classification),
+    "a weight that later examples reach": (lambda: Routed(True), classification),
+    "a network that takes parts": (ByParts, classification),
+    "an objective of whole batches": (lambda: Routed(False), of_whole_batches),
+    "examples that see each other": (ByParts, contrastive),
+}
+
+
+@pytest.mark.parametrize("per_row", [None, 1, 12])
+@pytest.mark.parametrize("case", FEW_CASES)
+def test_what_few_examples_prove_holds_for_all(case, per_row):
+    torch.manual_seed(0)
+    make_model, objective = FEW_CASES[case]
+    model, images = make_model().double().eval(), torch.randn(24, 3, 2, 2, dtype=torch.float64)
+    images[:, 0] = -images[:, 0].abs()
+    images[20:, 0] *= -1
+    batch, axes = (images, torch.randint(0, 3, (24,))), model_axes(model)
+    found = ProductRows(model, axes, objective, per_row, set_aside=True)(batch, 0)
+    layers = {axis.layer for axis in axes}
+    slow = Proof(proven=set(layers), by_weights=set(layers), folds={})
+    exact = ProductRows(model, axes, objective, per_row, slow, True)(batch, 0)
+    for axis in axes:
+        torch.testing.assert_close(found[axis], exact[axis], msg=str(axis))
+
+
+@pytest.mark.parametrize("per_row", [None, 1])
+def test_a_first_batch_runs_whole_but_once(per_row):
+    sizes = []
+
+    def objective(model, batch):
+        sizes.append(len(batch[0]))
+        return classification(model, batch)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
+    read = ProductRows(model, model_axes(model), objective, per_row)
+    read((torch.randn(24, 3, 2, 2), torch.randint(0, 3, (24,))), 0)
+    assert sizes.count(24) == 1
+    assert set(sizes) == {8, 24}
+    assert read.checked
+    assert read.proof.folds == {"0": "1"}
