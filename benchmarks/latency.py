@@ -60,6 +60,8 @@ class Options:
     plans: int = 12
     repeats: int = 9
     clock: str = "cpu"
+    runtimes: tuple[str, ...] = ("eager",)
+    """What runs the networks of `targets`."""
     root: Path | None = None
     """Of the images of `accuracy`."""
     weights: Path | None = None
@@ -109,21 +111,21 @@ def met(name: str, options: Options) -> Iterable[dict[str, Any]]:
     model, example = made(name, options)
     file = Path("runs") / f"latency_{name}_{options.pixels}.json"
     file.parent.mkdir(exist_ok=True)
-    for speedup in options.speedups:
-        timing = {"clock": options.clock, "file": file, "repeats": options.repeats}
+    for runtime, speedup in itertools.product(options.runtimes, options.speedups):
+        timing = {"clock": options.clock, "file": file, "repeats": options.repeats, "runtime": runtime}
         said, start = "met", time.perf_counter()
         how = {"criterion": "l2", "steps": 5, "progress": False}
         try:
             plan = prune_to(model, example, latency_speedup=speedup, timing=timing, **how)
         except LatencyError as error:
             plan, said = error.plan, str(error)
-        row = {"network": name, "pixels": options.pixels, "target": speedup, "search": said}
+        row = {"network": name, "pixels": options.pixels, "runtime": runtime, "target": speedup, "search": said}
         row["search s"] = round(time.perf_counter() - start, 1)
         plans = {"latency": plan, "MACs": prune_to(model, example, speedup=speedup, **how)}
         for asked, found in plans.items():
             row[f"MACs of the plan for {asked}"] = round(1 / (1 - found_share(model, example, found)), 3)
             for clock in ("cpu", "wall"):
-                again = Timing(speedup=speedup, clock=clock, repeats=options.repeats)
+                again = Timing(speedup=speedup, clock=clock, repeats=options.repeats, runtime=runtime)
                 ratios = [1 / share for share in measure_apart(model, prune(model, found), example, again).of(again)]
                 row[f"{asked}: {clock}, median"] = round(statistics.median(ratios), 3)
                 row[f"{asked}: {clock}, from"] = round(min(ratios), 3)
@@ -186,7 +188,7 @@ def found_share(model: nn.Module, example: torch.Tensor, plan: Any) -> float:
     return 1 - costs.of(plan).macs / costs.original.macs
 
 
-KEYS = ("network", "target", "way", "seed")
+KEYS = ("network", "runtime", "target", "way", "seed")
 """What tells rows apart."""
 
 
