@@ -54,7 +54,7 @@ from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
 
-FEW = 8
+FEW = 4
 """Examples of the first batch that prove what may be captured, or two rows."""
 
 LONG, LONG_RUN = 0.25, 3

@@ -507,6 +507,6 @@ def test_a_first_batch_runs_whole_but_once(per_row):
     read = ProductRows(model, model_axes(model), objective, per_row)
     read((torch.randn(24, 3, 2, 2), torch.randint(0, 3, (24,))), 0)
     assert sizes.count(24) == 1
-    assert set(sizes) == {8, 24}
+    assert set(sizes) == {4, 24}
     assert read.checked
     assert read.proof.folds == {"0": "1"}
