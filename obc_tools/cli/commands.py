@@ -308,7 +308,8 @@ def show(found: Comparison | FoundSweep, out: Path) -> None:
 
 def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
     """Do a job, keep it in its folder, and print the table."""
-    from ..runs.folder import REPORT, run_job
+    from ..runs.job import REPORT
+    from ..runs.pipeline import run_job
     from ..runs.report import write_job_report
 
     result = run_job(job, out, overwrite=overwrite)
@@ -359,7 +360,7 @@ class RunExperiment(OneExperiment):
         return super().job(**chosen)
 
     def run(self) -> None:
-        from ..runs.folder import check_run_folder
+        from ..runs.job import check_run_folder
         from ..runs.run import Run, launch, run_experiment
 
         job = self.job()

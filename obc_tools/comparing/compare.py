@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch, Pass, count_examples, first_examples, take
 from ..data.data import Data, as_data
 from ..errors import check_number, check_whole
-from ..files import environment
-from ..holding import held
+from ..files import environment, held
 from ..measure.costs import Cost
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings

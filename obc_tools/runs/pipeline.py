@@ -1,7 +1,8 @@
 """A pruning job end to end: original → sparse → plan → pruned (→ compensated) → fine-tuned naively, with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
-done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
+done; `perform` does the work in memory. `work_on` does both and keeps the outcome in a folder that grows meanwhile;
+that of `run_job` is there when all is done.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,24 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..data.batches import Batches, to_device
-from ..files import read_json, replacing, write_json, write_text
+from ..data.batches import to_device
+from ..files import (
+    begun_beside,
+    environment,
+    held,
+    keep_hold,
+    logging_to_file,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+    write_text,
+)
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.networks import load_weights, read_weights
 from ..models.speeds import speed_table
+from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import Target
 from ..pruning.compensation import compensate
@@ -46,6 +60,8 @@ from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
 from .job import (
     COMPENSATED,
+    FORMAT,
+    JOB,
     MERGED,
     NAIVE,
     ORIGINAL,
@@ -53,18 +69,27 @@ from .job import (
     PRUNED,
     PRUNING,
     REFUSED_PLAN,
+    RESULTS,
+    RUN_LOG,
+    SAVED_MODELS,
     SPARSE,
     TITLES,
+    TRAINING,
     WEIGHTS,
     Equivalence,
     JobInputs,
     JobResult,
     Measured,
     PruningJob,
+    RunFolderError,
+    as_begun,
+    check_run_folder,
+    check_same_job,
     find_device,
     find_model,
     is_own,
     own_task,
+    write_job,
 )
 
 logger = logging.getLogger(__name__)
@@ -123,14 +148,7 @@ class Keeping:
     folder: Path | None = None
     stop: Callable[[], bool] = lambda: False
 
-    def options(self, name: str) -> dict[str, Any]:
-        """Return the options of `fit` for one training."""
-        place = {} if self.folder is None else {"run": self.folder / f"{TRAINING}{name}", "resume": True}
-        return {**place, "stop": self.stop}
 
-
-TRAINING = "training_"
-"""What the names of trainings' folders begin with."""
 EXAMPLES = 32
 """At a time, in the table of speeds."""
 
@@ -208,8 +226,7 @@ class Stages:
         if job.sparse_weights:
             load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
         elif job.sparse:
-            options = {"ignore": job.ignore, "task": self.inputs.task, **self._options(SPARSE, job.sparse)}
-            self._keep(SPARSE, model, sparse_train(model, *self._batches(job.sparse), job.sparse, **options))
+            self._train(SPARSE, model, job.sparse)
         return model
 
     def plan(self, model: nn.Module) -> PruningPlan:
@@ -287,22 +304,24 @@ class Stages:
         return speed_table({TITLES[key]: models[key] for key in (ORIGINAL, PRUNED, MERGED) if key in models}, inputs)
 
     def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
-        history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))
-        self._keep(key, model, history)
-
-    def _keep(self, key: str, model: nn.Module, history: History) -> None:
-        """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
-        self.histories[key] = history
-        if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
-            with replacing(self._keeping.folder / WEIGHTS[key]) as new:
+        """Train a network; keep its history and, for other jobs to start from, the weights of an unpruned one."""
+        inputs, folder = self.inputs, self._keeping.folder
+        train = partial(sparse_train, ignore=inputs.job.ignore) if key == SPARSE else fit
+        self.histories[key] = train(
+            model,
+            inputs.training_batches(recipe),
+            inputs.held_out_batches(share=processes().share),
+            recipe,
+            task=inputs.task,
+            teacher=self._teacher if recipe.distill_weight else None,
+            run=None if folder is None else folder / f"{TRAINING}{key}",
+            resume=folder is not None,
+            stop=self._keeping.stop,
+            progress=self.progress,
+        )
+        if folder is not None and processes().is_main and key in WEIGHTS:
+            with replacing(folder / WEIGHTS[key]) as new:
                 save_model(model, str(new))
-
-    def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
-        return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)
-
-    def _options(self, key: str, recipe: Recipe) -> dict[str, Any]:
-        teacher = self._teacher if recipe.distill_weight else None
-        return {"teacher": teacher, "progress": self.progress, **self._keeping.options(key)}
 
 
 def keep_refused(error: ProofError, path: Path) -> ProofError:
@@ -400,3 +419,139 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     name, layer = found[0]
     channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
+
+
+def run_job(
+    job: PruningJob, out: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True
+) -> JobResult:
+    """Do a job as :func:`work_on` does, in a folder that appears when all is done.
+
+    After Ctrl-C, or where the process was killed, another call for the same job goes on from what is kept beside it.
+
+    Args:
+        job: What to do.
+        out: The folder to make. It is refused when it holds anything.
+        overwrite: Replace the run that the folder holds; anything but a run is refused all the same.
+        progress: Show bars.
+
+    Raises:
+        ValueError: what :func:`work_on` raises; a folder in use.
+        ProofError: the plan is wrong; it is kept beside the folder, which does not appear.
+    """
+    folder = Path(out).resolve()
+    check_run_folder(folder, overwrite=overwrite)
+    with held(folder):
+        begun = begun_beside(folder)
+        if not _is_begun(begun, job):
+            remove_leftovers(folder.parent, of=folder.name)
+        try:
+            with replacing(folder, begun=begun) as new:
+                result = work_on(job, new, progress=progress)
+                keep_hold(folder, new)
+            return result
+        except ProofError as error:
+            raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
+
+
+def _is_begun(folder: Path, job: PruningJob) -> bool:
+    """Say whether a folder holds the beginning of a job."""
+    try:
+        check_same_job(folder, job)
+    except RunFolderError:
+        return False
+    return True
+
+
+def work_on(
+    job: PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> JobResult:
+    """Do a job in its folder, where it may be watched, stopped and killed; go on with what an earlier call left there.
+
+    Everything that may be wrong with the job or the folder is raised before work begins and anything is written. In
+    the end, saved models are loaded again and compared, bit by bit.
+
+    Args:
+        job: What to do.
+        folder: Where; made if need be. One that holds another job is refused.
+        stop: Asked again and again; once it says True, what there is is kept and `Stopped` raised.
+        progress: Show bars.
+
+    Raises:
+        Stopped: when ``stop`` said so.
+        ValueError: what `prepare` and `perform` raise; a folder that holds something else.
+    """
+    folder, main = Path(folder).resolve(), processes().is_main
+    if (folder / JOB).is_file():
+        job = as_begun(folder, job)
+        check_same_job(folder, job)
+    else:
+        check_run_folder(folder, overwrite=False)
+    with agreed(find_device(job.device)):
+        inputs = prepare(job)
+    with ExitStack() as stack:
+        with agreed(inputs.device):
+            if main:
+                stack.enter_context(_begun(folder, job))
+        result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
+        if main:
+            _finish(result, inputs, folder, progress)
+        logger.info("done")
+    return result
+
+
+@contextmanager
+def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
+    """Hold a run's folder, with its job and its log in it."""
+    with held(folder):
+        remove_leftovers(folder)
+        write_job(folder, job)
+        with logging_to_file(folder / RUN_LOG):
+            yield
+
+
+def _finish(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
+    """Add histories as tables, the pruned models and all figures to what a job has left in its folder."""
+    logger.info("saving, loading again and comparing")
+    for key, history in result.histories.items():
+        write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
+    saved = [key for key in SAVED_MODELS if key in result.models]
+    reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
+    write_json(folder / RESULTS, _results(result, inputs, reloaded), checked=True)
+
+
+def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:
+    """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
+    model = result.models[key]
+    save_pruned(folder / key, model, result.plan, source=inputs.source, overwrite=True)
+    own = {} if inputs.source else {"model": inputs.model}
+    loaded = load_pruned(folder / key, **own).to(inputs.device)
+    batch = next(iter(inputs.held_out_batches()))
+    pairs = zip(said(loaded, batch, inputs.task), said(model, batch, inputs.task), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise RunFolderError(f"the {key} model computes other logits after saving and loading")
+    metrics = evaluate(loaded, inputs.held_out_batches(), task=inputs.task, progress=progress)
+    return asdict(metrics) | {"bit_equal_logits": True}
+
+
+def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    data, plan = inputs.data, result.plan
+    return {
+        "format": FORMAT,
+        "job": result.job.to_dict(),
+        "data": {"train_images": len(data.train), "held_out_images": len(data.val), "classes": len(data.classes)},
+        "plan": {"channels": plan.channels, "channels_removed": plan.channels_removed},
+        "models": {
+            key: asdict(measured) | {"median_latency_ms": measured.latency.median_ms}
+            for key, measured in result.measured.items()
+        },
+        "reloaded": reloaded,
+        "equivalence": asdict(result.equivalence) if result.equivalence else None,
+        "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},
+        "seconds": dict(result.seconds),
+        "speeds": None if result.speeds is None else result.speeds.to_dict("records"),
+        "environment": environment(inputs.device),
+    }

@@ -10,58 +10,84 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from ..errors import check_whole
-from ..files import is_leftover, read_json, write_json, write_text
-from ..holding import PROCESS, is_worked_on, start, worker_of
+from ..files import (
+    PROCESS,
+    FolderInUseError,
+    is_leftover,
+    is_worked_on,
+    read_json,
+    start,
+    worker_of,
+    write_json,
+    write_text,
+)
 from ..scoring.tasks import CLASSIFICATION
-from ..training.folder import PROGRESS, History, read_history
+from ..training.folder import PROGRESS, History, Stopped, read_history
+from ..training.processes import processes
 from .experiments import Experiment, get_experiment
-from .folder import (
-    BETWEEN_LOOKS,
+from .job import (
     ERROR,
     JOB,
+    MERGED,
+    NAIVE,
+    ORIGINAL,
     OUTPUT,
     RESULTS,
     RUN_LOG,
     STOP,
     STOPPED,
+    TITLES,
     TRAINED,
+    TRAINING,
+    PruningJob,
     RunFolderError,
     as_begun,
+    as_text,
     check_run_folder,
     check_same_job,
-    forget_outcome,
-    outcome_noted,
     read_job,
     read_results,
-    wait_while,
-    work_on,
     write_job,
 )
-from .job import MERGED, NAIVE, ORIGINAL, TITLES, PruningJob, as_text
-from .pipeline import TRAINING
+from .pipeline import work_on
 
 logger = logging.getLogger(__name__)
 
 
+BETWEEN_LOOKS = 0.2
 STILL_RUNNING = 600.0
 """Seconds after its last sign of life in which a run on another machine counts as running."""
 
 SELECTIONS = {"last": "test {}", "best_on_test": "test {} (best epoch, picked on test)"}
 """What `Run.table` calls the headline, by the epoch that it is of."""
+
+
+def wait_while(goes_on: Callable[[], bool], timeout: float | None, complaint: str) -> None:
+    """Wait until something has ended; raise TimeoutError with the complaint if it still goes on after so many s."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    while goes_on():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{complaint} after {timeout:g} s")
+        time.sleep(BETWEEN_LOOKS)
 
 
 @dataclass(frozen=True, repr=False)
@@ -282,10 +308,60 @@ def launch(
     path.mkdir(parents=True, exist_ok=True)
     forget_outcome(path)
     write_job(path, job)
-    identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
+    visible = "" if devices == "cpu" else ",".join(map(str, devices or ()))
+    environment = {} if devices is None else {"CUDA_VISIBLE_DEVICES": visible}
+    identity = start(command(path, count), path / OUTPUT, os.environ | environment)
     write_json(path / PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
     return Run(path)
+
+
+def work_on_run(folder: Path) -> int:
+    """Work on the job of a run folder; return the exit status: 0 done or stopped, 1 failed.
+
+    ``stop`` in the folder, or SIGTERM (which schedulers send before they kill), ends the work with a checkpoint.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: (folder / STOP).touch())
+    try:
+        with outcome_noted(folder):
+            work_on(read_job(folder), folder, stop=(folder / STOP).exists, progress=False)
+    except Stopped:
+        pass
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+@contextmanager
+def outcome_noted(folder: Path) -> Iterator[None]:
+    """Leave a word in a run's folder when work on it is stopped or fails; whoever else works on it is left alone."""
+    try:
+        yield
+    except FolderInUseError:
+        raise
+    except Stopped as stopped:
+        _note(folder / STOPPED, {"why": str(stopped)})
+        raise
+    except Exception as error:
+        _note(folder / ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        raise
+
+
+def forget_outcome(folder: Path) -> None:
+    """Take back, before work on a run begins anew, how it ended before and the wish that it stop."""
+    for name in (STOP, STOPPED, ERROR):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    if processes().is_main and (path.parent / JOB).is_file():
+        # A disk that is full takes no note either; the error that it is about says more.
+        with suppress(OSError):
+            write_json(path, content | {"time": time.time()})
 
 
 def command(folder: Path, processes: int) -> list[str]:
@@ -302,12 +378,6 @@ def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **
         return experiment
     found = experiment if isinstance(experiment, Experiment) else get_experiment(experiment)
     return found.small(**options) if small else found.job(**options)
-
-
-def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
-    if devices is None:
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
 
 
 SCRIPT = "run.slurm"
@@ -350,8 +420,6 @@ def write_slurm_script(
     return path / SCRIPT
 
 
-T = TypeVar("T")
-
 KEYS = ["experiment", "target", "criterion", "reduction", "normalizer", "method"]
 METHODS = {NAIVE: "naive", MERGED: "EP"}
 
@@ -363,17 +431,20 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """
     if not Path(folder).is_dir():
         raise ValueError(f"'{folder}' is no folder")
-    opened = (_unless_unreadable(lambda path=path: [Run.open(path.parent)]) for path in sorted(Path(folder).rglob(JOB)))
-    return [run for runs in opened for run in runs]
+    runs = []
+    for path in sorted(Path(folder).rglob(JOB)):
+        with _leaving_out():
+            runs.append(Run.open(path.parent))
+    return runs
 
 
-def _unless_unreadable(read: Callable[[], Iterable[T]]) -> list[T]:
-    """Return what is read of a run; nothing, and say so in the log, where its folder is damaged."""
+@contextmanager
+def _leaving_out() -> Iterator[None]:
+    """Go on where the folder of a run is damaged, and say so in the log."""
     try:
-        return list(read())
+        yield
     except RunFolderError as error:
         logger.warning("left out: %s", error)
-        return []
 
 
 def results_table(
@@ -398,8 +469,10 @@ def results_table(
         ValueError: for an unknown ``select``, and where no run has finished.
     """
     found = find_runs(runs) if isinstance(runs, str | os.PathLike) else list(runs)
-    finished = [run for run in found if run.status == "finished"]
-    rows = [row for run in finished for row in _unless_unreadable(lambda run=run: _rows(run, select))]
+    rows = []
+    for run in found:
+        with _leaving_out():
+            rows += [*_rows(run, select)] if run.status == "finished" else []
     if not rows:
         raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned classifier")
     grouped = pd.DataFrame(rows).groupby(KEYS, sort=False, dropna=False)
@@ -438,7 +511,7 @@ def _rows(run: Run, select: str) -> Iterator[dict[str, Any]]:
 def _paper_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read the paper's Table IX, VGG-19 on CIFAR-100, with our names."""
     paper = pd.read_csv(path, keep_default_na=False)
-    renamed = pd.DataFrame(
+    return pd.DataFrame(
         {
             "experiment": "VGG-19 on CIFAR-100",
             "target": [f"speedup={value:g}" for value in paper["speedup"]],
@@ -450,4 +523,3 @@ def _paper_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
             "paper's standard deviation": paper["accuracy_std"],
         }
     )
-    return renamed

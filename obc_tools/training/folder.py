@@ -26,6 +26,7 @@ import torch
 
 from ..files import (
     environment,
+    held,
     logging_to_file,
     read_json,
     remove_leftovers,
@@ -34,7 +35,6 @@ from ..files import (
     write_json,
     write_text,
 )
-from ..holding import held
 from ..measure.metrics import SIGNS
 from .processes import processes
 from .recipe import Recipe
