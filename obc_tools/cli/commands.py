@@ -24,11 +24,11 @@ from ..files import logging_to, read_json
 from .options import (
     A_COMPARISON,
     A_GRID,
-    A_RUN,
     GRID,
     JOB,
     RESULTS,
     Choice,
+    Command,
     ExperimentOptions,
     Flag,
     Folder,
@@ -59,21 +59,17 @@ if TYPE_CHECKING:
 
 CURVES = "curves.html"
 NOTHING_WRITTEN = "nothing was written"
-GOES_ON = "the same command goes on from the last finished step"
 DEMO_TITLE = "Demo: handwritten digits, a small ResNet, half the MACs"
 HEAVY_IMPORTS = ("numpy", "torch", "torchvision", "timm", "torch_pruning", "accelerate", "sklearn.datasets", "plotly")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Command):
     """Do the whole job on handwritten digits, which come with scikit-learn; nothing is downloaded.
 
     A small ResNet is trained from scratch, pruned by the Jacobian Criterion to half its MACs and fine-tuned twice with
     the same plan, recipe and seeds: naively and with Equivalent Pruning. Takes less than 2 minutes on 2 CPU cores.
     """
-
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    MAKES: ClassVar[Makes] = A_RUN
 
     out: Folder = Path("runs/demo")
     """Folder for the report, the models and all figures. A demo's own folder is replaced, no other."""
@@ -129,9 +125,7 @@ class Prune(PruningOptions):
     --epochs 1 --equivalent --out runs/resnet56
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    TARGETS: ClassVar[tuple[int, int]] = (1, 1)
-    MAKES: ClassVar[Makes] = A_RUN
+    TARGETS: ClassVar[tuple[int, float]] = (1, 1)
 
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
@@ -175,7 +169,35 @@ class Prune(PruningOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(PruningOptions):
+class ComparingOptions(PruningOptions):
+    """What a trained network is pruned with in many ways, without fine-tuning."""
+
+    MAKES: ClassVar[Makes] = A_COMPARISON
+
+    hold_out: Number = None
+    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
+
+    def trained(self) -> tuple[nn.Module, Data, torch.device]:
+        """Return the trained network and the data, a share of it held out if asked, and where to compute."""
+        from ..data.data import hold_out
+        from ..runs.job import find_data, find_device, find_model
+
+        device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
+        if self.hold_out is not None:
+            data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
+        classes = len(data.classes) if self.num_classes is None else self.num_classes
+        channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
+        return find_model(self.model, classes, self.weights, **channels).to(device), data, device
+
+    def show(self, found: Comparison | FoundSweep) -> None:
+        """Print a table and keep its figure."""
+        from ..plots.jtj import save_html
+
+        print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), self.out / CURVES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(ComparingOptions):
     """Compare criteria: prune a trained network step by step by each, without fine-tuning, and measure every step.
 
     What is finished is kept in the folder: the same command goes on after a stop. For example:
@@ -184,13 +206,8 @@ class Compare(PruningOptions):
     --batches 10 --repeats 3 --out runs/criteria
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
+    TARGETS: ClassVar[tuple[int, float]] = (0, 1)
     SHARES: ClassVar[tuple[str, ...]] = ("macs",)
-    MAKES: ClassVar[Makes] = A_COMPARISON
-
-    hold_out: Number = None
-    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
     criteria: Names = ("jacobian", "taylor", "hessian", "l1", "fpgm", "whc", "bn_scale", "random")
     """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, residual,
     random."""
@@ -213,15 +230,15 @@ class Compare(PruningOptions):
         from ..comparing.compare import CompareSettings, compare_criteria
         from ..runs.job import own_task
 
-        model, data, _ = trained(self, self.hold_out)
+        model, data, _ = self.trained()
         comparison = compare_criteria(
             model, data, self.criteria, task=own_task(self.task), folder=self.out, **self.given(CompareSettings)
         )
-        show(comparison, self.out)
+        self.show(comparison)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(PruningOptions):
+class Sweep(ComparingOptions):
     """Prune a trained network to many targets on one way, without fine-tuning, and measure it at each.
 
     Give the targets: --speedup, --macs, --params or --ratio, several values of each. All plans are kept in the folder,
@@ -231,12 +248,7 @@ class Sweep(PruningOptions):
     --criteria jacobian l1 --out runs/frontier
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
     TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
-    MAKES: ClassVar[Makes] = A_COMPARISON
-
-    hold_out: Number = None
-    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
     speedup: Numbers = ()
     """Targets: how many times fewer MACs, such as 1.5 2 3."""
     macs: Numbers = ()
@@ -263,7 +275,7 @@ class Sweep(PruningOptions):
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
-        model, data, device = trained(self, self.hold_out)
+        model, data, device = self.trained()
         batches = take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
         found = sweep(
             model,
@@ -283,27 +295,7 @@ class Sweep(PruningOptions):
             **{name: value for name, value in self.given(Settings).items() if name in ("rows", "stop", "per")},
             **self.given(Selection) | self.given(Limits) | self.given(Steps),
         )
-        show(found, self.out)
-
-
-def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, Data, torch.device]:
-    """Return the trained network and the data that options name, and where to compute; a share may be held out."""
-    from ..data.data import hold_out
-    from ..runs.job import find_data, find_device, find_model
-
-    device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
-    if share is not None:
-        data = hold_out(data, "train" if data.train is not None else "val", share=share, seed=options.seed)
-    classes = len(data.classes) if options.num_classes is None else options.num_classes
-    channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
-    return find_model(options.model, classes, options.weights, **channels).to(device), data, device
-
-
-def show(found: Comparison | FoundSweep, out: Path) -> None:
-    """Print a table and keep its figure."""
-    from ..plots.jtj import save_html
-
-    print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), out / CURVES)}")
+        self.show(found)
 
 
 def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
@@ -320,8 +312,6 @@ def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
 Devices = Annotated[tuple[int, ...], tyro.conf.arg(metavar="GPU ...", help_behavior_hint="")]
 Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
-CAN_BE_RESUMED = "the same command with --resume goes on from the last checkpoint"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunExperiment(OneExperiment):
@@ -330,8 +320,8 @@ class RunExperiment(OneExperiment):
     obc run vgg19-cifar100 --speedup 6 --root data/cifar100 --out runs/vgg19_6x
     """
 
-    AFTER_STOP: ClassVar[str] = CAN_BE_RESUMED
-    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
+    AFTER_STOP: ClassVar[str] = "the same command with --resume goes on from the last checkpoint"
+    TARGETS: ClassVar[tuple[int, float]] = (0, 1)
 
     speedup: Number = None
     """Target: how many times fewer MACs. Default: the paper's first target."""
@@ -381,7 +371,7 @@ class RunExperiment(OneExperiment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs:
+class Runs(Command):
     """Say how far the runs below a folder are, and stop or resume one.
 
     obc runs runs
@@ -512,7 +502,7 @@ class Slurm(OneExperiment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Command):
     """Evaluate a saved model, or a network with weights, on held-out images.
 
     obc evaluate runs/resnet56/merged --data cifar10 --root data/cifar10
@@ -569,7 +559,6 @@ COMMANDS = {
     "slurm": (Slurm, "A script for the SLURM scheduler."),
     "evaluate": (Evaluate, "Accuracy of a saved model."),
 }
-Command = Demo | Prune | Compare | Sweep | RunExperiment | Runs | GridCommand | Slurm | Evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -613,7 +602,3 @@ def _import_libraries() -> None:
     """Import what takes seconds, with a bar that moves meanwhile."""
     for name in tqdm(HEAVY_IMPORTS, desc="loading libraries", unit="library", leave=False):
         importlib.import_module(name)
-
-
-if TYPE_CHECKING:
-    from ..runs.job import PruningJob

@@ -217,7 +217,7 @@ class _Training:
         # Reading labels off a device waits for it, so those are checked in the first pass only.
         if where.epoch == 1 or labels.device.type == "cpu":
             check_labels(labels, self.classes, f"train, {where}")
-        return _to(self.device, images, labels)
+        return to_device((images, labels), self.device)
 
     def _batches(self, epoch: _Epoch, train: Reiterable) -> Iterator[Batch]:
         """Return the batches of an epoch that are still to come, with random state as it was then."""
@@ -347,11 +347,6 @@ def _channels_last(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     finally:
         for kernel in kernels:
             kernel.data = kernel.data.contiguous()
-
-
-def _to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = labels.dtype if labels.is_floating_point() else torch.int64
-    return images.to(device, non_blocking=True), labels.to(device, dtype, non_blocking=True)
 
 
 @runtime_checkable

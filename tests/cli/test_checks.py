@@ -213,9 +213,9 @@ def test_a_gpu_that_the_machine_has_not_is_said_at_once(monkeypatch):
         (parse(["grid", RUN[1], *OUT, "--devices", "0", "5"]), "--devices 0 5: this machine has no GPU"),
     ):
         with pytest.raises(ValueError, match=said):
-            checks._check_gpus(command)
+            checks._check_gpus(vars(command))
     monkeypatch.setattr(checks, "GPUS", ("null",))
-    checks._check_gpus(command)
+    checks._check_gpus(vars(command))
 
 
 def test_the_librarys_own_words_are_spelled_as_options():
