@@ -41,7 +41,7 @@ from ..files import (
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.networks import load_weights, read_weights
-from ..models.speeds import speed_table
+from ..models.runtimes import speed_table
 from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import Target
