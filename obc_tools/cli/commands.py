@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 from tqdm import tqdm
 
+import obc_tools as obc
+
 from ..files import logging_to, read_json
 from .options import (
     A_COMPARISON,
     A_GRID,
     GRID,
     JOB,
+    MANIFEST,
     RESULTS,
     Choice,
     Command,
@@ -51,10 +54,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..comparing.comparison import Comparison
-    from ..comparing.sweep import Sweep as FoundSweep
     from ..data.data import Data
-    from ..runs.job import PruningJob
 
 
 CURVES = "curves.html"
@@ -78,23 +78,19 @@ class Demo(Command):
     seed: int = 0
     """Fixes the network's first weights, the order of the images and their augmentation."""
 
-    def job(self) -> PruningJob:
-        from ..pruning.choices import Target
-        from ..runs.job import PruningJob
-        from ..training.recipe import Recipe
-
-        return PruningJob(
+    def job(self) -> obc.PruningJob:
+        return obc.PruningJob(
             title=DEMO_TITLE,
             model="resnet20",
             data="digits",
-            target=Target(speedup=2.0),
+            target=obc.Target(speedup=2.0),
             batches=10,
             batch_size=64,
             steps=10,
             # Shifted by two of eight pixels, digits leave the picture.
             augment=False,
-            pretrain=Recipe(epochs=15, lr=0.1, batch_size=64, warmup_epochs=1, augment=False, seed=self.seed),
-            finetune=Recipe(epochs=6, lr=0.02, batch_size=64, augment=False, seed=self.seed),
+            pretrain=obc.Recipe(epochs=15, lr=0.1, batch_size=64, warmup_epochs=1, augment=False, seed=self.seed),
+            finetune=obc.Recipe(epochs=6, lr=0.02, batch_size=64, augment=False, seed=self.seed),
             equivalent=True,
             seed=self.seed,
             device="cpu",
@@ -151,17 +147,13 @@ class Prune(PruningOptions):
     overwrite: Flag = False
     """Replace the run that the folder holds."""
 
-    def job(self) -> PruningJob:
-        from ..pruning.choices import OPERATIONS, Target
-        from ..runs.job import PruningJob
-        from ..training.recipe import Recipe
-
-        recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
-        return PruningJob(
+    def job(self) -> obc.PruningJob:
+        recipe = obc.Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
+        return obc.PruningJob(
             title=f"Pruning {self.model} on {self.data}",
-            target=Target(self.speedup, self.macs, self.params, self.ratio, self.counting or OPERATIONS),
+            target=obc.Target(**self.given(obc.Target)),
             finetune=recipe if self.epochs else None,
-            **self.given(PruningJob),
+            **self.given(obc.PruningJob),
         )
 
     def run(self) -> None:
@@ -179,17 +171,16 @@ class ComparingOptions(PruningOptions):
 
     def trained(self) -> tuple[nn.Module, Data, torch.device]:
         """Return the trained network and the data, a share of it held out if asked, and where to compute."""
-        from ..data.data import hold_out
         from ..runs.job import find_data, find_device, find_model
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if self.hold_out is not None:
-            data = hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
+            data = obc.hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
         classes = len(data.classes) if self.num_classes is None else self.num_classes
         channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
         return find_model(self.model, classes, self.weights, **channels).to(device), data, device
 
-    def show(self, found: Comparison | FoundSweep) -> None:
+    def show(self, found: obc.Comparison | obc.Sweep) -> None:
         """Print a table and keep its figure."""
         from ..plots.jtj import save_html
 
@@ -227,11 +218,11 @@ class Compare(ComparingOptions):
     """End a curve once the network only guesses."""
 
     def run(self) -> None:
-        from ..comparing.compare import CompareSettings, compare_criteria
+        from ..comparing.compare import CompareSettings
         from ..runs.job import own_task
 
         model, data, _ = self.trained()
-        comparison = compare_criteria(
+        comparison = obc.compare_criteria(
             model, data, self.criteria, task=own_task(self.task), folder=self.out, **self.given(CompareSettings)
         )
         self.show(comparison)
@@ -249,6 +240,7 @@ class Sweep(ComparingOptions):
     """
 
     TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
+
     speedup: Numbers = ()
     """Targets: how many times fewer MACs, such as 1.5 2 3."""
     macs: Numbers = ()
@@ -266,18 +258,14 @@ class Sweep(ComparingOptions):
     """Forward passes to time each network with, beside the unpruned one. Default: none."""
 
     def run(self) -> None:
-        from ..comparing.sweep import sweep
-        from ..data.batches import take
         from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Settings, Steps
-        from ..pruning.compensation import compensate
-        from ..pruning.plan import prune
         from ..runs.job import own_task
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
         model, data, device = self.trained()
-        batches = take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
-        found = sweep(
+        batches = obc.take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
+        found = obc.sweep(
             model,
             example_inputs(task, data, device),
             batches,
@@ -285,7 +273,7 @@ class Sweep(ComparingOptions):
             criteria=self.criteria,
             held_out=data.batches("val", self.batch_size, shuffle=False, device=device).at(0),
             task=task,
-            build=partial(compensate, batches=batches.at(0), task=task) if self.compensate else prune,
+            build=partial(obc.compensate, batches=batches.at(0), task=task) if self.compensate else obc.prune,
             counting=self.counting or OPERATIONS,
             repeats=self.repeats or 0,
             folder=self.out,
@@ -298,7 +286,7 @@ class Sweep(ComparingOptions):
         self.show(found)
 
 
-def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
+def run_and_report(job: obc.PruningJob, out: Path, overwrite: bool) -> None:
     """Do a job, keep it in its folder, and print the table."""
     from ..runs.job import REPORT
     from ..runs.pipeline import run_job
@@ -340,30 +328,27 @@ class RunExperiment(OneExperiment):
     resume: Flag = False
     """Go on with what the folder holds."""
 
-    def job(self, **chosen: Any) -> PruningJob:
-        from ..pruning.choices import Target
-
+    def job(self, **chosen: Any) -> obc.PruningJob:
         names = ("criterion", "group_reduction")
         chosen |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.speedup is not None or self.macs is not None:
-            chosen["target"] = Target(self.speedup, self.macs)
+            chosen["target"] = obc.Target(self.speedup, self.macs)
         return super().job(**chosen)
 
     def run(self) -> None:
         from ..runs.job import check_run_folder
-        from ..runs.run import Run, launch, run_experiment
 
         job = self.job()
         if not self.resume:
             check_run_folder(self.out, overwrite=False)
         if self.background or self.processes != 1 or self.devices:
             devices = self.devices or ("cpu" if self.device == "cpu" else None)
-            run = launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
+            run = obc.launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
             if not self.background:
                 run.follow()
         else:
-            run = run_experiment(job, self.out)
-        print(f"\n{Run.open(self.out)!r}")
+            run = obc.run_experiment(job, self.out)
+        print(f"\n{obc.Run.open(self.out)!r}")
         if run.status == "failed":
             raise ValueError(run.error)
         if run.status == "finished":
@@ -389,11 +374,8 @@ class Runs(Command):
     """Show so many last lines of the run's log."""
 
     def run(self) -> None:
-        from ..runs.grid import Grid
-        from ..runs.run import Run
-
         if (self.folder / GRID).is_file():
-            grid = Grid.open(self.folder)
+            grid = obc.Grid.open(self.folder)
             _end_or_begin(grid, self.stop, self.resume)
             print(grid.to_frame().to_string(index=False))
             return
@@ -404,7 +386,7 @@ class Runs(Command):
             raise ValueError(f"'{self.folder}' holds {len(found)} runs" + (": name one of them" if found else ""))
         for path in found:
             try:
-                run = Run.open(path)
+                run = obc.Run.open(path)
                 _end_or_begin(run, self.stop, self.resume)
                 print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
             except (ValueError, OSError) as error:
@@ -452,10 +434,8 @@ class GridCommand(ExperimentOptions):
     """Come back when all is done."""
 
     def run(self) -> None:
-        from ..runs.grid import launch_grid, paper_grid
-
         changes = {key: value for key, value in self.changes().items() if key != "root"}
-        jobs = paper_grid(
+        jobs = obc.paper_grid(
             self.grid,
             self.out,
             roots=self.roots or self.root,
@@ -469,7 +449,7 @@ class GridCommand(ExperimentOptions):
         )
         plain = replace(self, sparse_weights=None)
         jobs = [replace(entry, job=plain.adapted(entry.job)) for entry in jobs]
-        grid = launch_grid(jobs, self.out, devices=self.devices or "cpu", each=self.each, resume=self.resume)
+        grid = obc.launch_grid(jobs, self.out, devices=self.devices or "cpu", each=self.each, resume=self.resume)
         if self.wait:
             grid.wait()
         print(grid.to_frame().to_string(index=False))
@@ -529,22 +509,20 @@ class Evaluate(Command):
 
     def run(self) -> None:
         from ..data.data import check_classes
-        from ..measure.costs import cost
-        from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_data, find_device, find_model, own_task
-        from ..scoring.tasks import CLASSIFICATION, count_outputs, evaluate, example_inputs
+        from ..scoring.tasks import CLASSIFICATION, count_outputs, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
-            model = load_pruned(self.model).to(device)
+            model = obc.load_pruned(self.model).to(device)
         else:
             model = find_model(self.model, None, self.weights).to(device)
         batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)
         example = example_inputs(task, data, device)
         if task is CLASSIFICATION:
             check_classes(count_outputs(model, example), data)
-        found = evaluate(model, batches, task=task, progress=True)
-        print(f"{found!r}\n{cost(model, example)!r}")
+        found = obc.evaluate(model, batches, task=task, progress=True)
+        print(f"{found!r}\n{obc.cost(model, example)!r}")
 
 
 # For `obc --help` alone all commands at once: there one line each is enough.
@@ -592,13 +570,8 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def run(command: Command) -> None:
-    """Do what a command says."""
-    _import_libraries()
-    with logging_to(logging.StreamHandler(sys.stderr)):
-        command.run()
-
-
-def _import_libraries() -> None:
-    """Import what takes seconds, with a bar that moves meanwhile."""
+    """Import what takes seconds, with a bar that moves meanwhile, and do what a command says."""
     for name in tqdm(HEAVY_IMPORTS, desc="loading libraries", unit="library", leave=False):
         importlib.import_module(name)
+    with logging_to(logging.StreamHandler(sys.stderr)):
+        command.run()

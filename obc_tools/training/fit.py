@@ -23,16 +23,9 @@ from ..scoring.tasks import CLASSIFICATION, Task, check_task, count_outputs, eva
 from ..state import LentRandomness, check_module, evaluating, random_state, running, set_random_state
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
-from .processes import (
-    Processes,
-    agreed,
-    failing_together,
-    processes,
-)
+from .processes import Processes, agreed, failing_together, processes
 from .recipe import Recipe, learning_rate_factor
-from .stepper import DivergenceError, Stepper, Where, frozen, parameter_groups
-
-__all__ = ["DivergenceError", "Epoch", "History", "Recipe", "Stopped", "fit"]
+from .stepper import Stepper, Where, frozen, parameter_groups
 
 logger = logging.getLogger(__name__)
 
