@@ -336,11 +336,7 @@ class RunExperiment(OneExperiment):
         return super().job(**chosen)
 
     def run(self) -> None:
-        from ..runs.job import check_run_folder
-
         job = self.job()
-        if not self.resume:
-            check_run_folder(self.out, overwrite=False)
         if self.background or self.processes != 1 or self.devices:
             devices = self.devices or ("cpu" if self.device == "cpu" else None)
             run = obc.launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)

@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import UnknownNameError, check_name
+from ..errors import check_name
 from ..pruning.choices import TORCH_PRUNING, Target
 from ..training.recipe import Recipe
 from .job import PruningJob
@@ -119,8 +119,7 @@ def _shortened(recipe: Recipe, little: Mapping[str, Any]) -> Recipe:
 
 def get_experiment(name: str) -> Experiment:
     """Return an experiment by name; raise ValueError with the closest names otherwise."""
-    if name not in EXPERIMENTS:
-        raise UnknownNameError("experiment", name, list(EXPERIMENTS))
+    check_name("experiment", name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -31,12 +30,10 @@ FORMAT = 1
 GRID, LOG = "grid.json", "grid.log"
 SECONDS_BETWEEN_ROUNDS = 0.5
 
-GRIDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "paper-cifar": ("vgg19-cifar100", "resnet56-cifar10"),
-        "paper-imagenet": ("resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet"),
-    }
-)
+GRIDS: Mapping[str, tuple[str, ...]] = {
+    "paper-cifar": ("vgg19-cifar100", "resnet56-cifar10"),
+    "paper-imagenet": ("resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet"),
+}
 """The published run scripts, as experiments."""
 
 

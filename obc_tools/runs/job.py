@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -42,33 +41,29 @@ from ..training.recipe import Recipe
 
 ORIGINAL, SPARSE, PRUNED, COMPENSATED = "original", "sparse", "pruned", "compensated"
 NAIVE, MERGED = "naive", "merged"
-TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        ORIGINAL: "original",
-        SPARSE: "after sparse training",
-        PRUNED: "pruned, no fine-tuning",
-        COMPENSATED: "pruned and compensated, no fine-tuning",
-        NAIVE: "naive fine-tuning",
-        MERGED: "Equivalent Pruning, merged",
-    }
-)
+TITLES: Mapping[str, str] = {
+    ORIGINAL: "original",
+    SPARSE: "after sparse training",
+    PRUNED: "pruned, no fine-tuning",
+    COMPENSATED: "pruned and compensated, no fine-tuning",
+    NAIVE: "naive fine-tuning",
+    MERGED: "Equivalent Pruning, merged",
+}
 """The models of a job, in the order of its table."""
 
 PLAN, PRUNING, REFUSED_PLAN = "plan.json", "pruning.json", "refused_plan.json"
-WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
+WEIGHTS: Mapping[str, str] = {key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)}
 """Files of the weights of unpruned networks that a job trained."""
 
 
-DIGITS: Mapping[str, str] = MappingProxyType(
-    {
-        "test accuracy": "{:.2%}",
-        "test loss": "{:.4f}",
-        "MACs": "{:,.0f}",
-        "speed-up": "{:.2f}x",
-        "parameters": "{:,}",
-        "CPU latency (ms)": "{:.2f}",
-    }
-)
+DIGITS: Mapping[str, str] = {
+    "test accuracy": "{:.2%}",
+    "test loss": "{:.4f}",
+    "MACs": "{:,.0f}",
+    "speed-up": "{:.2f}x",
+    "parameters": "{:,}",
+    "CPU latency (ms)": "{:.2f}",
+}
 
 
 def as_text(frame: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:

@@ -25,19 +25,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import files
 from ..data.batches import to_device
-from ..files import (
-    begun_beside,
-    environment,
-    held,
-    keep_hold,
-    logging_to_file,
-    read_json,
-    remove_leftovers,
-    replacing,
-    write_json,
-    write_text,
-)
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.networks import load_weights, read_weights
@@ -58,39 +47,8 @@ from ..training.folder import History
 from ..training.processes import agreed, processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
-from .job import (
-    COMPENSATED,
-    FORMAT,
-    JOB,
-    MERGED,
-    NAIVE,
-    ORIGINAL,
-    PLAN,
-    PRUNED,
-    PRUNING,
-    REFUSED_PLAN,
-    RESULTS,
-    RUN_LOG,
-    SAVED_MODELS,
-    SPARSE,
-    TITLES,
-    TRAINING,
-    WEIGHTS,
-    Equivalence,
-    JobInputs,
-    JobResult,
-    Measured,
-    PruningJob,
-    RunFolderError,
-    as_begun,
-    check_run_folder,
-    check_same_job,
-    find_device,
-    find_model,
-    is_own,
-    own_task,
-    write_job,
-)
+from . import job as jobs
+from .job import Equivalence, JobInputs, JobResult, Measured, PruningJob, RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -112,15 +70,15 @@ def prepare(job: PruningJob) -> JobInputs:
         ValueError: for data, weights or a device that are not there, a network that does not suit the data, and a
             target that cannot be met.
     """
-    device = find_device(job.device)
+    device = jobs.find_device(job.device)
     data = job.load()
-    task, options = own_task(job.task), dict(job.model_options)
+    task, options = jobs.own_task(job.task), dict(job.model_options)
     if ":" not in job.model:
         options.setdefault("in_channels", data.image_shape[0])
     classes = len(data.classes) if job.weights is None else None
     with LentRandomness(job.seed):
-        model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
-    source = None if is_own(job.model) else {"name": job.model, **options}
+        model = jobs.find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
+    source = None if jobs.is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
     criteria = [job.scoring(job.criterion).resolved]
     example = checked_example(task, model, data, device, criteria)
@@ -171,27 +129,29 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
     """
     work = Stages(inputs, progress=progress and processes().is_main, keeping=keeping)
     job, seconds = inputs.job, {}
-    models: dict[str, nn.Module] = {ORIGINAL: inputs.model}
+    models: dict[str, nn.Module] = {jobs.ORIGINAL: inputs.model}
     if job.pretrain:
         with _stage(f"training {job.model} from scratch on {job.data}", seconds):
             work.original()
     base = inputs.model
     if job.sparse or job.sparse_weights:
         with _stage("sparse training", seconds):
-            base = models[SPARSE] = work.sparse()
+            base = models[jobs.SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
         plan = work.plan(base)
-        start = models[PRUNED] = prune(base, plan)
+        start = models[jobs.PRUNED] = prune(base, plan)
     if job.compensate:
         with _stage("compensating", seconds):
-            start = models[COMPENSATED] = work.compensated(base, plan)
+            start = models[jobs.COMPENSATED] = work.compensated(base, plan)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
-            models[NAIVE] = work.naive(start)
+            models[jobs.NAIVE] = work.naive(start)
     equivalence = None
     if job.equivalent:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
-            models[MERGED], equivalence = work.equivalent(base, plan, models[NAIVE], models.get(COMPENSATED))
+            models[jobs.MERGED], equivalence = work.equivalent(
+                base, plan, models[jobs.NAIVE], models.get(jobs.COMPENSATED)
+            )
     with _stage("measuring", seconds):
         measured = work.measure(models)
         filters = _first_filters(inputs)
@@ -217,7 +177,7 @@ class Stages:
     def original(self) -> nn.Module:
         """Return the unpruned network, trained from scratch where the job says so."""
         if self.inputs.job.pretrain:
-            self._train(ORIGINAL, self.inputs.model, self.inputs.job.pretrain)
+            self._train(jobs.ORIGINAL, self.inputs.model, self.inputs.job.pretrain)
         return self.inputs.model
 
     def sparse(self) -> nn.Module:
@@ -226,12 +186,12 @@ class Stages:
         if job.sparse_weights:
             load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
         elif job.sparse:
-            self._train(SPARSE, model, job.sparse)
+            self._train(jobs.SPARSE, model, job.sparse)
         return model
 
     def plan(self, model: nn.Module) -> PruningPlan:
         """Return the plan: the kept one, else a new one, which of several processes the first finds."""
-        path, own = None if self._keeping.folder is None else self._keeping.folder / PLAN, processes()
+        path, own = None if self._keeping.folder is None else self._keeping.folder / jobs.PLAN, processes()
         if path is None and own.count > 1:
             raise ValueError("a job in several processes needs a folder to keep its plan in")
         with agreed(self.inputs.device):  # the others wait here, and end with the first where that fails
@@ -241,15 +201,15 @@ class Stages:
     def _plan(self, model: nn.Module, path: Path | None) -> PruningPlan:
         if path is not None and path.is_file():
             return _read_plan(path)
-        job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(PRUNING)}
+        job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(jobs.PRUNING)}
         try:
             plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, **how)
         except ProofError as error:
             if path is None:
                 raise
-            raise keep_refused(error, path.with_name(REFUSED_PLAN)) from error
+            raise keep_refused(error, path.with_name(jobs.REFUSED_PLAN)) from error
         if path is not None:
-            write_text(path, plan.to_json())
+            files.write_text(path, plan.to_json())
         return plan
 
     def compensated(self, base: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -259,7 +219,7 @@ class Stages:
     def naive(self, pruned: nn.Module) -> nn.Module:
         """Return a copy of the pruned network, or of the compensated one, after fine-tuning."""
         model = copy.deepcopy(pruned)
-        self._train(NAIVE, model, self.inputs.job.finetune)
+        self._train(jobs.NAIVE, model, self.inputs.job.finetune)
         return model
 
     def equivalent(
@@ -276,7 +236,7 @@ class Stages:
         model, pruned = EquivalentModel(base, plan, start=compensated), prune(base, plan)
         start = _difference(model, pruned if compensated is None else compensated, batch, task)
         _check_equal(start, "Equivalent Pruning before training and the network that it starts from")
-        self._train(MERGED, model, self.inputs.job.finetune)
+        self._train(jobs.MERGED, model, self.inputs.job.finetune)
         merged = model.merge()
         difference = _difference(merged, model, batch, task)
         _check_equal(difference, "the merged network and the trained Equivalent Pruning")
@@ -301,12 +261,15 @@ class Stages:
         data, task = self.inputs.data, self.inputs.task
         firsts = {n: next(iter(data.batches("val", n).at(0))) for n in (1, EXAMPLES) if n <= len(data.val)}
         inputs = {n: batch[0] if task is CLASSIFICATION else task.example(batch) for n, batch in firsts.items()}
-        return speed_table({TITLES[key]: models[key] for key in (ORIGINAL, PRUNED, MERGED) if key in models}, inputs)
+        return speed_table(
+            {jobs.TITLES[key]: models[key] for key in (jobs.ORIGINAL, jobs.PRUNED, jobs.MERGED) if key in models},
+            inputs,
+        )
 
     def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
         """Train a network; keep its history and, for other jobs to start from, the weights of an unpruned one."""
         inputs, folder = self.inputs, self._keeping.folder
-        train = partial(sparse_train, ignore=inputs.job.ignore) if key == SPARSE else fit
+        train = partial(sparse_train, ignore=inputs.job.ignore) if key == jobs.SPARSE else fit
         self.histories[key] = train(
             model,
             inputs.training_batches(recipe),
@@ -314,41 +277,41 @@ class Stages:
             recipe,
             task=inputs.task,
             teacher=self._teacher if recipe.distill_weight else None,
-            run=None if folder is None else folder / f"{TRAINING}{key}",
+            run=None if folder is None else folder / f"{jobs.TRAINING}{key}",
             resume=folder is not None,
             stop=self._keeping.stop,
             progress=self.progress,
         )
-        if folder is not None and processes().is_main and key in WEIGHTS:
-            with replacing(folder / WEIGHTS[key]) as new:
+        if folder is not None and processes().is_main and key in jobs.WEIGHTS:
+            with files.replacing(folder / jobs.WEIGHTS[key]) as new:
                 save_model(model, str(new))
 
 
 def keep_refused(error: ProofError, path: Path) -> ProofError:
     """Keep a plan whose proof failed; return the error that says where."""
-    write_text(path, error.plan.to_json())
+    files.write_text(path, error.plan.to_json())
     first = error.__cause__ if isinstance(error.__cause__, ProofError) else error  # kept before, elsewhere
     return ProofError(f"{first}; the plan is kept in '{path}'", error.plan)
 
 
 def _read_plan(path: Path) -> PruningPlan:
     """Read the plan of a run; raise ValueError unless it is what the last step left (which older runs do not say)."""
-    text, last = path.read_text("utf-8", "replace"), path.with_name(PRUNING)
-    if last.is_file() and read_json(last, "plan")["plan"] != text:
+    text, last = path.read_text("utf-8", "replace"), path.with_name(jobs.PRUNING)
+    if last.is_file() and files.read_json(last, "plan")["plan"] != text:
         raise ValueError(f"'{path}' was changed after it was written: without it and '{last}', the run prunes anew")
     return PruningPlan.from_json(text)
 
 
 def _keep_stage(path: Path, stage: Stage) -> None:
     content = {"step": stage.step, "plan": stage.plan.to_json(), "met": bool(stage.met)}
-    write_json(path, content, checked=True)
+    files.write_json(path, content, checked=True)
 
 
 def _kept_stage(path: Path | None, target: Target) -> Stage | None:
     """Return the last stage of a pruning that was interrupted; None for one that begins."""
     if path is None or not path.is_file():
         return None
-    kept = read_json(path, "plan", "step", "met")
+    kept = files.read_json(path, "plan", "step", "met")
     plan = PruningPlan.from_json(kept["plan"])
     logger.info("pruning goes on after step %d", kept["step"])
     return Stage(plan, kept["step"], ((target, plan),) if kept["met"] else ())
@@ -439,24 +402,24 @@ def run_job(
         ProofError: the plan is wrong; it is kept beside the folder, which does not appear.
     """
     folder = Path(out).resolve()
-    check_run_folder(folder, overwrite=overwrite)
-    with held(folder):
-        begun = begun_beside(folder)
+    jobs.check_run_folder(folder, overwrite=overwrite)
+    with files.held(folder):
+        begun = files.begun_beside(folder)
         if not _is_begun(begun, job):
-            remove_leftovers(folder.parent, of=folder.name)
+            files.remove_leftovers(folder.parent, of=folder.name)
         try:
-            with replacing(folder, begun=begun) as new:
+            with files.replacing(folder, begun=begun) as new:
                 result = work_on(job, new, progress=progress)
-                keep_hold(folder, new)
+                files.keep_hold(folder, new)
             return result
         except ProofError as error:
-            raise keep_refused(error, folder.with_name(f"{folder.name}.{REFUSED_PLAN}")) from error
+            raise keep_refused(error, folder.with_name(f"{folder.name}.{jobs.REFUSED_PLAN}")) from error
 
 
 def _is_begun(folder: Path, job: PruningJob) -> bool:
     """Say whether a folder holds the beginning of a job."""
     try:
-        check_same_job(folder, job)
+        jobs.check_same_job(folder, job)
     except RunFolderError:
         return False
     return True
@@ -485,12 +448,12 @@ def work_on(
         ValueError: what `prepare` and `perform` raise; a folder that holds something else.
     """
     folder, main = Path(folder).resolve(), processes().is_main
-    if (folder / JOB).is_file():
-        job = as_begun(folder, job)
-        check_same_job(folder, job)
+    if (folder / jobs.JOB).is_file():
+        job = jobs.as_begun(folder, job)
+        jobs.check_same_job(folder, job)
     else:
-        check_run_folder(folder, overwrite=False)
-    with agreed(find_device(job.device)):
+        jobs.check_run_folder(folder, overwrite=False)
+    with agreed(jobs.find_device(job.device)):
         inputs = prepare(job)
     with ExitStack() as stack:
         with agreed(inputs.device):
@@ -506,10 +469,10 @@ def work_on(
 @contextmanager
 def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
     """Hold a run's folder, with its job and its log in it."""
-    with held(folder):
-        remove_leftovers(folder)
-        write_job(folder, job)
-        with logging_to_file(folder / RUN_LOG):
+    with files.held(folder):
+        files.remove_leftovers(folder)
+        jobs.write_job(folder, job)
+        with files.logging_to_file(folder / jobs.RUN_LOG):
             yield
 
 
@@ -517,10 +480,10 @@ def _finish(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) 
     """Add histories as tables, the pruned models and all figures to what a job has left in its folder."""
     logger.info("saving, loading again and comparing")
     for key, history in result.histories.items():
-        write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
-    saved = [key for key in SAVED_MODELS if key in result.models]
+        files.write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
+    saved = [key for key in jobs.SAVED_MODELS if key in result.models]
     reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
-    write_json(folder / RESULTS, _results(result, inputs, reloaded), checked=True)
+    files.write_json(folder / jobs.RESULTS, _results(result, inputs, reloaded), checked=True)
 
 
 def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:
@@ -540,7 +503,7 @@ def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Pat
 def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     data, plan = inputs.data, result.plan
     return {
-        "format": FORMAT,
+        "format": jobs.FORMAT,
         "job": result.job.to_dict(),
         "data": {"train_images": len(data.train), "held_out_images": len(data.val), "classes": len(data.classes)},
         "plan": {"channels": plan.channels, "channels_removed": plan.channels_removed},
@@ -553,5 +516,5 @@ def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mappin
         "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},
         "seconds": dict(result.seconds),
         "speeds": None if result.speeds is None else result.speeds.to_dict("records"),
-        "environment": environment(inputs.device),
+        "environment": files.environment(inputs.device),
     }
