@@ -329,7 +329,9 @@ def held(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise FolderInUseError(f"'{folder}' is being worked on{_by_whom(folder)}: wait for it, or stop it") from None
+        holder = _identity(folder / HOLDER)
+        who = "" if holder is None else f" by process {holder['pid']} on '{holder['host']}'"
+        raise FolderInUseError(f"'{folder}' is being worked on{who}: wait for it, or stop it") from None
     except (OSError, NotImplementedError) as error:
         if made and not entries(folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -355,11 +357,6 @@ def keep_hold(folder: Path, new: Path) -> None:
         (new / name).unlink(missing_ok=True)
         with suppress(OSError):
             os.link(folder / name, new / name)
-
-
-def _by_whom(folder: Path) -> str:
-    identity = _identity(folder / HOLDER)
-    return "" if identity is None else f" by process {identity['pid']} on '{identity['host']}'"
 
 
 def _identity(path: Path) -> dict[str, Any] | None:
