@@ -135,7 +135,11 @@ class Batches:
         _check_length(length, len(self))
 
         def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
-            return islice(self._pass(pass_number, start), length - start)
+            seen = start
+            for batch in islice(self._pass(pass_number, start), length - start):
+                seen += 1
+                yield batch
+            _check_length(length, seen)
 
         return Batches(draw, length, self._numbers, self.parts)
 
@@ -150,6 +154,11 @@ class Batches:
 
     def _pass(self, pass_number: int, start: int = 0) -> Iterator[Batch]:
         return self._draw(pass_number, start) if start else self._draw(pass_number)
+
+
+def as_batches(batches: Iterable[Batch], length: int) -> Batches:
+    """Return as `Batches` what can be gone through again and again, in passes of a length; each is as it comes."""
+    return batches if isinstance(batches, Batches) else Batches(lambda _, start=0: islice(batches, start, None), length)
 
 
 def take(batches: Iterable[Batch], length: int) -> Batches:
@@ -167,24 +176,13 @@ def take(batches: Iterable[Batch], length: int) -> Batches:
         >>> len(batches)
         3
     """
-    if isinstance(batches, Batches):
-        return batches.first(length)
     if isinstance(batches, Iterator):
         raise ValueError(
             f"take: a {type(batches).__name__} can be gone through only once; pass Batches, a DataLoader or "
             "a list of batches"
         )
     check_whole("take: length", length, 1)
-    _check_length(length, length_hint(check_iterable(batches), length))
-
-    def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
-        seen = start
-        for batch in islice(batches, start, length):
-            seen += 1
-            yield batch
-        _check_length(length, seen)
-
-    return Batches(draw, length)
+    return as_batches(batches, length_hint(check_iterable(batches), length)).first(length)
 
 
 def _check_length(length: int, available: int) -> None:

@@ -17,7 +17,7 @@ from ..data.batches import to_device
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..structure.groups import ChannelGroup, Member, find_groups
 from ..structure.layers import Slot, channel_dims, channel_sum, get_layer, layer_axes, own_parameters
-from .fit import Reiterable, check_batches, fit
+from .fit import check_batches, fit
 from .folder import History
 from .recipe import Recipe
 
@@ -92,8 +92,8 @@ def _relative_strengths(norms: Tensor) -> Tensor:
 
 def sparse_train(
     model: nn.Module,
-    train: Reiterable,
-    val: Reiterable,
+    train: Iterable[Any],
+    val: Iterable[Any],
     recipe: Recipe,
     *,
     ignore: Iterable[nn.Module | str] = (),
