@@ -9,7 +9,7 @@ import importlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from importlib.metadata import version
@@ -26,12 +26,14 @@ from ..files import logging_to, read_json
 from .options import (
     A_COMPARISON,
     A_GRID,
+    A_SHARE,
     GRID,
     JOB,
     MANIFEST,
     RESULTS,
     Choice,
     Command,
+    Expected,
     ExperimentOptions,
     Flag,
     Folder,
@@ -198,7 +200,7 @@ class Compare(ComparingOptions):
     """
 
     TARGETS: ClassVar[tuple[int, float]] = (0, 1)
-    SHARES: ClassVar[tuple[str, ...]] = ("macs",)
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {"macs": A_SHARE}
     criteria: Names = ("jacobian", "taylor", "hessian", "l1", "fpgm", "whc", "bn_scale", "random")
     """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, residual,
     random."""

@@ -44,6 +44,14 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Position = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
+Expected = tuple[Callable[[Any], Any], str]
+"""What a value must be: whether it fits, and how that is said."""
+A_SHARE: Expected = (lambda entry: 0 < entry < 1, "a share between 0 and 1")
+POSITIVE: Expected = (lambda entry: 0 < entry < math.inf, "a positive number")
+AT_LEAST_0: Expected = (lambda entry: entry >= 0, "at least 0")
+AT_LEAST_1: Expected = (lambda entry: entry >= 1, "at least 1")
+
+
 class Command:
     """What is true of a command unless it says otherwise."""
 
@@ -51,9 +59,8 @@ class Command:
     MAKES: ClassVar[Makes] = A_RUN
     TARGETS: ClassVar[tuple[int, float]] = (0, math.inf)
     """How many targets are given, at least and at most."""
-    SHARES: ClassVar[tuple[str, ...]] = ()
-    """Targets that are shares of what there is."""
-    LEAST: ClassVar[Mapping[str, int]] = {}
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {}
+    """Options whose values must be something else than those of other commands."""
     ELSEWHERE: ClassVar[bool] = False
     """The work is done on another machine."""
 
@@ -138,7 +145,7 @@ def _rows(said: str) -> Any:
 class ExperimentOptions(Command):
     """What an experiment of the paper may be run with."""
 
-    LEAST: ClassVar[Mapping[str, int]] = {"epochs": 1}
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {"epochs": AT_LEAST_1}
 
     root: Root = None
     """Where the data lies."""
@@ -250,11 +257,10 @@ KNOWN = {
 }  # fmt: skip
 """Names that options take, as the library has them: its own tables come with torch, which takes seconds to load."""
 NAMED_WEIGHTS = ("pretrained", "published", "published-sparse", "scratch")
-AT_LEAST_ONE = (
+COUNTS = (
     "batches", "batch_size", "steps", "repeats", "held_out", "train_images", "val_images", "num_classes", "round_to",
     "min_channels", "processes", "each", "nodes", "gpus", "cpus",
 )  # fmt: skip
-LEAST = dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), 0) | dict.fromkeys(AT_LEAST_ONE, 1)
 POSITIONAL = ("experiment", "grid")
 LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
 OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
@@ -264,14 +270,12 @@ NAMED = re.compile(
 )
 """How torchvision and timm give names to networks."""
 TARGETS = ("speedup", "macs", "params", "ratio")
-_SHARE = (lambda entry: 0 < entry < 1, "a share between 0 and 1")
-_POSITIVE = (lambda entry: 0 < entry < math.inf, "a positive number")
-EXPECTED: Mapping[str, tuple[Callable[[Any], Any], str]] = {
-    "ratio": _SHARE,
-    "hold_out": _SHARE,
+EXPECTED: Mapping[str, Expected] = {
+    **dict.fromkeys(COUNTS, AT_LEAST_1),
+    **dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), AT_LEAST_0),
+    **dict.fromkeys(("ratio", "hold_out"), A_SHARE),
+    **dict.fromkeys(("macs", "params"), POSITIVE),
     "speedup": (lambda entry: entry > 1, "a number above 1"),
-    "macs": _POSITIVE,
-    "params": _POSITIVE,
     "max_ratio": (lambda entry: 0 < entry <= 1, "a share above 0, at most 1"),
     "lr": (lambda entry: 0 <= entry < math.inf, "a number of at least 0"),
     "stop": (lambda entry: 0 < entry < 0.5, "a share between 0 and 0.5"),
@@ -285,7 +289,6 @@ EXPECTED: Mapping[str, tuple[Callable[[Any], Any], str]] = {
         "minutes, or 24:00:00, or 2-12:00 for days and hours",
     ),
 }
-"""What a value must be, beside whole numbers that have a least one: whether it fits, and how that is said."""
 LIES_IN = {
     "cifar10": ("cifar-10-batches-py", "train", "cifar10.npz"),
     "cifar100": ("cifar-100-python", "train", "cifar100.npz"),
@@ -318,14 +321,11 @@ def check(command: Any) -> None:
 
 
 def _check_value(name: str, entry: Any, command: Any) -> None:
-    least = (LEAST | command.LEAST).get(name)
-    fits, expected = EXPECTED.get("ratio" if name in command.SHARES else name, (None, ""))
+    fits, expected = {**EXPECTED, **command.EXPECTED}.get(name, (None, ""))
     if name in KNOWN and ":" not in str(entry):
         _check_name(name, str(entry))
     elif fits is not None and not isinstance(entry, bool) and not fits(entry):
         raise ValueError(f"{option(name)} {entry}: expected {expected}")
-    elif least is not None and entry < least:
-        raise ValueError(f"{option(name)} {entry}: expected at least {least}")
 
 
 def _check_name(name: str, entry: str) -> None:

@@ -271,6 +271,8 @@ def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pr
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"network '{name}': {error}") from error
     except OSError as error:
+        if not pretrained:
+            raise
         raise ValueError(
             f"the pretrained weights of '{name}' could not be downloaded ({error}); without a network, fetch the file "
             "elsewhere and pass its path as weights="
