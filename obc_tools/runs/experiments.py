@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import check_name
+from ..errors import UnknownNameError, check_name
 from ..pruning.choices import TORCH_PRUNING, Target
 from ..training.recipe import Recipe
 from .job import PruningJob
@@ -119,7 +119,8 @@ def _shortened(recipe: Recipe, little: Mapping[str, Any]) -> Recipe:
 
 def get_experiment(name: str) -> Experiment:
     """Return an experiment by name; raise ValueError with the closest names otherwise."""
-    check_name("experiment", name, EXPERIMENTS)
+    if name not in EXPERIMENTS:
+        raise UnknownNameError("experiment", name, list(EXPERIMENTS))
     return EXPERIMENTS[name]
 
 

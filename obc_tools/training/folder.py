@@ -291,16 +291,13 @@ def _check_sums(path: Path) -> None:
         raise ValueError(f"{damaged} was changed after it was written")
 
 
-@contextmanager
-def _tensorboard(folder: Path) -> Iterator[Any]:
-    """Yield a writer of TensorBoard's files, None where it is not installed."""
+def _tensorboard(folder: Path) -> AbstractContextManager[Any]:
+    """Return what lends a writer of TensorBoard's files, None where it is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        yield None
-        return
+        return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder) as writer:
-        yield writer
+    return SummaryWriter(folder)
 
 
 def read_history(folder: str | os.PathLike[str]) -> History | None:
