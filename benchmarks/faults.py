@@ -44,12 +44,11 @@ import tyro
 from torch import nn
 
 from obc_tools import Recipe, compare_criteria, load_data, load_model, sweep, take
-from obc_tools.files import HOLDER
-from obc_tools.holding import PROCESS, is_alive
+from obc_tools.files import HOLDER, PROCESS, is_alive
 from obc_tools.pruning.choices import Target
-from obc_tools.runs.folder import PLAN, run_job, work_on
 from obc_tools.runs.grid import Grid, GridJob, launch_grid
-from obc_tools.runs.job import PruningJob
+from obc_tools.runs.job import PLAN, PruningJob
+from obc_tools.runs.pipeline import run_job, work_on
 from obc_tools.training.folder import Stopped
 from obc_tools.training.processes import MEETING
 

@@ -17,7 +17,7 @@ from zoo_models import OTHER_TASKS, Case, build, example, randomize
 from zoo_tasks import DETECTORS, real_loss
 
 from obc_tools import cost, find_groups, load_pruned, make_plan, prune, prune_to, save_pruned, score_groups
-from obc_tools.models.export import export_onnx
+from obc_tools.models.runtimes import export_onnx
 from obc_tools.pruning.check import WRONG, Check, CheckError, Finding, check_plan
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.state import call_model

@@ -61,17 +61,17 @@ class _GroupImportance(tp.importance.Importance):
                     continue
                 seen.add(where)
                 positions = torch.tensor(item.idxs)
-                saliency = self._saliency(layer, key).detach().double().cpu()[positions]
+                axis = layer_axes(layer)[key]
+                evidence = Evidence(layer, axis, products=self._products(layer, key))
+                saliency = self.criterion.saliency(layer, axis, evidence).detach().double().cpu()[positions]
                 index = torch.tensor([channels[channel] for channel in item.root_idxs])
                 parts.append(torch.zeros(len(channels), dtype=torch.float64).index_add_(0, index, saliency))
-                parameters += _parameters_of_one(layer, key) * len(positions) / len(channels)
+                own = own_parameters(layer)
+                of_one = sum(own[slot.tensor].numel() // axis.width for slot in parameter_slots(layer, axis))
+                parameters += of_one * len(positions) / len(channels)
         if not parts:
             return None
         return normalize(combine(parts, self.group_reduction), self.normalizer, round(parameters)).float()
-
-    def _saliency(self, layer: nn.Module, key: str) -> Tensor:
-        axis = layer_axes(layer)[key]
-        return self.criterion.saliency(layer, axis, Evidence(layer, axis, products=self._products(layer, key)))
 
     def _products(self, layer: nn.Module, key: str) -> Tensor | None:
         return None
@@ -179,11 +179,6 @@ def _axes(item: Any, graph: tp.DependencyGraph) -> list[tuple[nn.Module, str]]:
     key = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
     pairs = [(layer.get_submodule(name) if name else layer, axis) for name, axis, _ in expand_axes(layer, "", key)]
     return [(part, axis) for part, axis in pairs if parameter_slots(part, layer_axes(part)[axis])]
-
-
-def _parameters_of_one(layer: nn.Module, key: str) -> int:
-    axis = find_axis(layer, LayerAxis("", key))
-    return sum(own_parameters(layer)[slot.tensor].numel() // axis.width for slot in parameter_slots(layer, axis))
 
 
 def expand_axes(module: nn.Module | nn.Parameter, name: str, key: str) -> list[tuple[str, str, int]]:

@@ -33,8 +33,8 @@ class Restoring:
 
     undo: Sequence[Callable[[], Any]] = ()
 
-    def __init__(self, lent: Any = None):
-        self.lent, self.undo = lent, []
+    def __init__(self, lent: Any = None, undo: Iterable[Callable[[], Any]] = ()):
+        self.lent, self.undo = lent, [*undo]
 
     def __enter__(self) -> Any:
         return self.lent
@@ -89,8 +89,8 @@ def alone(*borrowed: Any) -> Restoring:
     for entry in borrowed:
         if entry is not RANDOMNESS:
             check_module(entry)
-    restoring, turn = Restoring(borrowed[0]), [threading.get_ident()]
-    restoring.undo.append(partial(_give_back, borrowed, turn))
+    turn = [threading.get_ident()]
+    restoring = Restoring(borrowed[0], [partial(_give_back, borrowed, turn)])
     with _PROCESS:
         try:
             _AWAITED[turn[0]] = borrowed
@@ -205,9 +205,8 @@ def evaluating(*models: nn.Module) -> Restoring:
 
 def differentiable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Restoring:
     """Make exactly the given parameters of a model require grad; restore every parameter's flag on the way out."""
-    restoring, wanted = Restoring(), set(parameters)
-    restoring.undo += [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
-    restoring.undo.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    wanted, again = set(parameters), [partial(p.requires_grad_, p.requires_grad) for p in model.parameters()]
+    restoring = Restoring(undo=[*again, partial(torch.set_grad_enabled, torch.is_grad_enabled())])
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted)
     torch.set_grad_enabled(True)
@@ -256,16 +255,14 @@ def no_fused_attention() -> Restoring:
 
 def flushing_denormals() -> Restoring:
     """Let this thread take numbers that are too small for full precision, and slow, as zero."""
-    restoring = Restoring()
-    restoring.undo.append(partial(torch.set_flush_denormal, sys.float_info.min / 2 == 0))
+    restoring = Restoring(undo=[partial(torch.set_flush_denormal, sys.float_info.min / 2 == 0)])
     torch.set_flush_denormal(True)
     return restoring
 
 
 def stand_in(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Restoring:
     """Let a layer use other tensors in the place of parameters; it has its own again on the way out."""
-    restoring = Restoring()
-    restoring.undo.append(partial(layer._parameters.update, dict(layer._parameters)))
+    restoring = Restoring(undo=[partial(layer._parameters.update, dict(layer._parameters))])
     layer._parameters.update(tensors)
     return restoring
 
@@ -277,9 +274,9 @@ def passing(layer: nn.Module) -> Restoring:
 
 def calling(layer: nn.Module, forward: Callable[..., Any]) -> Restoring:
     """Let another function be what a module does when it is called."""
-    restoring, own = Restoring(), vars(layer)
+    own = vars(layer)
     again = partial(own.update, forward=own["forward"]) if "forward" in own else partial(own.pop, "forward", None)
-    restoring.undo.append(again)
+    restoring = Restoring(undo=[again])
     layer.forward = forward
     return restoring
 
@@ -528,7 +525,6 @@ def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
 
 def keeping_statistics(model: nn.Module) -> Restoring:
     """Put back the running statistics of norms on the way out, should an objective have switched to train mode."""
-    restoring, norms = Restoring(), (nn.modules.batchnorm._NormBase,)
+    norms = (nn.modules.batchnorm._NormBase,)
     buffers = [b for module in model.modules() if isinstance(module, norms) for b in module.buffers(recurse=False)]
-    restoring.undo += [partial(buffer.copy_, buffer.clone()) for buffer in buffers]
-    return restoring
+    return Restoring(undo=[partial(buffer.copy_, buffer.clone()) for buffer in buffers])

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .runs.folder import work_on_run
+from .runs.run import work_on_run
 
 if __name__ == "__main__":
     sys.exit(work_on_run(Path(sys.argv[1])))

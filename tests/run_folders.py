@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import asdict
 
-from obc_tools.holding import process_identity
+from obc_tools.files import process_identity
 from obc_tools.pruning.choices import Target
 from obc_tools.runs.job import PruningJob
 from obc_tools.training.folder import Epoch

@@ -10,7 +10,7 @@ from torch import nn
 
 PACKAGE = Path(__file__).parents[1] / "obc_tools"
 ORDER = (
-    ("errors", "state", "files", "holding"),
+    ("errors", "state", "files"),
     ("data",),
     ("plots",),
     ("structure",),

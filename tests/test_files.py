@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from obc_tools.files import (
     entries,
+    held,
     is_leftover,
     logging_to_file,
     read_json,
@@ -24,7 +25,6 @@ from obc_tools.files import (
     write_json,
     write_text,
 )
-from obc_tools.holding import held
 from obc_tools.training.folder import TrainingFolder
 
 

@@ -11,13 +11,23 @@ import time
 
 import pytest
 
-from obc_tools.files import HOLDER, LOCK, entries, replacing, write_text
-from obc_tools.holding import FolderInUseError, held, is_worked_on, keep_hold, worker_of
+from obc_tools.files import (
+    HOLDER,
+    LOCK,
+    FolderInUseError,
+    entries,
+    held,
+    is_worked_on,
+    keep_hold,
+    replacing,
+    worker_of,
+    write_text,
+)
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from obc_tools.holding import held
+from obc_tools.files import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,7 +15,6 @@ import obc_tools as obc
 from obc_tools.cli import main
 from obc_tools.cli.commands import parse
 from obc_tools.cli.options import check
-from obc_tools.data import cifar
 from obc_tools.models import networks
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +106,7 @@ def test_every_command_is_one(command, tmp_path, monkeypatch):
 def small(tmp_path, monkeypatch):
     """A folder with the README's files: images of 8 x 8 pixels, and a "resnet56" of eight narrow layers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cifar, "SIDE", 8)
+    monkeypatch.setattr("obc_tools.data.images.SIDE", 8)
     stage = networks._stage
     monkeypatch.setattr(networks, "_stage", lambda entering, width, blocks, stride: stage(entering, width, 1, stride))
     monkeypatch.setattr(networks, "CifarResNet", partial(networks.CifarResNet, width=8))

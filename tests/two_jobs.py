@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from obc_tools import PruningJob, Recipe, Target
-from obc_tools.runs import folder, pipeline
+from obc_tools.runs import pipeline
 
 RECIPE = Recipe(epochs=1, lr=0.02, batch_size=64, augment=False)
 JOB = PruningJob(
@@ -46,11 +46,11 @@ if __name__ == "__main__":
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
     first = sys.argv[2] == "0"
     if first and sys.argv[4] == "begin":
-        folder.prepare = unprepared
+        pipeline.prepare = unprepared
     elif first:
         pipeline.find_plan = failing
     try:
-        folder.work_on(JOB, Path(sys.argv[1]), progress=False)
+        pipeline.work_on(JOB, Path(sys.argv[1]), progress=False)
     except ValueError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
     if first:

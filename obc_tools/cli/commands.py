@@ -9,7 +9,7 @@ import importlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from importlib.metadata import version
@@ -20,15 +20,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 from tqdm import tqdm
 
+import obc_tools as obc
+
 from ..files import logging_to, read_json
 from .options import (
     A_COMPARISON,
     A_GRID,
-    A_RUN,
+    A_SHARE,
     GRID,
     JOB,
+    MANIFEST,
     RESULTS,
     Choice,
+    Command,
+    Expected,
     ExperimentOptions,
     Flag,
     Folder,
@@ -51,29 +56,22 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..comparing.comparison import Comparison
-    from ..comparing.sweep import Sweep as FoundSweep
     from ..data.data import Data
-    from ..runs.job import PruningJob
 
 
 CURVES = "curves.html"
 NOTHING_WRITTEN = "nothing was written"
-GOES_ON = "the same command goes on from the last finished step"
 DEMO_TITLE = "Demo: handwritten digits, a small ResNet, half the MACs"
 HEAVY_IMPORTS = ("numpy", "torch", "torchvision", "timm", "torch_pruning", "accelerate", "sklearn.datasets", "plotly")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Command):
     """Do the whole job on handwritten digits, which come with scikit-learn; nothing is downloaded.
 
     A small ResNet is trained from scratch, pruned by the Jacobian Criterion to half its MACs and fine-tuned twice with
     the same plan, recipe and seeds: naively and with Equivalent Pruning. Takes less than 2 minutes on 2 CPU cores.
     """
-
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    MAKES: ClassVar[Makes] = A_RUN
 
     out: Folder = Path("runs/demo")
     """Folder for the report, the models and all figures. A demo's own folder is replaced, no other."""
@@ -82,23 +80,19 @@ class Demo:
     seed: int = 0
     """Fixes the network's first weights, the order of the images and their augmentation."""
 
-    def job(self) -> PruningJob:
-        from ..pruning.choices import Target
-        from ..runs.job import PruningJob
-        from ..training.recipe import Recipe
-
-        return PruningJob(
+    def job(self) -> obc.PruningJob:
+        return obc.PruningJob(
             title=DEMO_TITLE,
             model="resnet20",
             data="digits",
-            target=Target(speedup=2.0),
+            target=obc.Target(speedup=2.0),
             batches=10,
             batch_size=64,
             steps=10,
             # Shifted by two of eight pixels, digits leave the picture.
             augment=False,
-            pretrain=Recipe(epochs=15, lr=0.1, batch_size=64, warmup_epochs=1, augment=False, seed=self.seed),
-            finetune=Recipe(epochs=6, lr=0.02, batch_size=64, augment=False, seed=self.seed),
+            pretrain=obc.Recipe(epochs=15, lr=0.1, batch_size=64, warmup_epochs=1, augment=False, seed=self.seed),
+            finetune=obc.Recipe(epochs=6, lr=0.02, batch_size=64, augment=False, seed=self.seed),
             equivalent=True,
             seed=self.seed,
             device="cpu",
@@ -129,9 +123,7 @@ class Prune(PruningOptions):
     --epochs 1 --equivalent --out runs/resnet56
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    TARGETS: ClassVar[tuple[int, int]] = (1, 1)
-    MAKES: ClassVar[Makes] = A_RUN
+    TARGETS: ClassVar[tuple[int, float]] = (1, 1)
 
     speedup: Number = None
     """Target: how many times fewer MACs, such as 2.11."""
@@ -157,17 +149,13 @@ class Prune(PruningOptions):
     overwrite: Flag = False
     """Replace the run that the folder holds."""
 
-    def job(self) -> PruningJob:
-        from ..pruning.choices import OPERATIONS, Target
-        from ..runs.job import PruningJob
-        from ..training.recipe import Recipe
-
-        recipe = Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
-        return PruningJob(
+    def job(self) -> obc.PruningJob:
+        recipe = obc.Recipe(epochs=max(self.epochs, 1), batch_size=self.batch_size, lr=self.lr, seed=self.seed)
+        return obc.PruningJob(
             title=f"Pruning {self.model} on {self.data}",
-            target=Target(self.speedup, self.macs, self.params, self.ratio, self.counting or OPERATIONS),
+            target=obc.Target(**self.given(obc.Target)),
             finetune=recipe if self.epochs else None,
-            **self.given(PruningJob),
+            **self.given(obc.PruningJob),
         )
 
     def run(self) -> None:
@@ -175,7 +163,34 @@ class Prune(PruningOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(PruningOptions):
+class ComparingOptions(PruningOptions):
+    """What a trained network is pruned with in many ways, without fine-tuning."""
+
+    MAKES: ClassVar[Makes] = A_COMPARISON
+
+    hold_out: Number = None
+    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
+
+    def trained(self) -> tuple[nn.Module, Data, torch.device]:
+        """Return the trained network and the data, a share of it held out if asked, and where to compute."""
+        from ..runs.job import find_data, find_device, find_model
+
+        device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
+        if self.hold_out is not None:
+            data = obc.hold_out(data, "train" if data.train is not None else "val", share=self.hold_out, seed=self.seed)
+        classes = len(data.classes) if self.num_classes is None else self.num_classes
+        channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
+        return find_model(self.model, classes, self.weights, **channels).to(device), data, device
+
+    def show(self, found: obc.Comparison | obc.Sweep) -> None:
+        """Print a table and keep its figure."""
+        from ..plots.jtj import save_html
+
+        print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), self.out / CURVES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(ComparingOptions):
     """Compare criteria: prune a trained network step by step by each, without fine-tuning, and measure every step.
 
     What is finished is kept in the folder: the same command goes on after a stop. For example:
@@ -184,13 +199,8 @@ class Compare(PruningOptions):
     --batches 10 --repeats 3 --out runs/criteria
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
-    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
-    SHARES: ClassVar[tuple[str, ...]] = ("macs",)
-    MAKES: ClassVar[Makes] = A_COMPARISON
-
-    hold_out: Number = None
-    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
+    TARGETS: ClassVar[tuple[int, float]] = (0, 1)
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {"macs": A_SHARE}
     criteria: Names = ("jacobian", "taylor", "hessian", "l1", "fpgm", "whc", "bn_scale", "random")
     """What to compare: jacobian, taylor, hessian, obdc, l1, l2, fpgm, whc, bn_scale, lamp, residual,
     random."""
@@ -210,18 +220,18 @@ class Compare(PruningOptions):
     """End a curve once the network only guesses."""
 
     def run(self) -> None:
-        from ..comparing.compare import CompareSettings, compare_criteria
+        from ..comparing.compare import CompareSettings
         from ..runs.job import own_task
 
-        model, data, _ = trained(self, self.hold_out)
-        comparison = compare_criteria(
+        model, data, _ = self.trained()
+        comparison = obc.compare_criteria(
             model, data, self.criteria, task=own_task(self.task), folder=self.out, **self.given(CompareSettings)
         )
-        show(comparison, self.out)
+        self.show(comparison)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(PruningOptions):
+class Sweep(ComparingOptions):
     """Prune a trained network to many targets on one way, without fine-tuning, and measure it at each.
 
     Give the targets: --speedup, --macs, --params or --ratio, several values of each. All plans are kept in the folder,
@@ -231,12 +241,8 @@ class Sweep(PruningOptions):
     --criteria jacobian l1 --out runs/frontier
     """
 
-    AFTER_STOP: ClassVar[str] = GOES_ON
     TARGETS: ClassVar[tuple[int, float]] = (1, math.inf)
-    MAKES: ClassVar[Makes] = A_COMPARISON
 
-    hold_out: Number = None
-    """Use this share of the one split there is, between 0 and 1, to measure on, and the rest as training images."""
     speedup: Numbers = ()
     """Targets: how many times fewer MACs, such as 1.5 2 3."""
     macs: Numbers = ()
@@ -254,18 +260,14 @@ class Sweep(PruningOptions):
     """Forward passes to time each network with, beside the unpruned one. Default: none."""
 
     def run(self) -> None:
-        from ..comparing.sweep import sweep
-        from ..data.batches import take
         from ..pruning.choices import OPERATIONS, TARGETS, Limits, Selection, Settings, Steps
-        from ..pruning.compensation import compensate
-        from ..pruning.plan import prune
         from ..runs.job import own_task
         from ..scoring.tasks import example_inputs
 
         task = own_task(self.task)
-        model, data, device = trained(self, self.hold_out)
-        batches = take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
-        found = sweep(
+        model, data, device = self.trained()
+        batches = obc.take(data.batches("train", self.batch_size, seed=self.seed, device=device), self.batches)
+        found = obc.sweep(
             model,
             example_inputs(task, data, device),
             batches,
@@ -273,7 +275,7 @@ class Sweep(PruningOptions):
             criteria=self.criteria,
             held_out=data.batches("val", self.batch_size, shuffle=False, device=device).at(0),
             task=task,
-            build=partial(compensate, batches=batches.at(0), task=task) if self.compensate else prune,
+            build=partial(obc.compensate, batches=batches.at(0), task=task) if self.compensate else obc.prune,
             counting=self.counting or OPERATIONS,
             repeats=self.repeats or 0,
             folder=self.out,
@@ -283,32 +285,13 @@ class Sweep(PruningOptions):
             **{name: value for name, value in self.given(Settings).items() if name in ("rows", "stop", "per")},
             **self.given(Selection) | self.given(Limits) | self.given(Steps),
         )
-        show(found, self.out)
+        self.show(found)
 
 
-def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, Data, torch.device]:
-    """Return the trained network and the data that options name, and where to compute; a share may be held out."""
-    from ..data.data import hold_out
-    from ..runs.job import find_data, find_device, find_model
-
-    device, data = find_device(options.device), find_data(options.data, options.root, options.normalize)
-    if share is not None:
-        data = hold_out(data, "train" if data.train is not None else "val", share=share, seed=options.seed)
-    classes = len(data.classes) if options.num_classes is None else options.num_classes
-    channels = {} if data.image_shape[0] == 3 else {"in_channels": data.image_shape[0]}
-    return find_model(options.model, classes, options.weights, **channels).to(device), data, device
-
-
-def show(found: Comparison | FoundSweep, out: Path) -> None:
-    """Print a table and keep its figure."""
-    from ..plots.jtj import save_html
-
-    print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), out / CURVES)}")
-
-
-def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
+def run_and_report(job: obc.PruningJob, out: Path, overwrite: bool) -> None:
     """Do a job, keep it in its folder, and print the table."""
-    from ..runs.folder import REPORT, run_job
+    from ..runs.job import REPORT
+    from ..runs.pipeline import run_job
     from ..runs.report import write_job_report
 
     result = run_job(job, out, overwrite=overwrite)
@@ -319,8 +302,6 @@ def run_and_report(job: PruningJob, out: Path, overwrite: bool) -> None:
 Devices = Annotated[tuple[int, ...], tyro.conf.arg(metavar="GPU ...", help_behavior_hint="")]
 Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
-CAN_BE_RESUMED = "the same command with --resume goes on from the last checkpoint"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunExperiment(OneExperiment):
@@ -329,8 +310,8 @@ class RunExperiment(OneExperiment):
     obc run vgg19-cifar100 --speedup 6 --root data/cifar100 --out runs/vgg19_6x
     """
 
-    AFTER_STOP: ClassVar[str] = CAN_BE_RESUMED
-    TARGETS: ClassVar[tuple[int, int]] = (0, 1)
+    AFTER_STOP: ClassVar[str] = "the same command with --resume goes on from the last checkpoint"
+    TARGETS: ClassVar[tuple[int, float]] = (0, 1)
 
     speedup: Number = None
     """Target: how many times fewer MACs. Default: the paper's first target."""
@@ -349,30 +330,23 @@ class RunExperiment(OneExperiment):
     resume: Flag = False
     """Go on with what the folder holds."""
 
-    def job(self, **chosen: Any) -> PruningJob:
-        from ..pruning.choices import Target
-
+    def job(self, **chosen: Any) -> obc.PruningJob:
         names = ("criterion", "group_reduction")
         chosen |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.speedup is not None or self.macs is not None:
-            chosen["target"] = Target(self.speedup, self.macs)
+            chosen["target"] = obc.Target(self.speedup, self.macs)
         return super().job(**chosen)
 
     def run(self) -> None:
-        from ..runs.folder import check_run_folder
-        from ..runs.run import Run, launch, run_experiment
-
         job = self.job()
-        if not self.resume:
-            check_run_folder(self.out, overwrite=False)
         if self.background or self.processes != 1 or self.devices:
             devices = self.devices or ("cpu" if self.device == "cpu" else None)
-            run = launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
+            run = obc.launch(job, self.out, processes=self.processes, devices=devices, resume=self.resume)
             if not self.background:
                 run.follow()
         else:
-            run = run_experiment(job, self.out)
-        print(f"\n{Run.open(self.out)!r}")
+            run = obc.run_experiment(job, self.out)
+        print(f"\n{obc.Run.open(self.out)!r}")
         if run.status == "failed":
             raise ValueError(run.error)
         if run.status == "finished":
@@ -380,7 +354,7 @@ class RunExperiment(OneExperiment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Runs:
+class Runs(Command):
     """Say how far the runs below a folder are, and stop or resume one.
 
     obc runs runs
@@ -398,11 +372,8 @@ class Runs:
     """Show so many last lines of the run's log."""
 
     def run(self) -> None:
-        from ..runs.grid import Grid
-        from ..runs.run import Run
-
         if (self.folder / GRID).is_file():
-            grid = Grid.open(self.folder)
+            grid = obc.Grid.open(self.folder)
             _end_or_begin(grid, self.stop, self.resume)
             print(grid.to_frame().to_string(index=False))
             return
@@ -413,7 +384,7 @@ class Runs:
             raise ValueError(f"'{self.folder}' holds {len(found)} runs" + (": name one of them" if found else ""))
         for path in found:
             try:
-                run = Run.open(path)
+                run = obc.Run.open(path)
                 _end_or_begin(run, self.stop, self.resume)
                 print(repr(run) + (f"\n{run.log(self.log)}" if self.log else ""))
             except (ValueError, OSError) as error:
@@ -461,10 +432,8 @@ class GridCommand(ExperimentOptions):
     """Come back when all is done."""
 
     def run(self) -> None:
-        from ..runs.grid import launch_grid, paper_grid
-
         changes = {key: value for key, value in self.changes().items() if key != "root"}
-        jobs = paper_grid(
+        jobs = obc.paper_grid(
             self.grid,
             self.out,
             roots=self.roots or self.root,
@@ -478,7 +447,7 @@ class GridCommand(ExperimentOptions):
         )
         plain = replace(self, sparse_weights=None)
         jobs = [replace(entry, job=plain.adapted(entry.job)) for entry in jobs]
-        grid = launch_grid(jobs, self.out, devices=self.devices or "cpu", each=self.each, resume=self.resume)
+        grid = obc.launch_grid(jobs, self.out, devices=self.devices or "cpu", each=self.each, resume=self.resume)
         if self.wait:
             grid.wait()
         print(grid.to_frame().to_string(index=False))
@@ -511,7 +480,7 @@ class Slurm(OneExperiment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Command):
     """Evaluate a saved model, or a network with weights, on held-out images.
 
     obc evaluate runs/resnet56/merged --data cifar10 --root data/cifar10
@@ -538,22 +507,20 @@ class Evaluate:
 
     def run(self) -> None:
         from ..data.data import check_classes
-        from ..measure.costs import cost
-        from ..models.store import MANIFEST, load_pruned
         from ..runs.job import find_data, find_device, find_model, own_task
-        from ..scoring.tasks import CLASSIFICATION, count_outputs, evaluate, example_inputs
+        from ..scoring.tasks import CLASSIFICATION, count_outputs, example_inputs
 
         device, data = find_device(self.device), find_data(self.data, self.root, self.normalize)
         if (Path(self.model) / MANIFEST).is_file():
-            model = load_pruned(self.model).to(device)
+            model = obc.load_pruned(self.model).to(device)
         else:
             model = find_model(self.model, None, self.weights).to(device)
         batches, task = data.batches("val", self.batch_size, device=device), own_task(self.task)
         example = example_inputs(task, data, device)
         if task is CLASSIFICATION:
             check_classes(count_outputs(model, example), data)
-        found = evaluate(model, batches, task=task, progress=True)
-        print(f"{found!r}\n{cost(model, example)!r}")
+        found = obc.evaluate(model, batches, task=task, progress=True)
+        print(f"{found!r}\n{obc.cost(model, example)!r}")
 
 
 # For `obc --help` alone all commands at once: there one line each is enough.
@@ -568,7 +535,6 @@ COMMANDS = {
     "slurm": (Slurm, "A script for the SLURM scheduler."),
     "evaluate": (Evaluate, "Accuracy of a saved model."),
 }
-Command = Demo | Prune | Compare | Sweep | RunExperiment | Runs | GridCommand | Slurm | Evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -602,17 +568,8 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def run(command: Command) -> None:
-    """Do what a command says."""
-    _import_libraries()
-    with logging_to(logging.StreamHandler(sys.stderr)):
-        command.run()
-
-
-def _import_libraries() -> None:
-    """Import what takes seconds, with a bar that moves meanwhile."""
+    """Import what takes seconds, with a bar that moves meanwhile, and do what a command says."""
     for name in tqdm(HEAVY_IMPORTS, desc="loading libraries", unit="library", leave=False):
         importlib.import_module(name)
-
-
-if TYPE_CHECKING:
-    from ..runs.job import PruningJob
+    with logging_to(logging.StreamHandler(sys.stderr)):
+        command.run()

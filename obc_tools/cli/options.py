@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,8 +44,29 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Position = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
+Expected = tuple[Callable[[Any], Any], str]
+"""What a value must be: whether it fits, and how that is said."""
+A_SHARE: Expected = (lambda entry: 0 < entry < 1, "a share between 0 and 1")
+POSITIVE: Expected = (lambda entry: 0 < entry < math.inf, "a positive number")
+AT_LEAST_0: Expected = (lambda entry: entry >= 0, "at least 0")
+AT_LEAST_1: Expected = (lambda entry: entry >= 1, "at least 1")
+
+
+class Command:
+    """What is true of a command unless it says otherwise."""
+
+    AFTER_STOP: ClassVar[str] = "the same command goes on from the last finished step"
+    MAKES: ClassVar[Makes] = A_RUN
+    TARGETS: ClassVar[tuple[int, float]] = (0, math.inf)
+    """How many targets are given, at least and at most."""
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {}
+    """Options whose values must be something else than those of other commands."""
+    ELSEWHERE: ClassVar[bool] = False
+    """The work is done on another machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class PruningOptions:
+class PruningOptions(Command):
     """What pruning a network of one's own takes, once or by many criteria."""
 
     model: Name
@@ -121,10 +142,10 @@ def _rows(said: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
+class ExperimentOptions(Command):
     """What an experiment of the paper may be run with."""
 
-    LEAST: ClassVar[dict[str, int]] = {"epochs": 1}
+    EXPECTED: ClassVar[Mapping[str, Expected]] = {"epochs": AT_LEAST_1}
 
     root: Root = None
     """Where the data lies."""
@@ -186,8 +207,6 @@ class ExperimentOptions:
 class OneExperiment(ExperimentOptions):
     """One experiment and the folder of its run."""
 
-    MAKES: ClassVar[Makes] = A_RUN
-
     experiment: Position
     """vgg19-cifar100, resnet56-cifar10, resnet50-imagenet, mobilenetv2-imagenet or vit-b16-imagenet."""
     out: Folder
@@ -238,11 +257,10 @@ KNOWN = {
 }  # fmt: skip
 """Names that options take, as the library has them: its own tables come with torch, which takes seconds to load."""
 NAMED_WEIGHTS = ("pretrained", "published", "published-sparse", "scratch")
-AT_LEAST_ONE = (
+COUNTS = (
     "batches", "batch_size", "steps", "repeats", "held_out", "train_images", "val_images", "num_classes", "round_to",
     "min_channels", "processes", "each", "nodes", "gpus", "cpus",
 )  # fmt: skip
-LEAST = dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), 0) | dict.fromkeys(AT_LEAST_ONE, 1)
 POSITIONAL = ("experiment", "grid")
 LIBRARIES = ("torchvision", "timm", "transformers", "ultralytics")
 OWN_NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg11", "vgg13", "vgg16", "vgg19")
@@ -251,9 +269,26 @@ NAMED = re.compile(
     r"^@register_model(?:\((?:name=\"(\w+)\")?\))?\n(?:[@ )].*\n)*def (\w+)\(|^    '([a-z]\w+)':", re.MULTILINE
 )
 """How torchvision and timm give names to networks."""
-DURATION = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
-"""As SLURM writes them."""
 TARGETS = ("speedup", "macs", "params", "ratio")
+EXPECTED: Mapping[str, Expected] = {
+    **dict.fromkeys(COUNTS, AT_LEAST_1),
+    **dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), AT_LEAST_0),
+    **dict.fromkeys(("ratio", "hold_out"), A_SHARE),
+    **dict.fromkeys(("macs", "params"), POSITIVE),
+    "speedup": (lambda entry: entry > 1, "a number above 1"),
+    "max_ratio": (lambda entry: 0 < entry <= 1, "a share above 0, at most 1"),
+    "lr": (lambda entry: 0 <= entry < math.inf, "a number of at least 0"),
+    "stop": (lambda entry: 0 < entry < 0.5, "a share between 0 and 0.5"),
+    "rows": (
+        re.compile(r"batch|sample|(expected:)?[1-9]\d*|expected").fullmatch,
+        "batch, sample, a number, expected or expected:32",
+    ),
+    "device": (re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch, "auto, cpu, cuda, cuda:1, ..."),
+    "time": (
+        re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}").fullmatch,
+        "minutes, or 24:00:00, or 2-12:00 for days and hours",
+    ),
+}
 LIES_IN = {
     "cifar10": ("cifar-10-batches-py", "train", "cifar10.npz"),
     "cifar100": ("cifar-100-python", "train", "cifar100.npz"),
@@ -268,45 +303,29 @@ GPUS = ("nvidia*", "nvhost*", "nvgpu*", "kfd", "dxg")
 
 def check(command: Any) -> None:
     """Raise ValueError for an option that cannot be meant, without loading anything."""
-    for name, value in _given(command):
+    values = {entry.name: getattr(command, entry.name) for entry in fields(command)}
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
         for entry in value if isinstance(value, tuple) else (value,):
             _check_value(name, entry, command)
         if name == "criteria" and (not value or len({*value}) < len(value)):
             raise ValueError(" ".join(["--criteria", *value]) + ": name at least one, each once")
-    _check_targets(command)
-    if getattr(command, "equivalent", False) and not command.epochs:
+    _check_targets(command, given)
+    if given.get("equivalent") and not given["epochs"]:
         raise ValueError("--equivalent: Equivalent Pruning is a way of fine-tuning: give --epochs at least 1")
-    _check_paths(command)
-    _check_network(command)
-    if not getattr(command, "ELSEWHERE", False):
-        _check_data(command)
-        _check_gpus(command)
+    _check_paths(command, given)
+    _check_network(given)
+    if not command.ELSEWHERE:
+        _check_data(given)
+        _check_gpus(given)
 
 
 def _check_value(name: str, entry: Any, command: Any) -> None:
-    least = (LEAST | getattr(command, "LEAST", {})).get(name)
+    fits, expected = {**EXPECTED, **command.EXPECTED}.get(name, (None, ""))
     if name in KNOWN and ":" not in str(entry):
         _check_name(name, str(entry))
-    elif name in ("ratio", "hold_out", *getattr(command, "SHARES", ())) and not 0 < entry < 1:
-        raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 1")
-    elif name == "speedup" and not entry > 1:
-        raise ValueError(f"{option(name)} {entry}: expected a number above 1")
-    elif name in TARGETS and not 0 < entry < math.inf:
-        raise ValueError(f"{option(name)} {entry}: expected a positive number")
-    elif name == "max_ratio" and not 0 < entry <= 1:
-        raise ValueError(f"{option(name)} {entry}: expected a share above 0, at most 1")
-    elif name == "lr" and not 0 <= entry < math.inf:
-        raise ValueError(f"{option(name)} {entry}: expected a number of at least 0")
-    elif name == "stop" and isinstance(entry, float) and not 0 < entry < 0.5:
-        raise ValueError(f"{option(name)} {entry}: expected a share between 0 and 0.5")
-    elif name == "rows" and not re.fullmatch(r"batch|sample|(expected:)?[1-9]\d*|expected", entry):
-        raise ValueError(f"{option(name)} {entry}: expected batch, sample, a number, expected or expected:32")
-    elif least is not None and entry < least:
-        raise ValueError(f"{option(name)} {entry}: expected at least {least}")
-    elif name == "device" and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", entry):
-        raise ValueError(f"{option(name)} {entry}: expected auto, cpu, cuda, cuda:1, ...")
-    elif name == "time" and not DURATION.fullmatch(entry):
-        raise ValueError(f"{option(name)} {entry}: expected minutes, or 24:00:00, or 2-12:00 for days and hours")
+    elif fits is not None and not isinstance(entry, bool) and not fits(entry):
+        raise ValueError(f"{option(name)} {entry}: expected {expected}")
 
 
 def _check_name(name: str, entry: str) -> None:
@@ -317,25 +336,17 @@ def _check_name(name: str, entry: str) -> None:
         raise UnknownNameError(option(name), entry, known)
 
 
-def _given(command: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the options that were said, or have a value when nothing is said."""
-    for entry in fields(command):
-        if (value := getattr(command, entry.name)) is not None:
-            yield entry.name, value
-
-
-def _check_targets(command: Any) -> None:
-    least, most = getattr(command, "TARGETS", (0, len(TARGETS)))
-    said = [(name, value if isinstance(value, tuple) else (value,)) for name, value in _given(command)]
-    given = [f"{option(name)} {entry:g}" for name, values in said if name in TARGETS for entry in values]
-    if not least <= len(given) <= most:
+def _check_targets(command: Any, given: Mapping[str, Any]) -> None:
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items() if name in TARGETS}
+    said = [f"{option(name)} {entry:g}" for name, entries in values.items() for entry in entries]
+    least, most = command.TARGETS
+    if not least <= len(said) <= most:
         known = [option(entry.name) for entry in fields(command) if entry.name in TARGETS]
-        raise ValueError(f"give one target: {', '.join(known[:-1])} or {known[-1]}; got {', '.join(given) or 'none'}")
+        raise ValueError(f"give one target: {', '.join(known[:-1])} or {known[-1]}; got {', '.join(said) or 'none'}")
 
 
-def _check_network(command: Any) -> None:
+def _check_network(given: Mapping[str, Any]) -> None:
     """Check that a network is known and has weights, and that there are the modules of what is a user's own."""
-    given = dict(_given(command))
     for name in ("data", "task", *(() if "weights" in given else ("model",))):
         module, _, function = str(given.get(name, "")).partition(":")
         if function and module not in LIBRARIES and not _is_found(module.partition(".")[0]):
@@ -355,7 +366,7 @@ def _check_network(command: Any) -> None:
         if weights.startswith("published") and weights in NAMED_WEIGHTS and model not in PUBLISHED:
             raise ValueError(f"--weights {weights}: there are none of {model}, but of {' and '.join(PUBLISHED)}")
         return
-    if not hasattr(command, "out"):
+    if "out" not in given:
         raise ValueError(f"'{model}' holds no saved model; for a network by name, pass --weights too")
     ways = "a file, pretrained or published; a network of your own is package.module:function"
     raise ValueError(f"--weights: which weights of '{model}'? It begins with a trained network: {ways}")
@@ -390,9 +401,8 @@ def _is_found(module: str) -> bool:
         return True
 
 
-def _check_data(command: Any) -> None:
+def _check_data(given: Mapping[str, Any]) -> None:
     """Check that data lies where it is said to lie, as far as folders tell."""
-    given = dict(_given(command))
     roots = given.get("roots") or {}
     for name, place in roots.items():
         if name not in KNOWN["data"]:
@@ -415,8 +425,7 @@ def _check_data(command: Any) -> None:
             raise ValueError(f"no {name} in '{place}': pass as --root a folder that holds one of {known}")
 
 
-def _check_gpus(command: Any) -> None:
-    given = dict(_given(command))
+def _check_gpus(given: Mapping[str, Any]) -> None:
     there = sys.platform != "linux" or any(True for name in GPUS for _ in Path("/dev").glob(name))
     for name in ("device", "devices"):
         if not there and given.get(name) and given[name] not in ("auto", "cpu"):
@@ -424,9 +433,8 @@ def _check_gpus(command: Any) -> None:
             raise ValueError(f"{option(name)} {said}: this machine has no GPU")
 
 
-def _check_paths(command: Any) -> None:
-    given = dict(_given(command))
-    if not getattr(command, "ELSEWHERE", False):
+def _check_paths(command: Any, given: Mapping[str, Any]) -> None:
+    if not command.ELSEWHERE:
         for name in ("weights", "sparse_weights"):
             if name in given and given[name] not in NAMED_WEIGHTS and not Path(given[name]).expanduser().exists():
                 raise ValueError(f"{option(name)} {given[name]}: there is no such file, nor weights of that name")
@@ -441,7 +449,7 @@ def _check_paths(command: Any) -> None:
         _check_out(command, given["out"], given)
 
 
-def _check_out(command: Any, out: Path, given: dict[str, Any]) -> None:
+def _check_out(command: Any, out: Path, given: Mapping[str, Any]) -> None:
     """Check that a command may write to its folder: nothing lies in it, or what it goes on with or replaces."""
     kind, marks = command.MAKES
     if out.exists() and not out.is_dir():

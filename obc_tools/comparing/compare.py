@@ -20,11 +20,10 @@ import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch, Pass, count_examples, first_examples, take
+from ..data.batches import Batch, Batches, count_examples, first_examples, take
 from ..data.data import Data, as_data
 from ..errors import check_number, check_whole
-from ..files import environment
-from ..holding import held
+from ..files import environment, held
 from ..measure.costs import Cost
 from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, Settings, Target, check_settings
@@ -293,7 +292,7 @@ class _Bench:
         return all(row[key] <= chance + 3 * (chance * (1 - chance) / n) ** 0.5 for key, n in counts.items())
 
 
-def _first_images(batches: Pass, count: int) -> Iterator[Batch]:
+def _first_images(batches: Batches, count: int) -> Iterator[Batch]:
     """Yield the first `count` examples of a pass."""
     for batch in batches:
         examples = count_examples(batch)

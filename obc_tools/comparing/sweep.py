@@ -17,8 +17,7 @@ from torch import nn
 
 from ..data.batches import Batches
 from ..errors import check_name, check_whole
-from ..files import environment
-from ..holding import held
+from ..files import environment, held
 from ..measure.costs import CostModel
 from ..measure.latency import latencies
 from ..pruning.choices import (

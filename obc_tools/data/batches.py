@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from operator import length_hint
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from ..state import LentRandomness, check_iterable
 
 Batch = Any
 Draw = Callable[..., Iterator[Batch]]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,18 +124,22 @@ class Batches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.at(next(self._numbers)))
+        return self._pass(next(self._numbers))
 
-    def at(self, pass_number: int, start: int = 0) -> Pass:
+    def at(self, pass_number: int, start: int = 0) -> Batches:
         """Return one pass, counted from 0, from its batch ``start`` on: the same whenever it is iterated over."""
-        return Pass(self._draw, self._length, pass_number, start)
+        return Batches(lambda _, later=0: self._pass(pass_number, start + later), len(self) - start, parts=self.parts)
 
     def first(self, length: int) -> Batches:
         """Return the first batches of each pass; what is iterated over here and there counts the same passes."""
         _check_length(length, len(self))
 
         def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
-            return islice(self.at(pass_number, start), length - start)
+            seen = start
+            for batch in islice(self._pass(pass_number, start), length - start):
+                seen += 1
+                yield batch
+            _check_length(length, seen)
 
         return Batches(draw, length, self._numbers, self.parts)
 
@@ -144,56 +147,21 @@ class Batches:
         """Return these batches, each changed by ``change(number of the pass, number in the pass, batch)``."""
 
         def draw(pass_number: int, start: int = 0) -> Iterator[Batch]:
-            for number, batch in enumerate(self.at(pass_number, start), start):
+            for number, batch in enumerate(self._pass(pass_number, start), start):
                 yield change(pass_number, number, batch)
 
         return Batches(draw, self._length, self._numbers, self.parts)
 
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of ``Batches``: the same batches every time it is iterated over."""
-
-    draw: Draw
-    length: int
-    pass_number: int
-    start: int = 0
-
-    def __len__(self) -> int:
-        return self.length - self.start
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.draw(self.pass_number, self.start) if self.start else self.draw(self.pass_number)
+    def _pass(self, pass_number: int, start: int = 0) -> Iterator[Batch]:
+        return self._draw(pass_number, start) if start else self._draw(pass_number)
 
 
-@dataclass(frozen=True)
-class FirstBatches(Generic[T]):
-    """The first batches of whatever can be gone through again and again."""
-
-    batches: Iterable[T]
-    length: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.batches, Iterator):
-            raise ValueError(
-                f"take: a {type(self.batches).__name__} can be gone through only once; pass Batches, a DataLoader or "
-                "a list of batches"
-            )
-        check_whole("take: length", self.length, 1)
-        _check_length(self.length, length_hint(check_iterable(self.batches), self.length))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[T]:
-        seen = 0
-        for batch in islice(self.batches, self.length):
-            seen += 1
-            yield batch
-        _check_length(self.length, seen)
+def as_batches(batches: Iterable[Batch], length: int) -> Batches:
+    """Return as `Batches` what can be gone through again and again, in passes of a length; each is as it comes."""
+    return batches if isinstance(batches, Batches) else Batches(lambda _, start=0: islice(batches, start, None), length)
 
 
-def take(batches: Iterable[T], length: int) -> Batches | FirstBatches[T]:
+def take(batches: Iterable[Batch], length: int) -> Batches:
     """Take the first batches of every pass, lazily: each iteration gives those of the next pass.
 
     Args:
@@ -208,7 +176,13 @@ def take(batches: Iterable[T], length: int) -> Batches | FirstBatches[T]:
         >>> len(batches)
         3
     """
-    return batches.first(length) if isinstance(batches, Batches) else FirstBatches(batches, length)
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"take: a {type(batches).__name__} can be gone through only once; pass Batches, a DataLoader or "
+            "a list of batches"
+        )
+    check_whole("take: length", length, 1)
+    return as_batches(batches, length_hint(check_iterable(batches), length)).first(length)
 
 
 def _check_length(length: int, available: int) -> None:

@@ -34,9 +34,8 @@ from torch.utils.data import (
 
 from ..errors import NoDataError, check_number, check_whole
 from .batches import Augmentation, Batches, Examples, Sampling, Tensors, as_is, augment_batches, with_inputs_of
-from .cifar import CLASSES, read_cifar
 from .embedded import DIGITS, EMBEDDED, hold_out_digits, read_digits
-from .images import ImageFiles, Images, Normalization, find_images, held_out_folder, same_classes
+from .images import CIFAR_CLASSES, ImageFiles, Images, Normalization, read_cifar, read_folders
 
 Split = Images | ImageFiles | Examples
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenet", "folder", *EMBEDDED)
@@ -137,10 +136,6 @@ class Data:
         Raises:
             ValueError: For a split that is unknown or not there, a size below 1, or a pass without any batch.
         """
-        if dtype is not None:
-            shared = {"augment": augment, "shuffle": shuffle, "drop_last": drop_last, "device": device}
-            drawn = self.batches(split, size, seed=seed, workers=workers, share=share, **shared)
-            return drawn.map(lambda number, place, batch: with_inputs_of(batch, dtype))
         images = self._split(split)
         shuffle = split == "train" if shuffle is None else shuffle
         chosen = augment if isinstance(augment, Augmentation) else Augmentation(crop=augment)
@@ -148,14 +143,15 @@ class Data:
         if isinstance(images, Examples):
             if chosen.changes_batches or chosen.rand_augment:
                 raise ValueError(f"{self.name}: only images with one label each are mixed or erased in here")
-            return images.batches(sampling, device)
-        if isinstance(images, ImageFiles):
+            drawn = images.batches(sampling, device)
+        elif isinstance(images, ImageFiles):
             drawn = images.batches(sampling, self.normalization, device, workers, chosen.rand_augment)
         elif chosen.rand_augment:
             raise ValueError(f"{self.name}: RandAugment works on image files, not on images in memory")
         else:
             drawn = images.batches(sampling, self.normalization, device)
-        return augment_batches(drawn, chosen, len(self.classes), seed, share[0])
+        drawn = augment_batches(drawn, chosen, len(self.classes), seed, share[0])
+        return drawn if dtype is None else drawn.map(lambda number, place, batch: with_inputs_of(batch, dtype))
 
     def with_train_from_val(self, seed: int = 0) -> Data:
         """Return the data with the held-out images cut in two halves, by chance: one to train on, one held out.
@@ -240,7 +236,7 @@ def load_data(
     if name not in DATA_SETS:
         raise ValueError(f"unknown data set '{name}'; known are {', '.join(DATA_SETS)}")
     _check_normalization(name, normalize)
-    if download and name not in CLASSES:
+    if download and name not in CIFAR_CLASSES:
         raise ValueError(f"{name} cannot be downloaded; only cifar10 and cifar100 can")
     root = None if root is None else Path(root).expanduser()
     if name in EMBEDDED:
@@ -249,11 +245,15 @@ def load_data(
         train, val, classes = EMBEDDED[name]()
         return Data(train, val, classes, None, name)
     if name == "digits":
-        train, val, classes = _read_digits(root)
-    elif name in CLASSES:
+        if root is not None:
+            raise ValueError("digits come with scikit-learn: root must be None")
+        pixels, labels = read_digits()
+        held_out, classes = hold_out_digits(labels), DIGITS
+        train, val = (Images(pixels[own], labels[own], padding=2, flip=False) for own in (~held_out, held_out))
+    elif name in CIFAR_CLASSES:
         train, val, classes = read_cifar(name, root, download)
     else:
-        train, val, classes = _read_folders(name, root, image_size)
+        train, val, classes = read_folders(name, root, image_size)
     return Data(train, val, classes, _normalization(name, normalize, train), name)
 
 
@@ -289,35 +289,6 @@ def _normalization(name: str, normalize: str | tuple | None, train: Split | None
         return known[normalize or next(iter(known))]
     std, mean = torch.std_mean(train.pixels / 255, dim=(0, 2, 3), correction=0)
     return Normalization(tuple(mean.tolist()), tuple(std.tolist()))
-
-
-def _read_digits(root: Path | None) -> tuple[Images, Images, tuple[str, ...]]:
-    if root is not None:
-        raise ValueError("digits come with scikit-learn: root must be None")
-    pixels, labels = read_digits()
-    held_out = hold_out_digits(labels)
-    train, val = (Images(pixels[chosen], labels[chosen], padding=2, flip=False) for chosen in (~held_out, held_out))
-    return train, val, DIGITS
-
-
-def _read_folders(
-    name: str, root: Path | None, size: int
-) -> tuple[ImageFiles | None, ImageFiles | None, tuple[str, ...]]:
-    if root is None or not root.is_dir():
-        found = "no root was given" if root is None else f"'{root}' is not a folder"
-        raise ValueError(f"{name}: {found}; pass root=, a folder with class folders in 'train' and 'val'")
-    folders = {"train": root / "train", "val": held_out_folder(root)}
-    found = {split: find_images(folder) for split, folder in folders.items() if folder.is_dir()}
-    if not found:
-        raise ValueError(f"{name}: '{root}' has neither a folder 'train' nor one 'val'")
-    classes = same_classes(root, *(files.classes for files in found.values()))
-    if name == "imagenet" and len(classes) != 1000:
-        raise ValueError(
-            f"imagenet has 1000 classes, '{root}' has {len(classes)}: labels would not be ImageNet's; complete it, or "
-            "load it as 'folder'"
-        )
-    splits = {split: ImageFiles(files.paths, files.labels, size) for split, files in found.items()}
-    return splits.get("train"), splits.get("val"), classes
 
 
 def hold_out(data: Data, split: str, *, share: float = 0.5, seed: int = 0) -> Data:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -173,6 +172,8 @@ def read_text() -> Splits:
     return *splits, ()
 
 
-EMBEDDED: Mapping[str, Callable[[], Splits]] = MappingProxyType(
-    {"digit_scenes": read_scenes, "stdlib_text": read_text, "digit_captions": read_captions}
-)
+EMBEDDED: Mapping[str, Callable[[], Splits]] = {
+    "digit_scenes": read_scenes,
+    "stdlib_text": read_text,
+    "digit_captions": read_captions,
+}

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,16 +18,8 @@ from torchvision.ops import batched_nms, box_convert
 
 from ..data.batches import count_examples, inputs_and_targets
 from ..measure.metrics import IGNORED, Metrics, box_targets, classification_metrics
-from ..scoring.tasks import (
-    CLASSIFICATION,
-    Task,
-    detection_task,
-    detector_losses,
-    embed_pairs,
-    image_text_task,
-    language_task,
-    segmentation_task,
-)
+from ..scoring import tasks
+from ..scoring.tasks import CLASSIFICATION, Task
 
 LEAST_SCORE = 1e-3
 """Boxes of lower scores are left out, as COCO's evaluations do."""
@@ -63,7 +54,7 @@ def _of_transformers(model: nn.Module, kind: type) -> Task:
         if names & {name for entry in known for name in ((entry,) if isinstance(entry, str) else entry)}:
             return make(model)
     if "CLIPModel" in names:
-        return image_text_task(partial(_embed_named, model.config.text_config))
+        return tasks.image_text_task(partial(_embed_named, model.config.text_config))
     raise ValueError(
         f"{type(model).__name__} has no head that tells what it is for: pass task=, such as 'outputs', which needs none"
     )
@@ -97,7 +88,7 @@ def _with_tokens(config: Any, batch: Any) -> dict[str, Any]:
 
 def _embed_named(config: Any, network: nn.Module, batch: Any) -> Any:
     pair = batch if isinstance(batch, Mapping) else dict(zip(("pixel_values", "input_ids"), batch, strict=True))
-    return embed_pairs(network, _with_tokens(config, pair))
+    return tasks.embed_pairs(network, _with_tokens(config, pair))
 
 
 def _of_open_clip(model: nn.Module, kind: type) -> Task:
@@ -106,9 +97,9 @@ def _of_open_clip(model: nn.Module, kind: type) -> Task:
     def forward(network: nn.Module, batch: Any) -> Any:
         if known is not None and not isinstance(batch, Mapping):
             _check_tokens(batch[1], longest, known)
-        return embed_pairs(network, batch)
+        return tasks.embed_pairs(network, batch)
 
-    return image_text_task(forward)
+    return tasks.image_text_task(forward)
 
 
 def _token_logits(config: Any, network: nn.Module, batch: Any, **options: Any) -> Tensor:
@@ -117,7 +108,7 @@ def _token_logits(config: Any, network: nn.Module, batch: Any, **options: Any) -
 
 def _causal_language(model: nn.Module) -> Task:
     # The configuration is the unpruned network's: an EquivalentModel has none.
-    return language_task(partial(_token_logits, model.config, use_cache=False))
+    return tasks.language_task(partial(_token_logits, model.config, use_cache=False))
 
 
 def _masked_language(model: nn.Module) -> Task:
@@ -126,7 +117,7 @@ def _masked_language(model: nn.Module) -> Task:
             raise ValueError(f"batches need 'labels', the tokens that were masked, and {IGNORED} for all others")
         return _token_logits(model.config, network, batch)
 
-    return language_task(logits, shift=False, name="masked_language_model")
+    return tasks.language_task(logits, shift=False, name="masked_language_model")
 
 
 def _sequence_to_sequence(model: nn.Module) -> Task:
@@ -141,7 +132,7 @@ def _sequence_to_sequence(model: nn.Module) -> Task:
         labels = {} if "decoder_input_ids" in inputs else {"labels": batch["labels"].contiguous()}  # T5 views them flat
         return network(**inputs, **labels, use_cache=False).logits
 
-    return language_task(logits, shift=False, name="sequence_to_sequence")
+    return tasks.language_task(logits, shift=False, name="sequence_to_sequence")
 
 
 def _classifier(name: str, model: nn.Module) -> Task:
@@ -170,7 +161,7 @@ def _pixel_classifier(model: nn.Module) -> Task:
         logits = network(**inputs).logits
         return F.interpolate(logits, inputs["pixel_values"].shape[-2:], mode="bilinear", align_corners=False)
 
-    return segmentation_task(forward)
+    return tasks.segmentation_task(forward)
 
 
 def _box_transformer(model: nn.Module) -> Task:
@@ -194,29 +185,27 @@ def _box_transformer(model: nn.Module) -> Task:
         targets = inputs_and_targets(batch)[1]
         return [{"boxes": box_convert(t["boxes"], "cxcywh", "xyxy"), "labels": t["class_labels"]} for t in targets]
 
-    return detection_task(losses, forward, found=found, wanted=wanted)
+    return tasks.detection_task(losses, forward, found=found, wanted=wanted)
 
 
-HEADS: Mapping[str, Callable[[nn.Module], Task]] = MappingProxyType(
-    {
-        "SEQ_TO_SEQ_CAUSAL_LM": _sequence_to_sequence,
-        "CAUSAL_LM": _causal_language,
-        "MASKED_LM": _masked_language,
-        "SEQUENCE_CLASSIFICATION": partial(_classifier, "input_ids"),
-        "IMAGE_CLASSIFICATION": partial(_classifier, "pixel_values"),
-        "SEMANTIC_SEGMENTATION": _pixel_classifier,
-        "OBJECT_DETECTION": _box_transformer,
-    }
-)
+HEADS: Mapping[str, Callable[[nn.Module], Task]] = {
+    "SEQ_TO_SEQ_CAUSAL_LM": _sequence_to_sequence,
+    "CAUSAL_LM": _causal_language,
+    "MASKED_LM": _masked_language,
+    "SEQUENCE_CLASSIFICATION": partial(_classifier, "input_ids"),
+    "IMAGE_CLASSIFICATION": partial(_classifier, "pixel_values"),
+    "SEMANTIC_SEGMENTATION": _pixel_classifier,
+    "OBJECT_DETECTION": _box_transformer,
+}
 """transformers' tables of classes by what they are for, in the order in which they are asked."""
 
 
 def _of_torchvision(model: nn.Module, kind: type) -> Task:
     if ".segmentation" in kind.__module__:
-        return segmentation_task()
+        return tasks.segmentation_task()
     if ".detection" not in kind.__module__:
         return CLASSIFICATION
-    return detection_task(detector_losses, _unsorted_boxes)
+    return tasks.detection_task(tasks.detector_losses, _unsorted_boxes)
 
 
 def _unsorted_boxes(model: nn.Module, batch: Any) -> Any:
@@ -234,7 +223,7 @@ def _unsorted_boxes(model: nn.Module, batch: Any) -> Any:
 def _of_ultralytics(model: nn.Module, kind: type) -> Task:
     if not hasattr(model, "loss"):
         raise ValueError(f"{type(model).__name__} is no network but what holds one: pass its .model")
-    return detection_task(
+    return tasks.detection_task(
         _yolo_losses, lambda network, batch: _heads(network, batch)[0], found=_yolo_boxes, wanted=_boxes
     )
 
@@ -306,14 +295,12 @@ def _boxes(batch: Any) -> list[Mapping[str, Tensor]]:
     return [{"boxes": boxes[rows], "labels": batch["cls"][rows].flatten().long()} for rows in own]
 
 
-LIBRARIES: Mapping[str, Callable[[nn.Module, type], Task]] = MappingProxyType(
-    {
-        "transformers": _of_transformers,
-        "ultralytics": _of_ultralytics,
-        "torchvision": _of_torchvision,
-        "open_clip": _of_open_clip,
-        "timm": lambda model, kind: CLASSIFICATION,
-        "segmentation_models_pytorch": lambda model, kind: segmentation_task(),
-    }
-)
+LIBRARIES: Mapping[str, Callable[[nn.Module, type], Task]] = {
+    "transformers": _of_transformers,
+    "ultralytics": _of_ultralytics,
+    "torchvision": _of_torchvision,
+    "open_clip": _of_open_clip,
+    "timm": lambda model, kind: CLASSIFICATION,
+    "segmentation_models_pytorch": lambda model, kind: tasks.segmentation_task(),
+}
 """How the task of a network is found, by the library that its class comes from."""

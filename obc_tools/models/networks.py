@@ -170,15 +170,13 @@ def load_model(
     _check_name(name)
     if num_classes is not None:
         _check_positive(num_classes=num_classes)
-    if weights is None:
-        return _build(name, num_classes, options)
-    if weights == "pretrained":
-        return _build_pretrained(name, num_classes, options)
+    if weights in (None, "pretrained"):
+        return _build(name, num_classes, options, pretrained=weights is not None)
     path = _weights_file(name, weights)
     state = read_weights(path)
     model = _build(name, num_classes, options)
-    if num_classes is None and (found := other_classes(model, state)):
-        model = _build(name, found, options)
+    if num_classes is None and (rows := _output_rows(model.state_dict(), state)):
+        model = _build(name, rows[1], options)
     load_weights(model, state, origin=str(path))
     return model
 
@@ -252,6 +250,11 @@ def _closest_names(name: str) -> list[str]:
 def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     given = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
     source, colon, entry = name.partition(":")
+    if pretrained and not colon:
+        raise ValueError(
+            f"'{name}' has no pretrained weights; pass weights='published', 'published-sparse' or a file, or take "
+            "a library's network, such as 'torchvision:resnet50'"
+        )
     if source in ADAPTERS:
         return ADAPTERS[source](entry, num_classes, options, pretrained)
     try:
@@ -267,6 +270,13 @@ def _build(name: str, num_classes: int | None, options: Mapping[str, Any], *, pr
         return timm.create_model(entry, pretrained=pretrained, **given)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"network '{name}': {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"the pretrained weights of '{name}' could not be downloaded ({error}); without a network, fetch the file "
+            "elsewhere and pass its path as weights="
+        ) from error
 
 
 def _build_transformer(folder: str, num_classes: int | None, options: Mapping[str, Any], pretrained: bool) -> nn.Module:
@@ -312,57 +322,35 @@ ADAPTERS = {"transformers": _build_transformer, "ultralytics": _build_yolo}
 """Libraries that are imported only once a network of theirs is asked for by name."""
 
 
-def _build_pretrained(name: str, num_classes: int | None, options: Mapping[str, Any]) -> nn.Module:
-    if ":" not in name:
-        raise ValueError(
-            f"'{name}' has no pretrained weights; pass weights='published', 'published-sparse' or a file, or take "
-            "a library's network, such as 'torchvision:resnet50'"
-        )
-    try:
-        return _build(name, num_classes, options, pretrained=True)
-    except OSError as error:
-        raise ValueError(
-            f"the pretrained weights of '{name}' could not be downloaded ({error}); without a network, fetch the file "
-            "elsewhere and pass its path as weights="
-        ) from error
-
-
 def _weights_file(name: str, weights: str | os.PathLike[str]) -> Path:
-    if weights in PUBLISHED_KINDS:
-        return _published_file(name, str(weights))
-    if not Path(weights).exists():
-        kinds = "', '".join(("pretrained", *PUBLISHED_KINDS))
-        raise ValueError(f"weights '{weights}': there is no such file, and weights by name are '{kinds}'")
-    return Path(weights)
-
-
-def _published_file(name: str, kind: str) -> Path:
-    if (kind, name) not in PUBLISHED_FILES:
-        known = ", ".join(f"'{network}'" for key, network in PUBLISHED_FILES if key == kind)
-        raise ValueError(f"no {kind} weights of '{name}' are known, only of {known}")
-    file = PUBLISHED_FILES[kind, name]
-    if folder := os.environ.get("OBC_TOOLS_WEIGHTS"):
-        if not (path := Path(folder, file)).is_file():
-            raise ValueError(
-                f"OBC_TOOLS_WEIGHTS names the folder '{folder}', where the {kind} weights of '{name}' should be the "
-                f"file '{file}'; put it there, or unset the variable to download it from {PUBLISHED_ADDRESS}"
-            )
+    """Return the file of weights that are one, or that have been published and are downloaded if need be."""
+    if weights not in PUBLISHED_KINDS:
+        if not Path(weights).exists():
+            kinds = "', '".join(("pretrained", *PUBLISHED_KINDS))
+            raise ValueError(f"weights '{weights}': there is no such file, and weights by name are '{kinds}'")
+        return Path(weights)
+    if (weights, name) not in PUBLISHED_FILES:
+        known = ", ".join(f"'{network}'" for key, network in PUBLISHED_FILES if key == weights)
+        raise ValueError(f"no {weights} weights of '{name}' are known, only of {known}")
+    file, folder = PUBLISHED_FILES[weights, name], os.environ.get("OBC_TOOLS_WEIGHTS")
+    path = Path(folder or Path(torch.hub.get_dir(), "checkpoints"), file)
+    if path.is_file():
         return path
-    path = Path(torch.hub.get_dir(), "checkpoints", file)
-    if not path.is_file():
-        _download(PUBLISHED_ADDRESS + file, path)
-    return path
-
-
-def _download(address: str, path: Path) -> None:
+    address = PUBLISHED_ADDRESS + file
+    if folder:
+        raise ValueError(
+            f"OBC_TOOLS_WEIGHTS names the folder '{folder}', where the {weights} weights of '{name}' should be the "
+            f"file '{file}'; put it there, or unset the variable to download it from {PUBLISHED_ADDRESS}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path))
     except OSError as error:
         raise ValueError(
             f"{address} could not be downloaded ({error}); fetch it elsewhere, then pass the file as weights= or put "
-            f"'{path.name}' into a folder and name that folder in the environment variable OBC_TOOLS_WEIGHTS"
+            f"'{file}' into a folder and name that folder in the environment variable OBC_TOOLS_WEIGHTS"
         ) from error
+    return path
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -377,7 +365,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"weights file '{path}' {'is a folder' if path.is_dir() else 'does not exist'}")
-    return _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path), path)
+    try:
+        return _unwrap(load_file(path) if path.suffix == ".safetensors" else _read_torch(path), path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is truncated or not a safetensors file: {error}") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
@@ -397,7 +388,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
     own = model.state_dict()
     _check_fit(own, state, origin)
     for key, tensor in state.items():
-        if not _is_usual(tensor):
+        packed = tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided
+        if packed or (tensor.is_floating_point() and tensor.itemsize < 2):
             raise ValueError(f"{origin}: '{key}' is no plain tensor of usual numbers ({tensor.dtype}, {tensor.layout})")
         if key in own and kind_of(tensor) != kind_of(own[key]):
             raise ValueError(f"{origin}: '{key}' holds {tensor.dtype}, the network's is {own[key].dtype}")
@@ -412,28 +404,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) 
     model.load_state_dict(own)
 
 
-def _is_usual(tensor: Tensor) -> bool:
-    """Say whether numbers lie in memory one by one, with at least 16 bits if they are real."""
-    packed = tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.layout is not torch.strided
-    return not packed and not (tensor.is_floating_point() and tensor.itemsize < 2)
-
-
 def kind_of(tensor: Tensor) -> tuple[bool, bool]:
     """Say whether a tensor holds complex numbers, and whether real ones; whole ones if neither."""
     return tensor.is_complex(), tensor.is_floating_point()
-
-
-def other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes of a state dict that differs from a network in that alone, else None."""
-    rows = _output_rows(model.state_dict(), state)
-    return rows and rows[1]
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is truncated or not a safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> object:

@@ -70,22 +70,11 @@ class Manifest:
         if self.source is not None:
             _check_source(self.source)
         for name in ("sha256", "tied", "libraries"):
-            if not _is_text_mapping(getattr(self, name)):
-                raise StoreError(f"{name} is no mapping of text to text: {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or {type(text) for pair in value.items() for text in pair} - {str}:
+                raise StoreError(f"{name} is no mapping of text to text: {value!r}")
         if set(self.sha256) != {TENSORS, PLAN}:
             raise StoreError(f"sha256 has digests of {', '.join(self.sha256)}; needed are {TENSORS} and {PLAN}")
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        data = parse_json(text)
-        known = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or set(data) != known:
-            found = ", ".join(sorted(data)) if isinstance(data, dict) else f"a {type(data).__name__}"
-            raise StoreError(f"its keys are {', '.join(sorted(known))}; found: {found}")
-        return cls(**data)
 
 
 def save_pruned(
@@ -132,7 +121,7 @@ def save_pruned(
         sha256 = {name: _digest(new / name) for name in (TENSORS, PLAN)}
         libraries = {name: version(name) for name in LIBRARIES}
         manifest = Manifest(source, sha256, tied, libraries)
-        (new / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        (new / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, allow_nan=False), encoding="utf-8")
 
 
 def load_pruned(folder: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
@@ -259,10 +248,6 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_text_mapping(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(text, str) for pair in value.items() for text in pair)
-
-
 class Sized(TorchDispatchMode):
     """Refuses to make tensors that are too many or together take more than so many bytes, before they are made."""
 
@@ -317,7 +302,12 @@ def _read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"'{folder}' {'holds no ' + MANIFEST if folder.is_dir() else 'is no folder'}")
     check_length(path, LONGEST_MANIFEST)
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(Manifest)}
+        if not isinstance(data, dict) or set(data) != known:
+            found = ", ".join(sorted(data)) if isinstance(data, dict) else f"a {type(data).__name__}"
+            raise StoreError(f"its keys are {', '.join(sorted(known))}; found: {found}")
+        return Manifest(**data)
     except (ValueError, TypeError) as error:
         raise StoreError(f"'{path}' is no manifest of a saved model: {error}") from error
 

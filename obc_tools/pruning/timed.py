@@ -281,7 +281,7 @@ def measure_apart(
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"the network cannot be handed to a new process: {error}") from error
         here = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "obc_tools.models.speeds", str(path)]
+        command = [sys.executable, "-m", "obc_tools.models.runtimes", str(path)]
         turns = tqdm(range(timing.processes), "measuring in new processes", disable=not progress, leave=False)
         found = [subprocess.run(command, capture_output=True, text=True, env=here) for _ in turns]
     for process in found:

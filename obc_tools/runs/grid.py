@@ -14,18 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from ..errors import check_whole
-from ..files import entries, logging_to_file, read_json, write_json
-from ..holding import PROCESS, held, is_worked_on, start
+from ..files import PROCESS, entries, held, is_worked_on, logging_to_file, read_json, start, write_json
 from .experiments import SCRATCH, Experiment, get_experiment
-from .folder import JOB, OUTPUT, STOP, wait_while
-from .job import ORIGINAL, SPARSE, WEIGHTS, PruningJob
-from .run import Run, launch
+from .job import JOB, ORIGINAL, OUTPUT, SPARSE, STOP, WEIGHTS, PruningJob
+from .run import Run, launch, wait_while
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +30,10 @@ FORMAT = 1
 GRID, LOG = "grid.json", "grid.log"
 SECONDS_BETWEEN_ROUNDS = 0.5
 
-GRIDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "paper-cifar": ("vgg19-cifar100", "resnet56-cifar10"),
-        "paper-imagenet": ("resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet"),
-    }
-)
+GRIDS: Mapping[str, tuple[str, ...]] = {
+    "paper-cifar": ("vgg19-cifar100", "resnet56-cifar10"),
+    "paper-imagenet": ("resnet50-imagenet", "mobilenetv2-imagenet", "vit-b16-imagenet"),
+}
 """The published run scripts, as experiments."""
 
 
@@ -250,37 +245,22 @@ def paper_grid(
         seeds: None: the paper's.
         processes: GPUs of a job. None: the paper's.
     """
-    experiments = [get_experiment(entry) for entry in GRIDS.get(name, (name,))]
     jobs: list[GridJob] = []
-    for experiment in experiments:
+    for experiment in map(get_experiment, GRIDS.get(name, (name,))):
+        make = experiment.small if small else experiment.job
+        count = experiment.processes if processes is None else processes
         root = roots.get(experiment.base.data) if isinstance(roots, Mapping) else roots
         for seed in experiment.seeds if seeds is None else seeds:
-            options = {"seed": seed, "root": root, "weights": weights, **changes}
-            jobs += _jobs(experiment, Path(folder).resolve(), options, sparse_weights, processes, small)
-    return jobs
-
-
-def _jobs(
-    experiment: Experiment,
-    folder: Path,
-    options: Mapping[str, Any],
-    sparse_weights: str | None,
-    processes: int | None,
-    small: bool,
-) -> list[GridJob]:
-    """Return the jobs of one experiment and seed."""
-    make = experiment.small if small else experiment.job
-    count = experiment.processes if processes is None else processes
-    jobs: list[GridJob] = []
-    for variant, target in product(experiment.variants, experiment.targets):
-        job = make(**options, target=target, **variant)
-        name = _name(experiment, job, variant)
-        needs: tuple[str, ...] = ()
-        if sparse_weights is not None and job.sparse is not None:
-            job = replace(job, sparse=None, sparse_weights=sparse_weights)
-        elif jobs:
-            job, needs = _started_from(job, jobs[0].name, folder, scratch=options["weights"] == SCRATCH)
-        jobs.append(GridJob(name, job, needs, count))
+            first = None
+            for variant, target in product(experiment.variants, experiment.targets):
+                job = make(seed=seed, root=root, weights=weights, target=target, **changes, **variant)
+                entry, needs = _name(experiment, job), ()
+                if sparse_weights is not None and job.sparse is not None:
+                    job = replace(job, sparse=None, sparse_weights=sparse_weights)
+                elif first is not None:
+                    job, needs = _started_from(job, first, Path(folder).resolve(), scratch=weights == SCRATCH)
+                first = first or entry
+                jobs.append(GridJob(entry, job, needs, count))
     return jobs
 
 
@@ -296,7 +276,7 @@ def _started_from(job: PruningJob, first: str, folder: Path, *, scratch: bool) -
     return job, tuple(needs)
 
 
-def _name(experiment: Experiment, job: PruningJob, variant: Mapping[str, Any]) -> str:
+def _name(experiment: Experiment, job: PruningJob) -> str:
     parts = [str(job.target).replace("=", ""), job.criterion, job.group_reduction, job.normalizer or "none"]
     shown = parts if len(experiment.variants) > 1 else parts[:1]
     return "_".join([experiment.name, *shown, f"seed{job.seed}"])

@@ -1,15 +1,22 @@
-"""A pruning job as plain data, and what it works on: the model, the data and the device, loaded and checked.
+"""A pruning job as plain data; what it works on: the model, the data and the device, loaded and checked; its folder.
 
 A user's own model, data or task is named "package.module:function": imported because they named it, and called.
+
+A run's folder holds the job (`job.json`), the log, a folder for each training (`training_<name>`, as `fit` keeps it),
+the plan as soon as it is found (before that `pruning.json`, what the last pruning step left; `refused_plan.json` where
+its proof failed), `original.safetensors` and `sparse.safetensors` where the job trained them; in the end `results.json`
+(all figures, with hardware and versions), `history_<training>.csv`, one folder a pruned model as `models/store.py`
+writes them, and `report.html` where it was asked for. What a run goes on from carries digests.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,6 +26,7 @@ from torch import nn
 from ..data.batches import Augmentation, Batches, take
 from ..data.data import Data, as_data, load_data
 from ..errors import check_whole
+from ..files import PROCESS, entries, read_json, write_json
 from ..measure.costs import Cost
 from ..measure.latency import Latency
 from ..measure.metrics import SIGNS, Metrics, TaskMetrics
@@ -33,33 +41,29 @@ from ..training.recipe import Recipe
 
 ORIGINAL, SPARSE, PRUNED, COMPENSATED = "original", "sparse", "pruned", "compensated"
 NAIVE, MERGED = "naive", "merged"
-TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        ORIGINAL: "original",
-        SPARSE: "after sparse training",
-        PRUNED: "pruned, no fine-tuning",
-        COMPENSATED: "pruned and compensated, no fine-tuning",
-        NAIVE: "naive fine-tuning",
-        MERGED: "Equivalent Pruning, merged",
-    }
-)
+TITLES: Mapping[str, str] = {
+    ORIGINAL: "original",
+    SPARSE: "after sparse training",
+    PRUNED: "pruned, no fine-tuning",
+    COMPENSATED: "pruned and compensated, no fine-tuning",
+    NAIVE: "naive fine-tuning",
+    MERGED: "Equivalent Pruning, merged",
+}
 """The models of a job, in the order of its table."""
 
 PLAN, PRUNING, REFUSED_PLAN = "plan.json", "pruning.json", "refused_plan.json"
-WEIGHTS: Mapping[str, str] = MappingProxyType({key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)})
+WEIGHTS: Mapping[str, str] = {key: f"{key}.safetensors" for key in (ORIGINAL, SPARSE)}
 """Files of the weights of unpruned networks that a job trained."""
 
 
-DIGITS: Mapping[str, str] = MappingProxyType(
-    {
-        "test accuracy": "{:.2%}",
-        "test loss": "{:.4f}",
-        "MACs": "{:,.0f}",
-        "speed-up": "{:.2f}x",
-        "parameters": "{:,}",
-        "CPU latency (ms)": "{:.2f}",
-    }
-)
+DIGITS: Mapping[str, str] = {
+    "test accuracy": "{:.2%}",
+    "test loss": "{:.4f}",
+    "MACs": "{:,.0f}",
+    "speed-up": "{:.2f}x",
+    "parameters": "{:,}",
+    "CPU latency (ms)": "{:.2f}",
+}
 
 
 def as_text(frame: pd.DataFrame, directions: Mapping[str, str]) -> pd.DataFrame:
@@ -219,11 +223,12 @@ class PruningJob(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, kind in (("model", str), ("data", str), ("target", Target)):
-            self._check_kind(name, kind)
-        for name in (*RECIPES, "train_images", "val_images", "num_classes"):
+        for name, kind in {"model": str, "data": str, "target": Target, **dict.fromkeys(self.recipes, Recipe)}.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a value of type {kind.__name__}")
+        for name in ("train_images", "val_images", "num_classes"):
             if getattr(self, name) is not None:
-                self._check_kind(name, Recipe) if name in RECIPES else check_whole(name, getattr(self, name), 1)
+                check_whole(name, getattr(self, name), 1)
         if not is_own(self.task):
             find_task(self.task)
         _ = self.scoring(self.criterion), self.schedule
@@ -238,10 +243,6 @@ class PruningJob(Settings):
             raise ValueError("sparse training needs a recipe with group_penalty above 0")
         if self.calibrate_as_trained and self.finetune is None:
             raise ValueError("calibrate_as_trained asks for the augmentation of finetune, and there is none")
-
-    def _check_kind(self, name: str, kind: type) -> None:
-        if not isinstance(getattr(self, name), kind):
-            raise ValueError(f"{name}={getattr(self, name)!r}: expected a value of type {kind.__name__}")
 
     @property
     def schedule(self) -> Steps:
@@ -356,42 +357,108 @@ def is_own(name: str) -> bool:
     return bool(REFERENCE.fullmatch(name)) and name.partition(":")[0] not in LIBRARIES
 
 
-def called(name: str) -> Any:
-    """Return what the function of a name returns; raise ValueError, with the name, where there is none."""
+def called(name: str, kind: type | tuple[type, ...], expected: str) -> Any:
+    """Return what the function of a name returns; raise ValueError, with the name, for no function or another kind."""
     module, _, function = name.partition(":")
     try:
-        return getattr(import_module(module), function)()
+        found = getattr(import_module(module), function)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"'{name}' is no function that could be called without arguments: {error}") from error
+    if not isinstance(found, kind) or (isinstance(found, tuple) and len(found) != 2):
+        raise ValueError(f"'{name}' returned {type(found).__name__}; expected {expected}")
+    return found
 
 
 def find_model(name: str, num_classes: int | None, weights: str | None, **options: Any) -> nn.Module:
     """Return a network by name, as `load_model` does, or what a user's own function returns."""
-    if not is_own(name):
-        return load_model(name, num_classes, weights, **options)
-    model = called(name)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"'{name}' returned {type(model).__name__}; expected a network (nn.Module)")
-    return model
+    if is_own(name):
+        return called(name, nn.Module, "a network (nn.Module)")
+    return load_model(name, num_classes, weights, **options)
 
 
 def find_data(name: str, root: str | None = None, normalize: str | None = None) -> Data:
     """Return data by name, as `load_data` does, or what a user's own function returns: `Data`, or (train, val)."""
     if not is_own(name):
         return load_data(name, root, normalize=normalize)
-    found = called(name)
-    if isinstance(found, Data):
-        return found
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(f"'{name}' returned {type(found).__name__}; expected Data or a pair (train, val)")
-    return as_data(*found, name=name)
+    found = called(name, (Data, tuple), "Data or a pair (train, val)")
+    return found if isinstance(found, Data) else as_data(*found, name=name)
 
 
 def own_task(name: str) -> Task:
     """Return a ready task by name, or what a user's own function returns."""
-    if not is_own(name):
-        return find_task(name)
-    task = called(name)
-    if not isinstance(task, Task):
-        raise ValueError(f"'{name}' returned {type(task).__name__}; expected a Task")
-    return task
+    return called(name, Task, "a Task") if is_own(name) else find_task(name)
+
+
+FORMAT = 1
+RESULTS, REPORT, JOB, RUN_LOG = "results.json", "report.html", "job.json", "run.log"
+TRAINING = "training_"
+"""What the names of trainings' folders begin with."""
+SAVED_MODELS = (PRUNED, COMPENSATED, NAIVE, MERGED)
+TRAINED = (ORIGINAL, SPARSE, NAIVE, MERGED)
+STOP, STOPPED, ERROR, OUTPUT = "stop", "stopped.json", "error.json", "output.log"
+ENTRIES = {
+    RESULTS,
+    PLAN,
+    PRUNING,
+    REFUSED_PLAN,
+    REPORT,
+    *WEIGHTS.values(),
+    *SAVED_MODELS,
+    *(f"history_{key}.csv" for key in TRAINED),
+}
+ENTRIES |= {JOB, RUN_LOG, STOP, STOPPED, ERROR, PROCESS, OUTPUT, "run.slurm", *(f"{TRAINING}{key}" for key in TRAINED)}
+
+
+class RunFolderError(ValueError):
+    """A folder that a run must not be written to, or that holds none."""
+
+
+def write_job(folder: Path, job: PruningJob) -> None:
+    """Write the job of a run folder."""
+    write_json(folder / JOB, job.to_dict(), checked=True)
+
+
+def read_job(folder: str | os.PathLike[str]) -> PruningJob:
+    """Read the job of a run folder; raise RunFolderError if it holds none."""
+    try:
+        return PruningJob.from_dict(read_json(Path(folder, JOB)))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"'{folder}' holds no job: {error}") from error
+
+
+def check_same_job(folder: Path, job: PruningJob) -> None:
+    """Raise RunFolderError unless a run folder holds this very job."""
+    there, here = read_job(folder).to_dict(), job.to_dict()
+    keys = [key for key in here | there if there.get(key) != here.get(key)]
+    if other := [f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in keys]:
+        raise RunFolderError(f"'{folder}' holds another job: {', '.join(other)}; choose another folder")
+
+
+def as_begun(folder: Path, job: PruningJob) -> PruningJob:
+    """Return a job as the run in a folder goes on with it: in torch_pruning's count, where it was begun in none."""
+    begun = read_json(folder / JOB, "target")["target"]
+    return job if "counting" in begun else replace(job, target=replace(job.target, counting=TORCH_PRUNING))
+
+
+def check_run_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise RunFolderError unless a run may be written to a folder: free, or holding a run that may be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"'{folder}' is a file, not a folder")
+    found = entries(folder)
+    strangers = found if not {RESULTS, JOB} & {*found} else sorted({*found} - ENTRIES)
+    if strangers:
+        raise RunFolderError(f"'{folder}' holds something else than a run ({strangers[0]}): choose another folder")
+    if found and not overwrite:
+        raise RunFolderError(f"'{folder}' already holds a run: choose another folder, or overwrite it (--overwrite)")
+
+
+def read_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the results of a run; raise RunFolderError if the folder holds none."""
+    path = Path(folder, RESULTS)
+    try:
+        results = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"'{folder}' holds no run: {error}") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise RunFolderError(f"'{path}' is not of format {FORMAT}, the one that this version reads")
+    return results

@@ -1,7 +1,8 @@
 """A pruning job end to end: original → sparse → plan → pruned (→ compensated) → fine-tuned naively, with EP → merged.
 
 A job is data (`PruningJob`). `prepare` loads what it names and raises whatever is wrong with it before any work is
-done; `perform` does the work in memory. `obc_tools.runs.folder` does both and keeps the outcome in a folder.
+done; `perform` does the work in memory. `work_on` does both and keeps the outcome in a folder that grows meanwhile;
+that of `run_job` is there when all is done.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..data.batches import Batches, to_device
-from ..files import read_json, replacing, write_json, write_text
+from .. import files
+from ..data.batches import to_device
 from ..measure.costs import cost
 from ..measure.latency import latencies
 from ..models.networks import load_weights, read_weights
-from ..models.speeds import speed_table
+from ..models.runtimes import speed_table
+from ..models.store import load_pruned, save_pruned
 from ..pruning.check import ProofError
 from ..pruning.choices import Target
 from ..pruning.compensation import compensate
@@ -44,28 +47,8 @@ from ..training.folder import History
 from ..training.processes import agreed, processes
 from ..training.recipe import Recipe
 from ..training.sparse import sparse_train
-from .job import (
-    COMPENSATED,
-    MERGED,
-    NAIVE,
-    ORIGINAL,
-    PLAN,
-    PRUNED,
-    PRUNING,
-    REFUSED_PLAN,
-    SPARSE,
-    TITLES,
-    WEIGHTS,
-    Equivalence,
-    JobInputs,
-    JobResult,
-    Measured,
-    PruningJob,
-    find_device,
-    find_model,
-    is_own,
-    own_task,
-)
+from . import job as jobs
+from .job import Equivalence, JobInputs, JobResult, Measured, PruningJob, RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +70,15 @@ def prepare(job: PruningJob) -> JobInputs:
         ValueError: for data, weights or a device that are not there, a network that does not suit the data, and a
             target that cannot be met.
     """
-    device = find_device(job.device)
+    device = jobs.find_device(job.device)
     data = job.load()
-    task, options = own_task(job.task), dict(job.model_options)
+    task, options = jobs.own_task(job.task), dict(job.model_options)
     if ":" not in job.model:
         options.setdefault("in_channels", data.image_shape[0])
     classes = len(data.classes) if job.weights is None else None
     with LentRandomness(job.seed):
-        model = find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
-    source = None if is_own(job.model) else {"name": job.model, **options}
+        model = jobs.find_model(job.model, job.num_classes or classes, job.weights, **options).to(device)
+    source = None if jobs.is_own(job.model) else {"name": job.model, **options}
     task = task if task.against is None else task.against(copy.deepcopy(model))
     criteria = [job.scoring(job.criterion).resolved]
     example = checked_example(task, model, data, device, criteria)
@@ -123,14 +106,7 @@ class Keeping:
     folder: Path | None = None
     stop: Callable[[], bool] = lambda: False
 
-    def options(self, name: str) -> dict[str, Any]:
-        """Return the options of `fit` for one training."""
-        place = {} if self.folder is None else {"run": self.folder / f"{TRAINING}{name}", "resume": True}
-        return {**place, "stop": self.stop}
 
-
-TRAINING = "training_"
-"""What the names of trainings' folders begin with."""
 EXAMPLES = 32
 """At a time, in the table of speeds."""
 
@@ -153,27 +129,29 @@ def perform(inputs: JobInputs, *, progress: bool = True, keeping: Keeping | None
     """
     work = Stages(inputs, progress=progress and processes().is_main, keeping=keeping)
     job, seconds = inputs.job, {}
-    models: dict[str, nn.Module] = {ORIGINAL: inputs.model}
+    models: dict[str, nn.Module] = {jobs.ORIGINAL: inputs.model}
     if job.pretrain:
         with _stage(f"training {job.model} from scratch on {job.data}", seconds):
             work.original()
     base = inputs.model
     if job.sparse or job.sparse_weights:
         with _stage("sparse training", seconds):
-            base = models[SPARSE] = work.sparse()
+            base = models[jobs.SPARSE] = work.sparse()
     with _stage(f"pruning to {job.target} by the {job.criterion} criterion", seconds):
         plan = work.plan(base)
-        start = models[PRUNED] = prune(base, plan)
+        start = models[jobs.PRUNED] = prune(base, plan)
     if job.compensate:
         with _stage("compensating", seconds):
-            start = models[COMPENSATED] = work.compensated(base, plan)
+            start = models[jobs.COMPENSATED] = work.compensated(base, plan)
     if job.finetune:
         with _stage("fine-tuning the pruned network (naive)", seconds):
-            models[NAIVE] = work.naive(start)
+            models[jobs.NAIVE] = work.naive(start)
     equivalence = None
     if job.equivalent:
         with _stage("fine-tuning with Equivalent Pruning", seconds):
-            models[MERGED], equivalence = work.equivalent(base, plan, models[NAIVE], models.get(COMPENSATED))
+            models[jobs.MERGED], equivalence = work.equivalent(
+                base, plan, models[jobs.NAIVE], models.get(jobs.COMPENSATED)
+            )
     with _stage("measuring", seconds):
         measured = work.measure(models)
         filters = _first_filters(inputs)
@@ -199,7 +177,7 @@ class Stages:
     def original(self) -> nn.Module:
         """Return the unpruned network, trained from scratch where the job says so."""
         if self.inputs.job.pretrain:
-            self._train(ORIGINAL, self.inputs.model, self.inputs.job.pretrain)
+            self._train(jobs.ORIGINAL, self.inputs.model, self.inputs.job.pretrain)
         return self.inputs.model
 
     def sparse(self) -> nn.Module:
@@ -208,13 +186,12 @@ class Stages:
         if job.sparse_weights:
             load_weights(model, read_weights(job.sparse_weights), origin=job.sparse_weights)
         elif job.sparse:
-            options = {"ignore": job.ignore, "task": self.inputs.task, **self._options(SPARSE, job.sparse)}
-            self._keep(SPARSE, model, sparse_train(model, *self._batches(job.sparse), job.sparse, **options))
+            self._train(jobs.SPARSE, model, job.sparse)
         return model
 
     def plan(self, model: nn.Module) -> PruningPlan:
         """Return the plan: the kept one, else a new one, which of several processes the first finds."""
-        path, own = None if self._keeping.folder is None else self._keeping.folder / PLAN, processes()
+        path, own = None if self._keeping.folder is None else self._keeping.folder / jobs.PLAN, processes()
         if path is None and own.count > 1:
             raise ValueError("a job in several processes needs a folder to keep its plan in")
         with agreed(self.inputs.device):  # the others wait here, and end with the first where that fails
@@ -224,15 +201,15 @@ class Stages:
     def _plan(self, model: nn.Module, path: Path | None) -> PruningPlan:
         if path is not None and path.is_file():
             return _read_plan(path)
-        job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(PRUNING)}
+        job, how = self.inputs.job, {"progress": self.progress, "kept": path and path.with_name(jobs.PRUNING)}
         try:
             plan = find_plan(self.inputs, model, criterion=job.criterion, steps=job.steps, **how)
         except ProofError as error:
             if path is None:
                 raise
-            raise keep_refused(error, path.with_name(REFUSED_PLAN)) from error
+            raise keep_refused(error, path.with_name(jobs.REFUSED_PLAN)) from error
         if path is not None:
-            write_text(path, plan.to_json())
+            files.write_text(path, plan.to_json())
         return plan
 
     def compensated(self, base: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -242,7 +219,7 @@ class Stages:
     def naive(self, pruned: nn.Module) -> nn.Module:
         """Return a copy of the pruned network, or of the compensated one, after fine-tuning."""
         model = copy.deepcopy(pruned)
-        self._train(NAIVE, model, self.inputs.job.finetune)
+        self._train(jobs.NAIVE, model, self.inputs.job.finetune)
         return model
 
     def equivalent(
@@ -259,7 +236,7 @@ class Stages:
         model, pruned = EquivalentModel(base, plan, start=compensated), prune(base, plan)
         start = _difference(model, pruned if compensated is None else compensated, batch, task)
         _check_equal(start, "Equivalent Pruning before training and the network that it starts from")
-        self._train(MERGED, model, self.inputs.job.finetune)
+        self._train(jobs.MERGED, model, self.inputs.job.finetune)
         merged = model.merge()
         difference = _difference(merged, model, batch, task)
         _check_equal(difference, "the merged network and the trained Equivalent Pruning")
@@ -284,52 +261,57 @@ class Stages:
         data, task = self.inputs.data, self.inputs.task
         firsts = {n: next(iter(data.batches("val", n).at(0))) for n in (1, EXAMPLES) if n <= len(data.val)}
         inputs = {n: batch[0] if task is CLASSIFICATION else task.example(batch) for n, batch in firsts.items()}
-        return speed_table({TITLES[key]: models[key] for key in (ORIGINAL, PRUNED, MERGED) if key in models}, inputs)
+        return speed_table(
+            {jobs.TITLES[key]: models[key] for key in (jobs.ORIGINAL, jobs.PRUNED, jobs.MERGED) if key in models},
+            inputs,
+        )
 
     def _train(self, key: str, model: nn.Module, recipe: Recipe) -> None:
-        history = fit(model, *self._batches(recipe), recipe, task=self.inputs.task, **self._options(key, recipe))
-        self._keep(key, model, history)
-
-    def _keep(self, key: str, model: nn.Module, history: History) -> None:
-        """Keep the history and, for other jobs to start from, the weights of an unpruned network."""
-        self.histories[key] = history
-        if self._keeping.folder is not None and processes().is_main and key in WEIGHTS:
-            with replacing(self._keeping.folder / WEIGHTS[key]) as new:
+        """Train a network; keep its history and, for other jobs to start from, the weights of an unpruned one."""
+        inputs, folder = self.inputs, self._keeping.folder
+        train = partial(sparse_train, ignore=inputs.job.ignore) if key == jobs.SPARSE else fit
+        self.histories[key] = train(
+            model,
+            inputs.training_batches(recipe),
+            inputs.held_out_batches(share=processes().share),
+            recipe,
+            task=inputs.task,
+            teacher=self._teacher if recipe.distill_weight else None,
+            run=None if folder is None else folder / f"{jobs.TRAINING}{key}",
+            resume=folder is not None,
+            stop=self._keeping.stop,
+            progress=self.progress,
+        )
+        if folder is not None and processes().is_main and key in jobs.WEIGHTS:
+            with files.replacing(folder / jobs.WEIGHTS[key]) as new:
                 save_model(model, str(new))
-
-    def _batches(self, recipe: Recipe) -> tuple[Batches, Batches]:
-        return self.inputs.training_batches(recipe), self.inputs.held_out_batches(share=processes().share)
-
-    def _options(self, key: str, recipe: Recipe) -> dict[str, Any]:
-        teacher = self._teacher if recipe.distill_weight else None
-        return {"teacher": teacher, "progress": self.progress, **self._keeping.options(key)}
 
 
 def keep_refused(error: ProofError, path: Path) -> ProofError:
     """Keep a plan whose proof failed; return the error that says where."""
-    write_text(path, error.plan.to_json())
+    files.write_text(path, error.plan.to_json())
     first = error.__cause__ if isinstance(error.__cause__, ProofError) else error  # kept before, elsewhere
     return ProofError(f"{first}; the plan is kept in '{path}'", error.plan)
 
 
 def _read_plan(path: Path) -> PruningPlan:
     """Read the plan of a run; raise ValueError unless it is what the last step left (which older runs do not say)."""
-    text, last = path.read_text("utf-8", "replace"), path.with_name(PRUNING)
-    if last.is_file() and read_json(last, "plan")["plan"] != text:
+    text, last = path.read_text("utf-8", "replace"), path.with_name(jobs.PRUNING)
+    if last.is_file() and files.read_json(last, "plan")["plan"] != text:
         raise ValueError(f"'{path}' was changed after it was written: without it and '{last}', the run prunes anew")
     return PruningPlan.from_json(text)
 
 
 def _keep_stage(path: Path, stage: Stage) -> None:
     content = {"step": stage.step, "plan": stage.plan.to_json(), "met": bool(stage.met)}
-    write_json(path, content, checked=True)
+    files.write_json(path, content, checked=True)
 
 
 def _kept_stage(path: Path | None, target: Target) -> Stage | None:
     """Return the last stage of a pruning that was interrupted; None for one that begins."""
     if path is None or not path.is_file():
         return None
-    kept = read_json(path, "plan", "step", "met")
+    kept = files.read_json(path, "plan", "step", "met")
     plan = PruningPlan.from_json(kept["plan"])
     logger.info("pruning goes on after step %d", kept["step"])
     return Stage(plan, kept["step"], ((target, plan),) if kept["met"] else ())
@@ -400,3 +382,139 @@ def _first_filters(inputs: JobInputs) -> DenseJTJ | None:
     name, layer = found[0]
     channels = range(min(SHOWN_FILTERS, layer_axes(layer, name)["out"].width))
     return dense_jtj(inputs.model, inputs.calibration_batches(), name, channels, objective=inputs.task.losses)
+
+
+def run_job(
+    job: PruningJob, out: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True
+) -> JobResult:
+    """Do a job as :func:`work_on` does, in a folder that appears when all is done.
+
+    After Ctrl-C, or where the process was killed, another call for the same job goes on from what is kept beside it.
+
+    Args:
+        job: What to do.
+        out: The folder to make. It is refused when it holds anything.
+        overwrite: Replace the run that the folder holds; anything but a run is refused all the same.
+        progress: Show bars.
+
+    Raises:
+        ValueError: what :func:`work_on` raises; a folder in use.
+        ProofError: the plan is wrong; it is kept beside the folder, which does not appear.
+    """
+    folder = Path(out).resolve()
+    jobs.check_run_folder(folder, overwrite=overwrite)
+    with files.held(folder):
+        begun = files.begun_beside(folder)
+        if not _is_begun(begun, job):
+            files.remove_leftovers(folder.parent, of=folder.name)
+        try:
+            with files.replacing(folder, begun=begun) as new:
+                result = work_on(job, new, progress=progress)
+                files.keep_hold(folder, new)
+            return result
+        except ProofError as error:
+            raise keep_refused(error, folder.with_name(f"{folder.name}.{jobs.REFUSED_PLAN}")) from error
+
+
+def _is_begun(folder: Path, job: PruningJob) -> bool:
+    """Say whether a folder holds the beginning of a job."""
+    try:
+        jobs.check_same_job(folder, job)
+    except RunFolderError:
+        return False
+    return True
+
+
+def work_on(
+    job: PruningJob,
+    folder: str | os.PathLike[str],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> JobResult:
+    """Do a job in its folder, where it may be watched, stopped and killed; go on with what an earlier call left there.
+
+    Everything that may be wrong with the job or the folder is raised before work begins and anything is written. In
+    the end, saved models are loaded again and compared, bit by bit.
+
+    Args:
+        job: What to do.
+        folder: Where; made if need be. One that holds another job is refused.
+        stop: Asked again and again; once it says True, what there is is kept and `Stopped` raised.
+        progress: Show bars.
+
+    Raises:
+        Stopped: when ``stop`` said so.
+        ValueError: what `prepare` and `perform` raise; a folder that holds something else.
+    """
+    folder, main = Path(folder).resolve(), processes().is_main
+    if (folder / jobs.JOB).is_file():
+        job = jobs.as_begun(folder, job)
+        jobs.check_same_job(folder, job)
+    else:
+        jobs.check_run_folder(folder, overwrite=False)
+    with agreed(jobs.find_device(job.device)):
+        inputs = prepare(job)
+    with ExitStack() as stack:
+        with agreed(inputs.device):
+            if main:
+                stack.enter_context(_begun(folder, job))
+        result = perform(inputs, progress=progress, keeping=Keeping(folder, stop))
+        if main:
+            _finish(result, inputs, folder, progress)
+        logger.info("done")
+    return result
+
+
+@contextmanager
+def _begun(folder: Path, job: PruningJob) -> Iterator[None]:
+    """Hold a run's folder, with its job and its log in it."""
+    with files.held(folder):
+        files.remove_leftovers(folder)
+        jobs.write_job(folder, job)
+        with files.logging_to_file(folder / jobs.RUN_LOG):
+            yield
+
+
+def _finish(result: JobResult, inputs: JobInputs, folder: Path, progress: bool) -> None:
+    """Add histories as tables, the pruned models and all figures to what a job has left in its folder."""
+    logger.info("saving, loading again and comparing")
+    for key, history in result.histories.items():
+        files.write_text(folder / f"history_{key}.csv", history.to_frame().to_csv(index=False))
+    saved = [key for key in jobs.SAVED_MODELS if key in result.models]
+    reloaded = {key: _save_and_reload(result, key, inputs, folder, progress) for key in saved}
+    files.write_json(folder / jobs.RESULTS, _results(result, inputs, reloaded), checked=True)
+
+
+def _save_and_reload(result: JobResult, key: str, inputs: JobInputs, folder: Path, progress: bool) -> dict[str, Any]:
+    """Save a model, load it again and evaluate what was loaded; raise RunFolderError if it is not the same network."""
+    model = result.models[key]
+    save_pruned(folder / key, model, result.plan, source=inputs.source, overwrite=True)
+    own = {} if inputs.source else {"model": inputs.model}
+    loaded = load_pruned(folder / key, **own).to(inputs.device)
+    batch = next(iter(inputs.held_out_batches()))
+    pairs = zip(said(loaded, batch, inputs.task), said(model, batch, inputs.task), strict=True)
+    if not all(torch.equal(one, other) for one, other in pairs):
+        raise RunFolderError(f"the {key} model computes other logits after saving and loading")
+    metrics = evaluate(loaded, inputs.held_out_batches(), task=inputs.task, progress=progress)
+    return asdict(metrics) | {"bit_equal_logits": True}
+
+
+def _results(result: JobResult, inputs: JobInputs, reloaded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    data, plan = inputs.data, result.plan
+    return {
+        "format": jobs.FORMAT,
+        "job": result.job.to_dict(),
+        "data": {"train_images": len(data.train), "held_out_images": len(data.val), "classes": len(data.classes)},
+        "plan": {"channels": plan.channels, "channels_removed": plan.channels_removed},
+        "models": {
+            key: asdict(measured) | {"median_latency_ms": measured.latency.median_ms}
+            for key, measured in result.measured.items()
+        },
+        "reloaded": reloaded,
+        "equivalence": asdict(result.equivalence) if result.equivalence else None,
+        "histories": {key: history.to_frame().to_dict("records") for key, history in result.histories.items()},
+        "seconds": dict(result.seconds),
+        "speeds": None if result.speeds is None else result.speeds.to_dict("records"),
+        "environment": files.environment(inputs.device),
+    }

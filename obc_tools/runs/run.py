@@ -10,58 +10,52 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
+from .. import files
 from ..errors import check_whole
-from ..files import is_leftover, read_json, write_json, write_text
-from ..holding import PROCESS, is_worked_on, start, worker_of
 from ..scoring.tasks import CLASSIFICATION
-from ..training.folder import PROGRESS, History, read_history
+from ..training.folder import PROGRESS, History, Stopped, read_history
+from ..training.processes import processes
+from . import job as jobs
 from .experiments import Experiment, get_experiment
-from .folder import (
-    BETWEEN_LOOKS,
-    ERROR,
-    JOB,
-    OUTPUT,
-    RESULTS,
-    RUN_LOG,
-    STOP,
-    STOPPED,
-    TRAINED,
-    RunFolderError,
-    as_begun,
-    check_run_folder,
-    check_same_job,
-    forget_outcome,
-    outcome_noted,
-    read_job,
-    read_results,
-    wait_while,
-    work_on,
-    write_job,
-)
-from .job import MERGED, NAIVE, ORIGINAL, TITLES, PruningJob, as_text
-from .pipeline import TRAINING
+from .job import PruningJob, RunFolderError
+from .pipeline import work_on
 
 logger = logging.getLogger(__name__)
 
 
+BETWEEN_LOOKS = 0.2
 STILL_RUNNING = 600.0
 """Seconds after its last sign of life in which a run on another machine counts as running."""
 
 SELECTIONS = {"last": "test {}", "best_on_test": "test {} (best epoch, picked on test)"}
 """What `Run.table` calls the headline, by the epoch that it is of."""
+
+
+def wait_while(goes_on: Callable[[], bool], timeout: float | None, complaint: str) -> None:
+    """Wait until something has ended; raise TimeoutError with the complaint if it still goes on after so many s."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    while goes_on():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{complaint} after {timeout:g} s")
+        time.sleep(BETWEEN_LOOKS)
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,45 +67,45 @@ class Run:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Run:
         """Attach to a run by its folder, from any process; raise RunFolderError where there is none."""
-        read_job(folder)
+        jobs.read_job(folder)
         return cls(Path(folder).resolve())
 
     @property
     def job(self) -> PruningJob:
         """What the run does."""
-        return read_job(self.folder)
+        return jobs.read_job(self.folder)
 
     @property
     def status(self) -> str:
         """ "finished", "running", "failed", "stopped" (with a checkpoint), or "interrupted" (killed)."""
-        if (self.folder / RESULTS).is_file():
+        if (self.folder / jobs.RESULTS).is_file():
             return "finished"
         if self._is_running():
             return "running"
-        if (self.folder / ERROR).is_file():
+        if (self.folder / jobs.ERROR).is_file():
             return "failed"
-        return "stopped" if (self.folder / STOPPED).is_file() else "interrupted"
+        return "stopped" if (self.folder / jobs.STOPPED).is_file() else "interrupted"
 
     @property
     def histories(self) -> dict[str, History]:
         """The trainings so far, by the models of `TITLES`."""
-        found = {key: read_history(self.folder / f"{TRAINING}{key}") for key in TRAINED}
+        found = {key: read_history(self.folder / f"{jobs.TRAINING}{key}") for key in jobs.TRAINED}
         return {key: history for key, history in found.items() if history is not None}
 
     @property
     def error(self) -> str | None:
         """What a failed run failed of."""
-        path = self.folder / ERROR
-        return read_json(path, "error")["error"] if path.is_file() else None
+        path = self.folder / jobs.ERROR
+        return files.read_json(path, "error")["error"] if path.is_file() else None
 
     @property
     def results(self) -> dict[str, Any]:
         """All figures of a finished run; raises RunFolderError before."""
-        return read_results(self.folder)
+        return jobs.read_results(self.folder)
 
     def log(self, lines: int = 20) -> str:
         """Return the last lines of the log."""
-        path = self.folder / RUN_LOG
+        path = self.folder / jobs.RUN_LOG
         return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:]) if path.is_file() else ""
 
     def table(self, select: str = "last") -> pd.DataFrame:
@@ -134,7 +128,7 @@ class Run:
                 better = min if metrics.get("directions", {}).get(headline) == "lower" else max
                 value = better(row[f"val_{headline}"] for row in results["histories"][key])
             cost = found["cost"]
-            row = {"model": TITLES[key], SELECTIONS[select].format(headline): value}
+            row = {"model": jobs.TITLES[key], SELECTIONS[select].format(headline): value}
             row |= {f"test {name}": other for name, other in others}
             rows.append(row | {"MACs": cost["macs"], "speed-up": whole / cost["macs"], "parameters": cost["params"]})
         return pd.DataFrame(rows)
@@ -146,7 +140,7 @@ class Run:
             TimeoutError: if it still runs then; it will stop at its next step.
         """
         if self.status == "running":
-            (self.folder / STOP).touch()
+            (self.folder / jobs.STOP).touch()
         return self.wait(timeout)
 
     def resume(self, **options: Any) -> Run:
@@ -173,21 +167,21 @@ class Run:
         That is epoch, step, steps (of an epoch), epochs, lr and time, and of the epoch so far: loss, accuracy,
         images_per_second and gpu_memory (the most bytes on a GPU), null where there are none.
         """
-        notes = {key: self.folder / f"{TRAINING}{key}" / PROGRESS for key in TRAINED}
-        there = {key: read_json(path, "time") for key, path in notes.items() if path.is_file()}
+        notes = {key: self.folder / f"{jobs.TRAINING}{key}" / PROGRESS for key in jobs.TRAINED}
+        there = {key: files.read_json(path, "time") for key, path in notes.items() if path.is_file()}
         return max(there.items(), key=lambda entry: entry[1]["time"], default=None)
 
     def __repr__(self) -> str:
         lines = [f"Run('{self.folder}'): {self.job.title}, {self.status}"]
-        lines += [f"  {TITLES[key]}: {history.last}" for key, history in self.histories.items()]
+        lines += [f"  {jobs.TITLES[key]}: {history.last}" for key, history in self.histories.items()]
         return "\n".join([*lines, *([f"  {self.error}"] if self.status == "failed" else [])])
 
     def _repr_html_(self) -> str:
         lines = "<br>".join(html.escape(line) for line in repr(self).splitlines())
         if self.status != "finished":
             return lines
-        directions = self.results["models"][ORIGINAL]["metrics"].get("directions", {})
-        return f"{lines}{as_text(self.table(), directions).to_html(index=False)}"
+        directions = self.results["models"][jobs.ORIGINAL]["metrics"].get("directions", {})
+        return f"{lines}{jobs.as_text(self.table(), directions).to_html(index=False)}"
 
     def _show(self, bar: tqdm) -> None:
         found = self.progress()
@@ -196,14 +190,14 @@ class Run:
         key, place = found
         bar.total = place["steps"] * place["epochs"]
         bar.n = place["steps"] * (place["epoch"] - 1) + place["step"]
-        bar.set_description(f"{TITLES[key]}, epoch {place['epoch']} of {place['epochs']}")
+        bar.set_description(f"{jobs.TITLES[key]}, epoch {place['epoch']} of {place['epochs']}")
 
     def _is_running(self) -> bool:
-        worker = worker_of(self.folder)
+        worker = files.worker_of(self.folder)
         if worker is None or worker["host"] == platform.node():
-            return is_worked_on(self.folder)
-        ended = (self.folder / ERROR).is_file() or (self.folder / STOPPED).is_file()
-        signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*") if not is_leftover(path)]
+            return files.is_worked_on(self.folder)
+        ended = (self.folder / jobs.ERROR).is_file() or (self.folder / jobs.STOPPED).is_file()
+        signs = [path.stat().st_mtime for path in self.folder.rglob("*.json*") if not files.is_leftover(path)]
         return not ended and time.time() - max(signs) < STILL_RUNNING
 
 
@@ -229,12 +223,12 @@ def run_experiment(
         ValueError: for an unknown experiment, and what `work_on` raises.
     """
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
-    if not (path / JOB).is_file():
-        check_run_folder(path, overwrite=False)
-    if not is_worked_on(path):
+    if not (path / jobs.JOB).is_file():
+        jobs.check_run_folder(path, overwrite=False)
+    if not files.is_worked_on(path):
         forget_outcome(path)
     with outcome_noted(path):
-        work_on(job, path, stop=(path / STOP).exists, progress=progress)
+        work_on(job, path, stop=(path / jobs.STOP).exists, progress=progress)
     return Run(path)
 
 
@@ -270,22 +264,72 @@ def launch(
     count = processes or (len(devices) if devices and devices != "cpu" else 1)
     if devices is not None and devices != "cpu" and count > len(devices):
         raise ValueError(f"{count} processes on {len(devices)} devices: one a device")
-    if (path / JOB).is_file():
-        job = as_begun(path, job)
+    if (path / jobs.JOB).is_file():
+        job = jobs.as_begun(path, job)
         if (status := Run(path).status) == "running":
             raise RunFolderError(f"'{path}' is being worked on: stop that run first, or choose another folder")
         if not resume:
             raise RunFolderError(f"'{path}' holds a run ({status}): pass resume=True or choose another folder")
-        check_same_job(path, job)
+        jobs.check_same_job(path, job)
     else:
-        check_run_folder(path, overwrite=False)
+        jobs.check_run_folder(path, overwrite=False)
     path.mkdir(parents=True, exist_ok=True)
     forget_outcome(path)
-    write_job(path, job)
-    identity = start(command(path, count), path / OUTPUT, os.environ | _visible(devices))
-    write_json(path / PROCESS, identity | {"devices": devices})
+    jobs.write_job(path, job)
+    visible = "" if devices == "cpu" else ",".join(map(str, devices or ()))
+    environment = {} if devices is None else {"CUDA_VISIBLE_DEVICES": visible}
+    identity = files.start(command(path, count), path / jobs.OUTPUT, os.environ | environment)
+    files.write_json(path / files.PROCESS, identity | {"devices": devices})
     logger.info("launched '%s' in %d process(es), pid %d", path, count, identity["pid"])
     return Run(path)
+
+
+def work_on_run(folder: Path) -> int:
+    """Work on the job of a run folder; return the exit status: 0 done or stopped, 1 failed.
+
+    ``stop`` in the folder, or SIGTERM (which schedulers send before they kill), ends the work with a checkpoint.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: (folder / jobs.STOP).touch())
+    try:
+        with outcome_noted(folder):
+            work_on(jobs.read_job(folder), folder, stop=(folder / jobs.STOP).exists, progress=False)
+    except Stopped:
+        pass
+    except Exception:
+        traceback.print_exc()
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+@contextmanager
+def outcome_noted(folder: Path) -> Iterator[None]:
+    """Leave a word in a run's folder when work on it is stopped or fails; whoever else works on it is left alone."""
+    try:
+        yield
+    except files.FolderInUseError:
+        raise
+    except Stopped as stopped:
+        _note(folder / jobs.STOPPED, {"why": str(stopped)})
+        raise
+    except Exception as error:
+        _note(folder / jobs.ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        raise
+
+
+def forget_outcome(folder: Path) -> None:
+    """Take back, before work on a run begins anew, how it ended before and the wish that it stop."""
+    for name in (jobs.STOP, jobs.STOPPED, jobs.ERROR):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _note(path: Path, content: dict[str, Any]) -> None:
+    if processes().is_main and (path.parent / jobs.JOB).is_file():
+        # A disk that is full takes no note either; the error that it is about says more.
+        with suppress(OSError):
+            files.write_json(path, content | {"time": time.time()})
 
 
 def command(folder: Path, processes: int) -> list[str]:
@@ -302,12 +346,6 @@ def job_of(experiment: str | Experiment | PruningJob, *, small: bool = False, **
         return experiment
     found = experiment if isinstance(experiment, Experiment) else get_experiment(experiment)
     return found.small(**options) if small else found.job(**options)
-
-
-def _visible(devices: Sequence[int] | str | None) -> Mapping[str, str]:
-    if devices is None:
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": "" if devices == "cpu" else ",".join(map(str, devices))}
 
 
 SCRIPT = "run.slurm"
@@ -341,19 +379,17 @@ def write_slurm_script(
     if min(nodes, gpus, cpus) < 1:
         raise ValueError(f"nodes={nodes}, gpus={gpus}, cpus={cpus}: at least 1 each")
     job, path = job_of(experiment, small=small, **options), Path(folder).resolve()
-    check_run_folder(path, overwrite=False)
-    write_job(path, job)
+    jobs.check_run_folder(path, overwrite=False)
+    jobs.write_job(path, job)
     values = {"name": path.name, "nodes": nodes, "gpus": gpus, "cpus": cpus, "time": time, "port": port}
     template = Path(__file__).with_name(SCRIPT).read_text(encoding="utf-8")
     text = template.format(**values, folder=shlex.quote(str(path)), python=shlex.quote(sys.executable))
-    write_text(path / SCRIPT, text)
+    files.write_text(path / SCRIPT, text)
     return path / SCRIPT
 
 
-T = TypeVar("T")
-
 KEYS = ["experiment", "target", "criterion", "reduction", "normalizer", "method"]
-METHODS = {NAIVE: "naive", MERGED: "EP"}
+METHODS = {jobs.NAIVE: "naive", jobs.MERGED: "EP"}
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
@@ -363,17 +399,20 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """
     if not Path(folder).is_dir():
         raise ValueError(f"'{folder}' is no folder")
-    opened = (_unless_unreadable(lambda path=path: [Run.open(path.parent)]) for path in sorted(Path(folder).rglob(JOB)))
-    return [run for runs in opened for run in runs]
+    runs = []
+    for path in sorted(Path(folder).rglob(jobs.JOB)):
+        with _leaving_out():
+            runs.append(Run.open(path.parent))
+    return runs
 
 
-def _unless_unreadable(read: Callable[[], Iterable[T]]) -> list[T]:
-    """Return what is read of a run; nothing, and say so in the log, where its folder is damaged."""
+@contextmanager
+def _leaving_out() -> Iterator[None]:
+    """Go on where the folder of a run is damaged, and say so in the log."""
     try:
-        return list(read())
+        yield
     except RunFolderError as error:
         logger.warning("left out: %s", error)
-        return []
 
 
 def results_table(
@@ -398,8 +437,10 @@ def results_table(
         ValueError: for an unknown ``select``, and where no run has finished.
     """
     found = find_runs(runs) if isinstance(runs, str | os.PathLike) else list(runs)
-    finished = [run for run in found if run.status == "finished"]
-    rows = [row for run in finished for row in _unless_unreadable(lambda run=run: _rows(run, select))]
+    rows = []
+    for run in found:
+        with _leaving_out():
+            rows += [*_rows(run, select)] if run.status == "finished" else []
     if not rows:
         raise ValueError(f"none of {len(found)} runs has finished with a fine-tuned classifier")
     grouped = pd.DataFrame(rows).groupby(KEYS, sort=False, dropna=False)
@@ -424,21 +465,21 @@ def _rows(run: Run, select: str) -> Iterator[dict[str, Any]]:
     table = run.table(select).set_index("model")
     name = SELECTIONS[select].format("accuracy")
     for key, method in METHODS.items():
-        if TITLES[key] not in table.index:
+        if jobs.TITLES[key] not in table.index:
             continue
         method += ", compensated start" * job.compensate
         values = (job.title, str(job.target), job.criterion, job.group_reduction, job.normalizer or "none", method)
         yield dict(zip(KEYS, values, strict=True)) | {
-            "accuracy": 100 * table.loc[TITLES[key], name],
-            "original": 100 * table.loc[TITLES[ORIGINAL], name],
-            "speed-up": table.loc[TITLES[key], "speed-up"],
+            "accuracy": 100 * table.loc[jobs.TITLES[key], name],
+            "original": 100 * table.loc[jobs.TITLES[jobs.ORIGINAL], name],
+            "speed-up": table.loc[jobs.TITLES[key], "speed-up"],
         }
 
 
 def _paper_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read the paper's Table IX, VGG-19 on CIFAR-100, with our names."""
     paper = pd.read_csv(path, keep_default_na=False)
-    renamed = pd.DataFrame(
+    return pd.DataFrame(
         {
             "experiment": "VGG-19 on CIFAR-100",
             "target": [f"speedup={value:g}" for value in paper["speedup"]],
@@ -450,4 +491,3 @@ def _paper_rows(path: str | os.PathLike[str]) -> pd.DataFrame:
             "paper's standard deviation": paper["accuracy_std"],
         }
     )
-    return renamed

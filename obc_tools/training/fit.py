@@ -6,33 +6,25 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch, Batches, count_examples, to_device
+from ..data.batches import Batch, Batches, as_batches, count_examples, to_device
 from ..measure.metrics import Metrics, TaskMetrics
 from ..scoring.tasks import CLASSIFICATION, Task, check_task, count_outputs, evaluate, find_task
 from ..state import LentRandomness, check_module, evaluating, random_state, running, set_random_state
 from ..structure.layers import kernel_dims, own_parameters
 from .folder import Epoch, History, Stopped, TrainingFolder
-from .processes import (
-    Processes,
-    agreed,
-    failing_together,
-    processes,
-)
+from .processes import Processes, agreed, failing_together, processes
 from .recipe import Recipe, learning_rate_factor
-from .stepper import DivergenceError, Stepper, Where, frozen, parameter_groups
-
-__all__ = ["DivergenceError", "Epoch", "History", "Recipe", "Stopped", "fit"]
+from .stepper import Stepper, Where, frozen, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +35,8 @@ STEPS_BETWEEN_AGREEMENTS = 10
 
 def fit(
     model: nn.Module,
-    train: Reiterable,
-    val: Reiterable,
+    train: Iterable[Batch],
+    val: Iterable[Batch],
     recipe: Recipe,
     *,
     run: str | os.PathLike[str] | None = None,
@@ -105,8 +97,7 @@ def fit(
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     with ExitStack() as stack:
         with agreed(device):  # before any writes, or one would find what another has just begun
-            check_batches(train, "train")
-            check_batches(val, "val")
+            train, val = check_batches(train, "train"), check_batches(val, "val")
             _check_shares(train, own)
             check_weights(model)
             task = find_task(task)
@@ -124,7 +115,7 @@ def fit(
             stack.enter_context(torch.accelerator.device_index(device.index))
             stack.enter_context(randomness := LentRandomness(recipe.seed + own.rank, device))
             with LentRandomness(device=device):
-                classes = _check_fit(model, _pass(train, 0), _pass(val, 0), task, recipe, device)
+                classes = _check_fit(model, train.at(0), val.at(0), task, recipe, device)
             stack.enter_context(folder.held() if folder else nullcontext())
             checkpoint = folder.read(recipe, resume=resume) if folder else None
         stack.enter_context(failing_together())
@@ -169,8 +160,8 @@ class _Training:
 
     def run(
         self,
-        train: Reiterable,
-        val: Reiterable,
+        train: Batches,
+        val: Batches,
         checkpoint: dict[str, Any] | None,
         on_epoch: Callable[[History], None] | None,
     ) -> History:
@@ -189,7 +180,7 @@ class _Training:
         self.stepper.finish()
         return History(tuple(self.epochs))
 
-    def _train(self, epoch: _Epoch, train: Reiterable, start: float) -> None:
+    def _train(self, epoch: _Epoch, train: Batches, start: float) -> None:
         """Train one epoch, or the rest of it."""
         self.stepper.begin_epoch()
         for batch in self._batches(epoch, train):
@@ -217,9 +208,9 @@ class _Training:
         # Reading labels off a device waits for it, so those are checked in the first pass only.
         if where.epoch == 1 or labels.device.type == "cpu":
             check_labels(labels, self.classes, f"train, {where}")
-        return _to(self.device, images, labels)
+        return to_device((images, labels), self.device)
 
-    def _batches(self, epoch: _Epoch, train: Reiterable) -> Iterator[Batch]:
+    def _batches(self, epoch: _Epoch, train: Batches) -> Iterator[Batch]:
         """Return the batches of an epoch that are still to come, with random state as it was then."""
         if epoch.totals is None:
             epoch.totals = torch.zeros(2, device=self.device)
@@ -227,23 +218,19 @@ class _Training:
         if epoch.random is not None:
             set_random_state(epoch.random, self.device)
         epoch.random = random_state(self.device)
-        if isinstance(train, Batches):
-            batches = iter(train.at(epoch.number, epoch.taken))
-        else:
-            batches = islice(iter(train), epoch.taken, None)
+        batches = iter(train.at(epoch.number, epoch.taken))
         return _continued(batches, lambda: set_random_state(now, self.device)) if epoch.taken else batches
 
-    def _evaluate(self, number: int, val: Reiterable) -> Metrics | TaskMetrics:
+    def _evaluate(self, number: int, val: Batches) -> Metrics | TaskMetrics:
         model = self.stepper.evaluated
         if self.several:
             for buffer in model.buffers():
                 broadcast(buffer)
         try:
-            metrics = evaluate(model, _pass(val, 0), task=self.task)
+            metrics = evaluate(model, val.at(0), task=self.task)
         except ValueError as error:
             raise ValueError(f"val, after epoch {number + 1} of {self.recipe.epochs}: {error}") from error
-        shared = isinstance(val, Batches) and val.parts > 1 and isinstance(metrics, Metrics)
-        return _together(metrics) if shared else metrics
+        return _together(metrics) if val.parts > 1 and isinstance(metrics, Metrics) else metrics
 
     def _record(self, epoch: _Epoch, metrics: Metrics | TaskMetrics, trained: float, seconds: float) -> None:
         totals = torch.cat((epoch.totals.double().cpu(), torch.tensor([float(epoch.images)], dtype=torch.float64)))
@@ -323,10 +310,6 @@ def _together(metrics: Metrics) -> Metrics:
     return Metrics(loss / examples, correct / examples, share, round(examples))
 
 
-def _pass(batches: Reiterable, number: int) -> Iterable[Batch]:
-    return batches.at(number) if isinstance(batches, Batches) else batches
-
-
 def _continued(batches: Iterator[Batch], begin: Callable[[], None]) -> Iterator[Batch]:
     """Fetch the first batch, then call ``begin``, then yield it and the others."""
     for number, batch in enumerate(batches):
@@ -349,24 +332,9 @@ def _channels_last(model: nn.Module, recipe: Recipe) -> Iterator[None]:
             kernel.data = kernel.data.contiguous()
 
 
-def _to(device: torch.device, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = labels.dtype if labels.is_floating_point() else torch.int64
-    return images.to(device, non_blocking=True), labels.to(device, dtype, non_blocking=True)
-
-
-@runtime_checkable
-class Reiterable(Protocol):
-    """Batches that can be gone through again and again, and know how many they are."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __len__(self) -> int: ...
-
-
-def _check_shares(train: Reiterable, own: Processes) -> None:
+def _check_shares(train: Batches, own: Processes) -> None:
     """Raise ValueError unless training batches are those of one process among as many as were launched."""
-    parts = train.parts if isinstance(train, Batches) else 1
-    if parts != own.count:
+    if (parts := train.parts) != own.count:
         raise ValueError(
             f"train: batches for {parts} process{'es' if parts > 1 else ''}, but {own.count} were launched; make them "
             "with data.batches(..., share=processes().share)"
@@ -404,13 +372,15 @@ def check_teacher(
     return task, teacher
 
 
-def check_batches(batches: object, name: str) -> None:
+def check_batches(batches: object, name: str) -> Batches:
+    """Return as `Batches` what has a length and can be gone through again and again; raise ValueError for all else."""
     if isinstance(batches, Iterator):
         raise ValueError(f"{name} is a one-shot iterator ({type(batches).__name__}): pass a list or a DataLoader")
-    if not isinstance(batches, Reiterable):
+    if not isinstance(batches, Iterable) or not isinstance(batches, Sized):
         raise ValueError(f"{name} is no batches: {type(batches).__name__} cannot be iterated or has no length")
     if len(batches) == 0:
         raise ValueError(f"{name}: batches that yield no data")
+    return as_batches(batches, len(batches))
 
 
 def check_weights(model: nn.Module) -> None:
@@ -425,29 +395,25 @@ def _check_fit(
 ) -> int | None:
     """Run first batches through the model; return the number of classes, None for a task that is no classification."""
     if task is CLASSIFICATION:
-        return _count_classes(model, val, device)
+        images, labels = unpack(_first(val, "val"), "val, batch 1")
+        outputs = count_outputs(model, images.to(device), "val, batch 1")
+        check_labels(labels, outputs, "val, batch 1")
+        return outputs
     if recipe.label_smoothing:
         raise ValueError(f"label_smoothing={recipe.label_smoothing:g} is for classification, not for '{task.name}'")
-    firsts = {"train": next(iter(train), None), "val": next(iter(val), None)}
-    for name, batch in firsts.items():
-        if batch is None:
-            raise ValueError(f"{name}: batches that yield no data")
-    found = check_task(task, model, *to_device([*firsts.values()], device), distils=bool(recipe.distill_weight))
+    firsts = to_device([_first(train, "train"), _first(val, "val")], device)
+    found = check_task(task, model, *firsts, distils=bool(recipe.distill_weight))
     if any(math.isnan(value) for value in found.values.values()):
         # One batch may say nothing, such as one without any box; all of them have to, before an epoch is spent on it.
         evaluate(model, val, task=task)
     return None
 
 
-def _count_classes(model: nn.Module, val: Iterable[Batch], device: torch.device) -> int:
-    """Run the first validation image through the model; return the number of logits."""
-    batch = next(iter(val), None)
+def _first(batches: Iterable[Batch], name: str) -> Batch:
+    batch = next(iter(batches), None)
     if batch is None:
-        raise ValueError("val: batches that yield no data")
-    images, labels = unpack(batch, "val, batch 1")
-    outputs = count_outputs(model, images.to(device), "val, batch 1")
-    check_labels(labels, outputs, "val, batch 1")
-    return outputs
+        raise ValueError(f"{name}: batches that yield no data")
+    return batch
 
 
 def unpack(batch: object, where: str) -> tuple[Tensor, Tensor]:

@@ -24,17 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from ..files import (
-    environment,
-    logging_to_file,
-    read_json,
-    remove_leftovers,
-    replacing,
-    told,
-    write_json,
-    write_text,
-)
-from ..holding import held
+from .. import files
 from ..measure.metrics import SIGNS
 from .processes import processes
 from .recipe import Recipe
@@ -213,7 +203,7 @@ class TrainingFolder:
         if (self.path / CONFIG).is_file():
             if not resume:
                 raise TrainingFolderError(f"'{self.path}' holds a training: pass resume=True or choose another folder")
-            there, here = read_json(self.path / CONFIG, "recipe")["recipe"], recipe.to_dict()
+            there, here = files.read_json(self.path / CONFIG, "recipe")["recipe"], recipe.to_dict()
             changed = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
             if changed:
                 words = "; ".join(f"{key} was {there.get(key)!r}, is {here.get(key)!r}" for key in changed)
@@ -233,7 +223,7 @@ class TrainingFolder:
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder, made if need be, in the process that writes; raise FolderInUseError if another does."""
-        return held(self.path) if self._writes else nullcontext()
+        return files.held(self.path) if self._writes else nullcontext()
 
     @contextmanager
     def kept(self, recipe: Recipe, device: torch.device, checkpoint: Mapping[str, Any] | None) -> Iterator[None]:
@@ -241,13 +231,13 @@ class TrainingFolder:
         if not self._writes:
             yield
             return
-        remove_leftovers(self.path)
-        write_json(self.path / CONFIG, {"format": FORMAT, "recipe": recipe.to_dict()})
-        write_json(self.path / ENVIRONMENT, environment(device) | {"processes": processes().count})
+        files.remove_leftovers(self.path)
+        files.write_json(self.path / CONFIG, {"format": FORMAT, "recipe": recipe.to_dict()})
+        files.write_json(self.path / ENVIRONMENT, files.environment(device) | {"processes": processes().count})
         # The checkpoint decides: of a killed training, an epoch may be written down that it does not hold.
         rows = checkpoint["history"] if checkpoint else ()
-        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        with logging_to_file(self.path / LOG), _tensorboard(self.path / "tensorboard") as self._board:
+        files.write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        with files.logging_to_file(self.path / LOG), _tensorboard(self.path / "tensorboard") as self._board:
             yield
 
     def add_epoch(self, epoch: Epoch) -> None:
@@ -256,7 +246,7 @@ class TrainingFolder:
             return
         figures = epoch.figures()
         path = self.path / METRICS
-        with told(path, "its whole lines are, and the last checkpoint"), path.open("a", encoding="utf-8") as file:
+        with files.told(path, "its whole lines are, and the last checkpoint"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(epoch.to_dict()) + "\n")
         if self._board is not None:
             for name in figures.keys() - {"epoch"}:
@@ -273,7 +263,7 @@ class TrainingFolder:
         finite = {key: None if value is None or not math.isfinite(value) else value for key, value in figures.items()}
         content = {**where._asdict(), "epochs": epochs, **finite, "time": time.time()}
         # Another note follows in a second: none is worth waiting for the disk.
-        write_json(self.path / PROGRESS, content, synced=False)
+        files.write_json(self.path / PROGRESS, content, synced=False)
 
     def is_due(self) -> bool:
         """Say whether the last checkpoint is so old that another should be saved within an epoch."""
@@ -283,7 +273,7 @@ class TrainingFolder:
         """Save a checkpoint in place of the last one, once it was read back and found whole."""
         self._saved = time.monotonic()
         if self._writes:
-            with replacing(self.path / CHECKPOINT) as new:
+            with files.replacing(self.path / CHECKPOINT) as new:
                 # To a file of Python's, whose error says what the system said; torch's own says "unexpected pos".
                 with new.open("wb") as file:
                     torch.save({"format": FORMAT, **checkpoint}, file)
@@ -301,16 +291,13 @@ def _check_sums(path: Path) -> None:
         raise ValueError(f"{damaged} was changed after it was written")
 
 
-@contextmanager
-def _tensorboard(folder: Path) -> Iterator[Any]:
-    """Yield a writer of TensorBoard's files, None where it is not installed."""
+def _tensorboard(folder: Path) -> AbstractContextManager[Any]:
+    """Return what lends a writer of TensorBoard's files, None where it is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        yield None
-        return
+        return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder) as writer:
-        yield writer
+    return SummaryWriter(folder)
 
 
 def read_history(folder: str | os.PathLike[str]) -> History | None:

@@ -6,27 +6,20 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any
 
 from ..data.batches import Augmentation
 
-_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "optimizer": ("sgd", "adamw"),
-        "schedule": ("cosine", "multistep", "step", "constant"),
-        "schedule_by": ("step", "epoch"),
-        "amp": ("no", "bf16", "fp16"),
-    }
-)
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine", "multistep", "step", "constant"),
+    "schedule_by": ("step", "epoch"),
+    "amp": ("no", "bf16", "fp16"),
+}
 # All other numbers are at least 0.
-_LEAST: Mapping[str, int] = MappingProxyType(
-    {"epochs": 1, "batch_size": 1, "accumulate": 1, "step_size": 1, "repeats": 1}
-)
-_LISTS: Mapping[str, str] = MappingProxyType({"milestones": "epochs", "freeze": "names or patterns"})
-_WITHOUT_AUGMENTATION: Mapping[str, float] = MappingProxyType(
-    {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "repeats": 1}
-)
+_LEAST: Mapping[str, int] = {"epochs": 1, "batch_size": 1, "accumulate": 1, "step_size": 1, "repeats": 1}
+_LISTS: Mapping[str, str] = {"milestones": "epochs", "freeze": "names or patterns"}
+_WITHOUT_AUGMENTATION: Mapping[str, float] = {"rand_augment": 0, "erase": 0, "mixup": 0, "cutmix": 0, "repeats": 1}
 
 
 class RecipeError(ValueError):
@@ -248,13 +241,10 @@ def learning_rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> flo
     """
     if recipe.schedule_by == "epoch":
         step, steps_per_epoch = step // steps_per_epoch, 1
-    return _warmup(recipe, step / steps_per_epoch) * _decay(recipe, step, steps_per_epoch)
-
-
-def _warmup(recipe: Recipe, time: float) -> float:
-    if time >= recipe.warmup_epochs:
-        return 1.0
-    return recipe.warmup_start + (1 - recipe.warmup_start) * time / recipe.warmup_epochs
+    time, factor = step / steps_per_epoch, 1.0
+    if time < recipe.warmup_epochs:
+        factor = recipe.warmup_start + (1 - recipe.warmup_start) * time / recipe.warmup_epochs
+    return factor * _decay(recipe, step, steps_per_epoch)
 
 
 def _decay(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -7,7 +7,7 @@ channel in its group, s_max and s_min the largest and smallest in the group. Bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..data.batches import to_device
 from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..structure.groups import ChannelGroup, Member, find_groups
 from ..structure.layers import Slot, channel_dims, channel_sum, get_layer, layer_axes, own_parameters
-from .fit import Reiterable, check_batches, fit
+from .fit import check_batches, fit
 from .folder import History
 from .recipe import Recipe
 
@@ -42,7 +42,10 @@ class GroupPenalty:
     @torch.no_grad()
     def __call__(self) -> None:
         for width, parts in self._groups:
-            strengths = self._strength * _relative_strengths(_norms(width, parts))
+            squares = parts[0]._parameter.new_zeros(width)
+            for part in parts:
+                part.add_squares(squares)
+            strengths = self._strength * _relative_strengths(squares.sqrt())
             for part in parts:
                 part.shrink(strengths)
 
@@ -72,14 +75,6 @@ class _Part:
         gradient += at.view(shape) * weight
 
 
-def _norms(width: int, parts: list[_Part]) -> Tensor:
-    """Return the norm of all weights of each channel of a group, shape (width,)."""
-    squares = parts[0]._parameter.new_zeros(width)
-    for part in parts:
-        part.add_squares(squares)
-    return squares.sqrt()
-
-
 def _parts(model: nn.Module, member: Member) -> Iterator[_Part]:
     layer = get_layer(model, member.axis.layer)
     parameters = own_parameters(layer)
@@ -97,8 +92,8 @@ def _relative_strengths(norms: Tensor) -> Tensor:
 
 def sparse_train(
     model: nn.Module,
-    train: Reiterable,
-    val: Reiterable,
+    train: Iterable[Any],
+    val: Iterable[Any],
     recipe: Recipe,
     *,
     ignore: Iterable[nn.Module | str] = (),
@@ -121,13 +116,6 @@ def sparse_train(
     check_batches(val, "val")
     task, first = find_task(task), next(iter(val))
     example = first[0][:1] if task is CLASSIFICATION else task.example(first)
-    penalty = group_penalty(model, example, recipe, ignore)
+    groups = find_groups(model, to_device(example, next(model.parameters()).device), ignore=ignore)
+    penalty = GroupPenalty(model, groups, recipe.group_penalty)
     return fit(model, train, val, recipe, regularize=penalty, task=task, **options)
-
-
-def group_penalty(
-    model: nn.Module, example_inputs: Any, recipe: Recipe, ignore: Iterable[nn.Module | str] = ()
-) -> Callable[[], None]:
-    """Return what a training by this recipe adds to the gradients of a model."""
-    example = to_device(example_inputs, next(model.parameters()).device)
-    return GroupPenalty(model, find_groups(model, example, ignore=ignore), recipe.group_penalty)

@@ -9,9 +9,8 @@ import copy
 import fnmatch
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import chain
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..data.batches import count_examples, cut_batch
 from ..errors import UnknownNameError
 from ..scoring.tasks import CLASSIFICATION, Task
-from ..state import hooks
+from ..state import Restoring, differentiable, hooks
 from ..structure.layers import is_norm
 from .processes import processes
 from .recipe import Recipe, learning_rate_factor
@@ -59,8 +58,11 @@ class Stepper:
         # Gradient scaling withholds updates itself, and fused SGD loses its momentum when the very first is withheld.
         self._scaled = recipe.amp == "fp16"
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._scaled)
-        self._network = _distributed(model if task is CLASSIFICATION else _TaskLoss(model, task, recipe), device)
+        self._network = model if task is CLASSIFICATION else _TaskLoss(model, task, recipe)
         self._together = processes().count > 1
+        if self._together:
+            devices = None if device.type == "cpu" else [device]
+            self._network = nn.parallel.DistributedDataParallel(self._network, device_ids=devices)
         self._forward = torch.compile(self._network) if recipe.compile else self._network
         self._optimizer = make_optimizer(model, recipe, fused=not self._scaled)
         self._lrs = [group["lr"] for group in self._optimizer.param_groups]
@@ -212,12 +214,6 @@ def _channels_last(leaf: Any) -> Any:
     return leaf.contiguous(memory_format=torch.channels_last) if images else leaf
 
 
-def _distributed(model: nn.Module, device: torch.device) -> nn.Module:
-    if processes().count == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
-
-
 def training_loss(logits: Tensor, labels: Tensor, recipe: Recipe, teacher_logits: Tensor | None = None) -> Tensor:
     """Return label_weight · CE(logits, labels) + distill_weight · T² · KL(teacher / T ‖ logits / T), batch means.
 
@@ -309,30 +305,22 @@ def make_optimizer(model: nn.Module, recipe: Recipe, *, fused: bool = True) -> t
     return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
 
 
-@contextmanager
-def frozen(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+def frozen(model: nn.Module, recipe: Recipe) -> Restoring:
     """Let no parameter that matches a pattern of ``recipe.freeze`` require grad; give each its flag back at the end.
+
+    A pattern names a parameter itself, or a module that holds it.
 
     Raises:
         ValueError: for a pattern that matches no parameter.
     """
     names = dict(model.named_parameters())
-    chosen = {pattern: _matches(names, pattern) for pattern in recipe.freeze}
-    if unknown := [pattern for pattern, matches in chosen.items() if not matches]:
-        raise UnknownNameError("parameter to freeze", unknown[0], list(names))
-    stopped = [names[name] for name in {*chain(*chosen.values())} if names[name].requires_grad]
-    try:
-        for parameter in stopped:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in stopped:
-            parameter.requires_grad_(True)
-
-
-def _matches(names: Iterable[str], pattern: str) -> list[str]:
-    """Return the parameters that a pattern names, itself or by a module that holds them."""
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")]
+    chosen: set[str] = set()
+    for pattern in recipe.freeze:
+        matches = {*fnmatch.filter(names, pattern), *fnmatch.filter(names, f"{pattern}.*")}
+        if not matches:
+            raise UnknownNameError("parameter to freeze", pattern, list(names))
+        chosen |= matches
+    return differentiable(model, [p for name, p in names.items() if p.requires_grad and name not in chosen])
 
 
 class DivergenceError(ValueError):
@@ -418,20 +406,20 @@ class Guard:
         Raises:
             DivergenceError: if one refused its step.
         """
-        while len(self._verdicts) > self._lag:
-            self._read(self._verdicts.popleft())
+        self._read_to(self._lag)
 
     def read_all(self) -> None:
         """Read every verdict, waiting for the device if need be. Raises as :meth:`read` does."""
-        while self._verdicts:
-            self._read(self._verdicts.popleft())
+        self._read_to(0)
 
-    def _read(self, verdict: _Verdict) -> None:
-        if verdict.arrived is not None:
-            verdict.arrived.synchronize()
-        if verdict.stopped:
-            _copy(verdict.kept, self._buffers)
-            raise DivergenceError(_explain(verdict))
+    def _read_to(self, left: int) -> None:
+        while len(self._verdicts) > left:
+            verdict = self._verdicts.popleft()
+            if verdict.arrived is not None:
+                verdict.arrived.synchronize()
+            if verdict.stopped:
+                _copy(verdict.kept, self._buffers)
+                raise DivergenceError(_explain(verdict))
 
 
 def _explain(verdict: _Verdict) -> str:

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from ..plots.curves import watch_figure
 from ..plots.looks import LIGHT
 from ..plots.stills import with_still
-from ..runs.folder import STOP
+from ..runs.job import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, headlines, look_at, watch_traces
 from ..studio.state import as_program

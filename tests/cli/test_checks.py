@@ -22,7 +22,7 @@ from obc_tools.measure.costs import COUNTINGS
 from obc_tools.models import networks, store
 from obc_tools.models.networks import OWN_NETWORKS, PUBLISHED_FILES, PUBLISHED_KINDS
 from obc_tools.pruning.choices import PER, SCOPES, TARGETS, Scoring
-from obc_tools.runs import folder, grid, job
+from obc_tools.runs import grid, job
 from obc_tools.runs.job import PruningJob
 from obc_tools.scoring.criteria import ALIASES, CRITERIA
 from obc_tools.scoring.scores import NORMALIZERS, REDUCTIONS
@@ -175,7 +175,7 @@ def test_the_names_are_the_librarys():
     assert set(known["task"]) == set(obc.TASKS) and set(known["data"]) == set(DATA_SETS)
     assert set(known["experiment"]) == set(obc.EXPERIMENTS)
     assert set(known["grid"]) - {"paper-cifar", "paper-imagenet"} == set(obc.EXPERIMENTS)
-    assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (folder.RESULTS, folder.JOB)
+    assert checks.TARGETS == TARGETS and (checks.RESULTS, checks.JOB) == (job.RESULTS, job.JOB)
     assert (checks.LIBRARIES, checks.MANIFEST) == (job.LIBRARIES, store.MANIFEST)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
     assert (checks.OWN_NETWORKS, set(checks.PUBLISHED)) == (OWN_NETWORKS, {name for _, name in PUBLISHED_FILES})
@@ -213,9 +213,9 @@ def test_a_gpu_that_the_machine_has_not_is_said_at_once(monkeypatch):
         (parse(["grid", RUN[1], *OUT, "--devices", "0", "5"]), "--devices 0 5: this machine has no GPU"),
     ):
         with pytest.raises(ValueError, match=said):
-            checks._check_gpus(command)
+            checks._check_gpus(vars(command))
     monkeypatch.setattr(checks, "GPUS", ("null",))
-    checks._check_gpus(command)
+    checks._check_gpus(vars(command))
 
 
 def test_the_librarys_own_words_are_spelled_as_options():

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms.v2 import functional as transforms
 
-from obc_tools.data.batches import Batches, FirstBatches, Sampling, crop_and_flip, take
+from obc_tools.data.batches import Batches, Sampling, crop_and_flip, take
 
 
 def numbered(length: int = 4) -> Batches:
@@ -75,7 +75,7 @@ def test_take_is_lazy() -> None:
 @pytest.mark.parametrize("source", [list(numbered(3)), numbered(3).at(5), DataLoader(list(range(3)))])
 def test_take_from_whatever_can_be_gone_through_again(source) -> None:
     taken = take(source, 2)
-    assert isinstance(taken, FirstBatches)
+    assert isinstance(taken, Batches)
     expected = list(source)[:2]
     assert list(taken) == list(taken) == expected
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from obc_tools.data import cifar
-from obc_tools.data.cifar import cache_folder, read_cifar
+from obc_tools.data.images import read_cifar
+from obc_tools.files import cache_folder
 
 NAMES = [f"class{index}" for index in range(10)]
 
@@ -229,7 +229,7 @@ def test_class_folders_are_decoded_once(tmp_path: Path, cache: Path, monkeypatch
     read_cifar("cifar10", root, False)
     (file,) = cache.iterdir()
     assert re.fullmatch(r"cifar10-\w{12}-\w{16}\.npz", file.name)
-    monkeypatch.setattr(cifar, "read_image", None)
+    monkeypatch.setattr("obc_tools.data.images.read_image", None)
     assert_is_the_tiny_one(read_cifar("cifar10", root, False))
 
 

@@ -8,8 +8,8 @@ from networks import random_plan
 from torch import Tensor, nn
 
 from obc_tools import EquivalentModel, export_onnx, export_program, prune
-from obc_tools.models import export
-from obc_tools.models.export import ExportError
+from obc_tools.models import runtimes
+from obc_tools.models.runtimes import ExportError
 from obc_tools.state import Forward
 
 
@@ -87,7 +87,7 @@ def test_the_model_is_left_alone(tmp_path):
 def test_a_file_that_computes_something_else_gets_no_name(tmp_path, monkeypatch):
     model, images = merged()
     (tmp_path / "model.onnx").write_text("before")
-    monkeypatch.setattr(export, "call_model", lambda model, inputs: model(inputs) * 1.01)
+    monkeypatch.setattr(runtimes, "call_model", lambda model, inputs: model(inputs) * 1.01)
     with pytest.raises(ExportError, match="onnxruntime's output differs from torch's by 0.0099"):
         export_onnx(tmp_path / "model.onnx", model, images)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.onnx", "before")]

@@ -5,8 +5,8 @@ import torch
 from networks import network
 from torch import nn
 
-from obc_tools.models import speeds
-from obc_tools.models.speeds import speed_table
+from obc_tools.models import runtimes
+from obc_tools.models.runtimes import speed_table
 
 
 def test_a_row_a_runtime_number_of_threads_examples_and_model():
@@ -40,4 +40,4 @@ def test_what_a_runtime_cannot_run_is_left_out_and_said(caplog):
 def test_unknown_runtimes_are_refused():
     with pytest.raises(ValueError, match="runtime.*tensorrt.*eager.*onnxruntime"):
         speed_table({"one": nn.Flatten()}, {1: torch.ones(1, 3)}, runtimes=("tensorrt",))
-    assert speeds.RUNTIMES[0] == "eager"
+    assert runtimes.RUNTIMES[0] == "eager"

@@ -14,7 +14,7 @@ from networks import network
 
 from obc_tools import cost, latency, prune_to
 from obc_tools.measure.latency import conditions, time_layers
-from obc_tools.models.speeds import in_runtime
+from obc_tools.models.runtimes import in_runtime
 from obc_tools.pruning import prune as pruning
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
 from obc_tools.pruning.prune import Way, prune_to_latency

@@ -15,12 +15,10 @@ import torch
 from safetensors.torch import load_file
 from trainings import numbers, wait_for
 
-from obc_tools.files import write_json
-from obc_tools.holding import PROCESS, is_alive, process_identity
+from obc_tools.files import PROCESS, is_alive, process_identity, write_json
 from obc_tools.pruning.choices import Target
-from obc_tools.runs.folder import RunFolderError
 from obc_tools.runs.grid import Grid, GridJob, launch_grid, paper_grid
-from obc_tools.runs.job import PruningJob
+from obc_tools.runs.job import PruningJob, RunFolderError
 from obc_tools.runs.run import Run, command, job_of, launch, run_experiment, write_slurm_script
 from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe

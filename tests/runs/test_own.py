@@ -9,8 +9,8 @@ import pytest
 from obc_tools import TASKS, PruningJob, Target, compare_criteria, evaluate, load_pruned
 from obc_tools.cli import main
 from obc_tools.data.data import Data
-from obc_tools.runs.folder import read_job, run_job
-from obc_tools.runs.job import find_data, find_model, is_own, own_task
+from obc_tools.runs.job import find_data, find_model, is_own, own_task, read_job
+from obc_tools.runs.pipeline import run_job
 from obc_tools.runs.report import write_job_report
 from obc_tools.runs.run import Run, results_table
 from obc_tools.training.recipe import Recipe

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from obc_tools.data.data import load_data
-from obc_tools.files import entries, read_json, write_json
-from obc_tools.holding import FolderInUseError, held
+from obc_tools.files import FolderInUseError, entries, held, read_json, write_json
 from obc_tools.models.networks import load_model
 from obc_tools.models.store import load_pruned
 from obc_tools.pruning.check import ProofError
@@ -20,9 +19,21 @@ from obc_tools.pruning.choices import Target
 from obc_tools.pruning.compensation import compensate
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.runs import pipeline
-from obc_tools.runs.folder import ENTRIES, RunFolderError, check_run_folder, read_results, run_job, work_on
-from obc_tools.runs.job import COMPENSATED, MERGED, NAIVE, ORIGINAL, PRUNED, SPARSE, PruningJob, find_device
-from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare
+from obc_tools.runs.job import (
+    COMPENSATED,
+    ENTRIES,
+    MERGED,
+    NAIVE,
+    ORIGINAL,
+    PRUNED,
+    SPARSE,
+    PruningJob,
+    RunFolderError,
+    check_run_folder,
+    find_device,
+    read_results,
+)
+from obc_tools.runs.pipeline import EquivalenceError, _check_equal, perform, prepare, run_job, work_on
 from obc_tools.runs.report import Table, job_sections
 from obc_tools.training.folder import Stopped
 from obc_tools.training.recipe import Recipe
@@ -392,13 +403,13 @@ def test_a_refused_plan_is_kept(tmp_path, monkeypatch):
         monkeypatch.setattr("obc_tools.pruning.prune.prove", refuse)
         return inputs
 
-    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    monkeypatch.setattr("obc_tools.runs.pipeline.prepare", prepared)
     with pytest.raises(ProofError, match="the plan is wrong; the plan is kept in '.*run/refused_plan.json'") as raised:
         work_on(job, tmp_path / "run", progress=False)
     kept = PruningPlan.from_json((tmp_path / "run" / "refused_plan.json").read_text())
     assert kept == raised.value.plan and not (tmp_path / "run" / "plan.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("obc_tools.runs.folder.prepare", prepared)
+    monkeypatch.setattr("obc_tools.runs.pipeline.prepare", prepared)
     place = tmp_path / "whole.refused_plan.json"
     with pytest.raises(ProofError) as raised:
         run_job(job, tmp_path / "whole", progress=False)

@@ -17,7 +17,7 @@ from trainings import TRAIN, VAL, numbers, same_state, wait_for
 from trainings import network as dropout_network
 
 from obc_tools.data.data import load_data
-from obc_tools.holding import FolderInUseError, held
+from obc_tools.files import FolderInUseError, held
 from obc_tools.models.networks import load_model
 from obc_tools.pruning.equivalent import EquivalentModel
 from obc_tools.pruning.plan import PruningPlan

@@ -9,7 +9,7 @@ import pytest
 from run_folders import PLACE, detections, write
 
 from obc_tools.plots.curves import watch_figure
-from obc_tools.runs.folder import RunFolderError
+from obc_tools.runs.job import RunFolderError
 from obc_tools.runs.run import Run
 from obc_tools.runs.watch import POINTS, LiveCurve, Point, RunView, describe, look_at, seconds_left, watch_traces
 from obc_tools.training.folder import TrainingFolder
