@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..comparing.comparison import Comparison
+    from ..comparing.compare import Comparison
     from ..comparing.sweep import Sweep as FoundSweep
     from ..data.data import Data
     from ..runs.job import PruningJob

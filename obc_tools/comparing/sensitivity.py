@@ -35,7 +35,7 @@ from ..scoring.scores import Scores
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
 from ..state import calling
 from ..structure.groups import ChannelGroup
-from .comparison import ComparisonError
+from .compare import ComparisonError
 
 logger = logging.getLogger(__name__)
 

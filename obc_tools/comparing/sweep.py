@@ -39,7 +39,7 @@ from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
-from .comparison import Comparison, Curve, CurveFolder, as_frame, checksum, described, marked, resolve_contenders
+from .compare import Comparison, Curve, CurveFolder, as_frame, checksum, described, marked, resolve_contenders
 
 Build = Callable[[nn.Module, PruningPlan], nn.Module]
 """(model, plan) -> the pruned network that is measured."""

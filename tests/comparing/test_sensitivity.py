@@ -10,7 +10,7 @@ from networks import network
 from torch import nn
 
 from obc_tools import Task, cost, evaluate, load_model, make_plan, prune, score_groups, sensitivity
-from obc_tools.comparing.comparison import ComparisonError
+from obc_tools.comparing.compare import ComparisonError
 from obc_tools.comparing.sensitivity import Prefixes, named_tensors
 from obc_tools.structure.groups import find_groups
 

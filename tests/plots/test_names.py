@@ -10,7 +10,7 @@ from torch import nn
 
 import obc_tools as obc
 from obc_tools import plots
-from obc_tools.comparing.comparison import Comparison
+from obc_tools.comparing.compare import Comparison
 from obc_tools.plots.curves import watch_figure
 from obc_tools.plots.looks import escaped
 from obc_tools.plots.plans import plot_sensitivity, studio_axes, studio_figure, studio_traces
