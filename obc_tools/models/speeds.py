@@ -1,6 +1,6 @@
 """How fast networks are on this machine: by runtime, by threads, on a GPU where there is one, by examples at a time.
 
-`python -m obc_tools.models.speeds FILE` times two networks in a process of its own, for `pruning.timed.measure_apart`.
+`python -m obc_tools.models.speeds FILE` times two networks in a process of its own, for `pruning.prune.measure_apart`.
 """
 
 from __future__ import annotations
