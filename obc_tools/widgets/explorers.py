@@ -13,7 +13,6 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import nn
 
-from ..data.batches import take
 from ..data.data import as_data
 from ..files import replacing
 from ..plots.jtj import (
@@ -33,7 +32,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
 from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
-from ..studio.state import as_keywords, as_program, place_of, usual_batches
+from ..studio import Setup, as_program
 from .controls import SCROLLING, Click, View, code_area, dropdown, integer, set_options, table, text, typed
 
 T = TypeVar("T")
@@ -67,12 +66,9 @@ class Explorer(View):
         self.copied_from(model)
         self._data, self._task = as_data(data), find_task(task)
         self._made_data = "" if self._data is data else "data = obc.as_data(data)\n"
-        batches = usual_batches(self._data, batch_size) if batches is None else batches
-        self._draw_options = (batches, batch_size, seed)
+        self._setup = Setup.of(model, self._data, self._task, batches, batch_size, seed=seed)
         self._scored = {} if self._task is CLASSIFICATION else {"objective": self._task.losses}
         self._said = ", objective=task.losses" if self._scored else ""
-        self._place = place_of(model, self._data)
-        self._on = as_keywords(*self._place)
         scored = scored_layers(self.network)
         layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]
         if not layers:
@@ -89,9 +85,7 @@ class Explorer(View):
     @property
     def batches(self) -> Collection[Any]:
         """The calibration batches, the same each time."""
-        count, size, seed = self._draw_options
-        device, dtype = self._place
-        return take(self._data.batches("train", size, seed=seed, device=device, dtype=dtype), count)
+        return self._setup.calibration(self._data)
 
     def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
         """Do something with the batches beside the kernel; what was under way is cancelled."""
@@ -107,9 +101,7 @@ class Explorer(View):
 
     def _say_code(self, calls: str) -> None:
         """Show the Python that makes what is shown out of ``model`` and ``data``, and of ``task`` where one is used."""
-        count, size, seed = self._draw_options
-        drawn = f'batches = obc.take(data.batches("train", {size}, seed={seed}{self._on}), {count})'
-        calls = f"{drawn}\n{calls}" if "batches" in calls else calls
+        calls = f"{self._setup.drawn}\n{calls}" if "batches" in calls else calls
         self.code.value = as_program(f"{self._made_data}{calls}" if "data." in calls else calls)
 
     def _wordy(self, words: str) -> go.Figure:
@@ -159,7 +151,8 @@ class JTJExplorer(Explorer):
     group: GroupJTJ | None = None
 
     def _begin(self) -> None:
-        self.groups = find_groups(self.network, example_inputs(self._task, self._data, *self._place))
+        place = self._setup.device, self._setup.dtype
+        self.groups = find_groups(self.network, example_inputs(self._task, self._data, *place))
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
@@ -268,11 +261,8 @@ class JTJExplorer(Explorer):
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
         self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
-        example = f"torch.zeros({', '.join(map(str, (1, *self._data.image_shape)))}{self._on})"
-        if self._scored:
-            example = f'task.example(next(iter(data.batches("train", 1{self._on}))))'
         self._say_code(
-            f"example = {example}\ngroups = obc.find_groups(model, example)\n"
+            f"{self._setup.example}\ngroups = obc.find_groups(model, example)\n"
             f"group = next(group for group in groups if group.root == {tuple(group.group.root)!r})\n"
             f"jtj = obc.group_jtj(model, batches, group, {group.channel}{self._said})\njtj.plot({self.mode.value!r})"
         )

@@ -17,7 +17,7 @@ from obc_tools.plots.plans import plot_sensitivity, studio_axes, studio_figure, 
 from obc_tools.pruning.equivalent import removed_shares
 from obc_tools.runs.watch import RunView, watch_traces
 from obc_tools.scoring.jtj import group_jtj
-from obc_tools.studio.session import BARS, studio_bars
+from obc_tools.studio import BARS, studio_bars
 from obc_tools.training.folder import Epoch, History
 
 NAME = "<b>x</b><img alt=q><a href='y'>&"
