@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -147,10 +146,11 @@ class _Bench:
         """Yield the rows, of the groups that are used last in the end, so that what is known of a pass grows."""
         whole = PruningPlan.whole(self.scores)
         network, prefixes = prune(self.model, whole), Prefixes()
-        found, first = first_uses(network, self.measured)
+        found, running = self.measured(network), [axis.layer for axis in self.costs.axes]
         widths = {name: tensor.shape for name, tensor in named_tensors(network).items()}
         yield self._row(None, 0.0, whole, found)
-        for group in sorted(filter(attrgetter("prunable"), self.scores), key=lambda group: _begin(group, first)):
+        prunable = [group for group in self.scores if group.prunable]
+        for group in sorted(prunable, key=lambda group: min(running.index(m.axis.layer) for m in group.members)):
             others = {other.root: 0.0 for other in self.scores if other is not group}
             alone = replace(self.limits, scope="local", max_ratio_of={**self.limits.max_ratio_of, **others})
             order = removal_order(self.scores, alone)
@@ -175,12 +175,6 @@ class _Bench:
             "params": cost.params,
             **found.values,
         }
-
-
-def _begin(group: ChannelGroup, first: Mapping[str, int]) -> int:
-    """Return when a group's layers are used first."""
-    layers = {member.axis.layer for member in (*group.members, *group.attributes)}
-    return min((call for name, call in first.items() if _layer(name) in layers or name in layers), default=0)
 
 
 def _changed(tensors: Mapping[str, Tensor], widths: Mapping[str, torch.Size]) -> list[Tensor]:
@@ -283,36 +277,7 @@ class Prefixes:
             return measured(network)
 
 
-def first_uses(network: nn.Module, measured: Callable[[nn.Module], Any]) -> tuple[Any, dict[str, int]]:
-    """Return what a function makes of a network, and when each parameter and buffer is used first, in calls from 0."""
-    uses, forward = _Uses(), network.forward
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        with uses:
-            return forward(*args, **kwargs)
-
-    with calling(network, noted):
-        found = measured(network)
-    named = named_tensors(network).items()
-    return found, {name: uses.first[id(tensor)] for name, tensor in named if id(tensor) in uses.first}
-
-
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a network by name."""
     parameters = network.named_parameters(remove_duplicate=False)
     return dict([*parameters, *network.named_buffers(remove_duplicate=False)])
-
-
-class _Uses(TorchFunctionMode):
-    """Notes when each tensor is first handed to a function of torch's: ``first``, by its id, in calls from 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.first = 0, {}
-
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.first.setdefault(id(leaf), self.calls)
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
