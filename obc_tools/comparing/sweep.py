@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,7 @@ from ..files import environment
 from ..holding import held
 from ..measure.costs import CostModel
 from ..measure.latency import latencies
-from ..pruning.choices import (
-    OPERATIONS,
-    TARGETS,
-    Limits,
-    Reached,
-    Scoring,
-    Selection,
-    Steps,
-    Target,
-    check_settings,
-    values_of,
-)
+from ..pruning.choices import OPERATIONS, Limits, Reached, Scoring, Selection, Steps, Target, targets_of, values_of
 from ..pruning.order import check_reachable
 from ..pruning.plan import PruningPlan, prune, shrink
 from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
@@ -142,7 +130,7 @@ def sweep(
     for contender in contenders:
         way.scoring.of(contender.criterion)
     groups, costs = selection.analyse(model, example_inputs, counting)
-    whole, asked = PruningPlan.whole(groups), _targets(targets, counting)
+    whole, asked = PruningPlan.whole(groups), targets_of(targets, counting)
     for target in {target.given[0]: target for target in asked}.values():
         check_reachable(target, whole, way.limits, costs)
     bench = _Bench(model, example_inputs, batches, asked, costs, way, task, held_out, build, repeats)
@@ -164,20 +152,6 @@ def _is_one(criteria: Any) -> bool:
     """Say whether this is one criterion: a name, (name, options), a Criterion or a function."""
     with_options = isinstance(criteria, tuple) and len(criteria) == 2 and isinstance(criteria[1], Mapping)
     return with_options or isinstance(criteria, str | Criterion) or callable(criteria)
-
-
-def _targets(targets: Mapping[str, float | Iterable[float]], counting: str) -> list[Target]:
-    """Return the targets, of each kind the easiest first; raise ValueError where there are none, or unknown kinds."""
-    check_settings(targets, TARGETS)
-    given = {kind: {values} if isinstance(values, Real) else {*values} for kind, values in targets.items()}
-    found = [
-        Target(**{kind: value}, counting=counting)
-        for kind, values in given.items()
-        for value in sorted(values, reverse=kind in ("macs", "params"))
-    ]
-    if not found:
-        raise ValueError("no targets: give some, such as targets={'speedup': (1.5, 2, 3)}")
-    return found
 
 
 @dataclass(frozen=True, eq=False)

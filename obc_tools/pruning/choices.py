@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -278,6 +279,20 @@ class Reached:
 
 TARGETS = ("speedup", "macs", "params", "ratio")
 KINDS = (*TARGETS, "latency")
+
+
+def targets_of(targets: Mapping[str, float | Iterable[float]], counting: str) -> list[Target]:
+    """Return the targets, of each kind the easiest first; raise ValueError where there are none, or unknown kinds."""
+    check_settings(targets, TARGETS)
+    given = {kind: {values} if isinstance(values, Real) else {*values} for kind, values in targets.items()}
+    found = [
+        Target(**{kind: value}, counting=counting)
+        for kind, values in given.items()
+        for value in sorted(values, reverse=kind in ("macs", "params"))
+    ]
+    if not found:
+        raise ValueError("no targets: give some, such as targets={'speedup': (1.5, 2, 3)}")
+    return found
 
 
 @dataclass(frozen=True)

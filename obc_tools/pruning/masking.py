@@ -27,16 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..structure.flow import elementwise, handler_of, into, name_of, tensors_in
-from ..structure.layers import (
-    LayerAxis,
-    activation_dim,
-    all_axes,
-    channel_dims,
-    get_layer,
-    is_norm,
-    layer_type,
-    own_tensors,
-)
+from ..structure.layers import LayerAxis, activation_dim, all_axes, channel_dims, get_layer, layer_type, own_tensors
 from ..structure.operations import ATTENTIONS
 from ..structure.shrinking import is_attribute, shrink_layer
 from .plan import PruningPlan
@@ -126,8 +117,8 @@ def _declared_norms(model: nn.Module, plan: PruningPlan) -> Iterator[tuple[nn.Mo
     They may compute with their width, which no operation shows. `check_layer` proves that they can be narrowed.
     """
     for name, layer in model.named_modules():
-        kept = plan.shrunk.get(LayerAxis(name, "out"))
-        if kept is not None and layer_type(layer).declared and is_norm(layer, "channels"):
+        kept, kind = plan.shrunk.get(LayerAxis(name, "out")), layer_type(layer)
+        if kept is not None and kind.declared and kind.statistics == "channels":
             narrow = copy.deepcopy(layer)
             shrink_layer(narrow, {"out": kept}, name)
             yield layer, (narrow, kept)

@@ -25,16 +25,7 @@ from tqdm.auto import tqdm
 from ..errors import check_name, check_number, check_whole
 from ..files import told
 from ..measure.costs import Cost, CostModel
-from ..measure.latency import (
-    CLOCKS,
-    RUNTIMES,
-    LatencyModel,
-    Times,
-    conditions,
-    kept_latency,
-    learn_latency,
-    time_layers,
-)
+from ..measure.latency import CLOCKS, RUNTIMES, LatencyModel, conditions, kept_latency, learn_latency, time_layers
 from ..scoring.objectives import Objective
 from ..scoring.rows import Proof, Rows
 from ..scoring.scores import Scores
@@ -229,7 +220,7 @@ def prune_to_latency(
     target: Timing,
     way: Way,
     *,
-    time_plan: Callable[[nn.Module], Times] | None = None,
+    time_plan: Callable[[nn.Module], Mapping[str, float]] | None = None,
     measure: Callable[[nn.Module, nn.Module], Measured] | None = None,
 ) -> PruningPlan:
     """Find the plan whose latency, measured in new processes, is the target's; see `prune_to`.
@@ -543,7 +534,7 @@ def latency_model(
     costs: CostModel,
     limits: Limits | None = None,
     file: str | Path | None = None,
-    time_plan: Callable[[nn.Module], Times] | None = None,
+    time_plan: Callable[[nn.Module], Mapping[str, float]] | None = None,
     clock: str = "wall",
 ) -> LatencyModel:
     """Learn the latency of every plan for a network, or read it from a file measured under the same conditions.

@@ -13,18 +13,10 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import nn
 
+from .. import plots
 from ..data.data import as_data
 from ..files import replacing
-from ..plots.jtj import (
-    MODES,
-    filter_image,
-    group_jtj_heatmap,
-    interactions_heatmap,
-    jtj_grid,
-    jtj_heatmap,
-    jtj_pair,
-    spectrum,
-)
+from ..plots.jtj import MODES
 from ..plots.looks import LIGHT, finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
@@ -227,13 +219,13 @@ class JTJExplorer(Explorer):
         weight = get_layer(self.network, layer).weight
         own = f"plots.filter_image(model.get_submodule({layer!r}).weight, {layer!r}, {channel})"
         draw = {
-            "grid": (lambda: jtj_grid(dense, mode=mode, look=self.look), f"{made}jtj.plot({mode!r})"),
+            "grid": (lambda: plots.jtj_grid(dense, mode=mode, look=self.look), f"{made}jtj.plot({mode!r})"),
             "one channel": (
-                lambda: jtj_heatmap(dense, channel, mode, look=self.look),
+                lambda: plots.jtj_heatmap(dense, channel, mode, look=self.look),
                 f"{made}plots.jtj_heatmap(jtj, {channel}, {mode!r})",
             ),
-            "filter": (lambda: filter_image(weight, layer, channel, look=self.look), own),
-            "spectrum": (lambda: spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
+            "filter": (lambda: plots.filter_image(weight, layer, channel, look=self.look), own),
+            "spectrum": (lambda: plots.spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
         }
         figure, code = draw[self.view.value]
         self.show(figure())
@@ -260,7 +252,7 @@ class JTJExplorer(Explorer):
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
-        self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
+        self.show(plots.group_jtj_heatmap(group, self.mode.value, look=self.look))
         self._say_code(
             f"{self._setup.example}\ngroups = obc.find_groups(model, example)\n"
             f"group = next(group for group in groups if group.root == {tuple(group.group.root)!r})\n"
@@ -341,7 +333,7 @@ class InteractionExplorer(Explorer):
                 self.compute(what, lambda batches: jacobian_products(self.network, batches, **self._scored), self._take)
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
-        self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
+        self.show(plots.interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
         self._shows_pairs = True
         self.table.value = self._pairs(found)
         self.tell(f"{found!r}; click a cell to see both filters")
@@ -361,7 +353,7 @@ class InteractionExplorer(Explorer):
     def _take_pair(self, dense: DenseJTJ) -> None:
         self.pair = dense
         self._shows_pairs = False
-        self.show(jtj_pair(dense, look=self.look))
+        self.show(plots.jtj_pair(dense, look=self.look))
         made = f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {list(dense.channels)}{self._said})"
         self._say_code(f"{made}\nplots.jtj_pair(jtj)")
         scores = ", ".join(
