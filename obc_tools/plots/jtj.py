@@ -17,6 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from ..errors import check_name
 from ..files import write_text
@@ -347,16 +348,12 @@ def filter_tiles(weight: Tensor, layer: str, channel: int) -> tuple[np.ndarray, 
         raise ValueError(f"layer {layer!r} has no filters to show: choose a Conv2d or Linear")
     if not 0 <= channel < len(weight):
         raise ValueError(f"layer {layer!r}: no channel {channel}; the channels are 0 to {len(weight) - 1}")
-    kernels = weight[channel].detach().float().cpu().numpy()
+    kernels = weight[channel].detach().double().cpu()
     kernels = kernels if kernels.ndim == 3 else kernels[:, None, None]
     shown = kernels[:MOST_KERNELS]
-    columns = math.ceil(math.sqrt(len(shown)))
-    rows, (height, width) = math.ceil(len(shown) / columns), shown.shape[1:]
-    tiles = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
-    for index, kernel in enumerate(shown):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        tiles[top : top + height, left : left + width] = kernel
-    return tiles, len(shown), len(kernels)
+    tiles = make_grid(shown[:, None], math.ceil(math.sqrt(len(shown))), padding=1, pad_value=math.nan)[0].numpy()
+    inside = slice(1, -1) if len(shown) > 1 else slice(None)  # without the border, which one tile alone has not
+    return tiles[inside, inside], len(shown), len(kernels)
 
 
 def jtj_pair(dense: Any, mode: str = "correlation", *, look: str = "light") -> go.Figure:

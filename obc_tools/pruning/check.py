@@ -248,11 +248,10 @@ def check_plan(
         original, example_inputs = original.to(dtype), tree_map(lambda leaf: _cast(leaf, dtype), example_inputs)
     outputs = _Outputs(example_inputs, tolerance)
     findings, effect, hidden = _compare(original, plan, outputs, seed)
-    if hidden:
+    if probe := hidden:
         _draw_weights(original, seed)
         findings, effect, hidden = _compare(original, plan, outputs, seed)
-        return Check((*(_unclear_if(hidden, finding) for finding in findings), *counted), effect, probe=True)
-    return Check((*findings, *counted), effect)
+    return Check((*(_unclear_if(hidden, finding) for finding in findings), *counted), effect, probe)
 
 
 def _unclear_if(hidden: bool, finding: Finding) -> Finding:
@@ -273,11 +272,8 @@ def _compare(model: nn.Module, plan: PruningPlan, outputs: _Outputs, seed: int) 
     effect = relative_error(whole, naive)
     found = _compare_masked(model, plan, naive, outputs)
     findings = [found, *_check_equivalent(model, plan, naive, outputs, seed)]
-    hidden = (
-        constant
-        or (plan.channels_removed > 0 and effect <= LEAST_EFFECT)
-        or not all(f.ok for f in findings if f.differs)
-    )
+    weak = plan.channels_removed > 0 and effect <= LEAST_EFFECT
+    hidden = constant or weak or not all(finding.ok for finding in findings if finding.differs)
     failed = any(finding.verdict == WRONG and not finding.differs for finding in findings)
     return findings, effect, hidden and not failed
 

@@ -302,9 +302,8 @@ def _attend(call: Call) -> tuple[Any, Sequence[Mask]]:
     query, key, value = call.args[:3]
     out = call.run_on_living()
     times = query.shape[1] // value.shape[1]
-    heads = call.whole(value).all(-2, keepdim=True).repeat_interleave(times, 1) | call.whole(query).all(
-        -1, keepdim=True
-    )
+    heads = call.whole(value).all(-2, keepdim=True).repeat_interleave(times, 1)
+    heads = heads | call.whole(query).all(-1, keepdim=True)
     return out, [heads.expand(out[0].shape), *[None] * (len(tensors_in((out,))) - 1)]
 
 

@@ -280,13 +280,8 @@ def pruning_steps(
     shares = list(enumerate(steps.shares(final), start=1))[begun:]
     bar = tqdm(shares, f"pruning to {final}", disable=not way.progress, leave=False)
     for step, share in bar:
-        watch = Watch(
-            stage.plan,
-            way.scoring,
-            way.limits,
-            costs,
-            lambda order, share=share: next_units(order, share, final, costs, steps.last_step),
-        )
+        units = partial(next_units, share=share, target=final, costs=costs, last_step=steps.last_step)
+        watch = Watch(stage.plan, way.scoring, way.limits, costs, units)
         order = watch.order(way.left(model, stage.plan), batches(step), way.seed + step, proof=proof)
         deciding = watch.deciding
         met = []
