@@ -500,15 +500,11 @@ class StudioSession:
     def _texts(self, metrics: Metrics | TaskMetrics | None) -> dict[str, str]:
         """Return metrics as the table shows them."""
         values, digits = {} if metrics is None else metrics.values, {"loss": "{:.4f}"}
-        found = {n: digits.get(n, "{:.4g}").format(values[n]) if n in values else "" for n in self.shown_metrics}
+        shown = [name for name in self.task.directions if name != "top5"]
+        found = {n: digits.get(n, "{:.4g}").format(values[n]) if n in values else "" for n in shown}
         if isinstance(metrics, Metrics):
             found["accuracy"] = with_interval(metrics)
         return found
-
-    @property
-    def shown_metrics(self) -> list[str]:
-        """The metrics that tables show."""
-        return [name for name in self.task.directions if name != "top5"]
 
     def table(self, plans: dict[str, PruningPlan]) -> pd.DataFrame:
         """Return one row a plan, the whole network's first; a classifier's accuracy says on how many examples."""

@@ -31,7 +31,6 @@ from ..errors import check_number, check_whole
 from ..files import entries, environment, read_json, write_json, write_text
 from ..holding import held
 from ..measure.costs import Cost
-from ..measure.metrics import Metrics, TaskMetrics
 from ..pruning.choices import OPERATIONS, TORCH_PRUNING, Settings, Target, check_settings
 from ..pruning.compensation import compensate
 from ..pruning.order import check_reachable, next_units
@@ -364,6 +363,32 @@ class CurveFolder:
         return self.folder and self.folder / f"curve_{contender.slug}_{repeat}.json"
 
 
+def run_curves(
+    folder: str | Path | None,
+    about: Mapping[str, Any],
+    begun: Iterable[tuple[Contender, int]],
+    whole: PruningPlan,
+    continued: Callable[[Curve], Iterator[Curve]],
+    device: torch.device,
+) -> tuple[Comparison, list[Curve]]:
+    """Go on with the curves of criteria and repeats to their ends, kept in a folder if there is one.
+
+    Args:
+        about: what the numbers depend on.
+        whole: the plan before the first step.
+        continued: goes on with a curve, and yields it after every step.
+        device: of the network.
+    """
+    with nullcontext() if folder is None else held(Path(folder)):
+        store = CurveFolder.open(folder, about)
+        curves = [store.read(contender, repeat, whole) for contender, repeat in begun]
+        for index, curve in enumerate(curves):
+            for curves[index] in continued(curve):
+                store.write(curves[index])
+        rows = [row for curve in curves for row in marked(curve.rows, curve.at_chance)]
+        return store.finish(Comparison(as_frame(rows, about), about, environment(device))), curves
+
+
 def checksum(model: nn.Module) -> int:
     """Return the CRC-32 of a model's parameters and buffers."""
     total = 0
@@ -469,24 +494,18 @@ def compare_criteria(
     bench = _Bench(factory, data, chosen, contenders, find_task(task), objective, progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
-    rows: list[Mapping[str, Any]] = []
-    with (
-        nullcontext() if folder is None else held(Path(folder)),
-        tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar,
-    ):
-        store = CurveFolder.open(folder, bench.describe())
-        for contender, repeat in curves:
-            curve = store.read(contender, repeat, bench.whole)
-            bar.set_postfix_str(f"{contender.label}, repeat {repeat}")
+    with tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar:
+
+        def continued(curve: Curve) -> Iterator[Curve]:
+            bar.set_postfix_str(f"{curve.contender.label}, repeat {curve.repeat}")
             bar.update(max(len(curve.rows) - 1, 0))
             for longer in bench.continued(curve):
-                store.write(longer)
+                yield longer
                 bar.update(longer.rows[-1]["step"] > 0)
                 curve = longer
             bar.update(chosen.steps + 1 - len(curve.rows))
-            rows += marked(curve.rows, curve.at_chance)
-        about = bench.describe()
-        return store.finish(Comparison(as_frame(rows, about), about, environment(bench.device)))
+
+        return run_curves(folder, bench.describe(), curves, bench.whole, continued, bench.device)[0]
 
 
 def _begun(settings: Mapping[str, Any], folder: str | Path | None) -> dict[str, Any]:
@@ -580,8 +599,8 @@ class _Bench:
     ) -> dict[str, Any]:
         s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
         measured = {"task": self.task, "progress": self.progress}
-        held_out = evaluate(pruned, self._images("val", s.held_out), **measured)
-        seen = None if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured)
+        held_out = evaluate(pruned, self._images("val", s.held_out), **measured).values
+        seen = {} if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured).values
         data_free = criterion.needs == "weights"
         return {
             "criterion": curve.contender.label,
@@ -591,15 +610,11 @@ class _Bench:
             "channels": plan.channels,
             "macs": cost.macs,
             "params": cost.params,
-            **self._metrics(held_out, ""),
-            **self._metrics(seen, "train_"),
+            **{name: held_out.get(name) for name in self.task.directions},
+            **{f"train_{name}": seen.get(name) for name in self.task.directions},
             "seconds": seconds,
             "images": 0 if data_free or not step else (criterion.batches or s.batches) * s.batch_size,
         }
-
-    def _metrics(self, found: Metrics | TaskMetrics | None, prefix: str) -> dict[str, float | None]:
-        values = {} if found is None else found.values
-        return {prefix + name: values.get(name) for name in self.task.directions}
 
     def _images(self, split: str, count: int | None) -> Iterable[Batch]:
         """Return the images to measure on: all, or a fixed random choice of so many."""

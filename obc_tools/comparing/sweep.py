@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from ..data.batches import Batches
 from ..errors import check_name, check_whole
-from ..files import environment
-from ..holding import held
 from ..measure.costs import CostModel
 from ..measure.latency import latencies
 from ..pruning.choices import OPERATIONS, Limits, Reached, Scoring, Selection, Steps, Target, targets_of, values_of
@@ -27,7 +23,7 @@ from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
-from .compare import Comparison, Curve, CurveFolder, as_frame, checksum, described, marked, resolve_contenders
+from .compare import Comparison, Curve, checksum, described, resolve_contenders, run_curves
 
 Build = Callable[[nn.Module, PruningPlan], nn.Module]
 """(model, plan) -> the pruned network that is measured."""
@@ -137,15 +133,9 @@ def sweep(
     about = bench.describe() | {"settings": {name: str(value) for name, value in settings.items()}}
     about |= {"criteria": {contender.label: described(contender.criterion) for contender in contenders}}
     about = json.loads(json.dumps(about))
-    with nullcontext() if folder is None else held(Path(folder)):
-        store = CurveFolder.open(folder, about)
-        curves = [store.read(contender, 0, whole) for contender in contenders]
-        for index, curve in enumerate(curves):
-            for curves[index] in bench.continued(curve):
-                store.write(curves[index])
-        rows = [row for curve in curves for row in marked(curve.rows, False)]
-        found = Comparison(as_frame(rows, about), about, environment(bench.device))
-        return Sweep(store.finish(found), {curve.contender.label: bench.told(curve.plans) for curve in curves})
+    begun = [(contender, 0) for contender in contenders]
+    found, curves = run_curves(folder, about, begun, whole, bench.continued, next(model.parameters()).device)
+    return Sweep(found, {curve.contender.label: bench.told(curve.plans) for curve in curves})
 
 
 def _is_one(criteria: Any) -> bool:
@@ -168,10 +158,6 @@ class _Bench:
     held_out: Iterable[Any] | None
     build: Build
     repeats: int
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def describe(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON holds it; ``steps`` are those of the table."""

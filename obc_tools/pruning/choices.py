@@ -68,8 +68,7 @@ class Selection:
         self, model: nn.Module, example_inputs: Any, counting: str = OPERATIONS
     ) -> tuple[tuple[ChannelGroup, ...], CostModel | ModuleCosts]:
         """Return a model's groups, those that are kept whole included, and what every plan for them costs."""
-        options = {"ignore": self.ignore, "whole_heads": self.whole_heads, "only": self.only}
-        return analyse(model, example_inputs, counting=counting, **options)
+        return analyse(model, example_inputs, counting=counting, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ class Scoring:
 
         ``options``: `decided` and `proof` of `score_groups`.
         """
-        options |= {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
-        options |= {"amp": self.amp}
+        options |= {name: getattr(self, name) for name in ("group_reduction", "normalizer", "objective", "amp")}
         batches = batches if self.needs_data else None
         if batches is not None and self.batches is not None:
             batches = islice(batches, self.batches)
