@@ -301,7 +301,7 @@ def trained(options: Compare | Sweep, share: float | None) -> tuple[nn.Module, D
 
 def show(found: Comparison | FoundSweep, out: Path) -> None:
     """Print a table and keep its figure."""
-    from ..plots.jtj import save_html
+    from ..plots import save_html
 
     print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), out / CURVES)}")
 

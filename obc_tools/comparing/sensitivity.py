@@ -61,9 +61,8 @@ class Sensitivity:
         metric = metric or next(iter(self.directions))
         if metric not in self.frame:
             raise ComparisonError(f"'{metric}' was not measured; there are {', '.join(self.directions)}")
-        table = (
-            self.frame[1:].pivot(index="group", columns="ratio", values=metric).loc[self.frame["group"][1:].unique()]
-        )
+        alone = self.frame[1:]
+        table = alone.pivot(index="group", columns="ratio", values=metric).loc[alone["group"].unique()]
         worse = self.frame[metric][0] - table
         return worse if self.directions[metric] == "higher" else -worse
 

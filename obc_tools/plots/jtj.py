@@ -6,11 +6,9 @@ look with its template.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ..errors import check_name
-from ..files import write_text
 from .looks import color_axis, counted, finished
 
 MODES = ("absolute", "signed", "correlation")
@@ -193,26 +190,6 @@ def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
     y = {"title": "share of the sum of eigenvalues", "type": "log", "exponentformat": "power", "dtick": 2}
     title = f"Spectra of JᵀJ of {dense.axis}: {counted(len(dense.channels), 'channel')}"
     return finished(figure, look, 420, x=x, y=y, title=title, showlegend=False)
-
-
-def save_html(figure: go.Figure, path: str | Path) -> Path:
-    """Write a figure as one HTML file that needs no network, plotly.js included (about 5 MB); return its path."""
-    path = Path(path)
-    page = figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False})
-    write_text(path, page)
-    return path
-
-
-def save_png(figure: go.Figure, path: str | Path, width: int = 1000, height: int | None = None) -> Path:
-    """Write a figure as a PNG of `width` pixels, twice as fine; return its path. Needs the package kaleido.
-
-    Raises:
-        ValueError: kaleido is not installed.
-    """
-    if importlib.util.find_spec("kaleido") is None:
-        raise ValueError("a PNG needs the package kaleido (pip install kaleido); save_html does without")
-    figure.write_image(path, format="png", width=width, height=height or figure.layout.height, scale=2)
-    return Path(path)
 
 
 _NAMES = {"absolute": "|JᵀJ|", "signed": "JᵀJ", "correlation": "Correlation of JᵀJ"}

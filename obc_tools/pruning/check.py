@@ -172,16 +172,10 @@ class Check:
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a comparison: its name, the error, the bound on it, whether it is met, the verdict, a note."""
+        bounds = [f"{'≥' if finding.differs else '≤'} {finding.bound:.2g}" for finding in self.findings]
         rows = [
-            (
-                f.name,
-                f.error,
-                f"{'≥' if f.differs else '≤'} {f.bound:.2g}",
-                f.ok,
-                f.verdict,
-                f.unclear or f.note or f.where,
-            )
-            for f in self.findings
+            (f.name, f.error, bound, f.ok, f.verdict, f.unclear or f.note or f.where)
+            for f, bound in zip(self.findings, bounds, strict=True)
         ]
         return pd.DataFrame(rows, columns=["check", "error", "bound", "ok", "verdict", "note"])
 
@@ -192,12 +186,9 @@ class Check:
         return f"<b>{self._title()}</b>{self.to_frame().to_html(index=False, float_format='{:.2g}'.format)}"
 
     def _title(self) -> str:
-        counts = {verdict: sum(f.verdict == verdict for f in self.findings) for verdict in (WRONG, CANNOT_TELL)}
-        said = [
-            f"{counts[verdict]} of {len(self.findings)} checks {words}"
-            for verdict, words in ((WRONG, "failed"), (CANNOT_TELL, "cannot tell"))
-            if counts[verdict]
-        ]
+        verdicts, told = [finding.verdict for finding in self.findings], {WRONG: "failed", CANNOT_TELL: CANNOT_TELL}
+        counts = {words: verdicts.count(verdict) for verdict, words in told.items()}
+        said = [f"{count} of {len(verdicts)} checks {words}" for words, count in counts.items() if count]
         weights = " with random weights, as its own hide what goes" if self.probe else ""
         verdict = ", ".join(said) or "all checks passed"
         return f"Check: {verdict}; pruning changes the output by {self.effect:.2g} of its scale{weights}"
