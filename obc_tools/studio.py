@@ -178,18 +178,11 @@ def plan_changes(before: PruningPlan, after: PruningPlan) -> pd.DataFrame:
     """
     if before.groups != after.groups:
         raise PlanMismatchError("the two plans are for different groups and cannot be compared")
-    rows = [
-        (
-            str(group.root),
-            group.width,
-            len(one),
-            len(other),
-            tuple(sorted(set(one) - set(other))),
-            tuple(sorted(set(other) - set(one))),
-        )
-        for group, one, other in zip(before.groups, before.kept, after.kept, strict=True)
-        if one != other
-    ]
+    rows = []
+    for group, one, other in zip(before.groups, before.kept, after.kept, strict=True):
+        if one != other:
+            removed, restored = (tuple(sorted({*a} - {*b})) for a, b in ((one, other), (other, one)))
+            rows.append((str(group.root), group.width, len(one), len(other), removed, restored))
     return pd.DataFrame(rows, columns=["group", "channels", "kept before", "kept after", "removed", "restored"])
 
 
@@ -454,22 +447,12 @@ class StudioSession:
 
     def sense(self, choices: Choices, watch: Watch = lambda batches, what: batches) -> None:
         """Prune each group alone, scored and limited as choices say, and keep what `sensitivity` tells of it."""
-        scoring, limits = choices.scoring, choices.limits
-        self._sensitivities[choices.ranking_key] = sensitivity(
-            self.model,
-            self.example,
-            watch(self.held_out_batches(), "each group alone"),
-            self.calibration(),
-            ratios=RATIOS,
-            criterion=scoring.criterion,
-            task=self.task,
-            progress=False,
-            group_reduction=scoring.group_reduction,
-            normalizer=scoring.normalizer,
-            rows=scoring.rows,
-            round_to=limits.round_to,
-            **vars(self.setup.selection),
-        )
+        held_out, calibration = watch(self.held_out_batches(), "each group alone"), self.calibration()
+        scored = ("criterion", "group_reduction", "normalizer", "rows")
+        how = {name: getattr(choices.scoring, name) for name in scored} | {"round_to": choices.limits.round_to}
+        how |= vars(self.setup.selection) | {"ratios": RATIOS, "task": self.task, "progress": False}
+        found = sensitivity(self.model, self.example, held_out, calibration, **how)
+        self._sensitivities[choices.ranking_key] = found
 
     def sensed(self, choices: Choices) -> Sensitivity | None:
         """Return what `sense` found for choices, whatever their target."""

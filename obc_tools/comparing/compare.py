@@ -389,6 +389,12 @@ def run_curves(
         return store.finish(Comparison(as_frame(rows, about), about, environment(device))), curves
 
 
+def figures(plan: PruningPlan, cost: Cost) -> dict[str, float]:
+    """Return what every row says of a plan."""
+    channels = {"pruned_channels": plan.channels_removed, "channels": plan.channels}
+    return channels | {"macs": cost.macs, "params": cost.params}
+
+
 def checksum(model: nn.Module) -> int:
     """Return the CRC-32 of a model's parameters and buffers."""
     total = 0
@@ -597,7 +603,7 @@ class _Bench:
     def _row(
         self, curve: Curve, step: int, plan: PruningPlan, seconds: float | None, pruned: nn.Module
     ) -> dict[str, Any]:
-        s, cost, criterion = self.settings, self.costs.of(plan), curve.contender.criterion
+        s, criterion = self.settings, curve.contender.criterion
         measured = {"task": self.task, "progress": self.progress}
         held_out = evaluate(pruned, self._images("val", s.held_out), **measured).values
         seen = {} if s.training == 0 else evaluate(pruned, self._images("train", s.training), **measured).values
@@ -606,10 +612,7 @@ class _Bench:
             "criterion": curve.contender.label,
             "repeat": curve.repeat,
             "step": step,
-            "pruned_channels": plan.channels_removed,
-            "channels": plan.channels,
-            "macs": cost.macs,
-            "params": cost.params,
+            **figures(plan, self.costs.of(plan)),
             **{name: held_out.get(name) for name in self.task.directions},
             **{f"train_{name}": seen.get(name) for name in self.task.directions},
             "seconds": seconds,

@@ -23,7 +23,7 @@ from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
 from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
-from .compare import Comparison, Curve, checksum, described, resolve_contenders, run_curves
+from .compare import Comparison, Curve, checksum, described, figures, resolve_contenders, run_curves
 
 Build = Callable[[nn.Module, PruningPlan], nn.Module]
 """(model, plan) -> the pruned network that is measured."""
@@ -212,10 +212,7 @@ class _Bench:
             "repeat": 0,
             "step": len(curve.rows),
             "target": "" if target is None else str(target),
-            "pruned_channels": plan.channels_removed,
-            "channels": plan.channels,
-            "macs": cost.macs,
-            "params": cost.params,
+            **figures(plan, cost),
             "speedup": self.costs.original.macs / cost.macs,
             **{name: values.get(name) for name in self.task.directions},
             **{f"train_{name}": None for name in self.task.directions},

@@ -364,10 +364,8 @@ def _all_the_same(tensors: list[Tensor]) -> bool:
 def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | None) -> list[Finding]:
     """Compare predicted with counted costs: relative errors, which must be zero but for work that depends on data."""
     try:
-        predicted, counted = (
-            (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan),
-            cost(shrink(model, plan), inputs),
-        )
+        predicted = (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan)
+        counted = cost(shrink(model, plan), inputs)
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
     found = Finding("costs predicted = counted", _deviation(predicted, counted), 0.0)

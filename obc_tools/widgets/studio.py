@@ -133,12 +133,8 @@ class StudioControls:
         self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
-        self.compensate = W.ToggleButton(
-            description="compensate",
-            icon="magic",
-            tooltip="measure also what least squares make of each plan",
-            layout=FITTING,
-        )
+        told = "measure also what least squares make of each plan"
+        self.compensate = W.ToggleButton(description="compensate", icon="magic", tooltip=told, layout=FITTING)
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML(layout=TWO_LINES | {"flex": "1 1 320px"})
         self.header = W.HTML(layout=TWO_LINES)
