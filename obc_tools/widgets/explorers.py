@@ -79,12 +79,12 @@ class Explorer(View):
         """The calibration batches, the same each time."""
         return self._setup.calibration(self._data)
 
-    def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
-        """Do something with the batches beside the kernel; what was under way is cancelled."""
+    def compute(self, what: str, then: Callable[[T], None], work: Callable[..., T], *more: Any) -> None:
+        """Do something with network, batches and more beside the kernel; what was under way is cancelled."""
         batches = self.batches
         self.tell(what)
         self._say_if_empty(what)
-        self._worker.start(lambda task: work(task.watch(batches, what)), then)
+        self._worker.start(lambda task: work(self.network, task.watch(batches, what), *more, **self._scored), then)
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure."""
@@ -186,16 +186,7 @@ class JTJExplorer(Explorer):
         first = self.first.value
         channels = range(first, min(first + self.count.value, width))
         self.group = None
-        self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
-
-    def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
-        """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
-        try:
-            return dense_jtj(self.network, batches, layer, channels, **self._scored)
-        except ValueError as error:
-            if "pool='kernel'" not in str(error):
-                raise
-        return dense_jtj(self.network, batches, layer, channels, pool="kernel", **self._scored)
+        self.compute("computing JᵀJ", self._take, _dense, layer, channels)
 
     def _take(self, dense: DenseJTJ) -> None:
         self.dense = dense
@@ -244,11 +235,7 @@ class JTJExplorer(Explorer):
         if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
             self._take_group(self.group)
             return
-        self.compute(
-            "computing the group's JᵀJ",
-            lambda batches: group_jtj(self.network, batches, group, channel, **self._scored),
-            self._take_group,
-        )
+        self.compute("computing the group's JᵀJ", self._take_group, group_jtj, group, channel)
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
@@ -262,6 +249,16 @@ class JTJExplorer(Explorer):
 
     def _save(self) -> None:
         self.tell(f"wrote '{self.save(typed(self.path, '.npz'))}'")
+
+
+def _dense(network: nn.Module, batches: Collection[Any], layer: str, channels: range, **scored: Any) -> DenseJTJ:
+    """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
+    try:
+        return dense_jtj(network, batches, layer, channels, **scored)
+    except ValueError as error:
+        if "pool='kernel'" not in str(error):
+            raise
+    return dense_jtj(network, batches, layer, channels, pool="kernel", **scored)
 
 
 ORDERS = ("cluster", "score", "channel")
@@ -309,12 +306,8 @@ class InteractionExplorer(Explorer):
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
         if self.interactions is None:
             raise ValueError("J·w is not computed yet: wait() for it first")
-        layer = self.layer.value
-        self.compute(
-            f"computing JᵀJ of channels {i} and {j}",
-            lambda batches: dense_jtj(self.network, batches, layer, [i, j], **self._scored),
-            self._take_pair,
-        )
+        what = f"computing JᵀJ of channels {i} and {j}"
+        self.compute(what, self._take_pair, dense_jtj, self.layer.value, [i, j])
 
     def clicked(self, click: Click) -> None:
         """Show JᵀJ of both filters of the cell that was clicked."""
@@ -329,8 +322,7 @@ class InteractionExplorer(Explorer):
         """Show K as it is chosen; J·w is computed first where it is not known, also after it was cancelled."""
         if self._products is None:
             if not self._worker.busy:
-                what = "computing J·w"
-                self.compute(what, lambda batches: jacobian_products(self.network, batches, **self._scored), self._take)
+                self.compute("computing J·w", self._take, jacobian_products)
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
         self.show(plots.interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
