@@ -184,12 +184,11 @@ def latencies(
                     duration = once()
                 if number >= warmup:
                     seconds[name].append(duration)
-    return Latencies(
-        {
-            name: Latency(tuple(seconds[name]), size, str(_device(model)), _dtype(model), used_threads)
-            for name, model in models.items()
-        }
-    )
+    found = {
+        name: Latency(tuple(seconds[name]), size, str(_device(model)), _dtype(model), used_threads)
+        for name, model in models.items()
+    }
+    return Latencies(found)
 
 
 def clock_of(clock: str, device: torch.device) -> Callable[[], float]:

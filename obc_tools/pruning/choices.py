@@ -43,12 +43,9 @@ def values_of(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
 
     Raises ValueError for a setting that is no kind's.
     """
-    names = [[entry.name for entry in fields(kind)] for kind in kinds]
-    check_settings(settings, [name for mine in names for name in mine])
-    return [
-        kind(**{name: settings[name] for name in mine if name in settings})
-        for kind, mine in zip(kinds, names, strict=True)
-    ]
+    known = {kind: [entry.name for entry in fields(kind)] for kind in kinds}
+    check_settings(settings, [name for names in known.values() for name in names])
+    return [kind(**{name: settings[name] for name in names if name in settings}) for kind, names in known.items()]
 
 
 @dataclass(frozen=True)

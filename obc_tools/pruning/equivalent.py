@@ -481,11 +481,11 @@ def removed_shares(start: EquivalentModel, trained: EquivalentModel) -> pd.DataF
     """
     if list(start.mixed_layers) != list(trained.mixed_layers):
         raise ValueError("the two models mix different layers: build both of one model by one plan")
-    rows = []
-    for name, before in start.mixed_layers.items():
-        after = trained.mixed_layers[name]
-        shares = (_share(before.compressor, after.compressor, 1), _share(before.decompressor, after.decompressor, 2))
-        rows.append((name, *shares))
+    pairs = zip(start.mixed_layers.items(), trained.mixed_layers.values(), strict=True)
+    rows = [
+        (name, _share(before.compressor, after.compressor, 1), _share(before.decompressor, after.decompressor, 2))
+        for (name, before), after in pairs
+    ]
     return pd.DataFrame(rows, columns=["layer", "compressor", "decompressor"])
 
 
