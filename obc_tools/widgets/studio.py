@@ -28,9 +28,8 @@ from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.order import Reach, reach_of
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
-from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
-from ..scoring.tasks import CLASSIFICATION, find_task
-from ..scoring.tasks import Task as NetworkTask
+from ..scoring.scores import NORMALIZERS, REDUCTIONS
+from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..state import check_module
 from ..structure.layers import LayerAxis
 from ..studio import BARS, MILLION, MOST, Bars, Choices, Setup, StudioSession, StudioState, Watch, studio_bars
@@ -41,7 +40,6 @@ from .controls import (
     WRAPPING,
     Click,
     LiveFigure,
-    Task,
     View,
     close,
     code_area,
@@ -249,7 +247,7 @@ class PruningStudio(View):
         model: nn.Module,
         data: Any,
         *,
-        task: str | NetworkTask = CLASSIFICATION,
+        task: str | Task = CLASSIFICATION,
         batches: int | None = None,
         batch_size: int = 64,
         held_out: int = 4,
@@ -482,13 +480,10 @@ class PruningStudio(View):
             return
         if self._scoring == choices.scoring:
             return
-
-        def work(task: Task) -> Scores:
-            return self.session.score(choices.scoring, lambda batches: task.watch(batches, "scoring"))
-
         self.say(f"scoring by {choices.scoring.criterion}")
         self._scoring = choices.scoring
-        self._worker.start(work, lambda scores: self._make_plan())
+        score = partial(self.session.score, choices.scoring)
+        self._worker.start(lambda task: score(partial(task.watch, what="scoring")), lambda _: self._make_plan())
 
     def _make_plan(self) -> None:
         self._scoring = None
