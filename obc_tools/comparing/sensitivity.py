@@ -144,7 +144,7 @@ class _Bench:
     def rows(self, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Yield the rows, of the groups that are used last in the end, so that what is known of a pass grows."""
         whole = PruningPlan.whole(self.scores)
-        network, prefixes = prune(self.model, whole), Prefixes()
+        network, starts = prune(self.model, whole), {}
         found, running = self.measured(network), [axis.layer for axis in self.costs.axes]
         widths = {name: tensor.shape for name, tensor in named_tensors(network).items()}
         yield self._row(None, 0.0, whole, found)
@@ -158,7 +158,7 @@ class _Bench:
                 if plan.channels_removed:
                     pruned = prune(self.model, plan)
                     parting = _changed(named_tensors(pruned), widths)
-                    values = prefixes.measure(pruned, parting, self.measured) if self.reuse else self.measured(pruned)
+                    values = replay(starts, pruned, parting, self.measured) if self.reuse else self.measured(pruned)
                 yield self._row(group, ratio, plan, values)
 
     def _row(
@@ -245,35 +245,33 @@ def _alive(leaf: Any, nothing: Tensor) -> Any:
     return nothing if tensor is None else tensor
 
 
-class Prefixes:
-    """What networks share of the passes over the same batches, by the number of the pass; one start of each is kept."""
+Starts = dict[int, tuple[list[Call], list[Any]]]
+"""What networks share of the passes over the same batches, by the number of the pass; one start of each is kept."""
 
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[list[Call], list[Any]]] = {}
 
-    def measure(self, network: nn.Module, parting: Iterable[Tensor], measured: Callable[[nn.Module], Any]) -> Any:
-        """Return what a function makes of a network of our own, whose passes are replayed as far as they are known.
+def replay(starts: Starts, network: nn.Module, parting: Iterable[Tensor], measured: Callable[[nn.Module], Any]) -> Any:
+    """Return what a function makes of a network of our own, whose passes are replayed as far as they are known.
 
-        ``parting``: tensors of the network before whose first use it is as those before. Where a pass cannot be
-        replayed, whole ones are run.
-        """
-        parting, numbers, forward = list(parting), count(), network.forward
+    ``parting``: tensors of the network before whose first use it is as those before. Where a pass cannot be replayed,
+    whole ones are run.
+    """
+    parting, numbers, forward = list(parting), count(), network.forward
 
-        def replayed(*args: Any, **kwargs: Any) -> Any:
-            number = next(numbers)
-            with _Pass(*self.kept.get(number, ([], [])), parting) as run:
-                output = forward(*args, **kwargs)
-            if run.parted:
-                self.kept[number] = (run.calls, run.results)
-            return output
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        with _Pass(*starts.get(number, ([], [])), parting) as run:
+            output = forward(*args, **kwargs)
+        if run.parted:
+            starts[number] = (run.calls, run.results)
+        return output
 
-        try:
-            with calling(network, replayed):
-                return measured(network)
-        except Exception as error:
-            logger.info("what comes before the group is run again: %s: %s", type(error).__name__, error)
-            self.kept.clear()
+    try:
+        with calling(network, replayed):
             return measured(network)
+    except Exception as error:
+        logger.info("what comes before the group is run again: %s: %s", type(error).__name__, error)
+        starts.clear()
+        return measured(network)
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
