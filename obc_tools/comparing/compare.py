@@ -306,72 +306,17 @@ def described(criterion: Criterion) -> dict[str, Any]:
     return {key: getattr(criterion, key) for key in kept}
 
 
-@dataclass(frozen=True)
-class CurveFolder:
-    """A comparison's folder: its settings, a JSON file a curve, the table at the end; or none, which keeps nothing."""
-
-    folder: Path | None
-
-    @classmethod
-    def open(cls, folder: str | Path | None, about: Mapping[str, Any]) -> CurveFolder:
-        """Begin a folder, or go on with one; raise ComparisonError when it holds another comparison or other files."""
-        store = cls(None if folder is None else Path(folder))
-        if store.folder is None:
-            return store
-        path = store.folder / SETTINGS
-        if not path.exists():
-            if store.folder.is_file() or entries(store.folder):
-                raise ComparisonError(f"'{folder}' holds something else than a comparison: choose another folder")
-            write_json(path, dict(about), checked=True)
-            return store
-        before = read_settings(store.folder)
-        other = sorted(key for key in {*before, *about} - {"criteria"} if before.get(key) != about.get(key))
-        known = before.get("criteria", {})
-        other += [label for label, criterion in about["criteria"].items() if known.get(label, criterion) != criterion]
-        if other:
-            raise ComparisonError(
-                f"'{folder}' holds a comparison with another {', '.join(other)}: choose another folder"
-            )
-        write_json(path, about | {"criteria": known | about["criteria"]}, checked=True)
-        return store
-
-    def read(self, contender: Contender, repeat: int, whole: PruningPlan) -> Curve:
-        """Return a curve as far as it got; before the first step its plan is `whole`."""
-        path = self._path(contender, repeat)
-        if path is None or not path.exists():
-            return Curve(contender, repeat, (), whole)
-        data = read_json(path)
-        try:
-            named = {target: PruningPlan.from_json(json.dumps(p)) for target, p in data.get("plans", {}).items()}
-            plan, rows = PruningPlan.from_json(json.dumps(data["plan"])), tuple(data["rows"])
-            return Curve(contender, repeat, rows, plan, data["at_chance"], data.get("step", 0), named)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ComparisonError(f"'{path}' holds no curve of a comparison: {error}") from error
-
-    def write(self, curve: Curve) -> None:
-        """Keep a curve's finished steps."""
-        if path := self._path(curve.contender, curve.repeat):
-            write_json(path, curve.to_dict(), checked=True, allow_nan=True)
-
-    def finish(self, comparison: Comparison) -> Comparison:
-        """Keep the whole table."""
-        if self.folder is not None:
-            comparison.to_csv(self.folder / TABLE)
-        return comparison
-
-    def _path(self, contender: Contender, repeat: int) -> Path | None:
-        return self.folder and self.folder / f"curve_{contender.slug}_{repeat}.json"
-
-
 def run_curves(
     folder: str | Path | None,
     about: Mapping[str, Any],
-    begun: Iterable[tuple[Contender, int]],
+    begun: Sequence[tuple[Contender, int]],
     whole: PruningPlan,
     continued: Callable[[Curve], Iterator[Curve]],
     device: torch.device,
 ) -> tuple[Comparison, list[Curve]]:
-    """Go on with the curves of criteria and repeats to their ends, kept in a folder if there is one.
+    """Go on with the curves of criteria and repeats to their ends.
+
+    A folder, if there is one, keeps the settings, a JSON file a curve, step by step, and the table at the end.
 
     Args:
         about: what the numbers depend on.
@@ -379,14 +324,47 @@ def run_curves(
         continued: goes on with a curve, and yields it after every step.
         device: of the network.
     """
-    with nullcontext() if folder is None else held(Path(folder)):
-        store = CurveFolder.open(folder, about)
-        curves = [store.read(contender, repeat, whole) for contender, repeat in begun]
-        for index, curve in enumerate(curves):
+    folder = None if folder is None else Path(folder)
+    with nullcontext() if folder is None else held(folder):
+        if folder is not None:
+            _open(folder, about)
+        paths = [folder and folder / f"curve_{contender.slug}_{repeat}.json" for contender, repeat in begun]
+        curves = [_read_curve(path, Curve(*of, (), whole)) for path, of in zip(paths, begun, strict=True)]
+        for index, (path, curve) in enumerate(zip(paths, curves, strict=True)):
             for curves[index] in continued(curve):
-                store.write(curves[index])
+                if path is not None:
+                    write_json(path, curves[index].to_dict(), checked=True, allow_nan=True)
         rows = [row for curve in curves for row in marked(curve.rows, curve.at_chance)]
-        return store.finish(Comparison(as_frame(rows, about), about, environment(device))), curves
+        found = Comparison(as_frame(rows, about), about, environment(device))
+        if folder is not None:
+            found.to_csv(folder / TABLE)
+        return found, curves
+
+
+def _open(folder: Path, about: Mapping[str, Any]) -> None:
+    """Begin a folder, or go on with one; raise ComparisonError when it holds another comparison or other files."""
+    before = read_settings(folder)
+    if not before and (folder.is_file() or entries(folder)):
+        raise ComparisonError(f"'{folder}' holds something else than a comparison: choose another folder")
+    known = before.get("criteria", {})
+    other = sorted(key for key in {*before, *about} - {"criteria"} if before and before.get(key) != about.get(key))
+    other += [label for label, criterion in about["criteria"].items() if known.get(label, criterion) != criterion]
+    if other:
+        raise ComparisonError(f"'{folder}' holds a comparison with another {', '.join(other)}: choose another folder")
+    write_json(folder / SETTINGS, about | {"criteria": known | about["criteria"]}, checked=True)
+
+
+def _read_curve(path: Path | None, begun: Curve) -> Curve:
+    """Return a curve as far as a file has it; without one as it begins."""
+    if path is None or not path.exists():
+        return begun
+    data = read_json(path)
+    try:
+        plans = {target: PruningPlan.from_json(json.dumps(plan)) for target, plan in data.get("plans", {}).items()}
+        done = {"rows": tuple(data["rows"]), "at_chance": data["at_chance"], "step": data.get("step", 0)}
+        return replace(begun, plan=PruningPlan.from_json(json.dumps(data["plan"])), plans=plans, **done)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ComparisonError(f"'{path}' holds no curve of a comparison: {error}") from error
 
 
 def figures(plan: PruningPlan, cost: Cost) -> dict[str, float]:
