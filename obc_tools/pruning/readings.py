@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -250,9 +251,7 @@ class PausableCall:
 
     def __init__(self, function: Callable[[], Any]):
         self._function = function
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self._go, self._back = threading.Semaphore(0), SimpleQueue()
         self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -274,15 +273,14 @@ class PausableCall:
         if self._ended:
             return None
         self._go.release()
-        self._back.acquire()
-        if self._error is not None:
-            raise self._error
-        value, self._value = self._value, None
+        value, error = self._back.get()
+        if error is not None:
+            raise error
         return value
 
     def _run(self) -> None:
         self._go.acquire()
-        _here.call = self
+        _here.call, raised = self, None
         try:
             if not self._closing:
                 with torch.no_grad():
@@ -290,15 +288,13 @@ class PausableCall:
         except GeneratorExit:
             pass
         except BaseException as error:  # handed on to whoever resumes
-            self._error = error
-        finally:
-            self._ended = True
-            self._back.release()
+            raised = error
+        self._ended = True
+        self._back.put((None, raised))
 
     def _pause(self, value: Any) -> None:
-        self._value = value
+        self._back.put((value, None))
         del value
-        self._back.release()
         self._go.acquire()
         if self._closing:
             raise GeneratorExit
