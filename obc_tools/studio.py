@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from .pruning.order import Reach, RemovalOrder, removal_order
 from .pruning.plan import PlanMismatchError, PruningPlan, prune
 from .scoring.scores import Scores
 from .scoring.tasks import CLASSIFICATION, Task, evaluate, example_inputs, fitting
-from .state import call_model, copy_of
+from .state import call_model, copy_of, running
 from .structure.groups import ChannelGroup
 from .structure.layers import LayerAxis
 
@@ -350,7 +350,10 @@ class StudioSession:
         self.task = task if task.against is None else task.against(self.model)
         self.held_out_batches()
         self.example = example_inputs(task, self.data, setup.device, setup.dtype)
-        _check_runs(self.model, self.example, self.task)
+        plain = running(self.model, self.example, lambda: "the data's images")
+        runs = plain if isinstance(self.example, Tensor) else fitting(self.task, self.model, lambda: "data")
+        with torch.no_grad(), runs:
+            call_model(self.model, self.example)
         self.groups, self.costs = setup.selection.analyse(self.model, self.example)
         self.whole = PruningPlan.whole(self.groups)
         self._scores: dict[Scoring, Scores] = {}
@@ -515,17 +518,6 @@ def with_quartiles(latency: Latency) -> str:
     """Return a median in milliseconds, and between which quartiles it lies."""
     first, third = (1e3 * seconds for seconds in latency.quartiles_seconds)
     return f"{latency.median_ms:.2f} ({first:.2f}–{third:.2f})"
-
-
-def _check_runs(model: nn.Module, example: Any, task: Task) -> None:
-    try:
-        with torch.no_grad(), nullcontext() if isinstance(example, Tensor) else fitting(task, model, lambda: "data"):
-            call_model(model, example)
-    except RuntimeError as error:
-        shape = tuple(example.shape[1:])
-        raise ValueError(
-            f"{type(model).__name__} does not run on the data's images, of shape {shape}: {error}"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -348,8 +348,7 @@ class InteractionExplorer(Explorer):
         self.show(plots.jtj_pair(dense, look=self.look))
         made = f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {list(dense.channels)}{self._said})"
         self._say_code(f"{made}\nplots.jtj_pair(jtj)")
-        scores = ", ".join(
-            f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
-        )
+        scored = zip(dense.channels, dense.score, strict=True)
+        scores = ", ".join(f"{channel}: {score:.3e}" for channel, score in scored)
         together = self.interactions.joint(set(dense.channels))
         self.tell(f"scores {scores}; removed together {together:.3e}")

@@ -341,9 +341,8 @@ def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_p
 
 def test_images_that_the_network_does_not_take_are_named(made):
     colour = obc.load_model("resnet8", 10, in_channels=3, width=8)
-    with pytest.raises(
-        ValueError, match=r"CifarResNet does not run on the data's images, of shape \(1, 8, 8\): .*3 channels"
-    ):
+    said = r"the data's images: CifarResNet cannot work on \(1, 1, 8, 8\) float32: .*3 channels"
+    with pytest.raises(ValueError, match=said):
         PruningStudio(colour, made[1])
 
 
