@@ -367,6 +367,14 @@ def _read_curve(path: Path | None, begun: Curve) -> Curve:
         raise ComparisonError(f"'{path}' holds no curve of a comparison: {error}") from error
 
 
+def measured_task(task: str | Task, model: nn.Module, held_out: Iterable[Any] | None) -> Task:
+    """Return a task as it is for a network; raise ValueError for batches that can be gone through only once."""
+    if isinstance(held_out, Iterator):
+        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
+    task = find_task(task)
+    return task if task.against is None else task.against(model)
+
+
 def figures(plan: PruningPlan, cost: Cost) -> dict[str, float]:
     """Return what every row says of a plan."""
     channels = {"pruned_channels": plan.channels_removed, "channels": plan.channels}
@@ -475,7 +483,7 @@ def compare_criteria(
     if "batches" not in settings:  # as many as usual, or all there are
         there = len(data.batches("train", chosen.batch_size))
         chosen = replace(chosen, batches=min(chosen.batches, there))
-    bench = _Bench(factory, data, chosen, contenders, find_task(task), objective, progress)
+    bench = _Bench(factory, data, chosen, contenders, task, objective, progress)
     draws = [(c, c.criterion.draws or chosen.compensate) for c in contenders]
     curves = [(c, repeat) for c, drawn in draws for repeat in range(chosen.repeats if drawn else 1)]
     with tqdm(total=len(curves) * chosen.steps, desc="comparing", unit="step", disable=not progress) as bar:
@@ -507,14 +515,14 @@ class _Bench:
     data: Data
     settings: CompareSettings
     contenders: tuple[Contender, ...]
-    task: Task
+    task: str | Task
     objective: Objective | None
     progress: bool
 
     def __post_init__(self):
         settings, model = self.settings, self.factory().eval()
         self.checksum, self.device = checksum(model), next(model.parameters()).device
-        task = self.task = self.task if self.task.against is None else self.task.against(model)
+        task = self.task = measured_task(self.task, model, None)
         criteria = [contender.criterion for contender in self.contenders] if self.objective is None else []
         if settings.until_chance and task is not CLASSIFICATION:
             raise ValueError(f"until_chance=True: there is no guess by which to end a curve of task '{task.name}'")

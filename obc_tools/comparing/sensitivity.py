@@ -31,10 +31,10 @@ from ..pruning.order import removal_order, unscored
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.objectives import Objective
 from ..scoring.scores import Scores
-from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate
 from ..state import calling
 from ..structure.groups import ChannelGroup
-from .compare import ComparisonError
+from .compare import ComparisonError, measured_task
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,7 @@ def sensitivity(
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios={tuple(ratios)}: expected shares of a group's channels in (0, 1)")
-    if isinstance(held_out, Iterator):
-        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
-    task = find_task(task)
-    task = task if task.against is None else task.against(model)
+    task = measured_task(task, model, held_out)
     scored = {"criterion": criterion, "objective": objective or task.losses}
     selection, scoring, limits = values_of(dict(settings, **scored), Selection, Scoring, Limits)
     groups, costs = selection.analyse(model, example_inputs, OPERATIONS)

@@ -22,8 +22,8 @@ from ..pruning.plan import PruningPlan, prune, shrink
 from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
-from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
-from .compare import Comparison, Curve, checksum, described, figures, resolve_contenders, run_curves
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate
+from .compare import Comparison, Curve, checksum, described, figures, measured_task, resolve_contenders, run_curves
 
 Build = Callable[[nn.Module, PruningPlan], nn.Module]
 """(model, plan) -> the pruned network that is measured."""
@@ -113,11 +113,8 @@ def sweep(
             `compare_criteria` raise.
     """
     check_whole("repeats", repeats, 0)
-    if isinstance(held_out, Iterator):
-        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
     contenders = resolve_contenders([criteria] if _is_one(criteria) else criteria)
-    task = find_task(task)
-    task = task if task.against is None else task.against(model)
+    task = measured_task(task, model, held_out)
     scored = {"criterion": "jacobian", "objective": objective or task.losses}
     selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
     left = what_is_left(compensate, batches, task)

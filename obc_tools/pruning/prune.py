@@ -132,11 +132,10 @@ def prune_to(
     target = (
         Timing(latency, latency_speedup, **timing or {}) if timed else Target(speedup, macs, params, ratio, counting)
     )
+    losses = objective or find_task(task).losses
     way = Way(
         selection=Selection(ignore, whole_heads, only),
-        scoring=Scoring(
-            criterion, group_reduction, normalizer, objective or find_task(task).losses, None, stop, per, rows, amp
-        ),
+        scoring=Scoring(criterion, group_reduction, normalizer, losses, None, stop, per, rows, amp),
         limits=Limits(min_channels, max_ratio, round_to, scope=scope),
         steps=Steps(steps, schedule_ratio, last_step),
         left=what_is_left(compensate, batches, task),
