@@ -315,17 +315,15 @@ class LatencyModel:
         """What is left of each layer."""
         return _Shares(self.costs, list(self.coefficients))
 
-    @property
+    @cached_property
     def original(self) -> Cost:
         """The cost of the network itself."""
-        return replace(self.costs.original, latency=self._milliseconds(self.shares.whole))
+        return self.of(WHOLE)
 
     def of(self, plan: Plan) -> Cost:
         """Return what a plan costs; raise as `CostModel.of` does."""
-        return replace(self.costs.of(plan), latency=self._milliseconds(self.shares.of(plan)))
-
-    def _milliseconds(self, shares: np.ndarray) -> float:
-        return 1e3 * float((np.array([*self.coefficients.values()]) * shares).sum())
+        seconds = np.array([*self.coefficients.values()]) * self.shares.of(plan)
+        return replace(self.costs.of(plan), latency=1e3 * float(seconds.sum()))
 
 
 WIDTHS = 2
@@ -347,7 +345,6 @@ class _Shares:
         )
         self.rows = self._largest(costs, whole)
         self.start = self._sums(whole)
-        self.whole = self._columns(costs.widths.whole, self.start)
 
     def of(self, plan: Plan) -> np.ndarray:
         """Return the shares, of shape (layers, 2 + WIDTHS)."""
