@@ -38,7 +38,7 @@ from obc_tools.data.data import Data
 from obc_tools.files import environment
 from obc_tools.measure.latency import latencies
 from obc_tools.pruning.choices import Limits, Selection
-from obc_tools.pruning.timed import LatencyError, Timing, latency_model, measure_apart, random_plans
+from obc_tools.pruning.prune import LatencyError, Timing, latency_model, measure_apart, random_plans
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": torchvision.models.resnet50,

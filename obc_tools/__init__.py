@@ -7,8 +7,7 @@ The main job: `load_model`, `load_data` -> `prune_to` a target -> `prune` or `Eq
 from importlib import import_module
 
 _NAMES = {
-    "comparing.compare": ("compare_criteria",),
-    "comparing.comparison": ("Comparison", "read_comparison"),
+    "comparing.compare": ("Comparison", "compare_criteria", "read_comparison"),
     "comparing.sensitivity": ("Sensitivity", "sensitivity"),
     "comparing.sweep": ("Sweep", "sweep"),
     "data.batches": ("Augmentation", "take"),

@@ -184,7 +184,7 @@ class ComparingOptions(PruningOptions):
 
     def show(self, found: obc.Comparison | obc.Sweep) -> None:
         """Print a table and keep its figure."""
-        from ..plots.jtj import save_html
+        from ..plots import save_html
 
         print(f"\n{found!r}\n\nfigures: {save_html(found.plot(), self.out / CURVES)}")
 

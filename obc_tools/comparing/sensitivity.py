@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from operator import attrgetter
 from typing import Any
 
 import pandas as pd
@@ -32,10 +31,10 @@ from ..pruning.order import removal_order, unscored
 from ..pruning.plan import PruningPlan, prune
 from ..scoring.objectives import Objective
 from ..scoring.scores import Scores
-from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate
 from ..state import calling
 from ..structure.groups import ChannelGroup
-from .comparison import ComparisonError
+from .compare import ComparisonError, measured_task
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +61,8 @@ class Sensitivity:
         metric = metric or next(iter(self.directions))
         if metric not in self.frame:
             raise ComparisonError(f"'{metric}' was not measured; there are {', '.join(self.directions)}")
-        table = (
-            self.frame[1:].pivot(index="group", columns="ratio", values=metric).loc[self.frame["group"][1:].unique()]
-        )
+        alone = self.frame[1:]
+        table = alone.pivot(index="group", columns="ratio", values=metric).loc[alone["group"].unique()]
         worse = self.frame[metric][0] - table
         return worse if self.directions[metric] == "higher" else -worse
 
@@ -118,10 +116,7 @@ def sensitivity(
     """
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise ValueError(f"ratios={tuple(ratios)}: expected shares of a group's channels in (0, 1)")
-    if isinstance(held_out, Iterator):
-        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
-    task = find_task(task)
-    task = task if task.against is None else task.against(model)
+    task = measured_task(task, model, held_out)
     scored = {"criterion": criterion, "objective": objective or task.losses}
     selection, scoring, limits = values_of(dict(settings, **scored), Selection, Scoring, Limits)
     groups, costs = selection.analyse(model, example_inputs, OPERATIONS)
@@ -146,11 +141,12 @@ class _Bench:
     def rows(self, ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
         """Yield the rows, of the groups that are used last in the end, so that what is known of a pass grows."""
         whole = PruningPlan.whole(self.scores)
-        network, prefixes = prune(self.model, whole), Prefixes()
-        found, first = first_uses(network, self.measured)
+        network, starts = prune(self.model, whole), {}
+        found, running = self.measured(network), [axis.layer for axis in self.costs.axes]
         widths = {name: tensor.shape for name, tensor in named_tensors(network).items()}
         yield self._row(None, 0.0, whole, found)
-        for group in sorted(filter(attrgetter("prunable"), self.scores), key=lambda group: _begin(group, first)):
+        prunable = [group for group in self.scores if group.prunable]
+        for group in sorted(prunable, key=lambda group: min(running.index(m.axis.layer) for m in group.members)):
             others = {other.root: 0.0 for other in self.scores if other is not group}
             alone = replace(self.limits, scope="local", max_ratio_of={**self.limits.max_ratio_of, **others})
             order = removal_order(self.scores, alone)
@@ -159,7 +155,7 @@ class _Bench:
                 if plan.channels_removed:
                     pruned = prune(self.model, plan)
                     parting = _changed(named_tensors(pruned), widths)
-                    values = prefixes.measure(pruned, parting, self.measured) if self.reuse else self.measured(pruned)
+                    values = replay(starts, pruned, parting, self.measured) if self.reuse else self.measured(pruned)
                 yield self._row(group, ratio, plan, values)
 
     def _row(
@@ -175,12 +171,6 @@ class _Bench:
             "params": cost.params,
             **found.values,
         }
-
-
-def _begin(group: ChannelGroup, first: Mapping[str, int]) -> int:
-    """Return when a group's layers are used first."""
-    layers = {member.axis.layer for member in (*group.members, *group.attributes)}
-    return min((call for name, call in first.items() if _layer(name) in layers or name in layers), default=0)
 
 
 def _changed(tensors: Mapping[str, Tensor], widths: Mapping[str, torch.Size]) -> list[Tensor]:
@@ -252,67 +242,36 @@ def _alive(leaf: Any, nothing: Tensor) -> Any:
     return nothing if tensor is None else tensor
 
 
-class Prefixes:
-    """What networks share of the passes over the same batches, by the number of the pass; one start of each is kept."""
+Starts = dict[int, tuple[list[Call], list[Any]]]
+"""What networks share of the passes over the same batches, by the number of the pass; one start of each is kept."""
 
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[list[Call], list[Any]]] = {}
 
-    def measure(self, network: nn.Module, parting: Iterable[Tensor], measured: Callable[[nn.Module], Any]) -> Any:
-        """Return what a function makes of a network of our own, whose passes are replayed as far as they are known.
+def replay(starts: Starts, network: nn.Module, parting: Iterable[Tensor], measured: Callable[[nn.Module], Any]) -> Any:
+    """Return what a function makes of a network of our own, whose passes are replayed as far as they are known.
 
-        ``parting``: tensors of the network before whose first use it is as those before. Where a pass cannot be
-        replayed, whole ones are run.
-        """
-        parting, numbers, forward = list(parting), count(), network.forward
+    ``parting``: tensors of the network before whose first use it is as those before. Where a pass cannot be replayed,
+    whole ones are run.
+    """
+    parting, numbers, forward = list(parting), count(), network.forward
 
-        def replayed(*args: Any, **kwargs: Any) -> Any:
-            number = next(numbers)
-            with _Pass(*self.kept.get(number, ([], [])), parting) as run:
-                output = forward(*args, **kwargs)
-            if run.parted:
-                self.kept[number] = (run.calls, run.results)
-            return output
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        number = next(numbers)
+        with _Pass(*starts.get(number, ([], [])), parting) as run:
+            output = forward(*args, **kwargs)
+        if run.parted:
+            starts[number] = (run.calls, run.results)
+        return output
 
-        try:
-            with calling(network, replayed):
-                return measured(network)
-        except Exception as error:
-            logger.info("what comes before the group is run again: %s: %s", type(error).__name__, error)
-            self.kept.clear()
+    try:
+        with calling(network, replayed):
             return measured(network)
-
-
-def first_uses(network: nn.Module, measured: Callable[[nn.Module], Any]) -> tuple[Any, dict[str, int]]:
-    """Return what a function makes of a network, and when each parameter and buffer is used first, in calls from 0."""
-    uses, forward = _Uses(), network.forward
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        with uses:
-            return forward(*args, **kwargs)
-
-    with calling(network, noted):
-        found = measured(network)
-    named = named_tensors(network).items()
-    return found, {name: uses.first[id(tensor)] for name, tensor in named if id(tensor) in uses.first}
+    except Exception as error:
+        logger.info("what comes before the group is run again: %s: %s", type(error).__name__, error)
+        starts.clear()
+        return measured(network)
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a network by name."""
     parameters = network.named_parameters(remove_duplicate=False)
     return dict([*parameters, *network.named_buffers(remove_duplicate=False)])
-
-
-class _Uses(TorchFunctionMode):
-    """Notes when each tensor is first handed to a function of torch's: ``first``, by its id, in calls from 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.first = 0, {}
-
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.first.setdefault(id(leaf), self.calls)
-        self.calls += 1
-        return func(*args, **(kwargs or {}))

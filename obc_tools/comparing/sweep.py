@@ -5,40 +5,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from ..data.batches import Batches
 from ..errors import check_name, check_whole
-from ..files import environment, held
 from ..measure.costs import CostModel
 from ..measure.latency import latencies
-from ..pruning.choices import (
-    OPERATIONS,
-    TARGETS,
-    Limits,
-    Reached,
-    Scoring,
-    Selection,
-    Steps,
-    Target,
-    check_settings,
-    values_of,
-)
+from ..pruning.choices import OPERATIONS, Limits, Reached, Scoring, Selection, Steps, Target, targets_of, values_of
 from ..pruning.order import check_reachable
 from ..pruning.plan import PruningPlan, prune, shrink
 from ..pruning.prune import Stage, Way, pruning_steps, what_is_left
 from ..scoring.criteria import Criterion
 from ..scoring.objectives import Objective
-from ..scoring.tasks import CLASSIFICATION, Task, evaluate, find_task
-from .comparison import Comparison, Curve, CurveFolder, as_frame, checksum, described, marked, resolve_contenders
+from ..scoring.tasks import CLASSIFICATION, Task, evaluate
+from .compare import Comparison, Curve, checksum, described, figures, measured_task, resolve_contenders, run_curves
 
 Build = Callable[[nn.Module, PruningPlan], nn.Module]
 """(model, plan) -> the pruned network that is measured."""
@@ -128,11 +113,8 @@ def sweep(
             `compare_criteria` raise.
     """
     check_whole("repeats", repeats, 0)
-    if isinstance(held_out, Iterator):
-        raise ValueError(f"held_out: a {type(held_out).__name__} can be gone through only once; pass a list of batches")
     contenders = resolve_contenders([criteria] if _is_one(criteria) else criteria)
-    task = find_task(task)
-    task = task if task.against is None else task.against(model)
+    task = measured_task(task, model, held_out)
     scored = {"criterion": "jacobian", "objective": objective or task.losses}
     selection, *how = values_of(dict(settings, **scored), Selection, Scoring, Limits, Steps)
     left = what_is_left(compensate, batches, task)
@@ -141,42 +123,22 @@ def sweep(
     for contender in contenders:
         way.scoring.of(contender.criterion)
     groups, costs = selection.analyse(model, example_inputs, counting)
-    whole, asked = PruningPlan.whole(groups), _targets(targets, counting)
+    whole, asked = PruningPlan.whole(groups), targets_of(targets, counting)
     for target in {target.given[0]: target for target in asked}.values():
         check_reachable(target, whole, way.limits, costs)
     bench = _Bench(model, example_inputs, batches, asked, costs, way, task, held_out, build, repeats)
     about = bench.describe() | {"settings": {name: str(value) for name, value in settings.items()}}
     about |= {"criteria": {contender.label: described(contender.criterion) for contender in contenders}}
     about = json.loads(json.dumps(about))
-    with nullcontext() if folder is None else held(Path(folder)):
-        store = CurveFolder.open(folder, about)
-        curves = [store.read(contender, 0, whole) for contender in contenders]
-        for index, curve in enumerate(curves):
-            for curves[index] in bench.continued(curve):
-                store.write(curves[index])
-        rows = [row for curve in curves for row in marked(curve.rows, False)]
-        found = Comparison(as_frame(rows, about), about, environment(bench.device))
-        return Sweep(store.finish(found), {curve.contender.label: bench.told(curve.plans) for curve in curves})
+    begun = [(contender, 0) for contender in contenders]
+    found, curves = run_curves(folder, about, begun, whole, bench.continued, next(model.parameters()).device)
+    return Sweep(found, {curve.contender.label: bench.told(curve.plans) for curve in curves})
 
 
 def _is_one(criteria: Any) -> bool:
     """Say whether this is one criterion: a name, (name, options), a Criterion or a function."""
     with_options = isinstance(criteria, tuple) and len(criteria) == 2 and isinstance(criteria[1], Mapping)
     return with_options or isinstance(criteria, str | Criterion) or callable(criteria)
-
-
-def _targets(targets: Mapping[str, float | Iterable[float]], counting: str) -> list[Target]:
-    """Return the targets, of each kind the easiest first; raise ValueError where there are none, or unknown kinds."""
-    check_settings(targets, TARGETS)
-    given = {kind: {values} if isinstance(values, Real) else {*values} for kind, values in targets.items()}
-    found = [
-        Target(**{kind: value}, counting=counting)
-        for kind, values in given.items()
-        for value in sorted(values, reverse=kind in ("macs", "params"))
-    ]
-    if not found:
-        raise ValueError("no targets: give some, such as targets={'speedup': (1.5, 2, 3)}")
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +155,6 @@ class _Bench:
     held_out: Iterable[Any] | None
     build: Build
     repeats: int
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def describe(self) -> dict[str, Any]:
         """Return what the numbers depend on, as JSON holds it; ``steps`` are those of the table."""
@@ -251,10 +209,7 @@ class _Bench:
             "repeat": 0,
             "step": len(curve.rows),
             "target": "" if target is None else str(target),
-            "pruned_channels": plan.channels_removed,
-            "channels": plan.channels,
-            "macs": cost.macs,
-            "params": cost.params,
+            **figures(plan, cost),
             "speedup": self.costs.original.macs / cost.macs,
             **{name: values.get(name) for name in self.task.directions},
             **{f"train_{name}": None for name in self.task.directions},

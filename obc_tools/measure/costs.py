@@ -142,6 +142,10 @@ class Kept(NamedTuple):
     kept: Sequence[Sequence[int] | np.ndarray]
 
 
+WHOLE = Kept((), ())
+"""What prunes no group."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Widths:
     """The lengths of dimensions, given how many channels of each pattern are gone.
@@ -234,20 +238,14 @@ class CostModel:
         Raises:
             CostModelError: the plan has a group that the model lacks, or prunes one that cannot shrink.
         """
-        widths = self.widths_of(plan)
-        sizes = self.macs.at(widths)
+        sizes, params = self.terms(plan)
         batched, once = int(sizes[self.macs.batched].sum()), int(sizes[~self.macs.batched].sum())
-        return Cost(once + batched / self.examples, int(self.params.at(widths).sum()), self.original.unknown)
+        return Cost(once + batched / self.examples, int(params.sum()), self.original.unknown)
 
     def terms(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Return what `macs` and `params` are in a plan, one number a term, MACs of the whole batch."""
         widths = self.widths_of(plan)
         return self.macs.at(widths), self.params.at(widths)
-
-    @property
-    def original_terms(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `terms` is of the network itself."""
-        return self.macs.at(self.widths.whole), self.params.at(self.widths.whole)
 
     def by_layer(self, plan: Plan) -> pd.DataFrame:
         """Return what each layer costs where a plan is carried out; raise as `of` does.
@@ -255,14 +253,13 @@ class CostModel:
         Columns "layer", "MACs" (of one example) and "parameters", which add up to what `of` returns. Layers with MACs
         come in the order in which they run, then those that have parameters alone.
         """
-        widths = self.widths_of(plan)
-        macs = self.macs.at(widths) / np.where(self.macs.batched, self.examples, 1)
-        return _by_layer((self.macs.owners, macs), (self.params.owners, self.params.at(widths)))
+        sizes, params = self.terms(plan)
+        macs = sizes / np.where(self.macs.batched, self.examples, 1)
+        return _by_layer((self.macs.owners, macs), (self.params.owners, params))
 
     def layers(self, plan: Plan) -> pd.DataFrame:
         """Return what a plan makes of every layer, as `layers_table` does; raise as `of` does."""
-        whole = [range(group.width) for group in plan.groups]
-        before, after = self.by_layer(Kept(plan.groups, whole)), self.by_layer(plan)
+        before, after = self.by_layer(WHOLE), self.by_layer(plan)
         shrunk = kept_positions(dict(zip(plan.groups, plan.kept, strict=True)))
         wide = {axis: (classes.size, len(shrunk.get(axis, classes))) for axis, classes in self.axes.items()}
         layers = list(dict.fromkeys((*(axis.layer for axis in self.axes), *before["layer"])))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 from torchvision.ops import box_iou
 
 THRESHOLDS = torch.arange(0.5, 1.0, 0.05, dtype=torch.float64)
@@ -41,15 +42,11 @@ class AveragePrecision(Metric):
 
     def compute(self) -> dict[str, float]:
         """Return {"map50": …, "map": …}, shares in [0, 1]; NaN where there was no target at all."""
-        scores, labels, hits, wanted = (_joined(getattr(self, n)) for n in ("scores", "labels", "hits", "wanted"))
+        scores, labels, hits, wanted = (dim_zero_cat(getattr(self, n)) for n in ("scores", "labels", "hits", "wanted"))
         classes = wanted.unique()
         curves = [_precision(scores[labels == c], hits[labels == c], int((wanted == c).sum())) for c in classes]
         mean = torch.stack(curves).mean(0) if curves else torch.full((len(THRESHOLDS),), torch.nan)
         return {"map50": mean[0].item(), "map": mean.mean().item()}
-
-
-def _joined(parts: Tensor | list[Tensor]) -> Tensor:
-    return torch.cat(parts) if isinstance(parts, list) else parts
 
 
 def _hits(boxes: Tensor, labels: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:

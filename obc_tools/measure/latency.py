@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_map
 from ..errors import check_name, check_whole
 from ..files import environment, read_json, write_json
 from ..state import call_model, evaluating, hooks, running
-from .costs import Cost, CostModel, Plan, example_count
+from .costs import WHOLE, Cost, CostModel, Plan, example_count
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +68,7 @@ class Latency:
     @property
     def quartiles_seconds(self) -> tuple[float, float]:
         """The first and the third quartile of the durations."""
-        if len(self.seconds) == 1:
-            return self.seconds[0], self.seconds[0]
-        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return first, third
+        return tuple(np.quantile(self.seconds, (0.25, 0.75)).tolist())
 
     def __repr__(self) -> str:
         first, third = (1e3 * seconds for seconds in self.quartiles_seconds)
@@ -188,12 +184,11 @@ def latencies(
                     duration = once()
                 if number >= warmup:
                     seconds[name].append(duration)
-    return Latencies(
-        {
-            name: Latency(tuple(seconds[name]), size, str(_device(model)), _dtype(model), used_threads)
-            for name, model in models.items()
-        }
-    )
+    found = {
+        name: Latency(tuple(seconds[name]), size, str(_device(model)), _dtype(model), used_threads)
+        for name, model in models.items()
+    }
+    return Latencies(found)
 
 
 def clock_of(clock: str, device: torch.device) -> Callable[[], float]:
@@ -293,19 +288,15 @@ def time_layers(
                 continue
             whole[0].append(alone)
             whole[1].append(ends[-1] - marks[0][1])
-            for name, seconds in _by_name(marks, ends).items():
+            spent = Counter()
+            for (name, start), end in zip(marks, ends, strict=True):
+                spent[name] += end - start
+            for name, seconds in spent.items():
                 found[name].append(seconds)
-    spent = {name: statistics.median(seconds) for name, seconds in found.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
     marking = max(0.0, min(whole[1]) - min(whole[0])) / len(marks)
     starts = Counter(name for name, _ in marks)
-    return {name: max(0.0, seconds - starts[name] * marking) for name, seconds in spent.items()}
-
-
-def _by_name(marks: Sequence[tuple[str, float]], ends: Sequence[float]) -> dict[str, float]:
-    spent: dict[str, float] = defaultdict(float)
-    for (name, start), end in zip(marks, ends, strict=True):
-        spent[name] += end - start
-    return spent
+    return {name: max(0.0, seconds - starts[name] * marking) for name, seconds in medians.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,17 +315,15 @@ class LatencyModel:
         """What is left of each layer."""
         return _Shares(self.costs, list(self.coefficients))
 
-    @property
+    @cached_property
     def original(self) -> Cost:
         """The cost of the network itself."""
-        return replace(self.costs.original, latency=self._milliseconds(self.shares.whole))
+        return self.of(WHOLE)
 
     def of(self, plan: Plan) -> Cost:
         """Return what a plan costs; raise as `CostModel.of` does."""
-        return replace(self.costs.of(plan), latency=self._milliseconds(self.shares.of(plan)))
-
-    def _milliseconds(self, shares: np.ndarray) -> float:
-        return 1e3 * float((np.array([*self.coefficients.values()]) * shares).sum())
+        seconds = np.array([*self.coefficients.values()]) * self.shares.of(plan)
+        return replace(self.costs.of(plan), latency=1e3 * float(seconds.sum()))
 
 
 WIDTHS = 2
@@ -346,25 +335,25 @@ class _Shares:
 
     def __init__(self, costs: CostModel, layers: Sequence[str]):
         self.costs, self.layers = costs, {name: index for index, name in enumerate(layers)}
-        products = {name for name, size in zip(costs.macs.owners, costs.original_terms[0], strict=True) if size}
+        whole = costs.terms(WHOLE)
+        products = {name for name, size in zip(costs.macs.owners, whole[0], strict=True) if size}
         # Of its products where a layer has any, else of its parameters.
         outside = len(layers)
         self.sides = tuple(
             np.array([self.layers.get(n, outside) if (n in products) == wanted else outside for n in owners], np.int64)
             for owners, wanted in ((costs.macs.owners, True), (costs.params.owners, False))
         )
-        self.rows = self._largest(costs)
-        self.start = self._sums(costs.original_terms)
-        self.whole = self._columns(costs.widths.whole, self.start)
+        self.rows = self._largest(costs, whole)
+        self.start = self._sums(whole)
 
     def of(self, plan: Plan) -> np.ndarray:
         """Return the shares, of shape (layers, 2 + WIDTHS)."""
         return self._columns(self.costs.widths_of(plan), self._sums(self.costs.terms(plan)))
 
-    def _largest(self, costs: CostModel) -> np.ndarray:
+    def _largest(self, costs: CostModel, whole: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """Return the dimensions of each layer's largest term; 0, the constant, where there are fewer."""
         rows, most = np.zeros((len(self.layers), WIDTHS), dtype=np.int64), np.zeros(len(self.layers) + 1)
-        for side, terms, sizes in zip(self.sides, (costs.macs, costs.params), costs.original_terms, strict=True):
+        for side, terms, sizes in zip(self.sides, (costs.macs, costs.params), whole, strict=True):
             for layer, dims, size in zip(side, terms.rows, sizes, strict=True):
                 if layer < len(self.layers) and size > most[layer]:
                     most[layer], found = size, [row for row in dict.fromkeys(dims.tolist()) if row][:WIDTHS]
@@ -438,9 +427,6 @@ def kept_latency(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        kept = read_json(path)
-        if kept.keys() == {"conditions", "coefficients"}:
-            return kept
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
-        pass
-    raise ValueError(f"'{path}' holds no latencies: name another file")
+        return read_json(path, "conditions", "coefficients")
+    except ValueError as error:
+        raise ValueError(f"'{path}' holds no latencies: name another file; {error}") from error

@@ -2,7 +2,7 @@
 fast networks are on this machine: by runtime, by threads, on a GPU where there is one, by examples at a time.
 
 ONNX needs the packages onnx, onnxscript and onnxruntime: ``pip install obc_tools[export]``.
-`python -m obc_tools.models.runtimes FILE` times two networks in a process of its own, for `pruning.timed`.
+`python -m obc_tools.models.runtimes FILE` times two networks in a process of its own, for `pruning.prune`.
 """
 
 from __future__ import annotations

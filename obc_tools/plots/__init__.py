@@ -1,17 +1,8 @@
 """Figures: numbers, names and labels in, a plotly figure out."""
 
 from .curves import accuracy_over_macs, criteria_curves, criteria_panels, plot_histories, scoring_seconds
-from .jtj import (
-    filter_image,
-    group_jtj_heatmap,
-    interactions_heatmap,
-    jtj_grid,
-    jtj_heatmap,
-    jtj_pair,
-    save_html,
-    save_png,
-    spectrum,
-)
+from .jtj import filter_image, group_jtj_heatmap, interactions_heatmap, jtj_grid, jtj_heatmap, jtj_pair, spectrum
+from .looks import save_html, save_png
 from .plans import coupling_graph, mixing_heatmaps, plot_groups, plot_plan, plot_removed_shares
 
 __all__ = [

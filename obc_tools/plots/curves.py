@@ -100,19 +100,17 @@ def _draw(figure: go.Figure, comparison: Any, metric: str, over: str, *, legend:
         used[color] += 1
         if steps["std"].notna().any():
             figure.add_trace(_band(steps, label, color), **place)
-        figure.add_trace(
-            go.Scatter(
-                x=steps["x"],
-                y=steps["y"],
-                name=label,
-                legendgroup=label,
-                showlegend=legend,
-                mode="lines+markers",
-                line=line,
-                marker={"size": 4},
-                customdata=steps["std"].fillna(0),
-                hovertemplate=f"{label}<br>%{{x:.1f}} %<br>%{{y:.4g}} ± %{{customdata:.2g}}<extra></extra>",
-            ),
+        figure.add_scatter(
+            x=steps["x"],
+            y=steps["y"],
+            name=label,
+            legendgroup=label,
+            showlegend=legend,
+            mode="lines+markers",
+            line=line,
+            marker={"size": 4},
+            customdata=steps["std"].fillna(0),
+            hovertemplate=f"{label}<br>%{{x:.1f}} %<br>%{{y:.4g}} ± %{{customdata:.2g}}<extra></extra>",
             **place,
         )
 
@@ -267,9 +265,8 @@ def watch_figure(
     for panel, title in enumerate(titles.values()):
         figure.update_yaxes(title=title, row=panel // 2 + 1, col=panel % 2 + 1)
     if failed:
-        text = "<br>".join(
-            html.escape(line if len(line) <= MOST_WORDS else f"{line[:MOST_WORDS]} …") for line in failed
-        )
+        lines = [line if len(line) <= MOST_WORDS else f"{line[:MOST_WORDS]} …" for line in failed]
+        text = "<br>".join(map(html.escape, lines))
         place = {"xref": "paper", "yref": "paper", "x": 0, "y": 1.1, "yanchor": "bottom", "align": "left"}
         figure.add_annotation(text=text, showarrow=False, font_color=COLORS["naive"], **place)
     x = {"title": "epochs", "rangemode": "tozero"}

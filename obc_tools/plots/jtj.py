@@ -6,20 +6,18 @@ look with its template.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from ..errors import check_name
-from ..files import write_text
 from .looks import color_axis, counted, finished
 
 MODES = ("absolute", "signed", "correlation")
@@ -194,26 +192,6 @@ def spectrum(dense: Any, *, look: str = "light") -> go.Figure:
     return finished(figure, look, 420, x=x, y=y, title=title, showlegend=False)
 
 
-def save_html(figure: go.Figure, path: str | Path) -> Path:
-    """Write a figure as one HTML file that needs no network, plotly.js included (about 5 MB); return its path."""
-    path = Path(path)
-    page = figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False})
-    write_text(path, page)
-    return path
-
-
-def save_png(figure: go.Figure, path: str | Path, width: int = 1000, height: int | None = None) -> Path:
-    """Write a figure as a PNG of `width` pixels, twice as fine; return its path. Needs the package kaleido.
-
-    Raises:
-        ValueError: kaleido is not installed.
-    """
-    if importlib.util.find_spec("kaleido") is None:
-        raise ValueError("a PNG needs the package kaleido (pip install kaleido); save_html does without")
-    figure.write_image(path, format="png", width=width, height=height or figure.layout.height, scale=2)
-    return Path(path)
-
-
 _NAMES = {"absolute": "|JᵀJ|", "signed": "JᵀJ", "correlation": "Correlation of JᵀJ"}
 
 
@@ -347,16 +325,12 @@ def filter_tiles(weight: Tensor, layer: str, channel: int) -> tuple[np.ndarray, 
         raise ValueError(f"layer {layer!r} has no filters to show: choose a Conv2d or Linear")
     if not 0 <= channel < len(weight):
         raise ValueError(f"layer {layer!r}: no channel {channel}; the channels are 0 to {len(weight) - 1}")
-    kernels = weight[channel].detach().float().cpu().numpy()
+    kernels = weight[channel].detach().double().cpu()
     kernels = kernels if kernels.ndim == 3 else kernels[:, None, None]
     shown = kernels[:MOST_KERNELS]
-    columns = math.ceil(math.sqrt(len(shown)))
-    rows, (height, width) = math.ceil(len(shown) / columns), shown.shape[1:]
-    tiles = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
-    for index, kernel in enumerate(shown):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        tiles[top : top + height, left : left + width] = kernel
-    return tiles, len(shown), len(kernels)
+    tiles = make_grid(shown[:, None], math.ceil(math.sqrt(len(shown))), padding=1, pad_value=math.nan)[0].numpy()
+    inside = slice(1, -1) if len(shown) > 1 else slice(None)  # without the border, which one tile alone has not
+    return tiles[inside, inside], len(shown), len(kernels)
 
 
 def jtj_pair(dense: Any, mode: str = "correlation", *, look: str = "light") -> go.Figure:

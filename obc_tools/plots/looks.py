@@ -1,4 +1,4 @@
-"""The one look of all figures: fonts, colours and colour scales, light and dark.
+"""The one look of all figures: fonts, colours and colour scales, light and dark; and figures as files.
 
 Colours are safe for colour-blind readers (lines after Okabe and Ito 2008; maps from white to blue, or from navy to
 yellow on dark; blue to orange where there are signs) and fixed by name: EP has the same colour in every figure.
@@ -6,9 +6,11 @@ yellow on dark; blue to orange where there are signs) and fixed by name: EP has 
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import plotly.graph_objects as go
 from plotly.colors import make_colorscale
 
 from ..errors import check_name
+from ..files import write_text
 
 LOOKS = LIGHT, DARK = "light", "dark"
 
@@ -147,3 +150,23 @@ def color_of(name: str, index: int = 0) -> str:
     """Return the fixed colour of a name (by its first word, in any case), else the colour of a place in the palette."""
     words = name.lower().replace(",", " ").split()
     return COLORS.get(words[0] if words else "", PALETTE[index % len(PALETTE)])
+
+
+def save_html(figure: go.Figure, path: str | Path) -> Path:
+    """Write a figure as one HTML file that needs no network, plotly.js included (about 5 MB); return its path."""
+    path = Path(path)
+    page = figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False})
+    write_text(path, page)
+    return path
+
+
+def save_png(figure: go.Figure, path: str | Path, width: int = 1000, height: int | None = None) -> Path:
+    """Write a figure as a PNG of `width` pixels, twice as fine; return its path. Needs the package kaleido.
+
+    Raises:
+        ValueError: kaleido is not installed.
+    """
+    if importlib.util.find_spec("kaleido") is None:
+        raise ValueError("a PNG needs the package kaleido (pip install kaleido); save_html does without")
+    figure.write_image(path, format="png", width=width, height=height or figure.layout.height, scale=2)
+    return Path(path)

@@ -85,12 +85,9 @@ def studio_figure(shown: Any, kept: Sequence[int], root: str, score: Tensor, *, 
     gap = 40 + 5.4 * max(map(len, shown.names))
     height = PANELS + gap
     figure = make_subplots(2, 1, vertical_spacing=gap / height, row_heights=[0.55, 0.45])
-    traces = studio_traces(shown, kept, score)
-    for trace in traces[:3]:
-        figure.add_bar(**trace, row=1, col=1)
-    figure.add_scatter(**traces[3], row=1, col=1)
-    for trace in traces[4:]:
-        figure.add_scatter(**trace, row=2, col=1)
+    for number, trace in enumerate(studio_traces(shown, kept, score)):
+        add = figure.add_bar if number < 3 else figure.add_scatter
+        add(**trace, row=1 if number < 4 else 2, col=1)
     figure.update_xaxes(title=shown.title, row=1, **GROUPS)
     figure.update_yaxes(title=shown.unit, row=1, col=1)
     figure.update_yaxes(title="score", exponentformat="power", row=2, col=1)

@@ -172,16 +172,10 @@ class Check:
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row a comparison: its name, the error, the bound on it, whether it is met, the verdict, a note."""
+        bounds = [f"{'≥' if finding.differs else '≤'} {finding.bound:.2g}" for finding in self.findings]
         rows = [
-            (
-                f.name,
-                f.error,
-                f"{'≥' if f.differs else '≤'} {f.bound:.2g}",
-                f.ok,
-                f.verdict,
-                f.unclear or f.note or f.where,
-            )
-            for f in self.findings
+            (f.name, f.error, bound, f.ok, f.verdict, f.unclear or f.note or f.where)
+            for f, bound in zip(self.findings, bounds, strict=True)
         ]
         return pd.DataFrame(rows, columns=["check", "error", "bound", "ok", "verdict", "note"])
 
@@ -192,12 +186,9 @@ class Check:
         return f"<b>{self._title()}</b>{self.to_frame().to_html(index=False, float_format='{:.2g}'.format)}"
 
     def _title(self) -> str:
-        counts = {verdict: sum(f.verdict == verdict for f in self.findings) for verdict in (WRONG, CANNOT_TELL)}
-        said = [
-            f"{counts[verdict]} of {len(self.findings)} checks {words}"
-            for verdict, words in ((WRONG, "failed"), (CANNOT_TELL, "cannot tell"))
-            if counts[verdict]
-        ]
+        verdicts, told = [finding.verdict for finding in self.findings], {WRONG: "failed", CANNOT_TELL: CANNOT_TELL}
+        counts = {words: verdicts.count(verdict) for verdict, words in told.items()}
+        said = [f"{count} of {len(verdicts)} checks {words}" for words, count in counts.items() if count]
         weights = " with random weights, as its own hide what goes" if self.probe else ""
         verdict = ", ".join(said) or "all checks passed"
         return f"Check: {verdict}; pruning changes the output by {self.effect:.2g} of its scale{weights}"
@@ -248,11 +239,10 @@ def check_plan(
         original, example_inputs = original.to(dtype), tree_map(lambda leaf: _cast(leaf, dtype), example_inputs)
     outputs = _Outputs(example_inputs, tolerance)
     findings, effect, hidden = _compare(original, plan, outputs, seed)
-    if hidden:
+    if probe := hidden:
         _draw_weights(original, seed)
         findings, effect, hidden = _compare(original, plan, outputs, seed)
-        return Check((*(_unclear_if(hidden, finding) for finding in findings), *counted), effect, probe=True)
-    return Check((*findings, *counted), effect)
+    return Check((*(_unclear_if(hidden, finding) for finding in findings), *counted), effect, probe)
 
 
 def _unclear_if(hidden: bool, finding: Finding) -> Finding:
@@ -273,11 +263,8 @@ def _compare(model: nn.Module, plan: PruningPlan, outputs: _Outputs, seed: int) 
     effect = relative_error(whole, naive)
     found = _compare_masked(model, plan, naive, outputs)
     findings = [found, *_check_equivalent(model, plan, naive, outputs, seed)]
-    hidden = (
-        constant
-        or (plan.channels_removed > 0 and effect <= LEAST_EFFECT)
-        or not all(f.ok for f in findings if f.differs)
-    )
+    weak = plan.channels_removed > 0 and effect <= LEAST_EFFECT
+    hidden = constant or weak or not all(finding.ok for finding in findings if finding.differs)
     failed = any(finding.verdict == WRONG and not finding.differs for finding in findings)
     return findings, effect, hidden and not failed
 
@@ -377,10 +364,8 @@ def _all_the_same(tensors: list[Tensor]) -> bool:
 def _count(model: nn.Module, plan: PruningPlan, inputs: Any, costs: CostModel | None) -> list[Finding]:
     """Compare predicted with counted costs: relative errors, which must be zero but for work that depends on data."""
     try:
-        predicted, counted = (
-            (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan),
-            cost(shrink(model, plan), inputs),
-        )
+        predicted = (costs or cost_model(model, inputs, whole_heads=loses_heads(plan.groups))).of(plan)
+        counted = cost(shrink(model, plan), inputs)
     except Exception as error:
         return [Finding("costs predicted = counted", math.inf, 0.0, note=_describe(error))]
     found = Finding("costs predicted = counted", _deviation(predicted, counted), 0.0)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -42,12 +43,9 @@ def values_of(settings: Mapping[str, Any], *kinds: type) -> list[Any]:
 
     Raises ValueError for a setting that is no kind's.
     """
-    names = [[entry.name for entry in fields(kind)] for kind in kinds]
-    check_settings(settings, [name for mine in names for name in mine])
-    return [
-        kind(**{name: settings[name] for name in mine if name in settings})
-        for kind, mine in zip(kinds, names, strict=True)
-    ]
+    known = {kind: [entry.name for entry in fields(kind)] for kind in kinds}
+    check_settings(settings, [name for names in known.values() for name in names])
+    return [kind(**{name: settings[name] for name in names if name in settings}) for kind, names in known.items()]
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class Selection:
         self, model: nn.Module, example_inputs: Any, counting: str = OPERATIONS
     ) -> tuple[tuple[ChannelGroup, ...], CostModel | ModuleCosts]:
         """Return a model's groups, those that are kept whole included, and what every plan for them costs."""
-        options = {"ignore": self.ignore, "whole_heads": self.whole_heads, "only": self.only}
-        return analyse(model, example_inputs, counting=counting, **options)
+        return analyse(model, example_inputs, counting=counting, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,7 @@ class Scoring:
 
         ``options``: `decided` and `proof` of `score_groups`.
         """
-        options |= {"group_reduction": self.group_reduction, "normalizer": self.normalizer, "objective": self.objective}
-        options |= {"amp": self.amp}
+        options |= {name: getattr(self, name) for name in ("group_reduction", "normalizer", "objective", "amp")}
         batches = batches if self.needs_data else None
         if batches is not None and self.batches is not None:
             batches = islice(batches, self.batches)
@@ -278,6 +274,20 @@ class Reached:
 
 TARGETS = ("speedup", "macs", "params", "ratio")
 KINDS = (*TARGETS, "latency")
+
+
+def targets_of(targets: Mapping[str, float | Iterable[float]], counting: str) -> list[Target]:
+    """Return the targets, of each kind the easiest first; raise ValueError where there are none, or unknown kinds."""
+    check_settings(targets, TARGETS)
+    given = {kind: {values} if isinstance(values, Real) else {*values} for kind, values in targets.items()}
+    found = [
+        Target(**{kind: value}, counting=counting)
+        for kind, values in given.items()
+        for value in sorted(values, reverse=kind in ("macs", "params"))
+    ]
+    if not found:
+        raise ValueError("no targets: give some, such as targets={'speedup': (1.5, 2, 3)}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..structure.groups import ignored_layers
 from ..structure.layers import LayerAxis, is_batch_norm, kernel_dims
 from .moments import Draw, Moments, bias_of, from_weight_matrix, unfolded_chunks, weight_matrix, weight_of
 from .plan import PruningPlan, prune
-from .readings import PausableCall, Reading, Stop, Survey, linear_map, pause, stopping, survey
+from .readings import PausableCall, Reading, Stop, linear_map, pause, stopping, survey
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +117,15 @@ def compensate(
         return pruned
     data = _frozen(model, batches)
     with evaluating(model, pruned):
-        found = _ignoring(model, survey(model, partial(forward, model, 1, data[0])), ignore)
-        for name, reason in found.plain.items():
+        found = survey(model, partial(forward, model, 1, data[0]))
+        plain = {**found.plain, **dict.fromkeys(ignored_layers(model, ignore), "ignored")}
+        for name, reason in plain.items():
             logger.info("layer %r stays as it was pruned: %s", name, reason)
-        _check_sizes(pruned, found, max_bytes)
+        readings = [reading for reading in found.readings if reading.layer not in plain]
+        _check_sizes(pruned, readings, max_bytes)
         draws = torch.Generator().manual_seed(seed)
         fitting = Fitting(model, pruned, plan, found.norms, ridge, positions, draws)
-        _walk(fitting, found.readings, forward, data, progress)
+        _walk(fitting, readings, forward, data, progress)
     return pruned
 
 
@@ -151,14 +153,8 @@ def _frozen(model: nn.Module, batches: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _ignoring(model: nn.Module, found: Survey, ignore: Iterable[str]) -> Survey:
-    """Return the survey with the ignored layers left plain."""
-    plain = {**found.plain, **dict.fromkeys(ignored_layers(model, ignore), "ignored")}
-    return replace(found, readings=tuple(r for r in found.readings if r.layer not in plain), plain=plain)
-
-
-def _check_sizes(pruned: nn.Module, found: Survey, max_bytes: int) -> None:
-    for reading in found.readings:
+def _check_sizes(pruned: nn.Module, readings: Iterable[Reading], max_bytes: int) -> None:
+    for reading in readings:
         layer = linear_map(pruned, reading)
         groups, outputs, inputs = weight_matrix(layer, weight_of(layer)).shape
         if (size := Moments.nbytes(groups, inputs, outputs)) > max_bytes:
@@ -249,7 +245,8 @@ def _walk(
         ]
         for reading in tqdm(readings, desc="compensating", disable=not progress, leave=False):
             full, own = ([_next_stop(call, reading, n) for n, call in enumerate(side, 1)] for side in calls)
-            if not _same_inputs(full, own):
+            # A layer that gets exactly what it got in the original has the right weights as they are.
+            if not all(torch.equal(a.inputs, b.inputs) for a, b in zip(full, own, strict=True)):
                 fitting.fit(reading, full, own)
             del full, own  # or they would outlive the next layer's
 
@@ -260,12 +257,6 @@ def _next_stop(call: PausableCall, reading: Reading, number: int) -> Stop:
         ran = "ends" if stop is None else f"runs {stop.reading}"
         raise ValueError(f"batch {number} {ran} where batch 1 runs {reading}: all batches must run the same layers")
     return stop
-
-
-def _same_inputs(full: Sequence[Stop], own: Sequence[Stop]) -> bool:
-    """Say whether a layer gets exactly what it got in the original, so that its weights are right as they are."""
-    pairs = zip(full, own, strict=True)
-    return all(a.inputs.shape == b.inputs.shape and torch.equal(a.inputs, b.inputs) for a, b in pairs)
 
 
 @torch.no_grad()

@@ -110,11 +110,6 @@ class MixedLayer(nn.Module):
         """What of the layer is mixed."""
         return (self.mixing.weight,) if self.bias is None else (self.mixing.weight, self.mixing.bias)
 
-    def of_start(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return a pruned layer's weight in the mixing form and, where it is mixed, its bias, (blocks, kept)."""
-        bias = None if self.bias is None else parameters[self.mixing.bias].detach().view(len(self.bias), -1)
-        return self.mixing.split(parameters[self.mixing.weight].detach()), bias
-
     def effective(self) -> dict[str, Tensor]:
         """Return C·W·D and, where it is mixed, C·b, by their names in the layer and in its own layout."""
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -126,11 +121,12 @@ class MixedLayer(nn.Module):
             return dict(zip(self.names, (self.mixing.join(weight), bias), strict=False))
 
     @torch.no_grad()
-    def begin_at(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Move D to the least squares of C·W·D on a weight, in the mixing form, and W and b by what is still missing.
+    def begin_at(self, parameters: Mapping[str, Tensor]) -> None:
+        """Move D to the least squares of C·W·D on a pruned layer's weight, and W and b by what is still missing.
 
-        Afterwards C·W·D is that weight and C·b that bias. All other rows of W and b stay.
+        Afterwards C·W·D is that weight and C·b, where b is mixed, that bias. All other rows of W and b stay.
         """
+        weight = self.mixing.split(parameters[self.mixing.weight])
         if self.decompressor is not None:
             compressed = self._compress(self.weight).flatten(1, 2)
             missing = weight.flatten(1, 2) - compressed @ self.decompressor
@@ -143,6 +139,7 @@ class MixedLayer(nn.Module):
         back = None if self.compressor is None else torch.linalg.pinv(self.compressor)
         self.weight += missing if back is None else (back @ missing.flatten(2)).unflatten(2, missing.shape[2:])
         if self.bias is not None:
+            bias = parameters[self.mixing.bias].view(len(self.bias), -1)
             self.bias += (back @ (bias - (self.compressor @ self.bias[..., None])[..., 0])[..., None])[..., 0]
 
     def _compress_first(self) -> bool:
@@ -209,7 +206,7 @@ class EquivalentModel(nn.Module):
             mixed = _mix(model, plan, name, positions)
             if mixed is not None:
                 if start is not None:
-                    mixed.begin_at(*mixed.of_start(self.skeleton.get_submodule(name)._parameters))
+                    mixed.begin_at(self.skeleton.get_submodule(name)._parameters)
                 self.mixed[name.replace("/", "%2F").replace(".", "/") or "/"] = mixed
         self._tied = _share_tied(model, self.mixed_layers)
         for layer, leaf in self._places():
@@ -391,8 +388,9 @@ def _mix(model: nn.Module, plan: PruningPlan, name: str, kept: dict[str, tuple[i
     if "out" in kept:
         positions = _in_parts(kept["out"], mixing.parts, outputs)
         compressor = (selection_matrix(positions, blocks, outputs) * _factors(plan, name, positions, blocks)).to(weight)
-        bias = _mixed_bias(held, mixing)
-        bias = None if bias is None else bias.view(blocks, outputs)
+        # None that is frozen goes through a compressor that is trained.
+        if mixing.bias and (held[mixing.bias].requires_grad or not held[mixing.weight].requires_grad):
+            bias = held[mixing.bias].view(blocks, outputs)
     if "in" in kept:
         units = _in_parts([position // stride for position in kept["in"][::stride]], mixing.parts, inputs)
         decompressor = selection_matrix(units, blocks, inputs).mT.contiguous().to(weight)
@@ -416,13 +414,6 @@ def selection_matrix(kept: tuple[int, ...], groups: int, width: int) -> Tensor:
     """Return the matrices that select the kept channels, one block a group: shape (groups, kept a group, width)."""
     inside = torch.tensor(kept).view(groups, -1) - width * torch.arange(groups)[:, None]
     return nn.functional.one_hot(inside, width)
-
-
-def _mixed_bias(held: Mapping[str, Tensor], mixing: Mixing) -> Tensor | None:
-    """Return the bias that goes through the compressor: none that is frozen goes through one that is trained."""
-    if mixing.bias is None or (held[mixing.weight].requires_grad and not held[mixing.bias].requires_grad):
-        return None
-    return held[mixing.bias]
 
 
 def _share_tied(model: nn.Module, mixed: Mapping[str, MixedLayer]) -> dict[str, str]:
@@ -490,11 +481,11 @@ def removed_shares(start: EquivalentModel, trained: EquivalentModel) -> pd.DataF
     """
     if list(start.mixed_layers) != list(trained.mixed_layers):
         raise ValueError("the two models mix different layers: build both of one model by one plan")
-    rows = []
-    for name, before in start.mixed_layers.items():
-        after = trained.mixed_layers[name]
-        shares = (_share(before.compressor, after.compressor, 1), _share(before.decompressor, after.decompressor, 2))
-        rows.append((name, *shares))
+    pairs = zip(start.mixed_layers.items(), trained.mixed_layers.values(), strict=True)
+    rows = [
+        (name, _share(before.compressor, after.compressor, 1), _share(before.decompressor, after.decompressor, 2))
+        for (name, before), after in pairs
+    ]
     return pd.DataFrame(rows, columns=["layer", "compressor", "decompressor"])
 
 

@@ -27,16 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..structure.flow import elementwise, handler_of, into, name_of, tensors_in
-from ..structure.layers import (
-    LayerAxis,
-    activation_dim,
-    all_axes,
-    channel_dims,
-    get_layer,
-    is_norm,
-    layer_type,
-    own_tensors,
-)
+from ..structure.layers import LayerAxis, activation_dim, all_axes, channel_dims, get_layer, layer_type, own_tensors
 from ..structure.operations import ATTENTIONS
 from ..structure.shrinking import is_attribute, shrink_layer
 from .plan import PruningPlan
@@ -126,8 +117,8 @@ def _declared_norms(model: nn.Module, plan: PruningPlan) -> Iterator[tuple[nn.Mo
     They may compute with their width, which no operation shows. `check_layer` proves that they can be narrowed.
     """
     for name, layer in model.named_modules():
-        kept = plan.shrunk.get(LayerAxis(name, "out"))
-        if kept is not None and layer_type(layer).declared and is_norm(layer, "channels"):
+        kept, kind = plan.shrunk.get(LayerAxis(name, "out")), layer_type(layer)
+        if kept is not None and kind.declared and kind.statistics == "channels":
             narrow = copy.deepcopy(layer)
             shrink_layer(narrow, {"out": kept}, name)
             yield layer, (narrow, kept)
@@ -311,9 +302,8 @@ def _attend(call: Call) -> tuple[Any, Sequence[Mask]]:
     query, key, value = call.args[:3]
     out = call.run_on_living()
     times = query.shape[1] // value.shape[1]
-    heads = call.whole(value).all(-2, keepdim=True).repeat_interleave(times, 1) | call.whole(query).all(
-        -1, keepdim=True
-    )
+    heads = call.whole(value).all(-2, keepdim=True).repeat_interleave(times, 1)
+    heads = heads | call.whole(query).all(-1, keepdim=True)
     return out, [heads.expand(out[0].shape), *[None] * (len(tensors_in((out,))) - 1)]
 
 

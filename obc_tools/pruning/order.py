@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, check_name, check_number, check_whole
+from ..errors import UnknownNameError, check_name, check_whole
 from ..measure.costs import Cost, CostModel, Kept
 from ..measure.latency import LatencyModel
 from ..scoring.scores import Scores
@@ -90,10 +90,6 @@ class RemovalOrder:
         """Return how many units go before more than `fraction` of the pool is gone."""
         return int(np.searchsorted(self.fractions, fraction + 1e-9, side="right"))
 
-    def up_to_channels(self, channels: int) -> int:
-        """Return how many units go before more than `channels` channels are gone."""
-        return int(np.searchsorted(self.counts, channels, side="right"))
-
     def plan(self, units: int) -> PruningPlan:
         """Return the plan that removes the first `units` units too, kept counts rounded up to the limits' multiple."""
         return PruningPlan(self.after.groups, tuple(tuple(kept.tolist()) for kept in self.draft(units).kept))
@@ -117,17 +113,14 @@ class RemovalOrder:
             return self.up_to(target.ratio)
         most = len(self) if most is None else most
         if target.ratio is not None:
-            passes = partial(self._passes, target=target, costs=costs)
-            return max(0, bisect.bisect_left(range(most + 1), True, key=passes) - 1)
+            ratio = target.ratio + 1e-9
+            above = bisect.bisect_right(range(most + 1), ratio, key=lambda units: self.share_gone(self.draft(units)))
+            return max(0, above - 1)
         return bisect.bisect_left(range(most), True, key=lambda units: self.meets(units, target, costs))
 
     def meets(self, units: int, target: Target, costs: CostModel) -> bool:
         """Say whether the plan that removes the first `units` units meets a target."""
         return target.met(*self._reached(self.draft(units), target, costs))
-
-    def _passes(self, units: int, target: Target, costs: CostModel) -> bool:
-        """Say whether the plan that removes the first `units` units removes more than a ratio."""
-        return self._reached(self.draft(units), target, costs)[-1] > target.ratio + 1e-9
 
     def check(self, target: Target, costs: CostModel) -> None:
         """Raise ValueError where nothing may go, or even all that may go would not meet a target: say the best."""
@@ -320,13 +313,12 @@ def make_plan(
         raise ValueError("give one target: ratio= or channels=")
     order = removal_order(scores, Limits(min_channels, max_ratio, round_to, scope=scope))
     if ratio is not None:
-        check_number("ratio", ratio, "a share of channels in (0, 1)", lambda share: 0 < share < 1)
-        return order.plan(order.up_to(ratio))
+        return order.plan(order.up_to(Target(ratio=ratio).ratio))
     most = int(order.counts[-1]) if len(order) else 0
     check_whole("channels", channels, 0)
     if channels > most:
         raise ValueError(f"channels={channels}: from 0 to {most} channels can be removed within the limits")
-    return order.plan(order.up_to_channels(channels))
+    return order.plan(int(np.searchsorted(order.counts, channels, side="right")))
 
 
 def next_units(order: RemovalOrder, share: float, target: Target, costs: CostModel, last_step: str = "exact") -> int:

@@ -199,17 +199,12 @@ class PruningPlan:
     def to_frame(self) -> pd.DataFrame:
         """Return one row a group: its root, channels before and after, the share that stays, and why it is whole."""
         rows = [
-            (
-                str(group.root),
-                group.width,
-                len(kept),
-                len(kept) / group.width,
-                len(group.members),
-                group.kept_whole or "",
-            )
+            (str(group.root), group.width, len(kept), len(group.members), group.kept_whole or "")
             for group, kept in zip(self.groups, self.kept, strict=True)
         ]
-        return pd.DataFrame(rows, columns=["group", "channels", "kept", "share", "members", "kept whole because"])
+        frame = pd.DataFrame(rows, columns=["group", "channels", "kept", "members", "kept whole because"])
+        frame.insert(3, "share", frame["kept"] / frame["channels"])
+        return frame
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.to_frame().to_string(index=False, float_format='{:.2f}'.format)}"

@@ -7,23 +7,25 @@ depth: several forward passes go on side by side, one of them at a time.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..state import hooks, no_fused_attention
+from ..scoring.capture import _attention_with
+from ..state import calling, hooks, no_fused_attention, within
 from ..structure.layers import (
     UnknownLayerError,
     activation_dim,
@@ -176,18 +178,14 @@ def stopping(model: nn.Module, layers: list[str], visit: Visit, *, after: bool) 
     Torch's attention calls its projections functionally; its readings are those of `X` (in_proj) and `X.out_proj`.
     """
     modules = {name: model.get_submodule(name) for name in layers}
-    inner = {
-        name: f"{name}.out_proj" if name else "out_proj" for name, m in modules.items() if has_role(m, "attention")
-    }
-    outside = {n: m for n, m in modules.items() if n not in inner and n not in inner.values()}
-    places = {_memory(m.in_proj_weight): (name, m) for name, m in modules.items() if name in inner}
-    places |= {_memory(m.weight): (name, None) for name, m in modules.items() if name in inner.values()}
-    with hooks(list(_hooks(outside, visit, after))), no_fused_attention(), _linear_seen(places, visit, after):
+    inside = {name: f"{name}.out_proj".strip(".") for name, m in modules.items() if has_role(m, "attention")}
+    outside = {name: m for name, m in modules.items() if name not in {*inside, *inside.values()}}
+    lent = [
+        calling(modules[name], _attending(modules[name], name, output if output in modules else None, visit, after))
+        for name, output in inside.items()
+    ]
+    with hooks(list(_hooks(outside, visit, after))), no_fused_attention(), within(*lent):
         yield
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Iterator[Any]:
@@ -200,48 +198,39 @@ def _hooks(modules: Mapping[str, nn.Module], visit: Visit, after: bool) -> Itera
         yield register(seen, with_kwargs=True)
 
 
-_PATCHING = threading.RLock()
-_BEFORE: list[Callable] = []
-"""What stood where something is patched now."""
-
-
-def _begin_in_a_child() -> None:
-    """Undo, in a process that was forked, what threads have patched that it does not have."""
-    global _PATCHING
-    _PATCHING = threading.RLock()
-    if _BEFORE:
-        F.linear = _BEFORE[0]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_a_child)
-
-
-@contextmanager
-def _linear_seen(places: Mapping[int, tuple[str, nn.Module | None]], visit: Visit, after: bool) -> Iterator[None]:
-    """Let torch's functional attention visit the linear maps whose weights lie at these places in memory."""
+def _attending(attention: nn.MultiheadAttention, name: str, output: str | None, visit: Visit, after: bool) -> Callable:
+    """Return what runs an attention and visits the linear maps in it, the last one if it has a name."""
+    forward, rows = attention.forward, attention.in_proj_weight.untyped_storage().data_ptr()
 
     def seen(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        name, attention = places.get(_memory(weight), (None, None))
-        if name is None:
-            return linear(inputs, weight, bias)
-        reading = Reading(name, () if attention is None else _parts(attention, weight))
-        outputs = linear(inputs, weight, bias) if after else None
+        if output is not None and weight is attention.out_proj.weight:
+            reading = Reading(output)
+        elif weight.untyped_storage().data_ptr() == rows:
+            reading = Reading(name, _parts(attention, weight))
+        else:
+            return F.linear(inputs, weight, bias)
+        outputs = F.linear(inputs, weight, bias) if after else None
         visit(Stop(reading, inputs, outputs))
-        return linear(inputs, weight, bias) if outputs is None else outputs
+        return F.linear(inputs, weight, bias) if outputs is None else outputs
 
-    if not places:
-        yield
-        return
-    with _PATCHING:  # other threads wait: they would put back what is patched here
-        linear = F.linear
-        _BEFORE.append(linear)
-        try:
-            F.linear = seen
-            yield
-        finally:
-            F.linear = linear
-            _BEFORE.remove(linear)
+    functions = {F.multi_head_attention_forward: _attention_with(seen), F.linear: seen}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Instead(functions):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+class _Instead(TorchFunctionMode):
+    """Calls other functions in the place of torch's."""
+
+    def __init__(self, functions: Mapping[Callable, Callable]):
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self.functions.get(function, function)(*args, **(kwargs or {}))
 
 
 def _parts(attention: nn.MultiheadAttention, weight: Tensor) -> tuple[int, ...]:
@@ -262,9 +251,7 @@ class PausableCall:
 
     def __init__(self, function: Callable[[], Any]):
         self._function = function
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self._go, self._back = threading.Semaphore(0), SimpleQueue()
         self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -286,15 +273,14 @@ class PausableCall:
         if self._ended:
             return None
         self._go.release()
-        self._back.acquire()
-        if self._error is not None:
-            raise self._error
-        value, self._value = self._value, None
+        value, error = self._back.get()
+        if error is not None:
+            raise error
         return value
 
     def _run(self) -> None:
         self._go.acquire()
-        _here.call = self
+        _here.call, raised = self, None
         try:
             if not self._closing:
                 with torch.no_grad():
@@ -302,15 +288,13 @@ class PausableCall:
         except GeneratorExit:
             pass
         except BaseException as error:  # handed on to whoever resumes
-            self._error = error
-        finally:
-            self._ended = True
-            self._back.release()
+            raised = error
+        self._ended = True
+        self._back.put((None, raised))
 
     def _pause(self, value: Any) -> None:
-        self._value = value
+        self._back.put((value, None))
         del value
-        self._back.release()
         self._go.acquire()
         if self._closing:
             raise GeneratorExit

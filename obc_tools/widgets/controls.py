@@ -83,15 +83,11 @@ class LiveFigure(anywidget.AnyWidget):
         dark = "" if look else json.dumps(theme(DARK).to_plotly_json())
         super().__init__(library=library(), drawing=Text(text=figure.to_json(validate=False)), dark=dark)
         if clicked is not None:
-            self.on_msg(lambda _, content, buffers: clicked(_click(**content)))
+            self.on_msg(lambda _, told, buffers: clicked(Click(**told | {"place": tuple(told["place"])})))
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure, or the same one after a change."""
         self.figure, self.drawing.text = figure, figure.to_json(validate=False)
-
-
-def _click(trace: int, place: Sequence[int], x: object, y: object) -> Click:
-    return Click(trace, tuple(place), x, y)
 
 
 NARROW = {"width": "330px"}
@@ -237,21 +233,6 @@ def listed(channels: Sequence[int]) -> str:
     return first if len(channels) <= SHOWN else f"{first} and {len(channels) - SHOWN} more"
 
 
-class Filling:
-    """Sets controls without their changes being taken for somebody's choice."""
-
-    def __init__(self):
-        self.now = False
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        before, self.now = self.now, True
-        try:
-            yield
-        finally:
-            self.now = before
-
-
 CHANGED_SINCE = "the model has changed since: shown is what it was; make another view to see it as it is"
 
 
@@ -277,7 +258,7 @@ class View(W.VBox):
         self.progress = W.FloatProgress(value=0.0, min=0.0, max=1.0, layout={"width": "160px", "flex": "0 0 auto"})
         self.status = W.HTML(layout=TWO_LINES)
         self._worker = Worker(self._report, self._failed)
-        self._filling = Filling()
+        self._filled = False
         self._model, self._versions = None, ()
 
     @property
@@ -325,11 +306,20 @@ class View(W.VBox):
 
         def by_hand(_: dict) -> None:
             with self._worker.lock:
-                if not self._filling.now:
+                if not self._filled:
                     self._try(act)
 
         for control in controls:
             control.observe(by_hand, "value")
+
+    @contextmanager
+    def _filling(self) -> Iterator[None]:
+        """Set controls without their changes being taken for somebody's choice."""
+        before, self._filled = self._filled, True
+        try:
+            yield
+        finally:
+            self._filled = before
 
     def _try(self, act: Callable[[], object]) -> None:
         with self._worker.lock:
@@ -368,14 +358,9 @@ class Task:
         """Let the work end where it next looks."""
         self._cancelled.set()
 
-    @property
-    def cancelled(self) -> bool:
-        """Say whether the work is not wanted any more."""
-        return self._cancelled.is_set()
-
     def check(self) -> None:
         """Raise Cancelled if the work is not wanted any more."""
-        if self.cancelled:
+        if self._cancelled.is_set():
             raise Cancelled
 
     def at(self, what: str, share: float) -> None:

@@ -13,19 +13,10 @@ import numpy as np
 import plotly.graph_objects as go
 from torch import nn
 
-from ..data.batches import take
+from .. import plots
 from ..data.data import as_data
 from ..files import replacing
-from ..plots.jtj import (
-    MODES,
-    filter_image,
-    group_jtj_heatmap,
-    interactions_heatmap,
-    jtj_grid,
-    jtj_heatmap,
-    jtj_pair,
-    spectrum,
-)
+from ..plots.jtj import MODES
 from ..plots.looks import LIGHT, finished
 from ..scoring.jacobian import JacobianProducts, jacobian_products
 from ..scoring.jtj import DenseJTJ, FilterInteractions, GroupJTJ, dense_jtj, filter_interactions, group_jtj
@@ -33,7 +24,7 @@ from ..scoring.tasks import CLASSIFICATION, Task, example_inputs, find_task
 from ..state import copy_of, without_weight_norms
 from ..structure.groups import find_groups
 from ..structure.layers import LayerAxis, get_layer, is_projection, kernel_dims, layer_axes, scored_layers
-from ..studio.state import as_keywords, as_program, place_of, usual_batches
+from ..studio import Setup, as_program
 from .controls import SCROLLING, Click, View, code_area, dropdown, integer, set_options, table, text, typed
 
 T = TypeVar("T")
@@ -67,12 +58,9 @@ class Explorer(View):
         self.copied_from(model)
         self._data, self._task = as_data(data), find_task(task)
         self._made_data = "" if self._data is data else "data = obc.as_data(data)\n"
-        batches = usual_batches(self._data, batch_size) if batches is None else batches
-        self._draw_options = (batches, batch_size, seed)
+        self._setup = Setup.of(model, self._data, self._task, batches, batch_size, seed=seed)
         self._scored = {} if self._task is CLASSIFICATION else {"objective": self._task.losses}
         self._said = ", objective=task.losses" if self._scored else ""
-        self._place = place_of(model, self._data)
-        self._on = as_keywords(*self._place)
         scored = scored_layers(self.network)
         layers = [name for name, layer in scored if is_projection(layer) and kernel_dims(layer) in (0, 2)]
         if not layers:
@@ -89,16 +77,14 @@ class Explorer(View):
     @property
     def batches(self) -> Collection[Any]:
         """The calibration batches, the same each time."""
-        count, size, seed = self._draw_options
-        device, dtype = self._place
-        return take(self._data.batches("train", size, seed=seed, device=device, dtype=dtype), count)
+        return self._setup.calibration(self._data)
 
-    def compute(self, what: str, work: Callable[[Collection[Any]], T], then: Callable[[T], None]) -> None:
-        """Do something with the batches beside the kernel; what was under way is cancelled."""
+    def compute(self, what: str, then: Callable[[T], None], work: Callable[..., T], *more: Any) -> None:
+        """Do something with network, batches and more beside the kernel; what was under way is cancelled."""
         batches = self.batches
         self.tell(what)
         self._say_if_empty(what)
-        self._worker.start(lambda task: work(task.watch(batches, what)), then)
+        self._worker.start(lambda task: work(self.network, task.watch(batches, what), *more, **self._scored), then)
 
     def show(self, figure: go.Figure) -> None:
         """Show another figure."""
@@ -107,9 +93,7 @@ class Explorer(View):
 
     def _say_code(self, calls: str) -> None:
         """Show the Python that makes what is shown out of ``model`` and ``data``, and of ``task`` where one is used."""
-        count, size, seed = self._draw_options
-        drawn = f'batches = obc.take(data.batches("train", {size}, seed={seed}{self._on}), {count})'
-        calls = f"{drawn}\n{calls}" if "batches" in calls else calls
+        calls = f"{self._setup.drawn}\n{calls}" if "batches" in calls else calls
         self.code.value = as_program(f"{self._made_data}{calls}" if "data." in calls else calls)
 
     def _wordy(self, words: str) -> go.Figure:
@@ -159,7 +143,8 @@ class JTJExplorer(Explorer):
     group: GroupJTJ | None = None
 
     def _begin(self) -> None:
-        self.groups = find_groups(self.network, example_inputs(self._task, self._data, *self._place))
+        place = self._setup.device, self._setup.dtype
+        self.groups = find_groups(self.network, example_inputs(self._task, self._data, *place))
         self.first = integer("first channel", 0, 0, 10**6)
         self.count = integer("channels", 16, 1, 64)
         self.view = dropdown("view", VIEWS, "grid")
@@ -201,16 +186,7 @@ class JTJExplorer(Explorer):
         first = self.first.value
         channels = range(first, min(first + self.count.value, width))
         self.group = None
-        self.compute("computing JᵀJ", lambda batches: self._dense(batches, layer, channels), self._take)
-
-    def _dense(self, batches: Collection[Any], layer: str, channels: range) -> DenseJTJ:
-        """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
-        try:
-            return dense_jtj(self.network, batches, layer, channels, **self._scored)
-        except ValueError as error:
-            if "pool='kernel'" not in str(error):
-                raise
-        return dense_jtj(self.network, batches, layer, channels, pool="kernel", **self._scored)
+        self.compute("computing JᵀJ", self._take, _dense, layer, channels)
 
     def _take(self, dense: DenseJTJ) -> None:
         self.dense = dense
@@ -234,13 +210,13 @@ class JTJExplorer(Explorer):
         weight = get_layer(self.network, layer).weight
         own = f"plots.filter_image(model.get_submodule({layer!r}).weight, {layer!r}, {channel})"
         draw = {
-            "grid": (lambda: jtj_grid(dense, mode=mode, look=self.look), f"{made}jtj.plot({mode!r})"),
+            "grid": (lambda: plots.jtj_grid(dense, mode=mode, look=self.look), f"{made}jtj.plot({mode!r})"),
             "one channel": (
-                lambda: jtj_heatmap(dense, channel, mode, look=self.look),
+                lambda: plots.jtj_heatmap(dense, channel, mode, look=self.look),
                 f"{made}plots.jtj_heatmap(jtj, {channel}, {mode!r})",
             ),
-            "filter": (lambda: filter_image(weight, layer, channel, look=self.look), own),
-            "spectrum": (lambda: spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
+            "filter": (lambda: plots.filter_image(weight, layer, channel, look=self.look), own),
+            "spectrum": (lambda: plots.spectrum(dense, look=self.look), f"{made}plots.spectrum(jtj)"),
         }
         figure, code = draw[self.view.value]
         self.show(figure())
@@ -259,20 +235,13 @@ class JTJExplorer(Explorer):
         if self.group is not None and (self.group.group, self.group.channel) == (group, channel):
             self._take_group(self.group)
             return
-        self.compute(
-            "computing the group's JᵀJ",
-            lambda batches: group_jtj(self.network, batches, group, channel, **self._scored),
-            self._take_group,
-        )
+        self.compute("computing the group's JᵀJ", self._take_group, group_jtj, group, channel)
 
     def _take_group(self, group: GroupJTJ) -> None:
         self.group = group
-        self.show(group_jtj_heatmap(group, self.mode.value, look=self.look))
-        example = f"torch.zeros({', '.join(map(str, (1, *self._data.image_shape)))}{self._on})"
-        if self._scored:
-            example = f'task.example(next(iter(data.batches("train", 1{self._on}))))'
+        self.show(plots.group_jtj_heatmap(group, self.mode.value, look=self.look))
         self._say_code(
-            f"example = {example}\ngroups = obc.find_groups(model, example)\n"
+            f"{self._setup.example}\ngroups = obc.find_groups(model, example)\n"
             f"group = next(group for group in groups if group.root == {tuple(group.group.root)!r})\n"
             f"jtj = obc.group_jtj(model, batches, group, {group.channel}{self._said})\njtj.plot({self.mode.value!r})"
         )
@@ -280,6 +249,16 @@ class JTJExplorer(Explorer):
 
     def _save(self) -> None:
         self.tell(f"wrote '{self.save(typed(self.path, '.npz'))}'")
+
+
+def _dense(network: nn.Module, batches: Collection[Any], layer: str, channels: range, **scored: Any) -> DenseJTJ:
+    """Return JᵀJ of the channels, pooled by kernels where they are too large for the memory that is allowed."""
+    try:
+        return dense_jtj(network, batches, layer, channels, **scored)
+    except ValueError as error:
+        if "pool='kernel'" not in str(error):
+            raise
+    return dense_jtj(network, batches, layer, channels, pool="kernel", **scored)
 
 
 ORDERS = ("cluster", "score", "channel")
@@ -327,12 +306,8 @@ class InteractionExplorer(Explorer):
         """Show JᵀJ of two filters of the layer, as a click on their cell does."""
         if self.interactions is None:
             raise ValueError("J·w is not computed yet: wait() for it first")
-        layer = self.layer.value
-        self.compute(
-            f"computing JᵀJ of channels {i} and {j}",
-            lambda batches: dense_jtj(self.network, batches, layer, [i, j], **self._scored),
-            self._take_pair,
-        )
+        what = f"computing JᵀJ of channels {i} and {j}"
+        self.compute(what, self._take_pair, dense_jtj, self.layer.value, [i, j])
 
     def clicked(self, click: Click) -> None:
         """Show JᵀJ of both filters of the cell that was clicked."""
@@ -347,11 +322,10 @@ class InteractionExplorer(Explorer):
         """Show K as it is chosen; J·w is computed first where it is not known, also after it was cancelled."""
         if self._products is None:
             if not self._worker.busy:
-                what = "computing J·w"
-                self.compute(what, lambda batches: jacobian_products(self.network, batches, **self._scored), self._take)
+                self.compute("computing J·w", self._take, jacobian_products)
             return
         found = self.interactions = filter_interactions(self._products, self.layer.value)
-        self.show(interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
+        self.show(plots.interactions_heatmap(found, self.order.value, self.mode.value, look=self.look))
         self._shows_pairs = True
         self.table.value = self._pairs(found)
         self.tell(f"{found!r}; click a cell to see both filters")
@@ -371,11 +345,10 @@ class InteractionExplorer(Explorer):
     def _take_pair(self, dense: DenseJTJ) -> None:
         self.pair = dense
         self._shows_pairs = False
-        self.show(jtj_pair(dense, look=self.look))
+        self.show(plots.jtj_pair(dense, look=self.look))
         made = f"jtj = obc.dense_jtj(model, batches, {dense.axis.layer!r}, {list(dense.channels)}{self._said})"
         self._say_code(f"{made}\nplots.jtj_pair(jtj)")
-        scores = ", ".join(
-            f"{channel}: {score:.3e}" for channel, score in zip(dense.channels, dense.score, strict=True)
-        )
+        scored = zip(dense.channels, dense.score, strict=True)
+        scores = ", ".join(f"{channel}: {score:.3e}" for channel, score in scored)
         together = self.interactions.joint(set(dense.channels))
         self.tell(f"scores {scores}; removed together {together:.3e}")

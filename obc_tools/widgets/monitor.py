@@ -18,7 +18,7 @@ from ..plots.stills import with_still
 from ..runs.job import STOP
 from ..runs.run import Run
 from ..runs.watch import RunView, describe, headlines, look_at, watch_traces
-from ..studio.state import as_program
+from ..studio import as_program
 from .controls import LiveFigure, button, close, code_area, dropdown, note
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Prune by hand and by criterion, with the outcome at once: a view of `studio.state` and `studio.session`."""
+"""Prune by hand and by criterion, with the outcome at once: a view of `obc_tools.studio`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 
+from .. import studio
 from ..data.data import as_data
 from ..files import write_text
 from ..measure.costs import CostModel
@@ -27,30 +28,11 @@ from ..pruning.choices import SCOPES, Scoring, Selection, Target
 from ..pruning.order import Reach, reach_of
 from ..pruning.plan import PruningPlan
 from ..scoring.criteria import CRITERIA
-from ..scoring.scores import NORMALIZERS, REDUCTIONS, Scores
-from ..scoring.tasks import CLASSIFICATION, find_task
-from ..scoring.tasks import Task as NetworkTask
+from ..scoring.scores import NORMALIZERS, REDUCTIONS
+from ..scoring.tasks import CLASSIFICATION, Task, find_task
 from ..state import check_module
 from ..structure.layers import LayerAxis
-from ..studio.session import BARS, MILLION, MOST, Bars, StudioSession, studio_bars
-from ..studio.state import (
-    Choices,
-    Setup,
-    StudioState,
-    change,
-    limit_of,
-    lock,
-    place_of,
-    plan_changes,
-    redo,
-    remember,
-    set_limit,
-    to_code,
-    toggle_channel,
-    undo,
-    unlock,
-    usual_batches,
-)
+from ..studio import BARS, MILLION, MOST, Bars, Choices, Setup, StudioSession, StudioState, Watch, studio_bars
 from .controls import (
     FITTING,
     SCROLLING,
@@ -58,7 +40,6 @@ from .controls import (
     WRAPPING,
     Click,
     LiveFigure,
-    Task,
     View,
     close,
     code_area,
@@ -132,37 +113,26 @@ class StudioControls:
         if not roots:
             raise ValueError("nothing can be pruned: every group of this network is kept whole")
         self.reach = reach_of(session.groups, session.costs, choices.limits)
-        scoring, (kind, value) = choices.scoring, shown_value(choices.target)
         normalizers = [name or NONE for name in NORMALIZERS]
-        self.criterion = dropdown("criterion", CRITERIA, scoring.criterion, "what a channel is scored by")
-        self.rows = dropdown(
-            "rows",
-            dict.fromkeys((*ROWS, scoring.rows or ROWS[0])),
-            scoring.rows or ROWS[0],
-            "of J, where the criterion has rows",
-        )
-        self.reduction = dropdown("reduction", REDUCTIONS, scoring.group_reduction, "over a group's members")
-        self.normalizer = dropdown("normalizer", normalizers, scoring.normalizer or NONE, "within each group")
-        self.scope = dropdown("scope", SCOPES, choices.limits.scope, "which channels are ranked together")
-        self.kind = dropdown("target", KINDS.items(), kind)
+        self.criterion = dropdown("criterion", CRITERIA, "jacobian", "what a channel is scored by")
+        self.rows = dropdown("rows", ROWS, ROWS[0], "of J, where the criterion has rows")
+        self.reduction = dropdown("reduction", REDUCTIONS, REDUCTIONS[0], "over a group's members")
+        self.normalizer = dropdown("normalizer", normalizers, NONE, "within each group")
+        self.scope = dropdown("scope", SCOPES, SCOPES[0], "which channels are ranked together")
+        self.kind = dropdown("target", KINDS.items(), "ratio")
         ranges = {each: slider_range(each, self.reach) for each in KINDS.values()}
         self.targets = {each: slider("to", *range_) for each, range_ in ranges.items()}
         self.targets["speedup"] = factor_slider("to", *ranges["speedup"][:2])
-        self.targets[kind].value = value
-        self.place = W.Box([self.targets[kind]])
-        self.round_to = integer("multiple of", choices.limits.round_to or 1, 1, 1024, "of the channels a group keeps")
+        self.place = W.Box([self.target])
+        self.round_to = integer("multiple of", 1, 1, 1024, "of the channels a group keeps")
         self.bars = dropdown("bars", BARS, BARS[0], "what the upper bars show: channels of groups, or costs of layers")
         self.group = dropdown("group", roots, roots[0][1], "whose channels are shown below")
         self.limit = slider("at most goes", 0.0, 1.0, 0.01, 1.0, "the share of this group's channels")
         self.locked = W.ToggleButton(description="lock this group", icon="lock", tooltip="hold it as it is now")
         self.name = text("name", "plan 1", width="210px")
         self.compared = dropdown("compare with", [NONE], NONE, width="270px")
-        self.compensate = W.ToggleButton(
-            description="compensate",
-            icon="magic",
-            tooltip="measure also what least squares make of each plan",
-            layout=FITTING,
-        )
+        told = "measure also what least squares make of each plan"
+        self.compensate = W.ToggleButton(description="compensate", icon="magic", tooltip=told, layout=FITTING)
         self.path = text("write to", "runs/studio", "without the ending")
         self.there = W.HTML(layout=TWO_LINES | {"flex": "1 1 320px"})
         self.header = W.HTML(layout=TWO_LINES)
@@ -207,9 +177,9 @@ class StudioControls:
     def read_limit(self, choices: Choices) -> Choices:
         """Return choices with the limit of the group that is shown in their place."""
         root, share = self.group.value, self.limit.value
-        if stands_at(self.limit, limit_of(choices, root)):
+        if stands_at(self.limit, studio.limit_of(choices, root)):
             return choices
-        return set_limit(choices, root, None if share == 1 else round(share, 6))
+        return studio.set_limit(choices, root, None if share == 1 else round(share, 6))
 
     def show(self, choices: Choices) -> None:
         """Set every control to what was chosen."""
@@ -223,7 +193,7 @@ class StudioControls:
     def show_group(self, choices: Choices) -> None:
         """Set limit and lock to those of the group that is shown."""
         root = self.group.value
-        set_slider(self.limit, limit_of(choices, root))
+        set_slider(self.limit, studio.limit_of(choices, root))
         self.locked.value = root in dict(choices.locked)
 
     def show_target(self, target: Target) -> None:
@@ -261,7 +231,7 @@ class PruningStudio(View):
 
     Attributes:
         plan: the present plan; `prune(model, studio.plan)` and `EquivalentModel(model, studio.plan)` take it on.
-        state: all choices, with those to undo and redo (see `studio.state`).
+        state: all choices, with those to undo and redo (see `studio.StudioState`).
         code: the Python that makes the plan.
 
     Raises:
@@ -277,7 +247,7 @@ class PruningStudio(View):
         model: nn.Module,
         data: Any,
         *,
-        task: str | NetworkTask = CLASSIFICATION,
+        task: str | Task = CLASSIFICATION,
         batches: int | None = None,
         batch_size: int = 64,
         held_out: int = 4,
@@ -289,11 +259,9 @@ class PruningStudio(View):
         look: str | None = None,
     ):
         check_module(model)
-        selection = Selection(ignore, whole_heads, only)
         data, task = as_data(data), find_task(task)
-        device, dtype = place_of(model, data)
-        batches = usual_batches(data, batch_size) if batches is None else batches
-        setup = Setup(data.image_shape, selection, batches, batch_size, seed, device, task.name, dtype)
+        selection = Selection(ignore, whole_heads, only)
+        setup = Setup.of(model, data, task, batches, batch_size, seed=seed, selection=selection)
         self.session = StudioSession(model, data, setup, held_out, task)
         self.state, self.plan = StudioState(), self.session.whole
         self._planned = self.state.choices
@@ -308,7 +276,7 @@ class PruningStudio(View):
         above, below = self._buttons()
         self.graph = LiveFigure(go.Figure(), self._clicked_layer, look=look)
         self.frontier = LiveFigure(go.Figure(), look=look)
-        self.sensitivity = LiveFigure(go.Figure(), self._clicked_group, look=look)
+        self.sensitivity = LiveFigure(go.Figure(), lambda click: self._choose(click.y), look=look)
         self.folds = W.Accordion([c.changes, self.graph, *self._measured_folds()], titles=FOLDS)
         self.folds.observe(lambda _: self._try(self._show_fold), "selected_index")
         self.children = (above, c.header, self.beside(c.column), c.table, self.folds, below, c.code)
@@ -318,20 +286,20 @@ class PruningStudio(View):
     def code(self) -> str:
         """The Python that makes the present plan."""
         reached = self.plan.reached
-        return to_code(self._planned, self.session.setup, nearest=reached is not None and not reached.met)
+        return studio.to_code(self._planned, self.session.setup, nearest=reached is not None and not reached.met)
 
     def __repr__(self) -> str:
         return f"PruningStudio({self.plan!r})"
 
     def choose(self, choices: Choices, *, merge: bool = False) -> None:
-        """Make other choices, as the controls do; see `studio.state.change` for ``merge``."""
+        """Make other choices, as the controls do; see `studio.change` for ``merge``."""
         with self._worker.lock:
-            self.state = change(self.state, choices, merge=merge)
+            self.state = studio.change(self.state, choices, merge=merge)
             self._show()
 
     def toggle(self, root: LayerAxis, channel: int) -> None:
         """Keep or remove one channel by hand, as a click in the score bar does."""
-        self._try(lambda: self.choose(toggle_channel(self.state.choices, self.plan, LayerAxis(*root), channel)))
+        self._try(lambda: self.choose(studio.toggle_channel(self.state.choices, self.plan, LayerAxis(*root), channel)))
 
     def measure(self) -> None:
         """Measure latency and the task's metrics of the plans that are shown and of the original, beside the kernel.
@@ -341,27 +309,27 @@ class PruningStudio(View):
         Raises:
             ValueError: while scores are computed, which a measurement would hold up.
         """
-        self._refuse_while_scoring()
         shown = (self.session.whole, self._compared(), self._before, self.plan)
         plans = list(dict.fromkeys(plan for plan in shown if plan is not None))
         work = partial(self.session.measure, plans, compensated=self._controls.compensate.value)
-        self._worker.start(lambda task: work(task.watch), lambda _: self._measured(len(plans)))
+        self._measure(work, counted(len(plans), "plan"))
 
     def measure_frontier(self) -> None:
         """Evaluate plans at several speed-ups by the present choices, beside the kernel; raises as `measure` does."""
-        self._refuse_while_scoring()
-        choices, reach = self.state.choices, self._controls.reach
-        self._worker.start(
-            lambda task: self.session.frontier(choices, reach, task.watch), lambda _: self._told("the frontier")
-        )
+        self._measure(partial(self.session.frontier, self.state.choices, self._controls.reach), "the frontier")
 
     def measure_sensitivity(self) -> None:
         """Evaluate each group pruned alone, beside the kernel; raises as `measure` does."""
+        self._measure(partial(self.session.sense, self.state.choices), "each group alone")
+
+    def _measure(self, work: Callable[[Watch], None], what: str) -> None:
         self._refuse_while_scoring()
-        choices = self.state.choices
-        self._worker.start(
-            lambda task: self.session.sense(choices, task.watch), lambda _: self._told("each group alone")
-        )
+
+        def then(_: None) -> None:
+            self._show_outcome()
+            self.say(f"measured {what}")
+
+        self._worker.start(lambda task: work(task.watch), then)
 
     def export_plan(self, path: str | Path) -> Path:
         """Write the plan as JSON, which `PruningPlan.from_json` reads."""
@@ -376,17 +344,9 @@ class PruningStudio(View):
 
     def _connect(self) -> None:
         c = self._controls
-        for control in (
-            c.criterion,
-            c.rows,
-            c.reduction,
-            c.normalizer,
-            c.scope,
-            c.round_to,
-            c.kind,
-            *c.targets.values(),
-        ):
-            self.on_change([control], partial(self._changed, control))
+        self.on_change([c.criterion, c.rows, c.reduction, c.normalizer, c.scope, c.round_to], self._changed)
+        self.on_change(c.targets.values(), partial(self._changed, dragged=True))
+        self.on_change([c.kind], self._change_kind)
         self.on_change([c.group], self._show_group)
         self.on_change([c.limit], self._set_limit)
         self.on_change([c.locked], self._set_lock)
@@ -398,42 +358,36 @@ class PruningStudio(View):
     def _buttons(self) -> tuple[W.HBox, W.HBox]:
         """Return the line of what is done with plans, and the line of what takes one away."""
         c = self._controls
-        self.undo_button = self.button("undo", lambda: self._step(undo), icon="undo")
-        self.redo_button = self.button("redo", lambda: self._step(redo), icon="repeat")
+        self.undo_button = self.button("undo", lambda: self._step(studio.undo), icon="undo")
+        self.redo_button = self.button("redo", lambda: self._step(studio.redo), icon="repeat")
         self.measure_button = self.button("measure", self.measure, "latency and metrics", "tachometer")
         self.cancel_button = self.button("cancel", self._cancel, "what is being computed", "times")
         self.remember_button = self.button("remember", self._remember, "to compare other plans with this one")
-        doing = [self.undo_button, self.redo_button, self.measure_button, self.cancel_button]
-        doing.insert(3, c.compensate)
-        above = [*doing, c.name, self.remember_button, c.compared]
-        export = self._export
-        self.plan_button = self.button("plan (JSON)", lambda: export(self.export_plan, ".json"), icon="download")
-        self.model_button = self.button("pruned model", lambda: export(self.export_model, ""), icon="download")
-        self.code_button = self.button("Python", lambda: export(self._write_code, ".py"), icon="download")
+        above = [self.undo_button, self.redo_button, self.measure_button, c.compensate, self.cancel_button]
+        above += [c.name, self.remember_button, c.compared]
+        self.plan_button = self.button("plan (JSON)", lambda: self._export(self.export_plan, ".json"), icon="download")
+        self.model_button = self.button("pruned model", lambda: self._export(self.export_model, ""), icon="download")
+        self.code_button = self.button("Python", lambda: self._export(self._write_code, ".py"), icon="download")
         below = [c.path, self.plan_button, self.model_button, self.code_button, c.there]
         return W.HBox(above, layout=WRAPPING), W.HBox(below, layout=WRAPPING)
 
     def _measured_folds(self) -> list[W.VBox]:
         """Return the folds whose figures are measured when that is asked for."""
-        self.frontier_button = self.button(
-            "measure other targets", self.measure_frontier, "on the held-out examples", "line-chart"
-        )
-        self.sensitivity_button = self.button(
-            "measure each group alone", self.measure_sensitivity, "on the held-out examples", "th"
-        )
-        return [
-            W.VBox([W.HBox([self.frontier_button]), self.frontier]),
-            W.VBox([W.HBox([self.sensitivity_button]), self.sensitivity]),
-        ]
+        on = "on the held-out examples"
+        self.frontier_button = self.button("measure other targets", self.measure_frontier, on, "line-chart")
+        self.sensitivity_button = self.button("measure each group alone", self.measure_sensitivity, on, "th")
+        folds = (self.frontier_button, self.frontier), (self.sensitivity_button, self.sensitivity)
+        return [W.VBox([W.HBox([measure]), figure]) for measure, figure in folds]
 
-    def _changed(self, control: W.Widget) -> None:
-        c, choices = self._controls, self.state.choices
-        dragged = control is c.target
-        if control is c.kind:
-            choices = replace(choices, target=target_near(c.kind.value, self.plan, self.session.costs, c.reach))
-            with self._filling():
-                c.show_target(choices.target)
-        choices = c.read(choices)
+    def _change_kind(self) -> None:
+        c = self._controls
+        near = target_near(c.kind.value, self.plan, self.session.costs, c.reach)
+        with self._filling():
+            c.show_target(near)
+        self._changed(replace(self.state.choices, target=near))
+
+    def _changed(self, choices: Choices | None = None, *, dragged: bool = False) -> None:
+        choices = self._controls.read(choices or self.state.choices)
         if choices == self.state.choices:
             return
         merge = dragged and time.monotonic() - self._moved < SECONDS_OF_A_DRAG
@@ -446,26 +400,18 @@ class PruningStudio(View):
             self.state = walk(self.state)
             self._show()
 
-    def _measured(self, count: int) -> None:
-        self._show_outcome()
-        self._told(counted(count, "plan"))
-
-    def _told(self, what: str) -> None:
-        self._show_fold()
-        self.say(f"measured {what}")
-
     def _set_limit(self) -> None:
         choices = self._controls.read_limit(self.state.choices)
         if choices != self.state.choices:
             self.choose(choices)
 
     def _set_lock(self) -> None:
-        root, choices = self._controls.group.value, self.state.choices
-        self.choose(lock(choices, self.plan, root) if self._controls.locked.value else unlock(choices, root))
+        root, choices, locked = self._controls.group.value, self.state.choices, self._controls.locked.value
+        self.choose(studio.lock(choices, self.plan, root) if locked else studio.unlock(choices, root))
 
     def _remember(self) -> None:
         c = self._controls
-        self.state = remember(self.state, c.name.value)
+        self.state = studio.remember(self.state, c.name.value)
         names = [name for name, _ in self.state.remembered]
         with self._filling():
             set_options(c.compared, [NONE, *names], c.name.value)
@@ -491,7 +437,7 @@ class PruningStudio(View):
             self._scoring = None
             scored = self.state
             while scored.past and self.session.scores(scored.choices.scoring) is None:
-                scored = undo(scored)
+                scored = studio.undo(scored)
             if self.session.scores(scored.choices.scoring) is not None:
                 self._step(lambda _: scored)
         self.say("cancelled")
@@ -534,13 +480,10 @@ class PruningStudio(View):
             return
         if self._scoring == choices.scoring:
             return
-
-        def work(task: Task) -> Scores:
-            return self.session.score(choices.scoring, lambda batches: task.watch(batches, "scoring"))
-
         self.say(f"scoring by {choices.scoring.criterion}")
         self._scoring = choices.scoring
-        self._worker.start(work, lambda scores: self._make_plan())
+        score = partial(self.session.score, choices.scoring)
+        self._worker.start(lambda task: score(partial(task.watch, what="scoring")), lambda _: self._make_plan())
 
     def _make_plan(self) -> None:
         self._scoring = None
@@ -597,8 +540,8 @@ class PruningStudio(View):
         """Return what the plan changes, and since which plan: the one to compare with, or the one before."""
         compared, before = self._compared(), self._before or self.plan
         if compared is not None:
-            return plan_changes(compared, self.plan), self._controls.compared.value
-        return plan_changes(before, self.plan), "the plan before"
+            return studio.plan_changes(compared, self.plan), self._controls.compared.value
+        return studio.plan_changes(before, self.plan), "the plan before"
 
     def _show_fold(self) -> None:
         """Draw what belongs into the fold that is open."""
@@ -624,10 +567,6 @@ class PruningStudio(View):
         better = task.directions[task.headline]
         drawn = accuracy_over_macs(points, headline=task.headline, direction=better, look=self._look)
         return drawn.add_vline(100 * left / session.costs.original.macs, line_dash="dot", line_width=1)
-
-    def _clicked_group(self, click: Click) -> None:
-        """Show the group whose row of the heat map was clicked."""
-        self._choose(click.y)
 
     def _clicked_layer(self, click: Click) -> None:
         """Show the group of the layer whose box was clicked."""

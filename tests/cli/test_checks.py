@@ -14,7 +14,7 @@ import obc_tools as obc
 from obc_tools import cli
 from obc_tools.cli import options as checks
 from obc_tools.cli.commands import main, parse
-from obc_tools.comparing import comparison
+from obc_tools.comparing import compare
 from obc_tools.data.data import DATA_SETS
 from obc_tools.data.embedded import EMBEDDED
 from obc_tools.errors import UnknownNameError
@@ -179,7 +179,7 @@ def test_the_names_are_the_librarys():
     assert (checks.LIBRARIES, checks.MANIFEST) == (job.LIBRARIES, store.MANIFEST)
     assert weights == {*PUBLISHED_KINDS, "pretrained", "scratch"}
     assert (checks.OWN_NETWORKS, set(checks.PUBLISHED)) == (OWN_NETWORKS, {name for _, name in PUBLISHED_FILES})
-    assert (checks.GRID, checks.SETTINGS) == (grid.GRID, comparison.SETTINGS)
+    assert (checks.GRID, checks.SETTINGS) == (grid.GRID, compare.SETTINGS)
     for name, kinds in grid.GRIDS.items():
         assert set(checks.GRIDS[name]) == {obc.EXPERIMENTS[kind].base.data for kind in kinds}
     assert all(name.endswith(f"-{experiment.base.data}") for name, experiment in obc.EXPERIMENTS.items())

@@ -23,7 +23,7 @@ from obc_tools import (
     prune_to,
     score_groups,
 )
-from obc_tools.comparing.comparison import Comparison, ComparisonError, read_comparison
+from obc_tools.comparing.compare import Comparison, ComparisonError, read_comparison
 from obc_tools.data.batches import take
 
 SMALL = {"steps": 3, "ratio": 0.6, "batches": 2, "batch_size": 16, "held_out": 40, "training": 30, "progress": False}

@@ -10,8 +10,8 @@ from networks import network
 from torch import nn
 
 from obc_tools import Task, cost, evaluate, load_model, make_plan, prune, score_groups, sensitivity
-from obc_tools.comparing.comparison import ComparisonError
-from obc_tools.comparing.sensitivity import Prefixes, named_tensors
+from obc_tools.comparing.compare import ComparisonError
+from obc_tools.comparing.sensitivity import named_tensors, replay
 from obc_tools.structure.groups import find_groups
 
 RATIOS = (0.3, 0.6)
@@ -136,12 +136,12 @@ def test_a_pass_that_cannot_be_replayed_is_run_as_a_whole(caplog):
 
 def test_a_pass_that_begins_otherwise_is_not_taken_for_the_same():
     model, images = made("in_place")
-    prefixes, parting = Prefixes(), [model.head.weight]
+    starts, parting = {}, [model.head.weight]
     with torch.no_grad():
-        first = prefixes.measure(model, parting, lambda net: outputs_of(net, [images]))
-        assert prefixes.kept
+        first = replay(starts, model, parting, lambda net: outputs_of(net, [images]))
+        assert starts
         model.stem.padding = (0, 0)
-        changed = prefixes.measure(model, parting, lambda net: outputs_of(net, [images]))
+        changed = replay(starts, model, parting, lambda net: outputs_of(net, [images]))
         assert changed == outputs_of(model, [images]) != first
     assert named_tensors(model).keys() == dict(model.named_parameters()).keys()
 

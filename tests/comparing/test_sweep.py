@@ -9,7 +9,7 @@ from networks import network
 from torch.nn import functional as F
 
 from obc_tools import PruningPlan, Task, compensate, cost, evaluate, prune, prune_to, recalibrate, sweep
-from obc_tools.comparing.comparison import ComparisonError, read_comparison
+from obc_tools.comparing.compare import ComparisonError, read_comparison
 from obc_tools.data.batches import Batches
 
 STEPS = {"steps": 6, "progress": False}

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 from cases import curve
 
-from obc_tools.comparing.comparison import Comparison, ComparisonError
+from obc_tools.comparing.compare import Comparison, ComparisonError
 from obc_tools.plots.curves import criteria_curves, criteria_panels, scoring_seconds
 from obc_tools.plots.looks import COLORS, theme
 

@@ -10,14 +10,14 @@ from torch import nn
 
 import obc_tools as obc
 from obc_tools import plots
-from obc_tools.comparing.comparison import Comparison
+from obc_tools.comparing.compare import Comparison
 from obc_tools.plots.curves import watch_figure
 from obc_tools.plots.looks import escaped
 from obc_tools.plots.plans import plot_sensitivity, studio_axes, studio_figure, studio_traces
 from obc_tools.pruning.equivalent import removed_shares
 from obc_tools.runs.watch import RunView, watch_traces
 from obc_tools.scoring.jtj import group_jtj
-from obc_tools.studio.session import BARS, studio_bars
+from obc_tools.studio import BARS, studio_bars
 from obc_tools.training.folder import Epoch, History
 
 NAME = "<b>x</b><img alt=q><a href='y'>&"

@@ -9,7 +9,7 @@ from obc_tools.plots.plans import SCORES, UPPER, studio_figure
 from obc_tools.pruning.plan import PruningPlan
 from obc_tools.structure.groups import ChannelGroup, Member
 from obc_tools.structure.layers import LayerAxis
-from obc_tools.studio.session import BARS, studio_bars
+from obc_tools.studio import BARS, studio_bars
 
 ROOT = LayerAxis("layer", "out")
 

@@ -28,7 +28,7 @@ from obc_tools import (
 from obc_tools.pruning.compensation import left_plain
 from obc_tools.pruning.equivalent import MixedLayer
 from obc_tools.pruning.moments import Moments
-from obc_tools.pruning.readings import _linear_seen
+from obc_tools.pruning.readings import stopping
 
 
 def images_like(images, count, seed=3):
@@ -394,11 +394,11 @@ def test_threads_compensate_networks_of_their_own():
 def test_a_process_that_is_forked_beside_a_thread_compensates():
     torch.manual_seed(0)
     tokens, linear, begun, end = torch.randn(6, 8, 5).double(), F.linear, threading.Event(), threading.Event()
-    model = Attending().double()
-    plan, weight = half_of(model, tokens, "stem"), nn.Parameter(torch.ones(1, 1))
+    model, other = Attending().double(), Attending().double()
+    plan = half_of(model, tokens, "stem")
 
     def patch():
-        with _linear_seen({weight.data_ptr(): ("it", None)}, visit=id, after=True):
+        with stopping(other, ["attention", "attention.out_proj"], visit=id, after=True):
             begun.set()
             end.wait()
 

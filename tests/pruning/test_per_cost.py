@@ -8,8 +8,7 @@ from obc_tools import cost, prune, prune_to, score_groups
 from obc_tools.errors import UnknownNameError
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
 from obc_tools.pruning.plan import PruningPlan
-from obc_tools.pruning.prune import Way, prune_to_latency
-from obc_tools.pruning.timed import Measured, Timing
+from obc_tools.pruning.prune import Measured, Timing, Way, prune_to_latency
 
 
 def without(plan, index, channel):

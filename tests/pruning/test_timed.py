@@ -17,8 +17,17 @@ from obc_tools.measure.latency import conditions, time_layers
 from obc_tools.models.runtimes import in_runtime
 from obc_tools.pruning import prune as pruning
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Steps
-from obc_tools.pruning.prune import Way, prune_to_latency
-from obc_tools.pruning.timed import LatencyError, Measured, Timing, interval, latency_model, measure_apart, random_plans
+from obc_tools.pruning.prune import (
+    LatencyError,
+    Measured,
+    Timing,
+    Way,
+    interval,
+    latency_model,
+    measure_apart,
+    prune_to_latency,
+    random_plans,
+)
 
 WAY = Way(
     scoring=Scoring("l2"),
@@ -193,7 +202,7 @@ def test_keywords_reach_the_machine(given, monkeypatch):
     monkeypatch.setattr(
         pruning, "measure_apart", lambda one, other, *, example_inputs, timing, progress: machine(one, other)
     )
-    monkeypatch.setattr("obc_tools.pruning.timed.time_layers", lambda network, *_, **how: layer_seconds(network))
+    monkeypatch.setattr("obc_tools.pruning.prune.time_layers", lambda network, *_, **how: layer_seconds(network))
     options = {"criterion": "l2", "steps": 6, "progress": False, "timing": {"tolerance": 0.02}}
     plan = prune_to(*given, latency_speedup=1.2, **options)
     assert plan == found(given, Machine(), speedup=1.2, tolerance=0.02)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from obc_tools import PruningPlan, Target, compare_criteria, load_data, load_model, load_pruned, prune, read_comparison
-from obc_tools.comparing.comparison import ComparisonError
+from obc_tools.comparing.compare import ComparisonError
 from obc_tools.pruning.choices import TORCH_PRUNING
 from obc_tools.runs.grid import Grid, GridJob, launch_grid
 from obc_tools.runs.job import RunFolderError, read_job

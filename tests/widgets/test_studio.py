@@ -18,8 +18,7 @@ from obc_tools.plots import coupling_graph
 from obc_tools.plots.plans import SCORES, UPPER
 from obc_tools.pruning.choices import Limits, Target
 from obc_tools.pruning.plan import PruningPlan
-from obc_tools.studio.session import MOST, POINTS, RATIOS, with_interval
-from obc_tools.studio.state import Choices
+from obc_tools.studio import MOST, POINTS, RATIOS, Choices, with_interval
 from obc_tools.widgets import studio as studio_module
 from obc_tools.widgets.controls import Click, close, note
 from obc_tools.widgets.explorers import InteractionExplorer, JTJExplorer
@@ -342,9 +341,8 @@ def test_code_is_not_written_before_its_plan_is_there(studio, monkeypatch, tmp_p
 
 def test_images_that_the_network_does_not_take_are_named(made):
     colour = obc.load_model("resnet8", 10, in_channels=3, width=8)
-    with pytest.raises(
-        ValueError, match=r"CifarResNet does not run on the data's images, of shape \(1, 8, 8\): .*3 channels"
-    ):
+    said = r"the data's images: CifarResNet cannot work on \(1, 1, 8, 8\) float32: .*3 channels"
+    with pytest.raises(ValueError, match=said):
         PruningStudio(colour, made[1])
 
 
@@ -407,7 +405,7 @@ def test_classes_that_do_not_fit_are_said(made, view):
 
 def test_cancelling_the_first_scoring_leaves_the_whole_network(made, monkeypatch):
     go_on = threading.Event()
-    monkeypatch.setattr("obc_tools.studio.session.StudioSession.score", lambda *_: go_on.wait(20))
+    monkeypatch.setattr("obc_tools.studio.StudioSession.score", lambda *_: go_on.wait(20))
     studio = PruningStudio(*made, batches=1, batch_size=8)
     studio.cancel_button.click()
     go_on.set()
@@ -426,7 +424,7 @@ def test_measuring_fills_the_table(studio, monkeypatch):
     assert controls(studio).table.value.count(" ± ") == 1 + 3
     latency = studio.session.measured(studio.plan).latency
     assert latency.median_ms > 0 and "measured 3 plans" in studio.status.value
-    monkeypatch.setattr("obc_tools.studio.session.evaluate", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr("obc_tools.studio.evaluate", lambda *_: pytest.fail("evaluated again"))
     studio.measure_button.click()
     studio.wait(60)
     assert studio.session.measured(studio.plan).metrics == expected
@@ -573,7 +571,7 @@ def test_each_group_alone_is_a_map_that_leads_to_groups(studio):
     (drawn,) = studio.sensitivity.figure.data
     roots = [str(group.root) for group in studio.plan.groups if group.prunable]
     assert list(drawn.y) == roots and len(drawn.x) == len(RATIOS)
-    studio._clicked_group(Click(0, (2, 0), "25", roots[2]))
+    studio.sensitivity._handle_custom_msg({"trace": 0, "place": [2, 0], "x": "25", "y": roots[2]}, [])
     assert str(controls(studio).group.value) == roots[2]
     controls(studio).scope.value = "local"
     assert studio.session.sensed(studio.state.choices) is None and not studio.sensitivity.figure.data

@@ -11,8 +11,7 @@ from trainings import network, wait_for
 import obc_tools as obc
 from obc_tools import InteractionExplorer, JTJExplorer, PruningStudio, as_data
 from obc_tools.pruning.choices import Scoring, Target
-from obc_tools.studio.session import StudioSession
-from obc_tools.studio.state import Choices, Setup, to_code
+from obc_tools.studio import Choices, Setup, StudioSession, to_code
 
 
 def data_of(task):

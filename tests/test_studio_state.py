@@ -11,7 +11,7 @@ from obc_tools.models.networks import load_model
 from obc_tools.pruning.choices import Limits, Scoring, Selection, Target
 from obc_tools.pruning.plan import PlanMismatchError, PruningPlan
 from obc_tools.structure.layers import LayerAxis
-from obc_tools.studio.state import (
+from obc_tools.studio import (
     STEPS_BACK,
     Choices,
     Setup,
