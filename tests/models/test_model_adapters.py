@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from obc_tools import evaluate, fit, load_model, prune, prune_to, task_of
+from obc_tools import evaluate, export_program, fit, load_model, prune, prune_to, task_of
+from obc_tools.state import Forward, call_model
 from obc_tools.training.recipe import Recipe
 
 IMAGES = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -143,6 +145,21 @@ def test_a_network_of_a_library_goes_through_by_its_own_task(name):
     pruned = prune(model, plan)
     history = fit(pruned, [batch], [batch], Recipe(epochs=1, lr=1e-4), task=task, progress=False)
     assert {*history.last.values} == {*found.values} and history.last.train_loss > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_a_task_asks_of_a_network_can_be_exported(name):
+    model, batch, _, _ = made(name)
+    example = task_of(model).example(batch)
+    given = (example.inputs,) if isinstance(example, Forward) else (example,)
+    found = export_program(model, example).module()(*given)
+    with torch.no_grad():
+        pairs = zip(tree_leaves(found), tree_leaves(call_model(model, example)), strict=True)
+        tensors = [pair for pair in pairs if isinstance(pair[0], torch.Tensor)]
+    for one, other in tensors:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert tensors
 
 
 def test_tokens_and_lengths_that_the_model_does_not_take():
