@@ -237,6 +237,31 @@ def test_errors_are_relative_to_what_differs_between_examples():
     assert relative_error([torch.tensor([[4.0]])], [torch.tensor([[5.0]])]) == 0.25
 
 
+class RoundingRows(nn.Module):
+    """Equal rows come out different in their last digits, as from kernels that work off a batch's end otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        rows = torch.arange(len(x), dtype=x.dtype, device=x.device)[:, None]
+        return self.b(self.a(x).relu()) * (1 + rows * 2 * torch.finfo(x.dtype).eps)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_examples_are_so_but_for_rounding(seed, caplog):
+    torch.manual_seed(seed)
+    model, same = RoundingRows(), torch.ones(4, 5)
+    plan = prune_to(model, same, criterion="l1", ratio=0.3, progress=False)
+    assert "cannot tell whether the plan is right" in caplog.text
+    with pytest.raises(CheckError, match="the same for all examples"):
+        check_plan(model, plan, same)
+    assert check_plan(model, plan, torch.randn(4, 5)).ok
+    differing = torch.tensor([[1.0], [1.0 + 1e-6]], dtype=torch.float64)
+    assert relative_error([differing], [differing + 1e-6]) > 1
+
+
 def test_masking_leaves_the_model_alone_and_norms_over_what_is_alive():
     model, images, plan = random_plan("mlp_layernorm")
     before = {key: value.clone() for key, value in model.state_dict().items()}
