@@ -133,12 +133,12 @@ def time_scoring(name: str, options: Options) -> None:
         model.zero_grad(set_to_none=True)
         objective(model, batch).mean().backward()
 
+    plain()  # kernels are prepared for a process once
     for rows in options.rows:
         read = ProductRows(model, axes, objective, examples_per_row(rows))
         first = spent(partial(read, batch, 0))
         for number in (1, 2):  # the norms folded, then channels last: kept where that is faster
             read(batch, number)
-        plain()
         pairs = [(spent(partial(read, batch, 0)), spent(plain)) for _ in range(options.pairs)]
         wall, work = ([scored[kind] / passed[kind] for scored, passed in pairs] for kind in (0, 1))
         row = {"ratio": round(statistics.median(wall), 3), "least": round(min(wall), 3)}

@@ -1,13 +1,15 @@
 """The whole chain on tasks that are no classification: train, score, prune, fine-tune naively and with EP.
 
     python benchmarks/tasks.py [--tasks detection ...] [--seeds 0 1 2] [--out results/tasks.csv]
+    python benchmarks/tasks.py --hand-on --seeds 0 --criteria jacobian [--out results/tasks_handed_on.csv]
 
 Small networks from random weights on data that need no download: torchvision's SSD with light heads and its LRASPP,
 both on a ResNet of this package, and ultralytics' YOLO11n on scenes of digits; a Llama with grouped-query attention on
 the source of the standard library; open_clip's CLIP on pairs of digits and captions; a ResNet-8 on single digits, not
 told what they are. Every criterion gets the same batches and the same target. An original is trained once a seed and
 kept in a folder. Figures are of the last epoch: nothing is picked by the metric that is reported. Every row is written
-when it is known; what is there is not done again.
+when it is known; what is there is not done again. With ``--hand-on`` a row says what became of the network merged after
+EP on its way out: saved and loaded, exported by torch.export and to ONNX, each beside the merged one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +30,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
@@ -36,15 +40,20 @@ from torchvision.models.segmentation import LRASPP
 from obc_tools import (
     TASKS,
     EquivalentModel,
+    PruningPlan,
     Recipe,
     Task,
     cost,
     evaluate,
+    export_onnx,
+    export_program,
     fit,
     load_data,
     load_model,
+    load_pruned,
     prune,
     prune_to,
+    save_pruned,
     take,
     task_of,
 )
@@ -52,6 +61,7 @@ from obc_tools.data.data import Data
 from obc_tools.files import environment
 from obc_tools.measure.latency import latencies
 from obc_tools.measure.metrics import mask_targets
+from obc_tools.state import Forward, call_model
 
 CLASSES = 11
 BACKGROUND_WEIGHT = 0.2
@@ -73,6 +83,7 @@ class Options:
     """Where trained originals are kept."""
     limit: int = 10_000
     """Rows at most."""
+    hand_on: bool = False
 
 
 def detector() -> nn.Module:
@@ -227,17 +238,19 @@ def original(name: str, seed: int, options: Options) -> Original:
     return Original(setting, model, data, task.against(copy.deepcopy(model)) if task.against else task)
 
 
+def planned(found: Original, criterion: str, speedup: float, seed: int) -> PruningPlan:
+    """Return the plan that a criterion makes from the same batches as any other."""
+    setting = found.setting
+    chosen = (criterion, setting.criterion) if criterion == "jacobian" else criterion
+    batches = take(found.data.batches("train", setting.train.batch_size, seed=1000 + seed), CALIBRATION)
+    how = {"task": found.task, "criterion": chosen, "steps": STEPS, "seed": seed, "progress": False}
+    return prune_to(found.model, found.example(), batches, speedup=speedup, ignore=setting.ignore, **how)
+
+
 def measured(found: Original, criterion: str, speedup: float, seed: int) -> dict[str, Any]:
     """Prune and fine-tune both ways; return what a row of the table says."""
-    model, task, setting = found.model, found.task, found.setting
-    chosen = (criterion, setting.criterion) if criterion == "jacobian" else criterion
-    batches, example = (
-        take(found.data.batches("train", setting.train.batch_size, seed=1000 + seed), CALIBRATION),
-        found.example(),
-    )
-    how = {"task": task, "criterion": chosen, "steps": STEPS, "seed": seed, "progress": False}
-    how |= {"ignore": setting.ignore}
-    plan = prune_to(model, example, batches, speedup=speedup, **how)
+    model, task, setting, example = found.model, found.task, found.setting, found.example()
+    plan = planned(found, criterion, speedup, seed)
     pruned = prune(model, plan)
     naive, equivalent = copy.deepcopy(pruned), EquivalentModel(model, plan)
     for network in (naive, equivalent):
@@ -257,6 +270,40 @@ def measured(found: Original, criterion: str, speedup: float, seed: int) -> dict
         "latency (ms), original": round(times["original"].median_ms, 3),
         "latency (ms)": round(times["pruned"].median_ms, 3),
     }
+
+
+def handed_on(found: Original, criterion: str, speedup: float, seed: int) -> dict[str, Any]:
+    """Prune, fine-tune with EP for an epoch, merge, save, load and export; return what the outputs differ by."""
+    plan = planned(found, criterion, speedup, seed)
+    equivalent, tune = EquivalentModel(found.model, plan), dataclasses.replace(found.setting.tune, epochs=1, seed=seed)
+    fit(equivalent, found.train, found.val, tune, task=found.task, progress=False)
+    merged, example = equivalent.merge().eval(), found.example()
+    row = {"merged": apart(equivalent.eval(), merged, example)}
+    with tempfile.TemporaryDirectory() as folder:
+        save_pruned(f"{folder}/saved", merged, plan)
+        loaded = load_pruned(f"{folder}/saved", model=found.setting.build())
+        row["loaded"] = apart(merged, loaded, example)
+        try:
+            program = export_program(merged, example)
+            given = (example.inputs,) if isinstance(example, Forward) else example
+            row["torch.export"] = apart(merged, program.module(), example, given)
+        except ValueError as error:
+            row["torch.export"] = str(error)
+        try:
+            row["ONNX"] = export_onnx(f"{folder}/merged.onnx", merged, example).error
+        except ValueError as error:
+            row["ONNX"] = str(error)
+    return row
+
+
+def apart(one: nn.Module, other: nn.Module, example: Any, given: Any = None) -> float:
+    """Return the largest difference of two networks' outputs, relative to the largest output."""
+    with torch.no_grad():
+        expected = tree_leaves(call_model(one, example))
+        found = tree_leaves(call_model(other, example if given is None else given))
+    pairs = [pair for pair in zip(expected, found, strict=True) if isinstance(pair[0], Tensor) and pair[0].numel()]
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
 
 
 KEYS = ("task", "criterion", "speed-up", "seed")
@@ -280,7 +327,7 @@ def main() -> None:
             "speed-up": speedup,
             "seed": seed,
         }
-        row |= measured(found, criterion, speedup, seed)
+        row |= (handed_on if options.hand_on else measured)(found, criterion, speedup, seed)
         row |= {"hardware": f"{about['cpu']}, {about['threads']} thread", "torch": about["libraries"]["torch"]}
         rows.append(row | {"obc_tools": about["libraries"]["obc_tools"], "python": about["python"]})
         pd.DataFrame(rows).to_csv(options.out, index=False)
