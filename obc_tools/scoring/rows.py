@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from ..data.batches import count_examples, first_examples
 from ..errors import check_whole
 from ..state import (
     LentRandomness,
@@ -54,11 +53,8 @@ from .objectives import Objective, checked_losses, classification
 
 logger = logging.getLogger(__name__)
 
-FEW = 4
-"""Examples of the first batch that prove what may be captured, or two rows."""
-
-LONG, LONG_RUN = 0.25, 3
-"""Processor seconds of a batch, and batches, from which on the channels' order in memory is chosen by measuring."""
+LONG = 0.25
+"""Seconds of a batch, the processor's, from which on the order of its channels in memory is chosen by measuring."""
 
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples spread evenly between whole numbers."""
@@ -119,7 +115,7 @@ class Proof:
     ``proven``: the layers that were looked at; of these ``by_weights`` do not suit the capture, and ``absent`` did not
     run then. ``reached``: the layers that a loss has depended on so far. ``copied``: those whose output the model
     changes in place. ``folds``: the layers that do the work of a BatchNorm, each with its name; None: not tried yet.
-    ``channels_last``: whether kernels of images are laid so; None: not tried yet. ``batches``: how many were scored.
+    ``channels_last``: whether kernels of images are laid so; None: not tried yet.
     """
 
     proven: set[str] = field(default_factory=set)
@@ -129,11 +125,6 @@ class Proof:
     copied: set[str] = field(default_factory=set)
     folds: Mapping[str, str] | None = None
     channels_last: bool | None = None
-    batches: int = 0
-
-    def learning_apart(self) -> Proof:
-        """Return one that learns by itself."""
-        return replace(self, **{name: set(kept) for name, kept in vars(self).items() if isinstance(kept, set)})
 
 
 class _Rows(ABC):
@@ -294,14 +285,6 @@ class ProductRows(_Rows):
         self.kept: tuple[Any, dict] = (None, {})
 
     def __call__(self, batch: Any, number: int) -> dict[LayerAxis, Tensor]:
-        if self.by_hooks and not self.checked:
-            known = self.proof.learning_apart()
-            if self._prove_on_few(batch, number):
-                try:
-                    return self(batch, number)
-                except Exception as error:  # such as a network that takes many examples by parts
-                    logger.info("what the first examples proved does not hold for their batch: %s", error)
-                    vars(self.proof).update(vars(known))
         before, start = torch.get_rng_state(), _seconds()
         if not (self.by_hooks and self.checked and self.proof.folds is None):
             found = super().__call__(batch, number)
@@ -312,8 +295,7 @@ class ProductRows(_Rows):
                 self.proof.proven -= late
                 self.proof.folds = None
                 return super().__call__(batch, number)
-            self.proof.batches += 1
-            if self.by_hooks and self.proof.batches >= LONG_RUN and self.proof.channels_last is None:
+            if self.by_hooks and self.proof.folds is not None and self.proof.channels_last is None:
                 self._try_channels_last(found, batch, number, before, _seconds_since(start, found))
             return found
         self.foldable = {}
@@ -322,30 +304,9 @@ class ProductRows(_Rows):
             self.proof.folds = NONE
             return self(batch, number)
         self.proof.folds = self.foldable
-        self.proof.batches += 1
         if self.foldable:
             self._try_folds(plain, batch, number, before)
         return plain
-
-    def _prove_on_few(self, batch: Any, number: int) -> bool:
-        """Prove layers, and folded norms, on a batch's first examples; say whether they show all that there is."""
-        per_row, proof = self.per_row or FEW, self.proof.learning_apart()
-        few = per_row * max(2 if self.per_row else 1, -(-FEW // per_row))
-        read = ProductRows(self.model, self.axes, self.objective, self.per_row, proof, self.set_aside)
-        try:
-            if count_examples(batch) <= few:
-                return False
-            first = first_examples(batch, few)
-            with LentRandomness(torch.get_rng_state()):
-                for _ in range(2):  # the layers, then the norms
-                    read(first, number)
-        except Exception as error:  # such as an objective of whole batches
-            logger.info("the first %s examples prove nothing: %s", few, error)
-            return False
-        if proof.absent - self.proof.absent:  # others may use them
-            return False
-        vars(self.proof).update(vars(replace(proof, batches=self.proof.batches)))
-        return True
 
     def _try_folds(self, plain: Mapping[LayerAxis, Tensor], batch: Any, number: int, random: Tensor) -> None:
         """Score a batch again with folded norms; keep to the folds if it gives the same."""

@@ -1,4 +1,5 @@
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -448,6 +449,36 @@ class Routed(nn.Module):
         return self.head(torch.where(chosen[:, None], other, self.one(x)).relu())
 
 
+class AlsoFunctional(nn.Module):
+    """Examples whose first number is positive use a layer's weight once more, which no module calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        hidden, chosen = self.body(x).relu(), x[:, 0] > 0
+        if chosen.any():
+            hidden = torch.where(chosen[:, None], F.linear(hidden, self.body.weight, self.body.bias).relu(), hidden)
+        return self.head(hidden)
+
+
+class BesideTheNorm(nn.Module):
+    """Examples whose first number is positive use what a norm takes too, so that it cannot be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        chosen, before = x.mean((1, 2, 3)) > 0, self.body(x)
+        hidden = self.norm(before).relu()
+        if chosen.any():
+            hidden = hidden + before * chosen[:, None, None, None]
+        return self.head(hidden.mean((2, 3)))
+
+
 class ByParts(nn.Module):
     """At most ten examples a time."""
 
@@ -469,7 +500,21 @@ def contrastive(model, batch):
     return F.cross_entropy(model(batch[0]) @ model(batch[0]).T, torch.arange(len(batch[0])), reduction="none")
 
 
-FEW_CASES = {
+def of_pairs(model, batch):
+    return classification(model, batch).view(-1, 2).mean(1)
+
+
+def within_labels(model, batch):
+    outputs = model(batch[0])
+    centres = torch.stack([outputs[batch[1] == label].mean(0) for label in batch[1]])
+    return (outputs - centres).square().sum(1) + classification(model, batch)
+
+
+LATER = {
+    "a weight used once more": (AlsoFunctional, classification),
+    "a norm's input used too": (BesideTheNorm, classification),
+    "a loss of pairs": (ByParts, of_pairs),
+    "a loss within labels": (ByParts, within_labels),
     "a layer that later examples reach": (lambda: Routed(False), classification),
     "a weight that later examples reach": (lambda: Routed(True), classification),
     "a network that takes parts": (ByParts, classification),
@@ -479,34 +524,19 @@ FEW_CASES = {
 
 
 @pytest.mark.parametrize("per_row", [None, 1, 12])
-@pytest.mark.parametrize("case", FEW_CASES)
-def test_what_few_examples_prove_holds_for_all(case, per_row):
+@pytest.mark.parametrize("case", LATER)
+def test_what_is_proven_holds_for_the_examples_at_a_batch_s_end(case, per_row):
     torch.manual_seed(0)
-    make_model, objective = FEW_CASES[case]
+    make_model, objective = LATER[case]
     model, images = make_model().double().eval(), torch.randn(24, 3, 2, 2, dtype=torch.float64)
     images[:, 0] = -images[:, 0].abs()
     images[20:, 0] *= -1
-    batch, axes = (images, torch.randint(0, 3, (24,))), model_axes(model)
-    found = ProductRows(model, axes, objective, per_row, set_aside=True)(batch, 0)
+    labels = torch.cat((torch.arange(3), torch.randint(0, 3, (21,))))
+    batch, axes = (images, labels), model_axes(model)
+    read = ProductRows(model, axes, objective, per_row, set_aside=True)
+    products = [read(batch, number) for number in range(3)]  # the layers, the norms, what was found of them
     layers = {axis.layer for axis in axes}
     slow = Proof(proven=set(layers), by_weights=set(layers), folds={})
     exact = ProductRows(model, axes, objective, per_row, slow, True)(batch, 0)
-    for axis in axes:
+    for found, axis in itertools.product(products, axes):
         torch.testing.assert_close(found[axis], exact[axis], msg=str(axis))
-
-
-@pytest.mark.parametrize("per_row", [None, 1])
-def test_a_first_batch_runs_whole_but_once(per_row):
-    sizes = []
-
-    def objective(model, batch):
-        sizes.append(len(batch[0]))
-        return classification(model, batch)
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).eval()
-    read = ProductRows(model, model_axes(model), objective, per_row)
-    read((torch.randn(24, 3, 2, 2), torch.randint(0, 3, (24,))), 0)
-    assert sizes.count(24) == 1
-    assert set(sizes) == {4, 24}
-    assert read.checked
-    assert read.proof.folds == {"0": "1"}
