@@ -275,7 +275,7 @@ EXPECTED: Mapping[str, Expected] = {
     **dict.fromkeys(("epochs", "sparse_epochs", "training", "seed", "seeds"), AT_LEAST_0),
     **dict.fromkeys(("ratio", "hold_out"), A_SHARE),
     **dict.fromkeys(("macs", "params"), POSITIVE),
-    "speedup": (lambda entry: entry > 1, "a number above 1"),
+    "speedup": (lambda entry: 1 < entry < math.inf, "a number above 1"),
     "max_ratio": (lambda entry: 0 < entry <= 1, "a share above 0, at most 1"),
     "lr": (lambda entry: 0 <= entry < math.inf, "a number of at least 0"),
     "stop": (lambda entry: 0 < entry < 0.5, "a share between 0 and 0.5"),

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..data.batches import count_examples, cut_batch
 from ..errors import UnknownNameError
 from ..scoring.tasks import CLASSIFICATION, Task
-from ..state import Restoring, differentiable, hooks
+from ..state import Restoring, hooks
 from ..structure.layers import is_norm
 from .processes import processes
 from .recipe import Recipe, learning_rate_factor
@@ -320,7 +321,11 @@ def frozen(model: nn.Module, recipe: Recipe) -> Restoring:
         if not matches:
             raise UnknownNameError("parameter to freeze", pattern, list(names))
         chosen |= matches
-    return differentiable(model, [p for name, p in names.items() if p.requires_grad and name not in chosen])
+    stopped = [names[name] for name in chosen if names[name].requires_grad]
+    restoring = Restoring(undo=[partial(parameter.requires_grad_, True) for parameter in stopped])
+    for parameter in stopped:
+        parameter.requires_grad_(False)
+    return restoring
 
 
 class DivergenceError(ValueError):

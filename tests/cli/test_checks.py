@@ -38,6 +38,7 @@ FOUND_AT_ONCE = [
     ([*PRUNE, *OUT, "--speedup", "0.5"], "--speedup 0.5: expected a number above 1"),
     ([*PRUNE, *OUT, "--speedup", "2", "--macs", "5e6"], "got --speedup 2, --macs 5e+06"),
     ([*PRUNE, *OUT, "--macs", "-1"], "--macs -1.0: expected a positive number"),
+    ([*PRUNE, *OUT, "--speedup", "inf"], "--speedup inf: expected a number above 1"),
     ([*PRUNE, *OUT, "--params", "inf"], "--params inf: expected a positive number"),
     ([*PRUNE, *OUT, "--ratio", "0"], "--ratio 0.0: expected a share between 0 and 1"),
     ([*PRUNE, *OUT], "give one target: --speedup, --macs, --params or --ratio; got none"),

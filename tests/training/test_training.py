@@ -420,6 +420,16 @@ def test_norms_keep_their_statistics_where_the_recipe_says_so():
     assert model[1].training and model[0].weight.requires_grad
 
 
+def test_what_a_hook_freezes_stays_so_and_what_a_recipe_freezes_does_not():
+    model = network()
+
+    def freeze(history):
+        model[1].weight.requires_grad_(False)
+
+    fit(model, TRAIN, VAL, Recipe(epochs=1, freeze=("0",)), on_epoch=freeze, progress=False)
+    assert model[0].weight.requires_grad and not model[1].weight.requires_grad
+
+
 def test_channels_last_gives_the_same_numbers_and_leaves_the_usual_order():
     plain, last = network(), network()
     fit(plain, TRAIN, VAL, Recipe(epochs=2), progress=False)
