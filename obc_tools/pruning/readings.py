@@ -256,14 +256,13 @@ class PausableCall:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> PausableCall:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing = True
-        if not self._ended:
-            self._go.release()
-        self._thread.join()
+        self._go.release()
+        if self._thread.is_alive():  # else it has ended, or ends as soon as it begins
+            self._thread.join()
 
     def resume(self) -> Any:
         """Go on to the next `pause`; return the value given there, or None when the call has come to its end.
@@ -272,6 +271,8 @@ class PausableCall:
         """
         if self._ended:
             return None
+        if self._thread.ident is None:  # not on the way in: Ctrl-C while it starts would leave it behind
+            self._thread.start()
         self._go.release()
         value, error = self._back.get()
         if error is not None:

@@ -39,6 +39,19 @@ def test_a_call_is_unwound_where_it_stopped():
     assert unwound == [True] and threading.active_count() == threads
 
 
+def test_ctrl_c_while_a_thread_starts_leaves_none(monkeypatch):
+    threads, begin = threading.active_count(), threading.Thread.start
+
+    def interrupted(thread):
+        begin(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), PausableCall(lambda: pause(1)) as call:
+        call.resume()
+    assert threading.active_count() == threads
+
+
 def test_errors_reach_whoever_resumes():
     def body():
         pause(1)
